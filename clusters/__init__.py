@@ -1,0 +1,1 @@
+"""What machines exist and how ranks start on them."""

@@ -1,0 +1,1 @@
+"""One YAML to rehearsal, prediction and job."""

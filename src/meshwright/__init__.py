@@ -1,0 +1,36 @@
+"""meshwright: one YAML describes a model, a mesh and a cluster.
+
+The same file is proved right on a laptop, timed on paper at any scale, and launched on a real cluster.
+Names that need torch are loaded at their first use, so that specs and meshes stay light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from meshwright.parallel.mesh import Mesh as Mesh
+
+if TYPE_CHECKING:
+    from meshwright.parallel.verify import ParityReport as ParityReport
+    from meshwright.parallel.verify import verify as verify
+    from meshwright.parallel.wrap import ParallelModel as ParallelModel
+    from meshwright.parallel.wrap import parallelize as parallelize
+
+__version__ = "0.1.0"
+__all__ = ["Mesh", "ParallelModel", "ParityReport", "parallelize", "verify"]
+
+_HOMES = {
+    "ParallelModel": "meshwright.parallel.wrap",
+    "ParityReport": "meshwright.parallel.verify",
+    "parallelize": "meshwright.parallel.wrap",
+    "verify": "meshwright.parallel.verify",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'meshwright' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
