@@ -1,0 +1,55 @@
+"""Ranks must hold the same model before it is split; a difference is named, not averaged away."""
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.mesh import AXES
+
+__all__ = ["check_agreement", "fingerprint"]
+
+_ROW = 1024  # elements hashed together: the order of rows counts, the order inside one does not
+
+
+def fingerprint(name: str, tensor: Tensor) -> int:
+    """A 62-bit number that depends on name, shape, dtype and every bit of a tensor (not their order among 1024 neighbours).
+
+    >>> fingerprint("w", torch.tensor([1.0, 2.0])) == fingerprint("w", torch.tensor([1.0, 2.5]))
+    False
+    """
+    digest = blake2b(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=8)
+    if not tensor.is_meta and tensor.numel():
+        flat = tensor.detach().reshape(-1)
+        whole = flat.numel() // _ROW * _ROW
+        for part in (flat[:whole].view(-1, _ROW), flat[whole:].view(-1, 1)):
+            if part.numel():
+                digest.update(torch.hash_tensor(part, dim=1).cpu().view(torch.int64).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 2
+
+
+def check_agreement(model: nn.Module, groups: Groups) -> None:
+    """Compares every parameter and buffer over all ranks.
+
+    Raises:
+        WrapError: naming the first tensor that differs and the ranks that disagree with rank 0.
+    """
+    if groups.group(*AXES) is None:
+        return
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = sorted(tensors)
+    everywhere = torch.tensor([len(names), fingerprint(" ".join(names), torch.empty(0))])
+    shapes = torch.stack(groups.all_gather(everywhere.to(groups.device_type), *AXES)).cpu()
+    if not bool((shapes == shapes[0]).all()):
+        raise WrapError(f"ranks built different models: parameters and buffers per rank {shapes[:, 0].tolist()}")
+    mine = torch.tensor([fingerprint(name, tensors[name]) for name in names], device=groups.device_type)
+    marks = torch.stack(groups.all_gather(mine, *AXES)).cpu()
+    for column, name in enumerate(names):
+        odd = [rank for rank in range(len(marks)) if marks[rank, column] != marks[0, column]]
+        if odd:
+            raise WrapError(
+                f"ranks {odd} hold another {name} than rank 0; build the model from one seed on every rank "
+                "(torch.manual_seed before the constructor), or load the same weights"
+            )

@@ -1,0 +1,160 @@
+"""The only caller of torch.distributed: starting ranks, groups of a mesh, and the collectives we launch.
+
+Groups are made once per mesh and only for axes of degree above one; an axis of degree one has no group and
+its collectives are no-ops, so callers need no special case.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meshwright.parallel.errors import MeshError
+from meshwright.parallel.mesh import AXES, Mesh
+
+__all__ = ["Groups", "Pending", "World", "start_ranks", "stop_ranks", "world"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all ranks."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def world(environment: Mapping[str, str] | None = None) -> World:
+    """Reads the position of this process from the variables that torchrun sets; one rank where there are none.
+
+    >>> world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    World(rank=3, world_size=4, local_rank=1, local_world_size=2)
+    >>> world({})
+    World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    """
+    found = os.environ if environment is None else environment
+    rank = int(found.get("RANK", "0"))
+    world_size = int(found.get("WORLD_SIZE", "1"))
+    local_rank = int(found.get("LOCAL_RANK", str(rank)))
+    return World(rank, world_size, local_rank, int(found.get("LOCAL_WORLD_SIZE", str(world_size))))
+
+
+def start_ranks(
+    init_method: str | None = None,
+    *,
+    device: str = "cpu",
+    position: World | None = None,
+    timeout_s: float = 1800.0,
+) -> World:
+    """Joins this process to the others: gloo on CPU, NCCL (with gloo for CPU tensors) on GPU.
+
+    Args:
+        init_method: `file:///path` or `tcp://host:port`; None reads MASTER_ADDR and MASTER_PORT.
+        device: "cpu" or "cuda".
+        position: this process among the ranks; None reads torchrun's environment.
+        timeout_s: how long a collective may wait for the others.
+    """
+    here = position or world()
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(here.local_rank)
+    dist.init_process_group(
+        backend,
+        init_method=init_method,
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return here
+
+
+def stop_ranks() -> None:
+    """Leaves the process group; does nothing where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Pending:
+    """A collective in flight; `wait` returns when its result may be used."""
+
+    def __init__(self, work: Any | None) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Blocks until the collective is done; a collective over one rank is done at once."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+@dataclass
+class Groups:
+    """The process groups of one mesh, as seen by this rank.
+
+    Raises:
+        MeshError: when the number of running ranks is not the mesh's.
+    """
+
+    mesh: Mesh
+    device_type: str = "cpu"
+    rank: int = field(init=False)
+    _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
+    _device_mesh: DeviceMesh | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        running = dist.get_world_size() if dist.is_initialized() else 1
+        if running != self.mesh.world_size:
+            raise MeshError(
+                f"the mesh {self.mesh} has {self.mesh.world_size} ranks, but {running} are running; "
+                f"start {self.mesh.world_size} ranks or change the mesh"
+            )
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        if self.active:
+            sizes = tuple(self.mesh.degree(axis) for axis in self.active)
+            self._device_mesh = init_device_mesh(self.device_type, sizes, mesh_dim_names=self.active)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Axes of degree above one, outermost first."""
+        return tuple(axis for axis in AXES if self.mesh.degree(axis) > 1)
+
+    def device_mesh(self, *axes: str) -> DeviceMesh:
+        """The torch DeviceMesh over the named axes, all of degree above one."""
+        assert self._device_mesh is not None, axes
+        return self._device_mesh[axes if len(axes) > 1 else axes[0]]
+
+    def size(self, *axes: str) -> int:
+        """Number of ranks in this rank's group along `axes`."""
+        return len(self.mesh.group(self.rank, axes))
+
+    def group(self, *axes: str) -> Any | None:
+        """This rank's process group along `axes`; None where it would hold one rank only."""
+        wanted = tuple(axis for axis in self.active if axis in axes)
+        if not wanted:
+            return None
+        if len(wanted) == 1:
+            return self.device_mesh(wanted[0]).get_group()
+        if wanted not in self._made:
+            ranks = [list(group) for group in self.mesh.groups(wanted)]
+            self._made[wanted] = dist.new_subgroups_by_enumeration(ranks)[0]
+        return self._made[wanted]
+
+    def all_reduce(self, tensor: torch.Tensor, *axes: str) -> Pending:
+        """Starts summing `tensor` in place over the ranks along `axes`."""
+        group = self.group(*axes)
+        return Pending(None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+
+    def all_gather(self, tensor: torch.Tensor, *axes: str) -> list[torch.Tensor]:
+        """Every rank's `tensor` along `axes`, in group order; all of one shape."""
+        group = self.group(*axes)
+        if group is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor, group=group)
+        return parts

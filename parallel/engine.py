@@ -1,0 +1,112 @@
+"""One optimizer step's gradients: micro-batches forward and backward, summed, normalised once.
+
+The global loss is sum(loss_m * items_m) / sum(items_m) over all micro-batches of all data ranks. Gradients are summed
+with weights items_m and divided by the same number at the end, because the number is known only when the last
+loss has been computed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.data import DataEngine
+from meshwright.parallel.errors import LossError
+from meshwright.parallel.mesh import DATA_AXES
+from meshwright.parallel.microbatch import call, num_samples, split, to_device
+from meshwright.parallel.options import Options
+from meshwright.parallel.randomness import keyed
+
+__all__ = ["Engine", "StepStats"]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step found out: `loss` (0-dim, global), `items` (0-dim, global), micro-batches per rank."""
+
+    loss: Tensor
+    items: Tensor
+    num_microbatches: int
+
+
+class Engine:
+    """Runs steps of one wrapped model on one rank."""
+
+    def __init__(self, data: DataEngine, groups: Groups, options: Options) -> None:
+        self.data = data
+        self.options = options
+        self.num_steps = 0
+        self._groups = groups
+        self._contract = options.contract
+        self._data_rank = groups.mesh.data_rank(groups.rank)
+        self._device = torch.device(groups.device_type)
+        if groups.device_type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    def step(self, batch: Any) -> StepStats:
+        """Leaves in every parameter the gradient of the global loss.
+
+        Args:
+            batch: this data rank's share of the global batch; dim 0 counts samples.
+
+        Raises:
+            LossError: when no micro-batch of any rank holds an item.
+        """
+        parts = split(batch, self.options.num_microbatches)
+        self.data.begin()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        items_sum = torch.zeros_like(loss_sum)
+        for index, part in enumerate(parts):
+            self.data.prepare(last=index == len(parts) - 1)
+            loss, items = self._forward(part, index)
+            self.data.backward(loss, items.to(loss.dtype))
+            loss_sum += _weighted(loss, items)
+            items_sum += items
+        total, used = self._total(loss_sum, items_sum)
+        self.data.finish(total[1].reciprocal(), used)
+        self.num_steps += 1
+        return StepStats(total[0] / total[1], total[1], len(parts))
+
+    def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
+        with torch.no_grad():
+            loss, items = self._forward(batch, 0)
+            sums = torch.stack([_weighted(loss, items), items])
+            self._groups.all_reduce(sums, *DATA_AXES).wait()
+        self.data.release()
+        return sums[0], sums[1]
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Scales gradients in place so that their global L2 norm is at most `max_norm`; returns the norm before."""
+        gradients = [gradient for _, gradient in self.data.local().values() if gradient is not None]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._device)]
+        square = torch.stack([norm.double() for norm in norms]).square().sum()
+        self._groups.all_reduce(square, *self.data.norm_axes).wait()
+        norm = square.sqrt()
+        if max_norm is not None and gradients:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _forward(self, part: Any, index: int) -> tuple[Tensor, Tensor]:
+        moved = to_device(part, self._device)
+        number = self._data_rank * self.options.num_microbatches + index
+        with keyed(self.options.seed, "step", self.num_steps, "microbatch", number):
+            return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
+
+    def _total(self, loss_sum: Tensor, items_sum: Tensor) -> tuple[Tensor, list[bool]]:
+        """Sums loss, items and the use of each parameter over data ranks, while the last gradients travel."""
+        used = torch.tensor(self.data.used(), dtype=torch.float64, device=self._device)
+        total = torch.cat([torch.stack([loss_sum, items_sum]), used])
+        pending = self._groups.all_reduce(total, *DATA_AXES)
+        self.data.launch()
+        pending.wait()
+        if total[1] == 0:
+            raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
+        return total, (total[2:] > 0).tolist()
+
+
+def _weighted(loss: Tensor, items: Tensor) -> Tensor:
+    """A mean times its count; a mean over nothing is NaN and counts as zero."""
+    return torch.where(items > 0, loss.detach().double() * items, 0.0)

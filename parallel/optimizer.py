@@ -1,0 +1,96 @@
+"""An ordinary torch optimizer over the tensors that this rank owns.
+
+Sharded parameters are DTensors, on which every operator of an optimizer pays a dispatch; element-wise optimizers give
+the same numbers on the local shards, which share memory with them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from meshwright.parallel.data import DataEngine
+
+__all__ = ["BuildOptimizer", "OwnedOptimizer"]
+
+BuildOptimizer = Callable[[Iterable[Any]], Optimizer]
+
+
+class OwnedOptimizer:
+    """Builds an optimizer on local shards and keeps names beside its states.
+
+    Args:
+        data: the data engine that holds parameters and gradients.
+        build: makes the optimizer from parameters, or from dicts of groups where `groups` is given.
+        groups: sorts parameters into groups: name, parameter -> settings of its group (hashable items).
+    """
+
+    def __init__(self, data: DataEngine, build: BuildOptimizer, group_of: Callable[[str, Tensor], Any] | None) -> None:
+        self._data = data
+        self._owned = {name: _owned(parameter) for name, (parameter, _) in data.local().items()}
+        self.optimizer = build(self._grouped(group_of))
+        self.optimizer.register_step_pre_hook(self._take_gradients)
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """Optimizer states by parameter name, in the form a checkpoint stores."""
+        return {
+            name: {
+                key: self._data.as_sharded(name, value) if isinstance(value, Tensor) else value
+                for key, value in self.optimizer.state[owned].items()
+            }
+            for name, owned in self._owned.items()
+            if owned in self.optimizer.state
+        }
+
+    def make_states(self) -> None:
+        """Creates empty states, so that a checkpoint has somewhere to be read into."""
+        if self.optimizer.state:
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        for parameter, _ in self._data.local().values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        for parameter, _ in self._data.local().values():
+            parameter.grad = None
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def load(self, states: dict[str, dict[str, Any]]) -> None:
+        """Puts states back that a checkpoint held; tensors were read in place already."""
+        for name, owned in self._owned.items():
+            if name in states:
+                mine = self.optimizer.state[owned]
+                for key, value in states[name].items():
+                    if isinstance(mine.get(key), Tensor):
+                        mine[key].copy_(_local(value))
+                    else:
+                        mine[key] = value
+
+    def _grouped(self, group_of: Callable[[str, Tensor], Any] | None) -> list[Any]:
+        if group_of is None:
+            return list(self._owned.values())
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, owned in self._owned.items():
+            settings: dict[str, Any] = group_of(name, owned)
+            group = groups.setdefault(tuple(sorted(settings.items())), {"params": [], **settings})
+            group["params"].append(owned)
+        return list(groups.values())
+
+    def _take_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del optimizer, args, kwargs
+        for name, (_, gradient) in self._data.local().items():
+            self._owned[name].grad = gradient
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
+
+
+def _owned(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to_local().detach()) if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,116 @@
+"""Options of `parallelize` as one checked value."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, get_args
+
+from torch import Tensor
+
+from meshwright.parallel.errors import WrapError, nearest
+from meshwright.parallel.loss import LossContract, LossKind
+from meshwright.parallel.mesh import Mesh
+
+__all__ = ["DataEngineKind", "OptionKeywords", "Options"]
+
+DataEngineKind = Literal["torch", "deepspeed"]
+
+
+class OptionKeywords(TypedDict, total=False):
+    """Keyword arguments of `parallelize`, `verify` and the `parallel:` block of a job; see `Options`."""
+
+    loss: LossKind
+    loss_items: str | Callable[[Any], Tensor | float] | None
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    num_microbatches: int
+    zero_stage: int
+    data_engine: DataEngineKind
+    offload: Literal["none", "cpu"]
+    seed: int
+    bucket_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is split and stepped.
+
+    Args:
+        loss: what the model's loss is: "token_mean", "sample_mean" or "sum".
+        loss_items: where its number of items comes from, if not from the loss call itself (see `LossContract`).
+        loss_fn: `(output, batch) -> loss` for models that return none.
+        num_microbatches: parts that a rank's share of a batch is cut into.
+        zero_stage: what `fsdp` shards: 1 optimizer states, 2 and gradients, 3 and parameters (DeepSpeed also takes 0).
+        data_engine: "torch" or "deepspeed".
+        offload: "cpu" keeps sharded states in host memory between uses.
+        seed: first part of every random key (dropout).
+        bucket_bytes: size of one gradient all-reduce along `dp`.
+
+    Raises:
+        WrapError: for values that do not exist.
+    """
+
+    loss: LossKind = "token_mean"
+    loss_items: str | Callable[[Any], Tensor | float] | None = None
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    num_microbatches: int = 1
+    zero_stage: int = 3
+    data_engine: DataEngineKind = "torch"
+    offload: Literal["none", "cpu"] = "none"
+    seed: int = 0
+    bucket_bytes: int = 25 << 20
+
+    def __post_init__(self) -> None:
+        for name, choices in (("data_engine", get_args(DataEngineKind)), ("offload", ("none", "cpu"))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise WrapError(f"{name}={value!r} does not exist; {nearest(str(value), choices)}")
+        if self.num_microbatches < 1 or self.bucket_bytes < 1:
+            raise WrapError(
+                f"num_microbatches={self.num_microbatches} and bucket_bytes={self.bucket_bytes} must be at least 1"
+            )
+        stages = (0, 1, 2, 3) if self.data_engine == "deepspeed" else (1, 2, 3)
+        if self.zero_stage not in stages:
+            raise WrapError(
+                f"zero_stage={self.zero_stage} does not exist for data_engine={self.data_engine!r}; "
+                f"choose from: {', '.join(map(str, stages))} (stage 0 of torch is the axis dp)"
+            )
+
+    @classmethod
+    def of(cls, **keywords: Any) -> "Options":
+        """Builds options from keywords, naming the nearest one for an unknown name.
+
+        >>> Options.of(zero_stage=2).zero_stage
+        2
+        """
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise WrapError(f"parallelize has no option {name!r}; {nearest(name, known)}")
+        return cls(**keywords)
+
+    @property
+    def contract(self) -> LossContract:
+        """The loss contract these options state."""
+        return LossContract(self.loss, self.loss_items, self.loss_fn)
+
+    def check(self, mesh: Mesh) -> None:
+        """Refuses meshes that cannot be had, before any rank starts.
+
+        Raises:
+            WrapError: naming the axis and the nearest legal layout.
+        """
+        for axis in ("pp", "cp", "tp", "ep"):
+            if mesh.degree(axis) > 1:
+                legal = {**mesh.degrees(), axis: 1, "dp": mesh.dp * mesh.degree(axis)}
+                raise WrapError(
+                    f"mesh axis {axis}={mesh.degree(axis)} cannot be wrapped by this version; "
+                    f"nearest legal layout: {Mesh.of(legal)}"
+                )
+        if self.data_engine == "deepspeed" and mesh.fsdp > 1 and mesh.dp > 1:
+            raise WrapError(
+                f"data_engine='deepspeed' shards over all data ranks, so it takes dp or fsdp, not {mesh}; "
+                f"nearest legal layout: fsdp={mesh.data_degree}"
+            )
+        if self.offload == "cpu" and self.data_engine == "torch" and mesh.fsdp == 1:
+            raise WrapError(
+                "offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'"
+            )

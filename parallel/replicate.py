@@ -1,0 +1,177 @@
+"""The axis `dp`: every rank holds whole parameters; gradients are summed in buckets while backward still runs.
+
+Buckets are cut once, from the order of the parameters, and launched in that order on every rank. Torch's DDP cuts
+them anew after its first step, which changes the order of additions and so the bits of a run that is resumed;
+here step n of a resumed run adds in the same order as step n of an undisturbed one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.collectives import Groups, Pending
+from meshwright.parallel.errors import WrapError
+
+__all__ = ["Replicate", "cut_buckets"]
+
+
+@dataclass
+class _Bucket:
+    names: list[str]
+    flat: Tensor
+    views: dict[str, Tensor]
+    ready: set[str] = field(default_factory=set)
+    pending: Pending | None = None
+
+
+def cut_buckets(sizes_bytes: list[int], first_bytes: int, bucket_bytes: int) -> list[list[int]]:
+    """Groups indices in order until a bucket is full; the first bucket is small so that sending starts early.
+
+    >>> cut_buckets([4, 4, 8, 100, 2], first_bytes=4, bucket_bytes=12)
+    [[0], [1, 2], [3], [4]]
+    """
+    buckets: list[list[int]] = []
+    filled, limit = 0, 0
+    for index, size in enumerate(sizes_bytes):
+        if not buckets or filled + size > limit:
+            limit = first_bytes if not buckets else bucket_bytes
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(index)
+        filled += size
+    return buckets
+
+
+class Replicate:
+    """Data engine for whole parameters on every rank.
+
+    Args:
+        module: the model, the same on every rank.
+        groups: process groups; gradients are summed along `dp`.
+        bucket_bytes: size of one all-reduce.
+    """
+
+    def __init__(self, module: nn.Module, groups: Groups, *, bucket_bytes: int) -> None:
+        self.module = module
+        self.norm_axes: tuple[str, ...] = ()
+        self._groups = groups
+        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self._last = True
+        self._buckets: list[_Bucket] = []
+        self._home: dict[str, _Bucket] = {}
+        self._next = 0
+        if groups.group("dp") is not None:
+            self._fill_buckets(bucket_bytes)
+
+    def begin(self) -> None:
+        """Forgets the gradients of the step before."""
+        for parameter in self._trained.values():
+            parameter.grad = None
+        for bucket in self._buckets:
+            bucket.ready.clear()
+        self._next = 0
+
+    def prepare(self, last: bool) -> None:
+        """Says whether the next micro-batch is the last of its step."""
+        self._last = last
+
+    def backward(self, loss: Tensor, items: Tensor) -> None:
+        """Adds `items` times the gradient of `loss`; full buckets leave during the last micro-batch."""
+        loss.backward(gradient=items)
+
+    def used(self) -> list[bool]:
+        """For each trained parameter, whether this rank computed a gradient for it in this step."""
+        return [parameter.grad is not None for parameter in self._trained.values()]
+
+    def launch(self) -> None:
+        """Sends the buckets that backward did not fill; their missing gradients count as zero."""
+        for bucket in self._buckets:
+            for name in bucket.names:
+                if name not in bucket.ready:
+                    self._take(bucket, name, self._trained[name].grad)
+        self._send_ready()
+
+    def finish(self, scale: Tensor, used: list[bool]) -> None:
+        """Waits for the sums and multiplies them by `scale` (0-dim); parameters no rank used keep no gradient."""
+        for bucket in self._buckets:
+            assert bucket.pending is not None, bucket.names
+            bucket.pending.wait()
+            bucket.flat.mul_(scale)
+        for (name, parameter), has_gradient in zip(self._trained.items(), used, strict=True):
+            if name in self._home:
+                parameter.grad = self._home[name].views[name] if has_gradient else None
+        if not self._buckets:
+            held = [each.grad for each in self._trained.values() if each.grad is not None]
+            if held:
+                torch._foreach_mul_(held, scale)
+
+    def release(self) -> None:
+        """Nothing to free: parameters are always whole."""
+
+    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
+        """Trained parameters and gradients as this rank holds them: whole."""
+        return {name: (each, each.grad) for name, each in self._trained.items()}
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The full tensor behind a parameter, gradient or state of this engine."""
+        return tensor
+
+    def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
+        """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
+        del name
+        return tensor
+
+    def _fill_buckets(self, bucket_bytes: int) -> None:
+        names = list(reversed(self._trained))  # backward reaches the last layers first
+        for dtype in dict.fromkeys(self._trained[name].dtype for name in names):
+            same = [name for name in names if self._trained[name].dtype == dtype]
+            sizes = [self._trained[name].numel() * dtype.itemsize for name in same]
+            for indices in cut_buckets(sizes, min(bucket_bytes, 1 << 20), bucket_bytes):
+                self._buckets.append(self._make_bucket([same[index] for index in indices]))
+        for bucket in self._buckets:
+            for name in bucket.names:
+                self._home[name] = bucket
+                self._trained[name].register_post_accumulate_grad_hook(self._hook(bucket, name))
+
+    def _make_bucket(self, names: list[str]) -> _Bucket:
+        parameters = [self._trained[name] for name in names]
+        flat = torch.zeros(
+            sum(each.numel() for each in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        parts = flat.split([each.numel() for each in parameters])
+        views = {name: part.view_as(each) for name, part, each in zip(names, parts, parameters, strict=True)}
+        return _Bucket(names, flat, views)
+
+    def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
+        def on_gradient(parameter: Tensor) -> None:
+            if not self._last:
+                return
+            if name in bucket.ready:
+                raise WrapError(
+                    f"parameter {name} received a second gradient in one backward pass, after its bucket was filled; "
+                    "use torch.utils.checkpoint with use_reentrant=False"
+                )
+            self._take(bucket, name, parameter.grad)
+            self._send_ready()
+
+        return on_gradient
+
+    def _take(self, bucket: _Bucket, name: str, gradient: Tensor | None) -> None:
+        view = bucket.views[name]
+        if gradient is None:
+            view.zero_()
+        else:
+            view.copy_(gradient)
+            self._trained[name].grad = view
+        bucket.ready.add(name)
+
+    def _send_ready(self) -> None:
+        """Launches full buckets strictly in order, so that every rank calls the same collectives."""
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if len(bucket.ready) < len(bucket.names):
+                return
+            bucket.pending = self._groups.all_reduce(bucket.flat, "dp")
+            self._next += 1

@@ -1,0 +1,167 @@
+"""The wrap report: per axis what was done, what was not, why, and which collectives one step will cost."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from meshwright.parallel.blocks import own_blocks
+from meshwright.parallel.ledger import Call, LedgerSummary
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.options import Options
+from meshwright.parallel.replicate import cut_buckets
+
+__all__ = ["WrapReport", "describe", "predicted_calls"]
+
+
+@dataclass(frozen=True)
+class WrapReport:
+    """What `parallelize` did to a model; prints as text, compares by value.
+
+    Attributes:
+        mesh: the mesh, printed.
+        axes: (axis, what was done along it).
+        notes: what a user may not expect: ties, replicated parts, frozen parameters.
+        num_parameters: of the whole model.
+        parameters_per_rank: largest number of elements a rank keeps between steps (padding included).
+        collectives: predicted calls of one step, equal to what the ledger counts.
+    """
+
+    mesh: str
+    axes: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    num_parameters: int
+    parameters_per_rank: int
+    collectives: LedgerSummary | None
+
+    def as_dict(self) -> dict[str, object]:
+        """A JSON-able copy."""
+        return {
+            "mesh": self.mesh,
+            "axes": dict(self.axes),
+            "notes": list(self.notes),
+            "num_parameters": self.num_parameters,
+            "parameters_per_rank": self.parameters_per_rank,
+            "collectives_per_step": None if self.collectives is None else self.collectives.as_dict(),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"mesh {self.mesh}: {self.num_parameters:,} parameters, {self.parameters_per_rank:,} kept by one rank",
+            *(f"  {axis:<5} {done}" for axis, done in self.axes),
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        if self.collectives is not None:
+            lines += [
+                "collectives of one step (predicted):",
+                *(f"  {row}" for row in str(self.collectives).splitlines()),
+            ]
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module, mesh: Mesh, options: Options) -> WrapReport:
+    """Says what wrapping `model` on `mesh` will do, before it is done."""
+    whole = sum(each.numel() for each in model.parameters())
+    kept = sum(_padded(each.shape, mesh.fsdp) // mesh.fsdp for each in model.parameters())
+    known = options.data_engine == "torch"
+    return WrapReport(
+        mesh=str(mesh),
+        axes=tuple(_axes(model, mesh, options)),
+        notes=tuple(_notes(model)),
+        num_parameters=whole,
+        parameters_per_rank=kept,
+        collectives=LedgerSummary.of(predicted_calls(model, mesh, options)) if known else None,
+    )
+
+
+def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
+    """The collectives of one step by formula (see `shard` and `replicate`), in no particular order."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    calls: list[Call] = []
+    if mesh.data_degree > 1:
+        axis = "+".join(axis for axis in ("dp", "fsdp") if mesh.degree(axis) > 1)
+        calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * (2 + len(trained))))  # loss, items, use
+    if mesh.fsdp > 1:
+        return calls + _shard_calls(model, mesh, options)
+    if mesh.dp > 1:
+        calls += _replicate_calls(trained, mesh, options)
+    return calls
+
+
+def _replicate_calls(trained: list[nn.Parameter], mesh: Mesh, options: Options) -> list[Call]:
+    calls: list[Call] = []
+    backwards = list(reversed(trained))
+    for dtype in dict.fromkeys(each.dtype for each in backwards):
+        sizes = [each.numel() * dtype.itemsize for each in backwards if each.dtype == dtype]
+        for bucket in cut_buckets(sizes, min(options.bucket_bytes, 1 << 20), options.bucket_bytes):
+            calls.append(Call("dp", "all_reduce", mesh.dp, sum(sizes[index] for index in bucket)))
+    return calls
+
+
+def _shard_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
+    blocks = [list(block.parameters()) for block in own_blocks(model).values()]
+    claimed = {id(each) for block in blocks for each in block}
+    root = [each for each in model.parameters() if id(each) not in claimed]
+    calls: list[Call] = []
+    for position, unit in enumerate([*blocks, root]):
+        held = position >= len(blocks) - 1  # the last block and the root stay whole until backward
+        num_gathers = options.num_microbatches * (1 if held else 2) if options.zero_stage == 3 else 1
+        num_reductions = 1 if options.zero_stage == 1 else options.num_microbatches
+        gathered = _unit_bytes(unit, mesh.fsdp)
+        reduced = _unit_bytes([each for each in unit if each.requires_grad], mesh.fsdp)
+        calls += [Call("fsdp", "all_gather", mesh.fsdp, gathered)] * (num_gathers if gathered else 0)
+        calls += [Call("fsdp", "reduce_scatter", mesh.fsdp, reduced)] * (num_reductions if reduced else 0)
+        if mesh.dp > 1 and reduced:
+            calls.append(Call("dp", "all_reduce", mesh.dp, reduced // mesh.fsdp))
+    return calls
+
+
+def _unit_bytes(parameters: Iterable[nn.Parameter], degree: int) -> int:
+    return sum(_padded(each.shape, degree) * each.element_size() for each in parameters)
+
+
+def _padded(shape: tuple[int, ...], degree: int) -> int:
+    """Elements of a parameter once its dim 0 is rounded up to a multiple of `degree`."""
+    if degree == 1:
+        return prod(shape)
+    first, rest = (shape[0], prod(shape[1:])) if shape else (1, 1)
+    return -(-first // degree) * degree * rest
+
+
+def _axes(model: nn.Module, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
+    if options.data_engine == "deepspeed":
+        yield (
+            "data",
+            f"DeepSpeed ZeRO stage {options.zero_stage} over {mesh.data_degree} ranks, offload {options.offload}",
+        )
+        return
+    if mesh.dp > 1:
+        yield (
+            "dp",
+            f"{mesh.dp} replicas, gradients summed in buckets of {options.bucket_bytes:,} bytes during backward",
+        )
+    if mesh.fsdp > 1:
+        blocks = own_blocks(model)
+        sharded = {
+            1: "optimizer states",
+            2: "optimizer states and gradients",
+            3: "parameters, gradients, optimizer states",
+        }
+        yield (
+            "fsdp",
+            f"ZeRO {options.zero_stage}: {sharded[options.zero_stage]} sharded over {mesh.fsdp} ranks, "
+            f"{len(blocks) + 1} units ({len(blocks)} blocks and the rest)",
+        )
+
+
+def _notes(model: nn.Module) -> Iterable[str]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        if len(names) > 1:
+            yield f"tied, kept as one parameter: {', '.join(names)}"
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        yield f"frozen, no gradient: {len(frozen)} parameters, first {frozen[0]}"

@@ -1,0 +1,164 @@
+"""The axis `fsdp`: parameters, gradients and optimizer states in shards (ZeRO, arXiv 1910.02054), on torch's FSDP2.
+
+  stage   parameters between uses   gradients between micro-batches   gathers per step   reductions per step
+  1       whole for the step        whole, reduced once               U                  U
+  2       whole for the step        sharded                           U                  M U
+  3       sharded                   sharded                           M (2U - 2)         M U
+
+for U units (blocks, then the rest of the model as the root) and M micro-batches. The root and the last block
+are kept whole between forward and backward, since backward asks for them at once.
+With `dp` above one the shards are replicated along it (HSDP).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from meshwright.parallel.blocks import own_blocks
+from meshwright.parallel.collectives import Groups
+
+__all__ = ["Shard"]
+
+
+class Shard:
+    """Data engine for sharded states.
+
+    Args:
+        module: the model, whole on every rank; it is sharded in place.
+        groups: process groups of `dp` and `fsdp`.
+        zero_stage: 1, 2 or 3.
+        offload: keep shards in host memory between uses.
+    """
+
+    def __init__(self, module: nn.Module, groups: Groups, *, zero_stage: int, offload: bool = False) -> None:
+        self.module = module
+        self.norm_axes: tuple[str, ...] = ("fsdp",)
+        self.zero_stage = zero_stage
+        self._used: set[str] = set()
+        axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
+        policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        self._units = _shard_units(
+            module, partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy), zero_stage
+        )
+        self._root = cast(FSDPModule, module)
+        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self._watch = [unit.register_forward_pre_hook(self._watch_gradients) for unit in self._units]
+
+    @property
+    def units(self) -> int:
+        """How many groups of parameters are gathered and reduced together."""
+        return len(self._units)
+
+    def begin(self) -> None:
+        """Forgets the gradients of the step before."""
+        self._used.clear()
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+    def prepare(self, last: bool) -> None:
+        """Says whether the next micro-batch is the last of its step, and so what is reduced and kept after it."""
+        keep = self.zero_stage < 3 and not last
+        self._root.set_requires_gradient_sync(last or self.zero_stage > 1)
+        self._root.set_requires_all_reduce(last)
+        self._root.set_reshard_after_backward(not keep)
+        self._root.set_is_last_backward(last)
+
+    def backward(self, loss: Tensor, items: Tensor) -> None:
+        """Adds `items` times the gradient of `loss`; FSDP2 reduces each unit as its backward ends."""
+        loss.backward(gradient=items)
+
+    def used(self) -> list[bool]:
+        """For each trained parameter, whether this rank computed a gradient for it in this step."""
+        return [name in self._used for name in self._trained]
+
+    def launch(self) -> None:
+        """Nothing is left to launch: FSDP2 reduced during backward."""
+
+    def finish(self, scale: Tensor, used: list[bool]) -> None:
+        """Multiplies the summed gradients by `scale` (0-dim); parameters no rank used keep no gradient."""
+        for parameter, has_gradient in zip(self._trained.values(), used, strict=True):
+            if not has_gradient:
+                parameter.grad = None
+        held = [gradient for _, gradient in self.local().values() if gradient is not None]
+        if held:
+            torch._foreach_mul_(held, scale.to(held[0].device))
+
+    def release(self) -> None:
+        """Frees whole parameters that a forward pass without backward left behind."""
+        for unit in self._units:
+            cast(FSDPModule, unit).reshard()
+
+    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
+        """Trained parameters and the local shard of their gradients."""
+        found: dict[str, tuple[nn.Parameter, Tensor | None]] = {}
+        for name, parameter in self._trained.items():
+            gradient = parameter.grad
+            found[name] = (parameter, _local(gradient) if gradient is not None else None)
+        return found
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The full tensor behind a parameter, gradient or state of this engine; every rank must ask."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
+        """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
+        like = self._trained[name]
+        if not isinstance(like, DTensor) or tensor.shape != like.to_local().shape:
+            return tensor
+        return DTensor.from_local(
+            tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    def _watch_gradients(self, unit: nn.Module, args: Any) -> None:
+        """Runs at a unit's first forward, when its whole parameters exist: notes which ones receive gradients."""
+        del args
+        for name in self._units[unit]:
+            module_name, _, leaf = name.rpartition(".")
+            parameter = getattr(self.module.get_submodule(module_name), leaf)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._noting(name))
+        self._watch[list(self._units).index(unit)].remove()
+
+    def _noting(self, name: str) -> Callable[[Tensor], None]:
+        def on_gradient(parameter: Tensor) -> None:
+            del parameter
+            self._used.add(name)
+
+        return on_gradient
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_units(module: nn.Module, shard: Callable[..., Any], zero_stage: int) -> dict[nn.Module, Sequence[str]]:
+    """Shards blocks, then the rest; returns the parameter names of each unit, the root last."""
+    blocks = own_blocks(module)
+    units: dict[nn.Module, Sequence[str]] = {}
+    claimed: set[str] = set()
+    names = [name for name, _ in module.named_parameters()]
+    for position, (path, block) in enumerate(blocks.items()):
+        units[block] = [name for name in names if name.startswith(path + ".")]
+        claimed.update(units[block])
+        shard(block, reshard_after_forward=zero_stage == 3 and position < len(blocks) - 1)
+    units[module] = [name for name in names if name not in claimed]
+    shard(module, reshard_after_forward=False)
+    _sum_gradients(cast(FSDPModule, module))
+    return units
+
+
+def _sum_gradients(root: FSDPModule) -> None:
+    """Makes FSDP2 add gradients (the engine divides once, by items) and send zeros for unused parameters."""
+    for unit in cast(nn.Module, root).modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    if hasattr(
+        root, "set_reduce_scatter_unused_params"
+    ):  # torch 2.13; older ones need the same parameters on all ranks
+        root.set_reduce_scatter_unused_params(True)

@@ -1,0 +1,147 @@
+"""`parallelize`: an existing model, a mesh, and passes in reading order.
+
+The model is not rewritten: its own forward runs, and what stands around it decides where states live and how gradients
+are summed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meshwright.parallel.agreement import check_agreement
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.data import DataEngine, build_data_engine
+from meshwright.parallel.engine import Engine, StepStats
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.ledger import Ledger, LedgerSummary
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.optimizer import BuildOptimizer, OwnedOptimizer
+from meshwright.parallel.options import OptionKeywords, Options
+from meshwright.parallel.report import WrapReport, describe
+
+__all__ = ["ParallelModel", "parallelize"]
+
+
+def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords]) -> "ParallelModel":
+    """Splits a model over a mesh; call it on every rank, after the process group has started.
+
+    Args:
+        model: any `nn.Module`, with equal weights on all ranks; it is changed in place.
+        mesh: degrees of the axes; their product is the number of running ranks.
+        options: see `Options`.
+
+    Raises:
+        WrapError: for options or axes that cannot be had.
+        MeshError: when the number of ranks is not the mesh's.
+    """
+    chosen = Options.of(**options)
+    chosen.check(mesh)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    groups = Groups(mesh, device.type)
+    check_agreement(model, groups)
+    report = describe(model, mesh, chosen)
+    data = build_data_engine(model, groups, chosen)
+    return ParallelModel(data, groups, chosen, report)
+
+
+class ParallelModel:
+    """A model on a mesh: `step` leaves the plain run's gradients in its parameters."""
+
+    def __init__(self, data: DataEngine, groups: Groups, options: Options, report: WrapReport) -> None:
+        self.mesh = groups.mesh
+        self.rank = groups.rank
+        self.report = report
+        self.last_step: StepStats | None = None
+        self._engine = Engine(data, groups, options)
+        self._owned: OwnedOptimizer | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module itself (`train()`, `eval()`, generation)."""
+        return self._engine.data.module
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this rank reads."""
+        return self.mesh.data_rank(self.rank)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters as the optimizer of a user takes them."""
+        return self.module.parameters()
+
+    def step(self, batch: Any) -> Tensor:
+        """Runs forward and backward over the micro-batches of `batch` and returns the global loss (0-dim).
+
+        Args:
+            batch: this data rank's share: a mapping (keywords of forward), a tuple, or a tensor; dim 0 counts samples.
+        """
+        self.last_step = self._engine.step(batch)
+        return self.last_step.loss
+
+    def ledger_step(self, batch: Any) -> tuple[Tensor, LedgerSummary]:
+        """The same as `step`, and the exact collectives it ran."""
+        with Ledger(self.mesh, self.rank) as ledger:
+            loss = self.step(batch)
+        return loss, ledger.summary()
+
+    def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Sum of losses and number of items over all data ranks (0-dim, float64), without gradients."""
+        return self._engine.evaluate(batch)
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Clips gradients in place to a global L2 norm; returns the norm before. None only measures."""
+        return self._engine.clip_gradients(max_norm)
+
+    def make_optimizer(
+        self, build: BuildOptimizer, group_of: Callable[[str, Tensor], dict[str, Any]] | None = None
+    ) -> Optimizer:
+        """Builds the user's optimizer on the tensors this rank owns.
+
+        Args:
+            build: `lambda params: torch.optim.AdamW(params, lr=...)`; params are tensors, or dicts of groups.
+            group_of: sorts parameters into groups: (name, parameter) -> settings such as {"weight_decay": 0.0}.
+
+        Raises:
+            WrapError: when an optimizer was made before.
+        """
+        if self._owned is not None:
+            raise WrapError("this model has an optimizer already; keep the one that make_optimizer returned")
+        self._owned = OwnedOptimizer(self._engine.data, build, group_of)
+        return self._owned.optimizer
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole trained parameters by name; every rank must ask."""
+        data = self._engine.data
+        return {name: data.whole(each.detach()) for name, (each, _) in data.local().items()}
+
+    def full_gradients(self) -> dict[str, Tensor | None]:
+        """Whole gradients by name, None where no rank computed one; every rank must ask."""
+        data = self._engine.data
+        return {name: None if each.grad is None else data.whole(each.grad) for name, (each, _) in data.local().items()}
+
+    def state_dict(self, *, loading: bool = False) -> dict[str, Any]:
+        """Model, optimizer and step count under names that no layout changes, for `torch.distributed.checkpoint`.
+
+        Args:
+            loading: create optimizer states that do not exist yet, as places for a checkpoint to be read into.
+        """
+        if loading and self._owned is not None:
+            self._owned.make_states()
+        states = {} if self._owned is None else self._owned.states()
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": states,
+            "engine": {"num_steps": torch.tensor(self._engine.num_steps)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave, after a checkpoint was read into it."""
+        self._engine.data.release()
+        self.module.load_state_dict(state["model"])
+        if self._owned is not None:
+            self._owned.make_states()
+            self._owned.load(state["optimizer"])
+        self._engine.num_steps = int(state["engine"]["num_steps"])
