@@ -1,0 +1,1 @@
+"""The built-in training program: one language model, one mesh, one loop; run on every rank."""
