@@ -15,7 +15,7 @@ _ROW = 1024  # elements hashed together: the order of rows counts, the order ins
 
 
 def fingerprint(name: str, tensor: Tensor) -> int:
-    """A 62-bit number that depends on name, shape, dtype and every bit of a tensor (not their order among 1024 neighbours).
+    """A 62-bit number of name, shape, dtype and every bit of a tensor (not of their order among 1024 neighbours).
 
     >>> fingerprint("w", torch.tensor([1.0, 2.0])) == fingerprint("w", torch.tensor([1.0, 2.5]))
     False

@@ -1,7 +1,8 @@
 """The repeated blocks of a model, found by structure.
 
 A block list is a `ModuleList` or `Sequential` that holds at least two modules of one type, the outermost
-where they nest. Its items are the units that are gathered, recomputed or moved together; what stands around them is glue.
+where they nest. Its items are the units that are gathered, recomputed or moved together; what stands around
+them is glue.
 """
 
 from collections.abc import Iterator

@@ -24,11 +24,11 @@ __all__ = ["Engine", "StepStats"]
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step found out: `loss` (0-dim, global), `items` (0-dim, global), micro-batches per rank."""
+    """What one step found out: `loss` and `items` (0-dim, global), `microbatch_losses` of this rank ([micro-batch])."""
 
     loss: Tensor
     items: Tensor
-    num_microbatches: int
+    microbatch_losses: Tensor
 
 
 class Engine:
@@ -58,16 +58,18 @@ class Engine:
         self.data.begin()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         items_sum = torch.zeros_like(loss_sum)
+        losses: list[Tensor] = []
         for index, part in enumerate(parts):
             self.data.prepare(last=index == len(parts) - 1)
             loss, items = self._forward(part, index)
             self.data.backward(loss, items.to(loss.dtype))
             loss_sum += _weighted(loss, items)
             items_sum += items
+            losses.append(loss.detach().double())
         total, used = self._total(loss_sum, items_sum)
         self.data.finish(total[1].reciprocal(), used)
         self.num_steps += 1
-        return StepStats(total[0] / total[1], total[1], len(parts))
+        return StepStats(total[0] / total[1], total[1], torch.stack(losses))
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
@@ -88,6 +90,10 @@ class Engine:
         if max_norm is not None and gradients:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def over_data_ranks(self, values: Tensor) -> list[list[float]]:
+        """The same 1-dim tensor of every data rank, in order."""
+        return [part.tolist() for part in self._groups.all_gather(values, *DATA_AXES)]
 
     def _forward(self, part: Any, index: int) -> tuple[Tensor, Tensor]:
         moved = to_device(part, self._device)

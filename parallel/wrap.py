@@ -122,6 +122,11 @@ class ParallelModel:
         data = self._engine.data
         return {name: None if each.grad is None else data.whole(each.grad) for name, (each, _) in data.local().items()}
 
+    def microbatch_losses(self) -> list[list[float]]:
+        """Loss of every micro-batch of the last step, by data rank; every rank must ask."""
+        assert self.last_step is not None, "no step was run"
+        return self._engine.over_data_ranks(self.last_step.microbatch_losses)
+
     def state_dict(self, *, loading: bool = False) -> dict[str, Any]:
         """Model, optimizer and step count under names that no layout changes, for `torch.distributed.checkpoint`.
 

@@ -1,0 +1,244 @@
+"""Real ranks on this machine, kept warm between calls.
+
+A pool starts fresh interpreters (forking a process that runs torch hangs, spawning one needs a guarded main script),
+sends them functions by cloudpickle and gives each call its own gloo process group over a file. A rank that fails ends
+the call: the first failure is raised, the pool's processes are ended and started anew at the next call.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cloudpickle
+
+from meshwright.parallel.errors import MeshwrightError, RankError
+from meshwright.parallel.mesh import Mesh
+
+__all__ = ["RankPool", "default_pool", "run_ranks", "serve"]
+
+_POLL_S = 0.5
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def run_ranks(function: Callable[..., Any], mesh: Mesh, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    """Calls `function(*args)` on every rank of a mesh, each a process of this machine, and returns their results.
+
+    Inside, the process group is running (gloo) and `meshwright.parallel.collectives.world()` tells the rank.
+
+    Args:
+        function: anything cloudpickle takes; functions of scripts and tests travel by value.
+        mesh: its `world_size` is the number of ranks.
+        args: sent to every rank.
+        timeout_s: after it the ranks still running are named, with what they were doing.
+
+    Raises:
+        RankError: when a rank fails or hangs; errors of this library are raised as they are.
+    """
+    return default_pool().run(function, mesh.world_size, args, timeout_s=timeout_s)
+
+
+@dataclass
+class _Rank:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    stderr: Path
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str
+    cause: MeshwrightError | None = None
+
+    @property
+    def lost_peer(self) -> bool:
+        """Whether this rank only noticed that another one was gone."""
+        return any(words in self.text for words in _LOST_PEER)
+
+    def throw(self) -> NoReturn:
+        failed = RankError(self.text)
+        if self.cause is not None:
+            raise self.cause from failed
+        raise failed
+
+
+@cache
+def default_pool() -> "RankPool":
+    """The pool that `run_ranks` and `verify` share; it ends with this process."""
+    pool = RankPool()
+    atexit.register(pool.close)
+    return pool
+
+
+class RankPool:
+    """Processes that wait for functions; as many as the largest call asked for."""
+
+    def __init__(self) -> None:
+        self._ranks: list[_Rank] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="meshwright-ranks-")
+        self._calls = 0
+
+    def run(self, function: Callable[..., Any], num_ranks: int, args: Sequence[Any], *, timeout_s: float) -> list[Any]:
+        """Calls a function on the first `num_ranks` processes; see `run_ranks`."""
+        self._calls += 1
+        store = Path(self._folder.name) / f"store-{self._calls}"
+        ranks = self._warm(num_ranks)
+        try:
+            payload = _dumps(function, tuple(args))
+            for rank, each in enumerate(ranks):
+                each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store))))
+                each.connection.send_bytes(payload)
+            return self._collect(ranks, time.monotonic() + timeout_s, timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            store.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for each in self._ranks:
+            each.connection.close()
+            each.process.kill()
+        for each in self._ranks:
+            each.process.wait()
+        self._ranks.clear()
+
+    def _warm(self, num_ranks: int) -> list[_Rank]:
+        if any(each.process.poll() is not None for each in self._ranks):
+            self.close()
+        while len(self._ranks) < num_ranks:
+            self._ranks.append(_start(Path(self._folder.name) / f"stderr-{self._calls}-{len(self._ranks)}"))
+        return self._ranks[:num_ranks]
+
+    def _collect(self, ranks: list[_Rank], deadline_s: float, timeout_s: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: list[_Failure] = []
+        numbers = {id(each.connection): rank for rank, each in enumerate(ranks)}
+        while len(results) < len(ranks):
+            waiting = [each.connection for rank, each in enumerate(ranks) if rank not in results]
+            arrived = wait(waiting, timeout=_POLL_S)
+            for ready in arrived:
+                rank = numbers[id(ready)]
+                results[rank] = _receive(rank, ranks[rank])
+                failures += [results[rank]] if isinstance(results[rank], _Failure) else []
+            if failures and (not arrived or any(not each.lost_peer for each in failures)):
+                min(failures, key=lambda each: each.lost_peer).throw()
+            if len(results) < len(ranks) and time.monotonic() > deadline_s:
+                raise RankError(_hang_text(set(range(len(ranks))) - set(results), ranks, timeout_s))
+        if failures:
+            failures[0].throw()
+        return [results[rank] for rank in range(len(ranks))]
+
+
+def _receive(rank: int, each: _Rank) -> Any:
+    try:
+        good, value = cloudpickle.loads(each.connection.recv_bytes())
+    except (EOFError, ConnectionError):
+        return _Failure(f"rank {rank} died with exit code {each.process.wait()}\n{_tail(each.stderr)}")
+    if good:
+        return value
+    cause, text = value
+    return _Failure(f"rank {rank} failed\n{text}", cause)
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """The life of one process of a pool: receives functions on a socket until it closes."""
+    import faulthandler
+
+    faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    connection = Connection(descriptor)
+    while True:
+        try:
+            rank, num_ranks, store = cloudpickle.loads(connection.recv_bytes())
+            payload = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        connection.send_bytes(cloudpickle.dumps(_answer(payload, rank, num_ranks, store)))
+
+
+def _answer(payload: bytes, rank: int, num_ranks: int, store: str) -> tuple[bool, Any]:
+    from meshwright.parallel.collectives import World, start_ranks, stop_ranks
+
+    position = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+    os.environ.update({name: str(value) for name, value in position.items()})
+    try:
+        function, args, paths = cloudpickle.loads(payload)
+        sys.path[:] = paths
+        start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks))
+        try:
+            return True, function(*args)
+        finally:
+            with contextlib.suppress(RuntimeError):
+                stop_ranks()
+    except Exception as error:
+        cause = error if isinstance(error, MeshwrightError) else None
+        return False, (cause, traceback.format_exc())
+
+
+def _dumps(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """Pickles by value what the ranks could not import: modules of scripts and tests."""
+    modules = {getattr(each, "__module__", None) for each in (function, *args)}
+    foreign = [import_module(name) for name in modules if name and _travels_by_value(name)]
+    for module in foreign:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps((function, args, sys.path)))
+    finally:
+        for module in foreign:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _travels_by_value(module_name: str) -> bool:
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    installed = file is None or "site-packages" in file or file.startswith(sys.base_prefix)
+    return not installed and not module_name.startswith("meshwright.") and module_name != "__main__"
+
+
+def _start(stderr: Path) -> _Rank:
+    here, there = socket.socketpair()
+    code = f"from meshwright.parallel.ranks import serve; serve({there.fileno()}, {os.getpid()})"
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    with stderr.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            env=environment,
+        )
+    there.close()
+    return _Rank(process, Connection(here.detach()), stderr)
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)
+
+
+def _hang_text(stuck: set[int], ranks: list[_Rank], timeout_s: float) -> str:
+    for rank in stuck:
+        ranks[rank].process.send_signal(signal.SIGUSR1)  # each writes its Python stacks
+    time.sleep(_POLL_S)
+    doing = "\n".join(f"rank {rank} is in:\n{_tail(ranks[rank].stderr)}" for rank in stuck)
+    return f"ranks {sorted(stuck)} of {len(ranks)} did not finish within {timeout_s:g} s\n{doing}"
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""

@@ -1,0 +1,97 @@
+"""Parity as a command: one step of the wrapped and of the unwrapped model, compared name by name.
+
+Both run in float64 on CPU with the same weights, samples and random keys; casts to float32 inside the model are
+promoted on both sides. What the comparison means is said in `parity`, what the plain run is in `reference`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+
+from meshwright.parallel.agreement import fingerprint
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.optimizer import BuildOptimizer
+from meshwright.parallel.options import OptionKeywords, Options
+from meshwright.parallel.parity import Outcome, ParityReport, compare
+from meshwright.parallel.ranks import run_ranks
+from meshwright.parallel.reference import Trial, plain_outcome
+from meshwright.parallel.wrap import ParallelModel, parallelize
+
+__all__ = ["ParityReport", "Prepare", "verify"]
+
+Prepare = Callable[[ParallelModel], None]
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def verify(
+    build_model: Callable[[], nn.Module],
+    build_batch: Callable[[], Any],
+    mesh: Mesh,
+    *,
+    prepare: Prepare | None = None,
+    build_optimizer: BuildOptimizer | None = None,
+    **options: Unpack[OptionKeywords],
+) -> ParityReport:
+    """Runs one step on real ranks of this machine and compares it with the plain run.
+
+    It may be called from an ordinary script: the ranks are fresh processes that it starts itself.
+
+    Args:
+        build_model: makes the model on CPU, with the same weights at every call (seed it inside).
+        build_batch: makes the global batch; data ranks take their shares along dim 0.
+        mesh: the mesh to try; its ranks all run here.
+        prepare: called with the wrapped model on every rank before the step.
+        build_optimizer: parameters -> optimizer for the weights after the step; AdamW(lr=1e-3) if None.
+        options: as in `parallelize`.
+
+    Raises:
+        MeshwrightError: for what `parallelize` refuses.
+        RankError: when a rank fails.
+    """
+    chosen = Options.of(**options)
+    chosen.check(mesh)
+    dtype = torch.float32 if chosen.data_engine == "deepspeed" else torch.float64
+    trial = Trial(build_model, build_batch, build_optimizer or _adamw, mesh, chosen, dtype)
+    plain = run_ranks(plain_outcome, Mesh(), trial)[0]
+    ranks = run_ranks(_parallel_outcome, mesh, trial, prepare)
+    name = str(dtype).removeprefix("torch.")
+    report = compare(ranks[0][0], plain, mesh=str(mesh), dtype=name, tolerance=_TOLERANCE[dtype])
+    notes = [*_drift([marks for _, marks in ranks]), *report.notes]
+    if dtype is torch.float32:
+        notes.append("compared in float32: DeepSpeed refuses float64 parameters")
+    return replace(report, notes=tuple(notes))
+
+
+def _parallel_outcome(trial: Trial, prepare: Prepare | None) -> tuple[Outcome | None, dict[str, int]]:
+    """The step of the wrapped model on this rank: what it found (rank 0 only), and a mark of every next weight."""
+    keywords: Any = {name: getattr(trial.options, name) for name in OptionKeywords.__annotations__}
+    model = parallelize(trial.model(), trial.mesh, **keywords)
+    optimizer = model.make_optimizer(trial.build_optimizer)
+    if prepare is not None:
+        prepare(model)
+    with trial.precision():
+        loss = model.step(trial.samples_of(model.data_rank))
+    gradients = {name: None if each is None else each.clone() for name, each in model.full_gradients().items()}
+    norm = model.clip_gradients(None)
+    optimizer.step()
+    weights = {name: each.clone() for name, each in model.full_parameters().items()}
+    losses = model.microbatch_losses()
+    marks = {name: fingerprint(name, each) for name, each in weights.items()}
+    outcome = Outcome(float(loss), gradients, float(norm), weights, losses)
+    return (outcome if model.rank == 0 else None), marks
+
+
+def _drift(marks: list[dict[str, int]]) -> Iterable[str]:
+    """Names parameters that differ between ranks after the step, though they should be one."""
+    for rank, mine in enumerate(marks[1:], start=1):
+        odd = [name for name, mark in mine.items() if mark != marks[0][name]]
+        if odd:
+            yield f"rank {rank} holds other weights than rank 0 after the step: {odd[0]} and {len(odd) - 1} more"
+
+
+def _adamw(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
