@@ -1,0 +1,156 @@
+"""A job file to a `Job`: read the tree, apply overrides, look the cluster up, check.
+
+Every problem of a file is reported at once, in the order of the file.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.explain import Found, explain
+from meshwright.launch.spec.job import Job
+from meshwright.launch.yaml_nodes import Items, Mark, Node, Scalar, Table, follow, show
+from meshwright.parallel.errors import nearest
+
+if TYPE_CHECKING:
+    from meshwright.launch.yaml_text import Tree
+
+__all__ = ["CLUSTERS_FILE", "LoadedJob", "load_job"]
+
+CLUSTERS_FILE = "clusters.yaml"
+"""Looked for beside the job."""
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A checked job, and where each of its keys was written.
+
+    Args:
+        job: the value.
+        path: the file it was read from.
+        text: the file as written, without overrides.
+        keys: every dotted key the user wrote, overrides included.
+    """
+
+    job: Job
+    path: Path
+    text: str = field(repr=False)
+    keys: frozenset[str] = field(repr=False)
+    _root: Table = field(repr=False)
+
+    def where(self, key: str = "") -> str:
+        """Where a dotted key was written, "job.yaml:12:9"; for a key that was not, the nearest one above it."""
+        parts = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        node: Node = self._root
+        mark = node.mark
+        for part in parts:
+            below, below_mark, found = follow(node, (part,))
+            if not found:
+                break
+            node, mark = below, below_mark
+        return str(mark)
+
+
+def load_job(path: Path | str, overrides: Sequence[str] = (), clusters_file: Path | str | None = None) -> LoadedJob:
+    """Reads, checks and resolves a job file.
+
+    Args:
+        path: the YAML file.
+        overrides: "dotted.key=value", applied in order before the job is checked.
+        clusters_file: where named clusters are described; by default clusters.yaml beside the job.
+
+    Raises:
+        JobError: with every problem found, each with its position.
+    """
+    from meshwright.launch.overrides import apply_override
+
+    path = Path(path)
+    content = _read(path, "job file")
+    tree = _tree(content, str(path))
+    root: Node = tree.root
+    if not isinstance(root, Table):
+        raise _error([(root.mark, "", f"a job is a mapping of keys such as `name:`, got {show(root)}")], str(path))
+    for place, text in enumerate(overrides):
+        root = apply_override(root, text, place)
+    assert isinstance(root, Table), root
+    keys = frozenset(root.dotted_keys())
+    resolved, problems = _with_cluster(root, path, clusters_file)
+    job = _check(resolved, [*tree.problems, *problems], str(path))
+    return LoadedJob(job, path, content.decode("utf-8-sig"), keys, resolved)
+
+
+def _tree(content: bytes, source: str) -> "Tree":
+    from meshwright.launch.yaml_text import read_tree
+
+    return read_tree(content, source)
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        others = sorted(str(each) for each in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"; {nearest(str(path), others)}" if others else ""
+        message = f"this {what} does not exist{hint}"
+    except (OSError, ValueError) as error:
+        message = f"this {what} cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise JobError([Problem(f"{path}:1:1", "", message)])
+
+
+def _check(root: Table, problems: list[Found], source: str) -> Job:
+    try:
+        job = Job.model_validate(root.plain())
+    except ValidationError as error:
+        raise _error([*problems, *explain(error, root, Job)], source) from None
+    if problems:
+        raise _error(problems, source)
+    return job
+
+
+def _error(found: Iterable[Found], source: str) -> JobError:
+    """Sorts by position (the job file, other files, overrides) and keeps the first problem of each place and key."""
+    first: dict[tuple[Mark, str], str] = {}
+    for mark, key, message in found:
+        first.setdefault((mark, key), message)
+
+    def order(item: tuple[tuple[Mark, str], str]) -> tuple[bool, bool, str, int, int]:
+        mark = item[0][0]
+        return mark.line == 0, mark.source != source, mark.source if mark.line else "", mark.line, mark.column
+
+    return JobError([Problem(str(mark), key, text) for (mark, key), text in sorted(first.items(), key=order)])
+
+
+def _with_cluster(root: Table, path: Path, clusters_file: Path | str | None) -> tuple[Table, list[Found]]:
+    node = root.nodes.get("cluster")
+    if not isinstance(node, Scalar) or not isinstance(node.value, str):
+        return root, []
+    file = Path(clusters_file) if clusters_file else path.parent / CLUSTERS_FILE
+    known: dict[str, Node] = {}
+    problems: list[Found] = []
+    if clusters_file or file.exists():
+        known, problems = _clusters(file)
+    if node.value in known:
+        found: Node = known[node.value]
+    else:
+        found = Table({}, {}, node.mark)  # the local cluster with its defaults
+        if node.value != "local":
+            place = f"{file} describes" if known else f"there is no {file}, so there are"
+            message = f"{place} no cluster {node.value!r}; {nearest(node.value, [*known, 'local'])}"
+            problems.append((node.mark, "cluster", message))
+    return Table({**root.nodes, "cluster": found}, root.marks, root.mark), problems
+
+
+def _clusters(file: Path) -> tuple[dict[str, Node], list[Found]]:
+    tree = _tree(_read(file, "file of clusters"), str(file))
+    root = tree.root
+    if not isinstance(root, Table) or list(root.nodes) != ["clusters"]:
+        shown = f"the keys {', '.join(root.nodes)}" if isinstance(root, Table) else show(root)
+        return {}, [(root.mark, "", f"expected one key `clusters:` with a mapping of names, got {shown}")]
+    clusters = root.nodes["clusters"]
+    if isinstance(clusters, (Scalar, Items)):
+        return {}, [(clusters.mark, "clusters", f"expected a mapping of names, got {show(clusters)}")]
+    return dict(clusters.nodes), list(tree.problems)

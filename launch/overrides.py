@@ -1,0 +1,84 @@
+"""`--set a.b=c`: one key of the job's tree, replaced before the job is checked.
+
+The value is a YAML 1.2 scalar, or a collection in brackets: `--set parallel.dp=4`, `--set after=[tokenize]`.
+"""
+
+from dataclasses import replace
+
+from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.yaml_nodes import Items, Mark, Node, Scalar, Table
+from meshwright.launch.yaml_scalars import ScalarError, plain_value
+from meshwright.launch.yaml_text import read_tree
+
+__all__ = ["apply_override"]
+
+
+def apply_override(root: Node, text: str, place: int = 0) -> Node:
+    """The tree with one key replaced or added.
+
+    Args:
+        root: tree of the job; not changed.
+        text: "dotted.key=value"; parts of lists are numbers from 0.
+        place: position among the overrides, which orders their errors.
+
+    Raises:
+        JobError: when the text is no override, or its key leads through a value that has no keys.
+
+    >>> tree = read_tree("parallel: {dp: 2}", "job.yaml").root
+    >>> apply_override(tree, "parallel.dp=4").plain()
+    {'parallel': {'dp': 4}}
+    """
+    key, equals, value = text.partition("=")
+    mark = Mark(f"--set {text}".replace("\n", "\\n"), 0, place)
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise JobError([Problem(str(mark), "", "expected dotted.key=value, such as --set parallel.dp=4")])
+    return _put(root, parts, _read(value.strip(), mark), mark, "")
+
+
+def _read(text: str, mark: Mark) -> Node:
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            tree = read_tree(text, mark.source)
+        except JobError as error:
+            raise _bad(mark, "", error.problems[0].message) from None
+        if tree.problems:
+            raise _bad(mark, "", tree.problems[0][2])
+        return _at(tree.root, mark)
+    try:
+        return Scalar(plain_value(text), text, mark)
+    except ScalarError as error:
+        raise _bad(mark, "", f"{error}, got {text[:40]}") from None
+
+
+def _at(node: Node, mark: Mark) -> Node:
+    if isinstance(node, Scalar):
+        return replace(node, mark=mark)
+    if isinstance(node, Items):
+        return Items(tuple(_at(each, mark) for each in node.nodes), mark)
+    return Table({key: _at(each, mark) for key, each in node.nodes.items()}, dict.fromkeys(node.marks, mark), mark)
+
+
+def _bad(mark: Mark, key: str, message: str) -> JobError:
+    return JobError([Problem(str(mark), key, message)])
+
+
+def _put(node: Node, parts: list[str], value: Node, mark: Mark, above: str) -> Node:
+    if not parts:
+        return value
+    part, rest = parts[0], parts[1:]
+    here = f"{above}.{part}" if above else part
+    if isinstance(node, Items):
+        if not part.isdecimal() or int(part) >= len(node.nodes):
+            message = f"{above} is a list of {len(node.nodes)} items; write a number from 0, got {part!r}"
+            raise _bad(mark, above, message)
+        nodes = list(node.nodes)
+        nodes[int(part)] = _put(nodes[int(part)], rest, value, mark, here)
+        return Items(tuple(nodes), node.mark)
+    if isinstance(node, Scalar) and node.value is not None:
+        raise _bad(mark, above, f"{above} is {node.text[:40]!r}, which has no keys; set {above} itself")
+    table = node if isinstance(node, Table) else Table({}, {}, mark)
+    child = table.nodes.get(part, Table({}, {}, mark))
+    changed = _put(child, rest, value, mark, here)
+    marks = {**table.marks, part: mark if not rest or part not in table.marks else table.marks[part]}
+    return Table({**table.nodes, part: changed}, marks, table.mark)

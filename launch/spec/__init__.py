@@ -1,0 +1,37 @@
+"""What a job is: one frozen value, block by block, with every key described."""
+
+from meshwright.launch.spec.conduct import Backoff as Backoff
+from meshwright.launch.spec.conduct import Checkpoint as Checkpoint
+from meshwright.launch.spec.conduct import Failure as Failure
+from meshwright.launch.spec.conduct import Logs as Logs
+from meshwright.launch.spec.conduct import Secret as Secret
+from meshwright.launch.spec.conduct import Sweep as Sweep
+from meshwright.launch.spec.health import Health as Health
+from meshwright.launch.spec.job import Job as Job
+from meshwright.launch.spec.machines import LocalCluster as LocalCluster
+from meshwright.launch.spec.machines import NodeRange as NodeRange
+from meshwright.launch.spec.machines import Rendezvous as Rendezvous
+from meshwright.launch.spec.machines import Resources as Resources
+from meshwright.launch.spec.training import Data as Data
+from meshwright.launch.spec.training import Model as Model
+from meshwright.launch.spec.training import Parallel as Parallel
+from meshwright.launch.spec.training import Train as Train
+
+__all__ = [
+    "Backoff",
+    "Checkpoint",
+    "Data",
+    "Failure",
+    "Health",
+    "Job",
+    "LocalCluster",
+    "Logs",
+    "Model",
+    "NodeRange",
+    "Parallel",
+    "Rendezvous",
+    "Resources",
+    "Secret",
+    "Sweep",
+    "Train",
+]

@@ -1,0 +1,41 @@
+"""Checks of machines before and while a job runs."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from meshwright.launch.spec.block import Block, Duration, Listed, Size
+
+__all__ = ["AllReduceCheck", "Health", "Watch"]
+
+Check = Literal["ssh", "clock", "ports", "versions", "disk", "gpu", "nvlink", "allreduce"]
+
+
+class AllReduceCheck(Block):
+    """The all-reduce that a preflight times."""
+
+    min_busbw_gbps: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Least bus bandwidth that passes, in gigabytes per second."
+    )
+    size: Size = Field(1 << 30, description="Bytes that are reduced.")
+
+
+class Watch(Block):
+    """What is watched while the job runs."""
+
+    interval: Duration = Field(10.0, description="Time between two readings.")
+    max_temp_c: Annotated[float, Field(ge=0, le=200)] | None = Field(
+        None, description="GPU temperature that counts as a fault, in degrees Celsius."
+    )
+    xid: Literal["critical", "any", "ignore"] = Field("critical", description="Which NVIDIA Xid errors are faults.")
+
+
+class Health(Block):
+    """Checks of machines before and while the job runs."""
+
+    preflight: Listed[Check] = Field((), description="Checks before the ranks start.")
+    on_fail: Literal["abort", "exclude_node", "warn"] = Field("abort", description="What a failed check leads to.")
+    allreduce: AllReduceCheck = Field(
+        default_factory=AllReduceCheck, description="The timed all-reduce of the preflight."
+    )
+    watch: Watch | None = Field(None, description="Readings while the job runs; none unless given.")

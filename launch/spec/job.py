@@ -1,0 +1,83 @@
+"""The job: one frozen value made of blocks, and what follows from it (mesh, nodes, ranks)."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from meshwright.launch.spec.block import BY_KIND, Block, Line, Listed, Name, Variable, whole
+from meshwright.launch.spec.conduct import Conduct, Secret
+from meshwright.launch.spec.machines import NodeRange, Placement
+from meshwright.launch.spec.rules import broken_rules
+from meshwright.launch.spec.training import Training
+from meshwright.parallel.mesh import AXES, Mesh
+
+__all__ = ["Job", "Program"]
+
+Pattern = Line
+"""An exact name of a variable, or one with a trailing *."""
+
+
+class Program(Block):
+    """Keys of a job that say what runs."""
+
+    version: Annotated[Literal[1], BeforeValidator(whole)] = Field(1, description="Version of this format.")
+    name: Name = Field(description="Name of the job; its run directories lie under it.")
+    workdir: Line = Field(".", description="Working directory of every rank, relative to the job file.")
+    setup: str | None = Field(None, description="Shell script that runs once per node before the ranks.")
+    command: (
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[Listed[str], Field(min_length=1), Tag("<list>")],
+            BY_KIND,
+        ]
+        | None
+    ) = Field(
+        None,
+        description="What each rank runs, a list of words; may contain {name} and {run_id}. Text needs `shell: true`.",
+    )
+    shell: bool = Field(False, description="Run a command given as text through /bin/sh.")
+    env: dict[Variable, str] = Field(default_factory=dict, description="Environment variables of every rank.")
+    env_pass: Listed[Pattern] = Field(
+        (), description="Variables of the launcher's environment that ranks get: a name, or a start and *."
+    )
+    secrets: dict[Variable, Secret] = Field(
+        default_factory=dict,
+        description="Variables whose values are read where they are and never written down.",
+    )
+
+
+class Job(Conduct, Placement, Training, Program):
+    """A job: what to run or train, on which mesh, where, and how it behaves."""
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "Job":
+        problems = broken_rules(self)
+        if problems:
+            message = "; ".join(f"{key}: {text}" for key, text in problems)
+            raise PydanticCustomError("job_rules", "{message}", {"message": message, "problems": problems})
+        return self
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of `parallel:`."""
+        return Mesh(**{axis: getattr(self.parallel, axis) for axis in (*AXES, "ep")})
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes; of an elastic job the largest."""
+        if isinstance(self.nodes, NodeRange):
+            return self.nodes.max
+        return self.nodes or self.cluster.simulate_nodes
+
+    @property
+    def num_ranks(self) -> int | None:
+        """Number of ranks; None where only the machine can tell (nproc_per_node: auto, gpu, cpu)."""
+        if isinstance(self.nproc_per_node, str):
+            return None
+        if self.nproc_per_node is None:
+            return self.mesh.world_size
+        return self.num_nodes * self.nproc_per_node
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved job as JSON-able values; `Job.model_validate` is the inverse. Secrets stay references."""
+        return self.model_dump(mode="json", by_alias=True)

@@ -1,0 +1,103 @@
+"""Where a job runs: nodes, ranks per node, what each node needs, how ranks meet, which cluster."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from meshwright.launch.spec.block import BY_KIND, Block, Count, Duration, Line, Listed, Size
+
+__all__ = ["Cores", "LocalCluster", "NodeRange", "Placement", "Rendezvous", "Resources"]
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Nodes = Annotated[Annotated[Count, Tag("<integer>")] | Annotated["NodeRange", Tag("<mapping>")], BY_KIND]
+RanksPerNode = Annotated[
+    Annotated[Count, Tag("<integer>")] | Annotated[Literal["auto", "gpu", "cpu"], Tag("<text>")], BY_KIND
+]
+Binding = Annotated[
+    Annotated[Literal["none", "numa", "socket"], Tag("<text>")] | Annotated["Cores", Tag("<mapping>")],
+    BY_KIND,
+]
+PortChoice = Annotated[Annotated[Port, Tag("<integer>")] | Annotated[Literal["auto"], Tag("<text>")], BY_KIND]
+
+
+OTHER_CLUSTERS = ("ssh", "slurm", "mpi", "ray", "kubernetes")
+
+
+def _known_cluster(value: object) -> object:
+    if isinstance(value, dict) and value.get("type") in OTHER_CLUSTERS:
+        message = f"cluster type '{value['type']}' is not in this version of meshwright; it has: local"
+        raise PydanticCustomError("job_rules", message, {"problems": [("type", message)]})
+    return value
+
+
+class NodeRange(Block):
+    """An elastic number of nodes."""
+
+    min: Count = Field(description="Fewest nodes the job runs on.")
+    max: Count = Field(description="Most nodes the job uses.")
+
+
+class Cores(Block):
+    """Which cores each rank of a node runs on."""
+
+    cores: Listed[Line] = Field(description='Cores of each local rank, such as ["0-11", "12-23"].', min_length=1)
+
+
+class Resources(Block):
+    """What each node must have."""
+
+    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | None = Field(None, description="GPUs of a node.")
+    gpu_type: Line | None = Field(None, description="Kind of GPU, such as H100.")
+    cpus_per_rank: Count | None = Field(None, description="Cores of each rank.")
+    memory_per_node: Size | None = Field(None, description="Host memory of a node, such as 900GiB.")
+    exclusive: bool = Field(False, description="Share the nodes with no other job.")
+
+
+class Rendezvous(Block):
+    """How the ranks of a job find each other."""
+
+    backend: Literal["c10d", "static"] = Field("c10d", description="torchrun's rendezvous backend.")
+    interface: Line = Field("auto", description="Network interface of the store, or auto.")
+    port: PortChoice = Field("auto", description="Port of the store, or auto: a free one of `port_range`.")
+    port_range: Annotated[tuple[Port, Port], Field(strict=False)] = Field(
+        (29400, 29999), description="First and last port that auto may take."
+    )
+    join_timeout: Duration = Field(600.0, description="How long to wait for all nodes to join.")
+    bind: Literal["interface", "any"] = Field(
+        "interface",
+        description="Listen on that interface only, or on any (anyone who reaches the port can join).",
+    )
+
+
+class LocalCluster(Block):
+    """This machine, the embedded default."""
+
+    type: Literal["local"] = Field("local", description="Kind of cluster; this version has local.")
+    simulate_nodes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Pretended nodes that the ranks of this machine are split into."
+    )
+    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        None, description="GPUs each pretended node may use; 0 keeps ranks on CPU; by default all there are."
+    )
+
+
+class Placement(Block):
+    """Keys of a job that say where it runs."""
+
+    launcher: Literal["torchrun"] = Field("torchrun", description="What starts the ranks: torch's elastic agent.")
+    nodes: Nodes | None = Field(
+        None,
+        description="Number of nodes, or {min, max}; by default `cluster.simulate_nodes` (1 unless set).",
+    )
+    nproc_per_node: RanksPerNode | None = Field(
+        None,
+        description="Ranks per node: a number, gpu, cpu or auto; by default the ranks of the mesh over the nodes.",
+    )
+    resources: Resources = Field(default_factory=Resources, description="What each node must have.")
+    binding: Binding = Field("none", description="Cores of a rank: none, numa, socket, or {cores: [...]}.")
+    rendezvous: Rendezvous = Field(default_factory=Rendezvous, description="How ranks find each other.")
+    cluster: Annotated[LocalCluster, BeforeValidator(_known_cluster)] = Field(
+        default_factory=LocalCluster,
+        description="Where to run: a name in clusters.yaml, or the cluster's own block.",
+    )

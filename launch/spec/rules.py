@@ -1,0 +1,178 @@
+"""Rules between the keys of a job: pure functions that return (dotted key, what is wrong and what to write)."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from meshwright.launch.spec.machines import NodeRange
+from meshwright.parallel.errors import MeshError
+
+if TYPE_CHECKING:
+    from meshwright.launch.spec.job import Job
+
+__all__ = ["OWNED_VARIABLES", "broken_rules"]
+
+OWNED_VARIABLES = frozenset(
+    [
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ]
+)
+"""Variables that the launcher gives to ranks itself, besides MESHWRIGHT_*."""
+
+Broken = tuple[str, str]
+
+
+def broken_rules(job: "Job") -> list[Broken]:
+    """Every rule that a job breaks, each with the dotted key it is about."""
+    return [broken for rule in _RULES for broken in rule(job)]
+
+
+def _program(job: "Job") -> Iterator[Broken]:
+    if job.command is None and job.model is None:
+        yield "", "the job runs nothing; add `command:` (your program) or `model:` (the built-in one)"
+    if job.command is None:
+        if job.model is not None:
+            for key in ("data", "train"):
+                if getattr(job, key) is None:
+                    yield "model", f"the built-in program also needs `{key}:`, which is missing"
+        return
+    for key in ("model", "data", "train"):
+        if getattr(job, key) is not None:
+            yield (
+                key,
+                f"`{key}` is read by the built-in program only, and this job has `command`; remove one of them",
+            )
+    if isinstance(job.command, str) and not job.shell:
+        yield "command", "a command given as text needs `shell: true`; or write it as a list of words"
+    if not isinstance(job.command, str) and job.shell:
+        yield "shell", "`shell: true` goes with a command given as text, this one is a list; remove it"
+
+
+def _model(job: "Job") -> Iterator[Broken]:
+    model = job.model
+    if model is None:
+        return
+    given = [key for key in ("architecture", "path", "python") if getattr(model, key) is not None]
+    if len(given) != 1:
+        found = f"got {' and '.join(given)}" if given else "got none of them"
+        yield "model", f"expected exactly one of architecture, path and python, {found}"
+    if model.python is None and model.arguments:
+        yield "model.arguments", "arguments go to the function of `python`, which is not given; use `config`"
+    if model.python is not None and model.config:
+        yield (
+            "model.config",
+            "config goes with `architecture` or `path`; a `python` function takes `arguments`",
+        )
+
+
+def _tokenizer(job: "Job") -> Iterator[Broken]:
+    tokenizer = job.data.tokenizer if job.data else "bytes"
+    if not isinstance(tokenizer, str) and (tokenizer.bpe is None) == (tokenizer.file is None):
+        found = "got both" if tokenizer.bpe else "got none of them"
+        yield "data.tokenizer", f"expected exactly one of bpe and file, {found}"
+
+
+def _nodes(job: "Job") -> Iterator[Broken]:
+    nodes, simulated = job.nodes, job.cluster.simulate_nodes
+    if isinstance(nodes, NodeRange):
+        if nodes.min > nodes.max:
+            yield "nodes.min", f"nodes.min={nodes.min} is more than nodes.max={nodes.max}"
+        if nodes.max > simulated:
+            yield "nodes.max", _too_many(nodes.max, simulated)
+    elif nodes is not None and nodes != simulated:
+        yield "nodes", _too_many(nodes, simulated)
+
+
+def _too_many(nodes: int, simulated: int) -> str:
+    return (
+        f"nodes={nodes}, but the local cluster has {simulated} pretended node{'s' if simulated > 1 else ''}; "
+        f"set cluster.simulate_nodes: {nodes}"
+    )
+
+
+def _ranks(job: "Job") -> Iterator[Broken]:
+    try:
+        mesh = job.mesh
+    except MeshError as error:
+        yield "parallel.ep", str(error)
+        return
+    ranks, nodes, per_node = mesh.world_size, job.num_nodes, job.nproc_per_node
+    if isinstance(per_node, int):
+        if (job.model is not None or ranks > 1) and nodes * per_node != ranks:
+            fix = f"set nproc_per_node: {ranks // nodes}" if ranks % nodes == 0 else f"set nodes: {ranks // per_node}"
+            yield (
+                "nproc_per_node",
+                f"nodes x nproc_per_node = {nodes} x {per_node} = {nodes * per_node} ranks, but the mesh of `parallel` "
+                f"({mesh}) has {ranks}; {fix if ranks % per_node == 0 or ranks % nodes == 0 else 'change one'}, "
+                f"or make the product of the axes {nodes * per_node}",
+            )
+    elif per_node is None and ranks % nodes:
+        yield "parallel", f"the mesh ({mesh}) has {ranks} ranks, which {nodes} nodes cannot share evenly"
+
+
+def _step(job: "Job") -> Iterator[Broken]:
+    parallel, train = job.parallel, job.train
+    if parallel.zero_stage == 0 and parallel.data_engine == "torch":
+        yield (
+            "parallel.zero_stage",
+            "zero_stage=0 exists for data_engine deepspeed only; with torch use the axis dp",
+        )
+    if train is None:
+        return
+    least = parallel.dp * parallel.fsdp * parallel.num_microbatches
+    if train.batch_size < least:
+        yield (
+            "train.batch_size",
+            f"batch_size={train.batch_size} gives some rank an empty micro-batch: dp x fsdp x num_microbatches = "
+            f"{least} need a sequence each; set at least {least}",
+        )
+    if train.schedule.warmup_steps > train.steps:
+        warmup = train.schedule.warmup_steps
+        yield "train.schedule.warmup_steps", f"warmup_steps={warmup} is more than train.steps={train.steps}"
+    if train.validate_every_steps and job.data and not job.data.validation_fraction:
+        yield "train.validate_every_steps", "nothing to validate on: data.validation_fraction is 0"
+
+
+def _environment(job: "Job") -> Iterator[Broken]:
+    for block, names in (("env", job.env), ("secrets", job.secrets)):
+        for name in names:
+            if name in OWNED_VARIABLES or name.startswith("MESHWRIGHT_"):
+                yield f"{block}.{name}", f"{name} is set by the launcher for each rank; remove it"
+    for name, secret in job.secrets.items():
+        if name in job.env:
+            yield f"secrets.{name}", f"{name} is also given in `env`; keep one of them"
+        if (secret.from_env is None) == (secret.from_file is None):
+            yield f"secrets.{name}", "expected exactly one of from_env and from_file"
+    for index, pattern in enumerate(job.env_pass):
+        if not pattern.removesuffix("*").replace("_", "a").isalnum() and pattern != "*":
+            yield f"env_pass.{index}", f"expected a variable name, or the start of one and *, got {pattern!r}"
+
+
+def _ranges(job: "Job") -> Iterator[Broken]:
+    first, last = job.rendezvous.port_range
+    if first > last:
+        yield "rendezvous.port_range", f"the first port {first} lies after the last {last}"
+    backoff = job.failure.backoff
+    if backoff.initial > backoff.max:
+        yield "failure.backoff.initial", f"initial={backoff.initial:g}s is more than max={backoff.max:g}s"
+    for index, cause in enumerate(job.failure.no_retry_on):
+        if cause in job.failure.retry_on:
+            yield f"failure.no_retry_on.{index}", f"{cause!r} is also in retry_on; keep one of them"
+
+
+_RULES: tuple[Callable[["Job"], Iterator[Broken]], ...] = (
+    _program,
+    _model,
+    _tokenizer,
+    _nodes,
+    _ranks,
+    _step,
+    _environment,
+    _ranges,
+)
