@@ -1,23 +1,25 @@
 """What every data engine must do, and the choice between them."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 
-__all__ = ["DataEngine", "build_data_engine"]
+__all__ = ["DataEngine", "LocalStates", "build_data_engine"]
 
 
 class DataEngine(Protocol):
-    """Turns gradients of local micro-batches into global ones.
+    """Turns gradients of local micro-batches into global ones and holds what the optimizer owns.
 
     One step is begin, (prepare, backward) per micro-batch, launch, finish.
     """
 
     module: nn.Module
-    norm_axes: tuple[str, ...]
 
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
@@ -47,25 +49,112 @@ class DataEngine(Protocol):
         """Frees whole parameters that a forward pass without backward left behind."""
         ...
 
-    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
-        """Trained parameters and their gradients as this rank holds them."""
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Scales gradients to a global L2 norm of at most `max_norm`; returns the norm before (0-dim, float64)."""
         ...
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole trained parameters by name; every rank must ask."""
+        ...
+
+    def full_gradients(self) -> dict[str, Tensor | None]:
+        """Whole gradients by name, None where no rank computed one; every rank must ask."""
+        ...
+
+    def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
+        """Builds the optimizer of what this rank owns."""
+        ...
+
+    def model_state(self) -> dict[str, Any]:
+        """Parameters and buffers for a checkpoint, under names that no layout changes."""
+        ...
+
+    def load_model_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `model_state` gave."""
+        ...
+
+
+class LocalStates:
+    """What the engines share whose parameters and gradients are tensors on the module itself."""
+
+    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...]) -> None:
+        self.module = module
+        self._groups = groups
+        self._norm_axes = norm_axes
+        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+
+    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
+        """Trained parameters and the part of their gradients that this rank holds."""
+        return {name: (each, each.grad) for name, each in self._trained.items()}
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The full tensor behind a parameter or gradient; every rank must ask."""
-        ...
+        return tensor
 
     def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
-        """How a tensor shaped like this rank's part of a parameter is written to a checkpoint."""
-        ...
+        """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
+        del name
+        return tensor
+
+    def release(self) -> None:
+        """Nothing to free where parameters are always whole."""
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Scales gradients to a global L2 norm of at most `max_norm`; returns the norm before (0-dim, float64)."""
+        gradients = [gradient for _, gradient in self.local().values() if gradient is not None]
+        device = torch.device(self._groups.device_type)
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=device)]
+        square = torch.stack([norm.double() for norm in norms]).square().sum()
+        self._groups.all_reduce(square, *self._norm_axes).wait()
+        norm = square.sqrt()
+        if max_norm is not None and gradients:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole trained parameters by name; every rank must ask."""
+        return {name: self.whole(each.detach()) for name, each in self._trained.items()}
+
+    def full_gradients(self) -> dict[str, Tensor | None]:
+        """Whole gradients by name, None where no rank computed one; every rank must ask."""
+        return {name: None if each.grad is None else self.whole(each.grad) for name, each in self._trained.items()}
+
+    def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
+        """Builds an ordinary torch optimizer on the local parts."""
+        return OwnedOptimizer(self, build, group_of)
+
+    def model_state(self) -> dict[str, Any]:
+        """Parameters and buffers of the module, sharded ones as DTensors."""
+        return self.module.state_dict()
+
+    def load_model_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `model_state` gave."""
+        self.release()
+        self.module.load_state_dict(state)
 
 
 def build_data_engine(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
     """Picks the data engine that a mesh and options ask for and hands it the model."""
-    if groups.mesh.fsdp > 1:
-        from meshwright.parallel.shard import Shard
+    makers: dict[str, Callable[[nn.Module, Groups, Options], DataEngine]] = {
+        "deepspeed": _deepspeed,
+        "torch": _shard if groups.mesh.fsdp > 1 else _replicate,
+    }
+    return makers[options.data_engine](module, groups, options)
 
-        return Shard(module, groups, zero_stage=options.zero_stage, offload=options.offload == "cpu")
+
+def _replicate(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
     from meshwright.parallel.replicate import Replicate
 
     return Replicate(module, groups, bucket_bytes=options.bucket_bytes)
+
+
+def _shard(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
+    from meshwright.parallel.shard import Shard
+
+    return Shard(module, groups, zero_stage=options.zero_stage, offload=options.offload == "cpu")
+
+
+def _deepspeed(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
+    from meshwright.parallel.deepspeed_engine import DeepSpeedStates
+
+    return DeepSpeedStates(module, groups, zero_stage=options.zero_stage, offload=options.offload == "cpu")

@@ -80,17 +80,6 @@ class Engine:
         self.data.release()
         return sums[0], sums[1]
 
-    def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Scales gradients in place so that their global L2 norm is at most `max_norm`; returns the norm before."""
-        gradients = [gradient for _, gradient in self.data.local().values() if gradient is not None]
-        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=self._device)]
-        square = torch.stack([norm.double() for norm in norms]).square().sum()
-        self._groups.all_reduce(square, *self.data.norm_axes).wait()
-        norm = square.sqrt()
-        if max_norm is not None and gradients:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""
         return [part.tolist() for part in self._groups.all_gather(values, *DATA_AXES)]

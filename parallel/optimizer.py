@@ -4,19 +4,67 @@ Sharded parameters are DTensors, on which every operator of an optimizer pays a 
 the same numbers on the local shards, which share memory with them.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from meshwright.parallel.data import DataEngine
-
-__all__ = ["BuildOptimizer", "OwnedOptimizer"]
+__all__ = ["BuildOptimizer", "GroupOf", "OwnedOptimizer", "Owner", "StepOptimizer", "grouped"]
 
 BuildOptimizer = Callable[[Iterable[Any]], Optimizer]
+"""Makes an optimizer from parameters, or from dicts of groups."""
+
+GroupOf = Callable[[str, Tensor], dict[str, Any]]
+"""Sorts parameters into groups: (name, parameter) -> settings of its group, such as {"weight_decay": 0.0}."""
+
+
+class StepOptimizer(Protocol):
+    """An optimizer with its states under parameter names."""
+
+    optimizer: Optimizer
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """Optimizer states by parameter name, in the form a checkpoint stores."""
+        ...
+
+    def make_states(self) -> None:
+        """Creates empty states, so that a checkpoint has somewhere to be read into."""
+        ...
+
+    def load(self, states: dict[str, dict[str, Any]]) -> None:
+        """Puts states back that a checkpoint held."""
+        ...
+
+
+class Owner(Protocol):
+    """Whoever holds the tensors that an optimizer updates."""
+
+    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
+        """Trained parameters and the part of their gradients that this rank holds."""
+        ...
+
+    def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
+        """How a tensor shaped like this rank's part of a parameter is written to a checkpoint."""
+        ...
+
+
+def grouped(named: Mapping[str, Any], group_of: GroupOf | None) -> list[Any]:
+    """Parameters as an optimizer takes them: a plain list, or one dict per group of equal settings.
+
+    >>> grouped({"w": 1, "b": 2, "v": 3}, lambda name, _: {"weight_decay": 0.0 if name == "b" else 0.1})
+    [{'params': [1, 3], 'weight_decay': 0.1}, {'params': [2], 'weight_decay': 0.0}]
+    """
+    if group_of is None:
+        return list(named.values())
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        settings = group_of(name, parameter)
+        group = groups.setdefault(tuple(sorted(settings.items())), {"params": [], **settings})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 class OwnedOptimizer:
@@ -24,14 +72,14 @@ class OwnedOptimizer:
 
     Args:
         data: the data engine that holds parameters and gradients.
-        build: makes the optimizer from parameters, or from dicts of groups where `groups` is given.
-        groups: sorts parameters into groups: name, parameter -> settings of its group (hashable items).
+        build: makes the optimizer from parameters, or from dicts of groups where `group_of` is given.
+        group_of: sorts parameters into groups; None makes one.
     """
 
-    def __init__(self, data: DataEngine, build: BuildOptimizer, group_of: Callable[[str, Tensor], Any] | None) -> None:
+    def __init__(self, data: Owner, build: BuildOptimizer, group_of: GroupOf | None) -> None:
         self._data = data
         self._owned = {name: _owned(parameter) for name, (parameter, _) in data.local().items()}
-        self.optimizer = build(self._grouped(group_of))
+        self.optimizer = build(grouped(self._owned, group_of))
         self.optimizer.register_step_pre_hook(self._take_gradients)
 
     def states(self) -> dict[str, dict[str, Any]]:
@@ -70,16 +118,6 @@ class OwnedOptimizer:
                         mine[key].copy_(_local(value))
                     else:
                         mine[key] = value
-
-    def _grouped(self, group_of: Callable[[str, Tensor], Any] | None) -> list[Any]:
-        if group_of is None:
-            return list(self._owned.values())
-        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for name, owned in self._owned.items():
-            settings: dict[str, Any] = group_of(name, owned)
-            group = groups.setdefault(tuple(sorted(settings.items())), {"params": [], **settings})
-            group["params"].append(owned)
-        return list(groups.values())
 
     def _take_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs

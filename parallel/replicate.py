@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups, Pending
+from meshwright.parallel.data import LocalStates
 from meshwright.parallel.errors import WrapError
 
 __all__ = ["Replicate", "cut_buckets"]
@@ -44,7 +45,7 @@ def cut_buckets(sizes_bytes: list[int], first_bytes: int, bucket_bytes: int) -> 
     return buckets
 
 
-class Replicate:
+class Replicate(LocalStates):
     """Data engine for whole parameters on every rank.
 
     Args:
@@ -54,10 +55,7 @@ class Replicate:
     """
 
     def __init__(self, module: nn.Module, groups: Groups, *, bucket_bytes: int) -> None:
-        self.module = module
-        self.norm_axes: tuple[str, ...] = ()
-        self._groups = groups
-        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        super().__init__(module, groups, norm_axes=())
         self._last = True
         self._buckets: list[_Bucket] = []
         self._home: dict[str, _Bucket] = {}
@@ -106,22 +104,6 @@ class Replicate:
             held = [each.grad for each in self._trained.values() if each.grad is not None]
             if held:
                 torch._foreach_mul_(held, scale)
-
-    def release(self) -> None:
-        """Nothing to free: parameters are always whole."""
-
-    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
-        """Trained parameters and gradients as this rank holds them: whole."""
-        return {name: (each, each.grad) for name, each in self._trained.items()}
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        """The full tensor behind a parameter, gradient or state of this engine."""
-        return tensor
-
-    def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
-        """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
-        del name
-        return tensor
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
         names = list(reversed(self._trained))  # backward reaches the last layers first

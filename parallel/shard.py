@@ -21,11 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.data import LocalStates
 
 __all__ = ["Shard"]
 
 
-class Shard:
+class Shard(LocalStates):
     """Data engine for sharded states.
 
     Args:
@@ -36,8 +37,6 @@ class Shard:
     """
 
     def __init__(self, module: nn.Module, groups: Groups, *, zero_stage: int, offload: bool = False) -> None:
-        self.module = module
-        self.norm_axes: tuple[str, ...] = ("fsdp",)
         self.zero_stage = zero_stage
         self._used: set[str] = set()
         axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
@@ -46,7 +45,7 @@ class Shard:
             module, partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy), zero_stage
         )
         self._root = cast(FSDPModule, module)
-        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        super().__init__(module, groups, norm_axes=("fsdp",))
         self._watch = [unit.register_forward_pre_hook(self._watch_gradients) for unit in self._units]
 
     @property

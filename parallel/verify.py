@@ -16,7 +16,7 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.optimizer import BuildOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.parity import Outcome, ParityReport, compare
-from meshwright.parallel.ranks import run_ranks
+from meshwright.parallel.ranks import RankPool, default_pool, run_ranks
 from meshwright.parallel.reference import Trial, plain_outcome
 from meshwright.parallel.wrap import ParallelModel, parallelize
 
@@ -24,6 +24,7 @@ __all__ = ["ParityReport", "Prepare", "verify"]
 
 Prepare = Callable[[ParallelModel], None]
 
+_TIMEOUT_S = 600.0
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -45,7 +46,7 @@ def verify(
         build_batch: makes the global batch; data ranks take their shares along dim 0.
         mesh: the mesh to try; its ranks all run here.
         prepare: called with the wrapped model on every rank before the step.
-        build_optimizer: parameters -> optimizer for the weights after the step; AdamW(lr=1e-3) if None.
+        build_optimizer: parameters -> optimizer for the weights after the step; AdamW if None.
         options: as in `parallelize`.
 
     Raises:
@@ -57,7 +58,10 @@ def verify(
     dtype = torch.float32 if chosen.data_engine == "deepspeed" else torch.float64
     trial = Trial(build_model, build_batch, build_optimizer or _adamw, mesh, chosen, dtype)
     plain = run_ranks(plain_outcome, Mesh(), trial)[0]
-    ranks = run_ranks(_parallel_outcome, mesh, trial, prepare)
+    pool = RankPool() if chosen.data_engine == "deepspeed" else default_pool()  # DeepSpeed serves one life of a process
+    ranks = pool.run(_parallel_outcome, mesh.world_size, (trial, prepare), timeout_s=_TIMEOUT_S)
+    if pool is not default_pool():
+        pool.close()
     name = str(dtype).removeprefix("torch.")
     report = compare(ranks[0][0], plain, mesh=str(mesh), dtype=name, tolerance=_TOLERANCE[dtype])
     notes = [*_drift([marks for _, marks in ranks]), *report.notes]
@@ -94,4 +98,5 @@ def _drift(marks: list[dict[str, int]]) -> Iterable[str]:
 
 
 def _adamw(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
+    # Adam's first step is the sign of the gradient unless eps stands above rounding noise
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4)

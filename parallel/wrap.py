@@ -4,7 +4,7 @@ The model is not rewritten: its own forward runs, and what stands around it deci
 are summed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
@@ -18,7 +18,7 @@ from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.ledger import Ledger, LedgerSummary
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.optimizer import BuildOptimizer, OwnedOptimizer
+from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, StepOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.report import WrapReport, describe
 
@@ -56,7 +56,7 @@ class ParallelModel:
         self.report = report
         self.last_step: StepStats | None = None
         self._engine = Engine(data, groups, options)
-        self._owned: OwnedOptimizer | None = None
+        self._owned: StepOptimizer | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -93,11 +93,9 @@ class ParallelModel:
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Clips gradients in place to a global L2 norm; returns the norm before. None only measures."""
-        return self._engine.clip_gradients(max_norm)
+        return self._engine.data.clip(max_norm)
 
-    def make_optimizer(
-        self, build: BuildOptimizer, group_of: Callable[[str, Tensor], dict[str, Any]] | None = None
-    ) -> Optimizer:
+    def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None = None) -> Optimizer:
         """Builds the user's optimizer on the tensors this rank owns.
 
         Args:
@@ -109,18 +107,16 @@ class ParallelModel:
         """
         if self._owned is not None:
             raise WrapError("this model has an optimizer already; keep the one that make_optimizer returned")
-        self._owned = OwnedOptimizer(self._engine.data, build, group_of)
+        self._owned = self._engine.data.make_optimizer(build, group_of)
         return self._owned.optimizer
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole trained parameters by name; every rank must ask."""
-        data = self._engine.data
-        return {name: data.whole(each.detach()) for name, (each, _) in data.local().items()}
+        return self._engine.data.full_parameters()
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Whole gradients by name, None where no rank computed one; every rank must ask."""
-        data = self._engine.data
-        return {name: None if each.grad is None else data.whole(each.grad) for name, (each, _) in data.local().items()}
+        return self._engine.data.full_gradients()
 
     def microbatch_losses(self) -> list[list[float]]:
         """Loss of every micro-batch of the last step, by data rank; every rank must ask."""
@@ -137,15 +133,14 @@ class ParallelModel:
             self._owned.make_states()
         states = {} if self._owned is None else self._owned.states()
         return {
-            "model": self.module.state_dict(),
+            "model": self._engine.data.model_state(),
             "optimizer": states,
             "engine": {"num_steps": torch.tensor(self._engine.num_steps)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, after a checkpoint was read into it."""
-        self._engine.data.release()
-        self.module.load_state_dict(state["model"])
+        self._engine.data.load_model_state(state["model"])
         if self._owned is not None:
             self._owned.make_states()
             self._owned.load(state["optimizer"])
