@@ -7,7 +7,7 @@ position and because duplicate keys, tags, merge keys and bombs of aliases must 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -77,7 +77,7 @@ def _mark_at(text: str, offset: int, source: str) -> Mark:
     return Mark(source, line, offset - text.rfind("\n", 0, offset))
 
 
-def _stop(mark: Mark, message: str, key: str = "") -> Any:
+def _stop(mark: Mark, message: str, key: str = "") -> NoReturn:
     raise JobError([Problem(str(mark), key, message)]) from None
 
 
@@ -194,11 +194,9 @@ class _Composer:
                 f"alias *{event.anchor} has no anchor &{event.anchor} before it",
                 self._key(),
             )
-        assert known is not None
         if known.node is None:
             _stop(self._mark(event), f"alias *{event.anchor} lies inside the value it repeats", self._key())
         self._count(event, known.size, depth + known.depth)
-        assert known.node is not None
         return known.node
 
     def _scalar(self, event: Any) -> Scalar:

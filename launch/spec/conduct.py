@@ -31,28 +31,34 @@ Cause = Annotated[
 class Secret(Block):
     """Where a secret comes from; the value itself never stands in a job. Exactly one key."""
 
-    from_env: Line | None = Field(None, description="Variable of the launcher's environment that holds it.")
-    from_file: Line | None = Field(None, description="File that holds it; ~ is the home directory.")
+    from_env: Line | None = Field(default=None, description="Variable of the launcher's environment that holds it.")
+    from_file: Line | None = Field(default=None, description="File that holds it; ~ is the home directory.")
 
 
 class Logs(Block):
     """What is kept of the ranks' output."""
 
-    dir: Directory = Field("runs/{name}/{run_id}", description="Run directory; may contain {name} and {run_id}.")
-    per_rank: bool = Field(True, description="Keep one file per rank.")
-    merge: bool = Field(True, description="Keep one file of all ranks.")
-    prefix: Prefix = Field("{host}:{rank}", description="Start of each merged line; may contain {host} and {rank}.")
-    show_ranks: Listed[Annotated[int, Field(ge=0)]] = Field((0,), description="Ranks whose output is shown.")
-    keep_attempts: Count = Field(10, description="Attempts whose logs are kept.")
+    dir: Directory = Field(
+        default="runs/{name}/{run_id}", description="Run directory; may contain {name} and {run_id}."
+    )
+    per_rank: bool = Field(default=True, description="Keep one file per rank.")
+    merge: bool = Field(default=True, description="Keep one file of all ranks.")
+    prefix: Prefix = Field(
+        default="{host}:{rank}", description="Start of each merged line; may contain {host} and {rank}."
+    )
+    show_ranks: Listed[Annotated[int, Field(ge=0)]] = Field(default=(0,), description="Ranks whose output is shown.")
+    keep_attempts: Count = Field(default=10, description="Attempts whose logs are kept.")
 
 
 class Backoff(Block):
     """How long to wait before a restart: initial x factor^restarts, at most max, varied by jitter."""
 
-    initial: Duration = Field(5.0, description="Wait before the first restart.")
-    factor: Annotated[float, Field(ge=1, le=100)] = Field(2.0, description="Growth from one restart to the next.")
-    max: Duration = Field(300.0, description="Longest wait.")
-    jitter: Share = Field(0.2, description="Random part of the wait, 0 to 1.")
+    initial: Duration = Field(default=5.0, description="Wait before the first restart.")
+    factor: Annotated[float, Field(ge=1, le=100)] = Field(
+        default=2.0, description="Growth from one restart to the next."
+    )
+    max: Duration = Field(default=300.0, description="Longest wait.")
+    jitter: Share = Field(default=0.2, description="Random part of the wait, 0 to 1.")
 
 
 class Hang(Block):
@@ -60,49 +66,51 @@ class Hang(Block):
 
     no_progress_for: Duration = Field(description="Time without a finished step.")
     action: Literal["dump_and_restart", "dump_and_stop", "warn"] = Field(
-        "dump_and_restart", description="Write the stacks of all ranks and restart or stop, or only warn."
+        default="dump_and_restart", description="Write the stacks of all ranks and restart or stop, or only warn."
     )
 
 
 class Failure(Block):
     """What happens when a rank fails."""
 
-    max_restarts: Annotated[int, Field(ge=0, le=10_000)] = Field(0, description="Restarts of the whole job.")
+    max_restarts: Annotated[int, Field(ge=0, le=10_000)] = Field(default=0, description="Restarts of the whole job.")
     backoff: Backoff = Field(default_factory=Backoff, description="Waits between restarts.")
     retry_on: Listed[Cause] = Field(
-        ("node", "signal", "hang", "preempt"),
+        default=("node", "signal", "hang", "preempt"),
         description='Causes that are worth a restart: node, signal, hang, preempt, "exit:N".',
     )
     no_retry_on: Listed[Cause] = Field(
-        ("config", "import_error"),
+        default=("config", "import_error"),
         description='Causes that are never retried: config, import_error, "exit:N".',
     )
-    hang: Hang | None = Field(None, description="When the job counts as hanging; never unless given.")
+    hang: Hang | None = Field(default=None, description="When the job counts as hanging; never unless given.")
     stop_after_no_progress: Count | None = Field(
-        None, description="Restarts without a newer step after which the job is given up."
+        default=None, description="Restarts without a newer step after which the job is given up."
     )
-    exclude_bad_nodes: bool = Field(False, description="Leave out nodes that failed.")
-    shutdown_grace: Duration = Field(30.0, description="Time between SIGTERM and SIGKILL.")
+    exclude_bad_nodes: bool = Field(default=False, description="Leave out nodes that failed.")
+    shutdown_grace: Duration = Field(default=30.0, description="Time between SIGTERM and SIGKILL.")
 
 
 class Checkpoint(Block):
     """Where a job saves its state, and what it continues from."""
 
     dir: Directory = Field(
-        "runs/{name}/checkpoints", description="Directory of checkpoints; may contain {name} and {run_id}."
+        default="runs/{name}/checkpoints", description="Directory of checkpoints; may contain {name} and {run_id}."
     )
-    resume: Line = Field("auto", description="auto: the newest checkpoint of `dir`; never; or the path of one.")
-    every_steps: Count | None = Field(None, description="Optimizer steps between saves; none unless given.")
-    keep: Count = Field(2, description="Checkpoints that are kept, the newest ones.")
-    signal: Literal["USR2", "TERM"] = Field("USR2", description="Signal that asks ranks to save (NCCL takes USR1).")
-    lead: Duration = Field(180.0, description="How long before the end that signal comes.")
+    resume: Line = Field(default="auto", description="auto: the newest checkpoint of `dir`; never; or the path of one.")
+    every_steps: Count | None = Field(default=None, description="Optimizer steps between saves; none unless given.")
+    keep: Count = Field(default=2, description="Checkpoints that are kept, the newest ones.")
+    signal: Literal["USR2", "TERM"] = Field(
+        default="USR2", description="Signal that asks ranks to save (NCCL takes USR1)."
+    )
+    lead: Duration = Field(default=180.0, description="How long before the end that signal comes.")
 
 
 class Sweep(Block):
     """One job per combination of values."""
 
     grid: dict[Line, Listed[Any]] = Field(description="Dotted key -> values it takes.", min_length=1)
-    max_parallel: Count = Field(1, description="Jobs that run at the same time.")
+    max_parallel: Count = Field(default=1, description="Jobs that run at the same time.")
 
 
 class Conduct(Block):
@@ -114,5 +122,5 @@ class Conduct(Block):
     checkpoint: Checkpoint = Field(
         default_factory=Checkpoint, description="Where the job saves and what it continues from."
     )
-    sweep: Sweep | None = Field(None, description="One job per combination of values.")
-    after: Listed[Name] = Field((), description="Jobs (names or run ids) that must have succeeded before.")
+    sweep: Sweep | None = Field(default=None, description="One job per combination of values.")
+    after: Listed[Name] = Field(default=(), description="Jobs (names or run ids) that must have succeeded before.")

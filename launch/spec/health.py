@@ -15,27 +15,31 @@ class AllReduceCheck(Block):
     """The all-reduce that a preflight times."""
 
     min_busbw_gbps: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Least bus bandwidth that passes, in gigabytes per second."
+        default=None, description="Least bus bandwidth that passes, in gigabytes per second."
     )
-    size: Size = Field(1 << 30, description="Bytes that are reduced.")
+    size: Size = Field(default=1 << 30, description="Bytes that are reduced.")
 
 
 class Watch(Block):
     """What is watched while the job runs."""
 
-    interval: Duration = Field(10.0, description="Time between two readings.")
+    interval: Duration = Field(default=10.0, description="Time between two readings.")
     max_temp_c: Annotated[float, Field(ge=0, le=200)] | None = Field(
-        None, description="GPU temperature that counts as a fault, in degrees Celsius."
+        default=None, description="GPU temperature that counts as a fault, in degrees Celsius."
     )
-    xid: Literal["critical", "any", "ignore"] = Field("critical", description="Which NVIDIA Xid errors are faults.")
+    xid: Literal["critical", "any", "ignore"] = Field(
+        default="critical", description="Which NVIDIA Xid errors are faults."
+    )
 
 
 class Health(Block):
     """Checks of machines before and while the job runs."""
 
-    preflight: Listed[Check] = Field((), description="Checks before the ranks start.")
-    on_fail: Literal["abort", "exclude_node", "warn"] = Field("abort", description="What a failed check leads to.")
+    preflight: Listed[Check] = Field(default=(), description="Checks before the ranks start.")
+    on_fail: Literal["abort", "exclude_node", "warn"] = Field(
+        default="abort", description="What a failed check leads to."
+    )
     allreduce: AllReduceCheck = Field(
         default_factory=AllReduceCheck, description="The timed all-reduce of the preflight."
     )
-    watch: Watch | None = Field(None, description="Readings while the job runs; none unless given.")
+    watch: Watch | None = Field(default=None, description="Readings while the job runs; none unless given.")

@@ -21,10 +21,10 @@ Pattern = Line
 class Program(Block):
     """Keys of a job that say what runs."""
 
-    version: Annotated[Literal[1], BeforeValidator(whole)] = Field(1, description="Version of this format.")
+    version: Annotated[Literal[1], BeforeValidator(whole)] = Field(default=1, description="Version of this format.")
     name: Name = Field(description="Name of the job; its run directories lie under it.")
-    workdir: Line = Field(".", description="Working directory of every rank, relative to the job file.")
-    setup: str | None = Field(None, description="Shell script that runs once per node before the ranks.")
+    workdir: Line = Field(default=".", description="Working directory of every rank, relative to the job file.")
+    setup: str | None = Field(default=None, description="Shell script that runs once per node before the ranks.")
     command: (
         Annotated[
             Annotated[str, Tag("<text>")] | Annotated[Listed[str], Field(min_length=1), Tag("<list>")],
@@ -32,13 +32,13 @@ class Program(Block):
         ]
         | None
     ) = Field(
-        None,
+        default=None,
         description="What each rank runs, a list of words; may contain {name} and {run_id}. Text needs `shell: true`.",
     )
-    shell: bool = Field(False, description="Run a command given as text through /bin/sh.")
+    shell: bool = Field(default=False, description="Run a command given as text through /bin/sh.")
     env: dict[Variable, str] = Field(default_factory=dict, description="Environment variables of every rank.")
     env_pass: Listed[Pattern] = Field(
-        (), description="Variables of the launcher's environment that ranks get: a name, or a start and *."
+        default=(), description="Variables of the launcher's environment that ranks get: a name, or a start and *."
     )
     secrets: dict[Variable, Secret] = Field(
         default_factory=dict,

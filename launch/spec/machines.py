@@ -47,25 +47,25 @@ class Cores(Block):
 class Resources(Block):
     """What each node must have."""
 
-    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | None = Field(None, description="GPUs of a node.")
-    gpu_type: Line | None = Field(None, description="Kind of GPU, such as H100.")
-    cpus_per_rank: Count | None = Field(None, description="Cores of each rank.")
-    memory_per_node: Size | None = Field(None, description="Host memory of a node, such as 900GiB.")
-    exclusive: bool = Field(False, description="Share the nodes with no other job.")
+    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | None = Field(default=None, description="GPUs of a node.")
+    gpu_type: Line | None = Field(default=None, description="Kind of GPU, such as H100.")
+    cpus_per_rank: Count | None = Field(default=None, description="Cores of each rank.")
+    memory_per_node: Size | None = Field(default=None, description="Host memory of a node, such as 900GiB.")
+    exclusive: bool = Field(default=False, description="Share the nodes with no other job.")
 
 
 class Rendezvous(Block):
     """How the ranks of a job find each other."""
 
-    backend: Literal["c10d", "static"] = Field("c10d", description="torchrun's rendezvous backend.")
-    interface: Line = Field("auto", description="Network interface of the store, or auto.")
-    port: PortChoice = Field("auto", description="Port of the store, or auto: a free one of `port_range`.")
+    backend: Literal["c10d", "static"] = Field(default="c10d", description="torchrun's rendezvous backend.")
+    interface: Line = Field(default="auto", description="Network interface of the store, or auto.")
+    port: PortChoice = Field(default="auto", description="Port of the store, or auto: a free one of `port_range`.")
     port_range: Annotated[tuple[Port, Port], Field(strict=False)] = Field(
-        (29400, 29999), description="First and last port that auto may take."
+        default=(29400, 29999), description="First and last port that auto may take."
     )
-    join_timeout: Duration = Field(600.0, description="How long to wait for all nodes to join.")
+    join_timeout: Duration = Field(default=600.0, description="How long to wait for all nodes to join.")
     bind: Literal["interface", "any"] = Field(
-        "interface",
+        default="interface",
         description="Listen on that interface only, or on any (anyone who reaches the port can join).",
     )
 
@@ -73,29 +73,31 @@ class Rendezvous(Block):
 class LocalCluster(Block):
     """This machine, the embedded default."""
 
-    type: Literal["local"] = Field("local", description="Kind of cluster; this version has local.")
+    type: Literal["local"] = Field(default="local", description="Kind of cluster; this version has local.")
     simulate_nodes: Annotated[int, Field(ge=1, le=64)] = Field(
-        1, description="Pretended nodes that the ranks of this machine are split into."
+        default=1, description="Pretended nodes that the ranks of this machine are split into."
     )
     gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | None = Field(
-        None, description="GPUs each pretended node may use; 0 keeps ranks on CPU; by default all there are."
+        default=None, description="GPUs each pretended node may use; 0 keeps ranks on CPU; by default all there are."
     )
 
 
 class Placement(Block):
     """Keys of a job that say where it runs."""
 
-    launcher: Literal["torchrun"] = Field("torchrun", description="What starts the ranks: torch's elastic agent.")
+    launcher: Literal["torchrun"] = Field(
+        default="torchrun", description="What starts the ranks: torch's elastic agent."
+    )
     nodes: Nodes | None = Field(
-        None,
+        default=None,
         description="Number of nodes, or {min, max}; by default `cluster.simulate_nodes` (1 unless set).",
     )
     nproc_per_node: RanksPerNode | None = Field(
-        None,
+        default=None,
         description="Ranks per node: a number, gpu, cpu or auto; by default the ranks of the mesh over the nodes.",
     )
     resources: Resources = Field(default_factory=Resources, description="What each node must have.")
-    binding: Binding = Field("none", description="Cores of a rank: none, numa, socket, or {cores: [...]}.")
+    binding: Binding = Field(default="none", description="Cores of a rank: none, numa, socket, or {cores: [...]}.")
     rendezvous: Rendezvous = Field(default_factory=Rendezvous, description="How ranks find each other.")
     cluster: Annotated[LocalCluster, BeforeValidator(_known_cluster)] = Field(
         default_factory=LocalCluster,

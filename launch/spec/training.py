@@ -22,19 +22,19 @@ def _function(value: str) -> str:
 class Model(Block):
     """What is trained: exactly one of architecture, path and python."""
 
-    architecture: Line | None = Field(None, description="A model_type of transformers, such as llama.")
-    path: Line | None = Field(None, description="Directory or hub id with a config.json of transformers.")
+    architecture: Line | None = Field(default=None, description="A model_type of transformers, such as llama.")
+    path: Line | None = Field(default=None, description="Directory or hub id with a config.json of transformers.")
     python: Annotated[str, AfterValidator(_function)] | None = Field(
-        None, description='A function that returns the model, "package.module:function".'
+        default=None, description='A function that returns the model, "package.module:function".'
     )
     class_: Literal["causal_lm"] = Field(
-        "causal_lm", alias="class", description="Head on an architecture or path: causal_lm."
+        default="causal_lm", alias="class", description="Head on an architecture or path: causal_lm."
     )
     config: dict[Line, Any] = Field(
         default_factory=dict, description="Keys of the transformers config that differ from its defaults."
     )
     arguments: dict[Line, Any] = Field(default_factory=dict, description="Keyword arguments of the python function.")
-    dtype: Precision = Field("float32", description="Type of the parameters.")
+    dtype: Precision = Field(default="float32", description="Type of the parameters.")
 
 
 class Bpe(Block):
@@ -46,8 +46,8 @@ class Bpe(Block):
 class Tokenizer(Block):
     """A tokenizer other than bytes: exactly one of bpe and file."""
 
-    bpe: Bpe | None = Field(None, description="Train a byte-pair encoding on the job's text.")
-    file: Line | None = Field(None, description="A tokenizer.json of the tokenizers library.")
+    bpe: Bpe | None = Field(default=None, description="Train a byte-pair encoding on the job's text.")
+    file: Line | None = Field(default=None, description="A tokenizer.json of the tokenizers library.")
 
 
 class Data(Block):
@@ -58,64 +58,68 @@ class Data(Block):
     ] = Field(description="python-stdlib (the standard library's source), a glob pattern, or a list of them.")
     tokenizer: Annotated[
         Annotated[Literal["bytes"], Tag("<text>")] | Annotated[Tokenizer, Tag("<mapping>")], BY_KIND
-    ] = Field("bytes", description="bytes (256 tokens and a separator), {bpe: {vocab_size: N}} or {file: PATH}.")
-    sequence_length: Annotated[int, Field(ge=2, le=100_000_000)] = Field(256, description="Tokens of one sequence.")
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.02, description="Part of the text kept for validation, 0 to 1."
+    ] = Field(
+        default="bytes", description="bytes (256 tokens and a separator), {bpe: {vocab_size: N}} or {file: PATH}."
     )
-    max_bytes: Size | None = Field(None, description="Read at most this much text; by default all of it.")
+    sequence_length: Annotated[int, Field(ge=2, le=100_000_000)] = Field(
+        default=256, description="Tokens of one sequence."
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.02, description="Part of the text kept for validation, 0 to 1."
+    )
+    max_bytes: Size | None = Field(default=None, description="Read at most this much text; by default all of it.")
 
 
 class Axes(Block):
     """Degrees of the mesh's axes; their product (without ep) is the number of ranks."""
 
-    pp: Count = Field(1, description="Pipeline stages.")
-    dp: Count = Field(1, description="Replicas that hold whole parameters.")
-    fsdp: Count = Field(1, description="Ranks that share one sharded set of states (ZeRO).")
-    cp: Count = Field(1, description="Ranks that share one sequence.")
-    tp: Count = Field(1, description="Ranks that share one matrix.")
-    ep: Count = Field(1, description="Ranks that share one set of experts, folded over the ranks of a stage.")
+    pp: Count = Field(default=1, description="Pipeline stages.")
+    dp: Count = Field(default=1, description="Replicas that hold whole parameters.")
+    fsdp: Count = Field(default=1, description="Ranks that share one sharded set of states (ZeRO).")
+    cp: Count = Field(default=1, description="Ranks that share one sequence.")
+    tp: Count = Field(default=1, description="Ranks that share one matrix.")
+    ep: Count = Field(default=1, description="Ranks that share one set of experts, folded over the ranks of a stage.")
 
 
 class Parallel(Axes):
     """The mesh, and how a step runs on it."""
 
-    num_microbatches: Count = Field(1, description="Parts that a rank's share of a batch is cut into.")
+    num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
     schedule: Literal["accumulate"] = Field(
-        "accumulate", description="Order of micro-batches: accumulate runs them one after the other."
+        default="accumulate", description="Order of micro-batches: accumulate runs them one after the other."
     )
     loss: Literal["token_mean", "sample_mean", "sum"] = Field(
-        "token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."
+        default="token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."
     )
     loss_items: Line | None = Field(
-        None,
+        default=None,
         description="Key of the batch that counts the loss's items; by default the loss call is watched.",
     )
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole)] = Field(
-        3,
+        default=3,
         description="What fsdp shards: 1 optimizer states, 2 and gradients, 3 and parameters; 0 with deepspeed only.",
     )
-    data_engine: Literal["torch", "deepspeed"] = Field("torch", description="Who replicates and shards.")
-    offload: Literal["none", "cpu"] = Field("none", description="cpu keeps sharded states in host memory.")
+    data_engine: Literal["torch", "deepspeed"] = Field(default="torch", description="Who replicates and shards.")
+    offload: Literal["none", "cpu"] = Field(default="none", description="cpu keeps sharded states in host memory.")
 
 
 class Adamw(Block):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
 
-    lr: Positive = Field(1e-3, description="Learning rate after the warm-up.")
+    lr: Positive = Field(default=1e-3, description="Learning rate after the warm-up.")
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
-        (0.9, 0.95), description="Decay of the two moments, each 0 to 1."
+        default=(0.9, 0.95), description="Decay of the two moments, each 0 to 1."
     )
-    eps: Positive = Field(1e-8, description="Added to the denominator.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled decay of the weights.")
+    eps: Positive = Field(default=1e-8, description="Added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="Decoupled decay of the weights.")
 
 
 class Decay(Block):
     """The learning rate over the steps."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear rise from 0.")
-    decay: Literal["cosine", "constant"] = Field("cosine", description="What follows the warm-up.")
-    min_lr_ratio: Share = Field(0.1, description="Learning rate at the end of the cosine, as a part of `lr`.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Steps of linear rise from 0.")
+    decay: Literal["cosine", "constant"] = Field(default="cosine", description="What follows the warm-up.")
+    min_lr_ratio: Share = Field(default=0.1, description="Learning rate at the end of the cosine, as a part of `lr`.")
 
 
 class Train(Block):
@@ -123,23 +127,25 @@ class Train(Block):
 
     steps: Count = Field(description="Optimizer steps.")
     batch_size: Count = Field(description="Sequences of one global batch.")
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="First part of every random key.")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(default=0, description="First part of every random key.")
     optimizer: Adamw = Field(default_factory=Adamw, description="AdamW and its numbers.")
     schedule: Decay = Field(default_factory=Decay, description="The learning rate over the steps.")
-    clip_norm: Positive | None = Field(1.0, description="Largest global gradient norm; null leaves gradients alone.")
-    precision: Precision = Field("float32", description="Type the forward and backward pass compute in.")
-    validate_every_steps: Count | None = Field(
-        None, description="Steps between validations; by default only at the end."
+    clip_norm: Positive | None = Field(
+        default=1.0, description="Largest global gradient norm; null leaves gradients alone."
     )
-    validate_batches: Count = Field(16, description="Global batches of one validation.")
-    log_every_steps: Count = Field(10, description="Steps between lines of metrics.jsonl.")
-    stop_after: Duration | None = Field(None, description="Save and stop after this time, whatever the step.")
+    precision: Precision = Field(default="float32", description="Type the forward and backward pass compute in.")
+    validate_every_steps: Count | None = Field(
+        default=None, description="Steps between validations; by default only at the end."
+    )
+    validate_batches: Count = Field(default=16, description="Global batches of one validation.")
+    log_every_steps: Count = Field(default=10, description="Steps between lines of metrics.jsonl.")
+    stop_after: Duration | None = Field(default=None, description="Save and stop after this time, whatever the step.")
 
 
 class Training(Block):
     """Keys of a job that say what it trains."""
 
-    model: Model | None = Field(None, description="What the built-in program trains; or give `command`.")
-    data: Data | None = Field(None, description="The text it trains on; needed with `model`.")
+    model: Model | None = Field(default=None, description="What the built-in program trains; or give `command`.")
+    data: Data | None = Field(default=None, description="The text it trains on; needed with `model`.")
     parallel: Parallel = Field(default_factory=Parallel, description="The mesh, and how a step runs on it.")
-    train: Train | None = Field(None, description="The training loop; needed with `model`.")
+    train: Train | None = Field(default=None, description="The training loop; needed with `model`.")
