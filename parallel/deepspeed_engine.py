@@ -219,6 +219,7 @@ def _config(zero_stage: int, offload: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # only a name for DeepSpeed's logs: batches are the caller's
         "gradient_accumulation_steps": 1,  # boundaries are told, see `prepare`
+        "gradient_clipping": 0.0,  # clipping waits for the division by items, see `clip`
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
