@@ -31,6 +31,7 @@ from meshwright.launch.values import (
 
 __all__ = [
     "BY_KIND",
+    "DURATION_PATTERN",
     "Block",
     "Count",
     "Directory",
@@ -100,11 +101,13 @@ def _prefix(value: str) -> str:
     return check_template(value, PREFIX_FIELDS)
 
 
+DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+$"
+
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
     PlainSerializer(format_duration),
-    WithJsonSchema({"type": "string", "pattern": "^([0-9]+(\\.[0-9]+)?(ms|s|m|h|d))+$", "format": "duration"}),
+    WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN}),
 ]
 """Seconds; written "90s", "10m", "24h"."""
 
