@@ -1,0 +1,54 @@
+# Two commands: `make run` trains the quickstart on this machine, `make test` proves the library.
+# Wanted from the machine: Python 3.11 or newer with venv (Debian: apt install python3-venv), and make.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+EXTRAS := hf,plots,deepspeed,test
+JOB    ?= examples/quickstart.yaml
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# one stamp per choice of torch, so that `make run TORCH=...` installs again
+STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
+
+export DS_BUILD_OPS := 0
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check lint faults clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+setup: $(STAMP) ## virtual environment in .venv, everything installed
+
+run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for another)
+	$(BIN)/meshwright launch $(JOB)
+
+test: $(STAMP) lint ## ruff, mypy --strict, all tests and documents
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP) lint ## the same without slow tests
+	$(BIN)/python -m pytest -q -m "not slow and not faults"
+
+lint: $(STAMP) ## ruff and mypy alone
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy --no-error-summary
+
+faults: $(STAMP) ## kill and resume training runs 20 times
+	MESHWRIGHT_FAULTS=20 $(BIN)/python -m pytest -q -m faults
+
+clean: ## remove the virtual environment, caches and runs
+	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"meshwright needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	@test -d src/meshwright/parallel/ || { echo "src/meshwright/parallel is not a link: clone again with git -c core.symlinks=true"; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv module: apt install python3-venv"; exit 1; }; }
+	@echo "installing $(TORCH), then meshwright with $(EXTRAS)"
+	@$(PIP) --upgrade pip setuptools wheel
+	@$(PIP) '$(TORCH)'
+	@$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
