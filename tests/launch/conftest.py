@@ -1,0 +1,23 @@
+"""What the tests of this folder share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meshwright.launch.errors import JobError
+from meshwright.launch.load import load_job
+
+
+@pytest.fixture
+def refuse(tmp_path: Path) -> Callable[..., list[str]]:
+    """Loads a job text that must be refused; gives the lines of the error, without the folder's name."""
+
+    def load(text: str | bytes, *overrides: str) -> list[str]:
+        file = tmp_path / "job.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(JobError) as caught:
+            load_job(file, overrides)
+        return [str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+
+    return load
