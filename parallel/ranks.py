@@ -8,6 +8,7 @@ the call: the first failure is raised, the pool's processes are ended and starte
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -89,18 +90,18 @@ class RankPool:
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="meshwright-ranks-")
+        self._folder: Path | None = None
         self._calls = 0
 
     def run(self, function: Callable[..., Any], num_ranks: int, args: Sequence[Any], *, timeout_s: float) -> list[Any]:
         """Calls a function on the first `num_ranks` processes; see `run_ranks`."""
         self._calls += 1
-        store = Path(self._folder.name) / f"store-{self._calls}"
-        ranks = self._warm(num_ranks)
+        ranks, folder = self._warm(num_ranks)
+        store = folder / f"store-{self._calls}"
         try:
             payload = _dumps(function, tuple(args))
             for rank, each in enumerate(ranks):
-                each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store))))
+                each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store), sys.path)))
                 each.connection.send_bytes(payload)
             return self._collect(ranks, time.monotonic() + timeout_s, timeout_s)
         except BaseException:
@@ -117,13 +118,20 @@ class RankPool:
         for each in self._ranks:
             each.process.wait()
         self._ranks.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
-    def _warm(self, num_ranks: int) -> list[_Rank]:
+    def _warm(self, num_ranks: int) -> tuple[list[_Rank], Path]:
         if any(each.process.poll() is not None for each in self._ranks):
             self.close()
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="meshwright-ranks-"))
+        known = len(self._ranks)
         while len(self._ranks) < num_ranks:
-            self._ranks.append(_start(Path(self._folder.name) / f"stderr-{self._calls}-{len(self._ranks)}"))
-        return self._ranks[:num_ranks]
+            self._ranks.append(_start(self._folder / f"stderr-{self._calls}-{len(self._ranks)}"))
+        for each in self._ranks[known:]:
+            each.connection.recv_bytes()  # torch is imported: a call's time does not count it
+        return self._ranks[:num_ranks], self._folder
 
     def _collect(self, ranks: list[_Rank], deadline_s: float, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -163,9 +171,11 @@ def serve(descriptor: int, parent: int) -> None:
     faulthandler.register(signal.SIGUSR1)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     connection = Connection(descriptor)
+    import_module("meshwright.parallel.collectives")
+    connection.send_bytes(b"ready")
     while True:
         try:
-            rank, num_ranks, store = cloudpickle.loads(connection.recv_bytes())
+            rank, num_ranks, store, sys.path[:] = cloudpickle.loads(connection.recv_bytes())
             payload = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
@@ -178,8 +188,7 @@ def _answer(payload: bytes, rank: int, num_ranks: int, store: str) -> tuple[bool
     position = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
     os.environ.update({name: str(value) for name, value in position.items()})
     try:
-        function, args, paths = cloudpickle.loads(payload)
-        sys.path[:] = paths
+        function, args = cloudpickle.loads(payload)
         start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks))
         try:
             return True, function(*args)
@@ -198,7 +207,7 @@ def _dumps(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     for module in foreign:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps((function, args, sys.path)))
+        return bytes(cloudpickle.dumps((function, args)))
     finally:
         for module in foreign:
             cloudpickle.unregister_pickle_by_value(module)

@@ -1,0 +1,82 @@
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from meshwright.parallel.collectives import world
+from meshwright.parallel.errors import MeshError, RankError
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.ranks import RankPool, default_pool
+from meshwright.testing import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+def _sum_of_ranks(extra: int) -> float:
+    tensor = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(tensor)
+    return float(tensor) + extra
+
+
+def _process() -> int:
+    return os.getpid()
+
+
+def test_every_rank_answers_in_order_and_processes_stay_warm() -> None:
+    assert run_ranks(_sum_of_ranks, Mesh(dp=3), 10) == [13.0] * 3
+    first = run_ranks(_process, Mesh(dp=3))
+    assert run_ranks(_process, Mesh(dp=2)) == first[:2]
+    assert run_ranks(lambda: world().rank, Mesh(dp=2)) == [0, 1]
+
+
+def test_large_results_and_closures_travel() -> None:
+    size = 3_000_000
+    assert [len(each) for each in run_ranks(lambda: torch.zeros(size), Mesh(dp=2))] == [size, size]
+
+
+def _fail_on_one() -> None:
+    if dist.get_rank() == 1:
+        raise KeyError("the culprit")
+    dist.barrier()
+
+
+def test_the_culprit_is_reported_not_its_victims() -> None:
+    with pytest.raises(RankError, match="(?s)rank 1 failed.*the culprit"):
+        run_ranks(_fail_on_one, Mesh(dp=3))
+    assert run_ranks(_sum_of_ranks, Mesh(dp=2), 0) == [1.0, 1.0]  # the pool has recovered
+
+
+def _refuse() -> None:
+    raise MeshError("no such mesh")
+
+
+def test_errors_of_this_library_keep_their_type() -> None:
+    with pytest.raises(MeshError, match="no such mesh"):
+        run_ranks(_refuse, Mesh(dp=2))
+
+
+def test_a_rank_that_dies_is_named_with_its_code() -> None:
+    with pytest.raises(RankError, match="rank 0 died with exit code 7"):
+        run_ranks(lambda: os._exit(7) if dist.get_rank() == 0 else time.sleep(0.1), Mesh(dp=2))
+
+
+def _sleep_on_one() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(60)
+
+
+def test_a_hang_names_the_rank_and_what_it_does() -> None:
+    with pytest.raises(RankError, match=r"(?s)ranks \[1\] of 2 did not finish within 1 s.*_sleep_on_one"):
+        run_ranks(_sleep_on_one, Mesh(dp=2), timeout_s=1.0)
+
+
+def test_closing_a_pool_leaves_no_process() -> None:
+    pool = RankPool()
+    processes = pool.run(_process, 2, (), timeout_s=60)
+    pool.close()
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert default_pool() is not pool
