@@ -1,0 +1,34 @@
+"""What holds for every test: GPU tests need a GPU, and no module is imported under two names."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks of a test share few cores; more threads only fight
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FOLDERS = ("parallel", "moe", "launch", "clusters")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if wanting and not _has_gpu():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_name_per_module() -> Iterator[None]:
+    """After the whole run, `meshwright.parallel` was never also imported as `parallel`."""
+    yield
+    bare = [name for name in sys.modules if name.split(".")[0] in FOLDERS]
+    assert bare == [], f"imported under a bare name: {bare}; import meshwright.{bare[0]}"
