@@ -6,12 +6,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from meshwright.launch.yaml_nodes import Mark, Node, Scalar, Table, follow, show
+from meshwright.launch.yaml_nodes import Found, Node, Scalar, Table, follow, show
 from meshwright.parallel.errors import nearest
 
-__all__ = ["Found", "explain", "known_keys"]
+__all__ = ["explain", "known_keys"]
 
-Found = tuple[Mark, str, str]
 Location = tuple[str | int, ...]
 
 _EXPECTED = {

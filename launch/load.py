@@ -8,15 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from meshwright.launch.errors import JobError, Problem
-from meshwright.launch.explain import Found, explain
-from meshwright.launch.spec.job import Job
-from meshwright.launch.yaml_nodes import Items, Mark, Node, Scalar, Table, follow, show
+from meshwright.launch.yaml_nodes import Found, Items, Node, Scalar, Table, follow, show
 from meshwright.parallel.errors import nearest
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pydantic and PyYAML are imported when the first job is read
+    from meshwright.launch.spec.job import Job
     from meshwright.launch.yaml_text import Tree
 
 __all__ = ["CLUSTERS_FILE", "LoadedJob", "load_job"]
@@ -36,7 +33,7 @@ class LoadedJob:
         keys: every dotted key the user wrote, overrides included.
     """
 
-    job: Job
+    job: "Job"
     path: Path
     text: str = field(repr=False)
     keys: frozenset[str] = field(repr=False)
@@ -101,27 +98,32 @@ def _read(path: Path, what: str) -> bytes:
     raise JobError([Problem(f"{path}:1:1", "", message)])
 
 
-def _check(root: Table, problems: list[Found], source: str) -> Job:
+def _check(root: Table, problems: list[Found], source: str) -> "Job":
+    from pydantic import ValidationError
+
+    from meshwright.launch.explain import explain
+    from meshwright.launch.spec.job import Job
+
     try:
         job = Job.model_validate(root.plain())
     except ValidationError as error:
-        raise _error([*problems, *explain(error, root, Job)], source) from None
+        noted = {(mark, key) for mark, key, _ in problems}  # these values have their problem already
+        found = [each for each in explain(error, root, Job) if each[:2] not in noted]
+        raise _error([*problems, *found], source) from None
     if problems:
         raise _error(problems, source)
     return job
 
 
 def _error(found: Iterable[Found], source: str) -> JobError:
-    """Sorts by position (the job file, other files, overrides) and keeps the first problem of each place and key."""
-    first: dict[tuple[Mark, str], str] = {}
-    for mark, key, message in found:
-        first.setdefault((mark, key), message)
+    """Sorts by position: the job file, other files, overrides."""
 
-    def order(item: tuple[tuple[Mark, str], str]) -> tuple[bool, bool, str, int, int]:
-        mark = item[0][0]
+    def order(item: Found) -> tuple[bool, bool, str, int, int]:
+        mark = item[0]
         return mark.line == 0, mark.source != source, mark.source if mark.line else "", mark.line, mark.column
 
-    return JobError([Problem(str(mark), key, text) for (mark, key), text in sorted(first.items(), key=order)])
+    ordered = dict.fromkeys(sorted(found, key=order))
+    return JobError([Problem(str(mark), key, message) for mark, key, message in ordered])
 
 
 def _with_cluster(root: Table, path: Path, clusters_file: Path | str | None) -> tuple[Table, list[Found]]:
@@ -138,8 +140,8 @@ def _with_cluster(root: Table, path: Path, clusters_file: Path | str | None) -> 
     else:
         found = Table({}, {}, node.mark)  # the local cluster with its defaults
         if node.value != "local":
-            place = f"{file} describes" if known else f"there is no {file}, so there are"
-            message = f"{place} no cluster {node.value!r}; {nearest(node.value, [*known, 'local'])}"
+            place = f" in {file}" if file.exists() else f": there is no {file}"
+            message = f"no cluster {node.value!r}{place}; {nearest(node.value, [*known, 'local'])}"
             problems.append((node.mark, "cluster", message))
     return Table({**root.nodes, "cluster": found}, root.marks, root.mark), problems
 

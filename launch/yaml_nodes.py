@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Items", "Mark", "Node", "Scalar", "Table", "follow", "show"]
+__all__ = ["Found", "Items", "Mark", "Node", "Scalar", "Table", "follow", "show"]
 
 _SHOWN_CHARACTERS = 60
 
@@ -74,6 +74,9 @@ class Table:
 
 Node: TypeAlias = Scalar | Items | Table
 
+Found: TypeAlias = tuple[Mark, str, str]
+"""A problem of a tree: where it was written, the dotted key, the message."""
+
 
 def follow(root: Node, path: tuple[str | int, ...]) -> tuple[Node, Mark, tuple[str, ...]]:
     """Walks as far along a path as the tree goes, skipping parts that are no keys.
@@ -85,7 +88,7 @@ def follow(root: Node, path: tuple[str | int, ...]) -> tuple[Node, Mark, tuple[s
     keys: list[str] = []
     for part in path:
         if isinstance(node, Table) and part in node.nodes:
-            node, mark = node.nodes[str(part)], node.marks[str(part)]
+            mark, node = node.marks[str(part)], node.nodes[str(part)]
         elif isinstance(node, Items) and isinstance(part, int) and part < len(node.nodes):
             node = node.nodes[part]
             mark = node.mark

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from meshwright.launch.errors import JobError, Problem
-from meshwright.launch.yaml_nodes import Items, Mark, Node, Scalar, Table
+from meshwright.launch.yaml_nodes import Found, Items, Mark, Node, Scalar, Table
 from meshwright.launch.yaml_scalars import ScalarError, plain_value
 
 __all__ = ["MAX_ALIASES", "MAX_BYTES", "MAX_DEPTH", "MAX_NODES", "Tree", "read_tree"]
@@ -31,7 +31,7 @@ class Tree:
     """A composed document: its root, and the problems that did not stop the reading (duplicate keys, tags, ...)."""
 
     root: Node
-    problems: tuple[tuple[Mark, str, str], ...] = ()
+    problems: tuple[Found, ...] = ()
 
 
 def read_tree(content: bytes | str, source: str) -> Tree:
@@ -92,7 +92,7 @@ class _Anchor:
 class _Composer:
     source: str
     text: str
-    problems: list[tuple[Mark, str, str]] = field(default_factory=list)
+    problems: list[Found] = field(default_factory=list)
     anchors: dict[str, _Anchor] = field(default_factory=dict)
     path: list[str] = field(default_factory=list)
     num_nodes: int = 0

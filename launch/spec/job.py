@@ -70,13 +70,17 @@ class Job(Conduct, Placement, Training, Program):
         return self.nodes or self.cluster.simulate_nodes
 
     @property
-    def num_ranks(self) -> int | None:
-        """Number of ranks; None where only the machine can tell (nproc_per_node: auto, gpu, cpu)."""
+    def ranks_per_node(self) -> int | None:
+        """Ranks of each node; None where only the machine can tell (nproc_per_node: auto, gpu, cpu)."""
         if isinstance(self.nproc_per_node, str):
             return None
-        if self.nproc_per_node is None:
-            return self.mesh.world_size
-        return self.num_nodes * self.nproc_per_node
+        # a program of the user that names neither mesh nor ranks gets one rank per node
+        return self.nproc_per_node or max(1, self.mesh.world_size // self.num_nodes)
+
+    @property
+    def num_ranks(self) -> int | None:
+        """Number of ranks of all nodes; None where only the machine can tell."""
+        return None if self.ranks_per_node is None else self.num_nodes * self.ranks_per_node
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved job as JSON-able values; `Job.model_validate` is the inverse. Secrets stay references."""

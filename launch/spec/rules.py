@@ -37,10 +37,9 @@ def _program(job: "Job") -> Iterator[Broken]:
     if job.command is None and job.model is None:
         yield "", "the job runs nothing; add `command:` (your program) or `model:` (the built-in one)"
     if job.command is None:
-        if job.model is not None:
-            for key in ("data", "train"):
-                if getattr(job, key) is None:
-                    yield "model", f"the built-in program also needs `{key}:`, which is missing"
+        missing = [f"`{key}:`" for key in ("data", "train") if getattr(job, key) is None]
+        if job.model is not None and missing:
+            yield "model", f"the built-in program also needs {' and '.join(missing)}; add what is missing"
         return
     for key in ("model", "data", "train"):
         if getattr(job, key) is not None:
@@ -103,8 +102,10 @@ def _ranks(job: "Job") -> Iterator[Broken]:
         yield "parallel.ep", str(error)
         return
     ranks, nodes, per_node = mesh.world_size, job.num_nodes, job.nproc_per_node
+    if job.model is None and ranks == 1:  # a program of the user needs no mesh
+        return
     if isinstance(per_node, int):
-        if (job.model is not None or ranks > 1) and nodes * per_node != ranks:
+        if nodes * per_node != ranks:
             fix = f"set nproc_per_node: {ranks // nodes}" if ranks % nodes == 0 else f"set nodes: {ranks // per_node}"
             yield (
                 "nproc_per_node",

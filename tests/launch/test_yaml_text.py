@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from meshwright.launch import yaml_text
 from meshwright.launch.errors import JobError
@@ -72,7 +73,7 @@ def test_nodes_know_where_they_were_written() -> None:
 def test_both_parsers_of_pyyaml_give_the_same_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'a: &x {b: [1, "2", c], d: 24:00:00}\ne: *x\nf: |\n  on\n'
     fast = read_tree(text, "j")
-    monkeypatch.setattr(yaml_text, "_LOADER", yaml_text.yaml.SafeLoader)
+    monkeypatch.setattr(yaml_text, "_LOADER", yaml.SafeLoader)
     assert read_tree(text, "j") == fast
 
 
