@@ -1,0 +1,50 @@
+"""DeepSpeed behind the same step, at the precision it allows: float32, 1e-5."""
+
+import pytest
+import torch
+
+import meshwright as mw
+from meshwright.parallel.errors import WrapError
+from tests.parallel.models import gpt2, pairs, regressor, tokens
+
+pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_every_stage_equals_the_plain_run(stage: int, microbatches: int) -> None:
+    report = mw.verify(
+        gpt2(), tokens(), mw.Mesh(dp=2), data_engine="deepspeed", zero_stage=stage, num_microbatches=microbatches
+    )
+    assert report.ok, str(report)
+    assert report.dtype == "float32"
+
+
+def test_offloaded_states_equal_the_plain_run() -> None:
+    report = mw.verify(
+        regressor(), pairs(), mw.Mesh(fsdp=2), data_engine="deepspeed", zero_stage=2, num_microbatches=2, offload="cpu"
+    )
+    assert report.ok, str(report)
+
+
+def _double_one_gradient(model: mw.ParallelModel) -> None:
+    dict(model.module.module.named_parameters())["head.weight"].register_hook(lambda gradient: gradient * 2)
+
+
+def test_a_planted_fault_is_found_and_named() -> None:
+    report = mw.verify(
+        regressor(), pairs(), mw.Mesh(dp=2), data_engine="deepspeed", zero_stage=1, prepare=_double_one_gradient
+    )
+    assert not report.ok
+    assert report.worst_parameter == "head.weight"
+    assert "gradient of head.weight is 2 x the plain one" in report.notes[0]
+
+
+def test_float64_and_mixed_meshes_are_refused() -> None:
+    from meshwright.parallel.deepspeed_engine import DeepSpeedStates
+
+    with pytest.raises(WrapError, match="DeepSpeed trains no float64 parameters"):
+        DeepSpeedStates(torch.nn.Linear(2, 2).double(), None, zero_stage=1, offload=False)  # type: ignore[arg-type]
+    with pytest.raises(WrapError, match="nearest legal layout: fsdp=4"):
+        mw.verify(regressor(), pairs(), mw.Mesh(dp=2, fsdp=2), data_engine="deepspeed")

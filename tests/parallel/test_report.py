@@ -1,0 +1,63 @@
+"""The collectives a report predicts are the ones a step runs."""
+
+from typing import Any
+
+import pytest
+
+import meshwright as mw
+from meshwright.parallel.microbatch import share
+from meshwright.parallel.report import describe
+from meshwright.parallel.options import Options
+from meshwright.testing import run_ranks
+from tests.parallel.models import gpt2, llama, pairs, regressor, tokens
+
+CASES = [
+    (degrees, options)
+    for degrees in ({"dp": 2}, {"fsdp": 2}, {"dp": 2, "fsdp": 2}, {"fsdp": 3})
+    for options in ({"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"bucket_bytes": 1000})
+]
+
+
+def _predicted_and_counted(build_model: Any, build_batch: Any, mesh: mw.Mesh, options: dict[str, Any]) -> tuple[str, str]:
+    model = mw.parallelize(build_model(), mesh, num_microbatches=2, **options)
+    batch = share(build_batch(), model.data_rank, mesh.data_degree)
+    model.step(batch)
+    _, counted = model.ledger_step(batch)
+    return str(model.report.collectives), str(counted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("degrees", "options"), CASES)
+@pytest.mark.parametrize(
+    ("build_model", "build_batch"),
+    [(llama(), tokens()), (gpt2(), tokens()), (regressor(), pairs())],
+    ids=["llama", "gpt2", "regressor"],
+)
+def test_prediction_is_equal_to_the_ledger(build_model: Any, build_batch: Any, degrees: Any, options: Any) -> None:
+    mesh = mw.Mesh(**degrees)
+    for predicted, counted in run_ranks(_predicted_and_counted, mesh, build_model, build_batch, mesh, options):
+        assert counted == predicted
+
+
+def test_zero_three_gathers_grow_with_micro_batches_and_zero_one_does_not() -> None:
+    model = llama()()
+
+    def count(stage: int, microbatches: int) -> tuple[int, int]:
+        options = Options(zero_stage=stage, num_microbatches=microbatches)
+        calls = describe(model, mw.Mesh(fsdp=2), options).collectives
+        assert calls is not None
+        return calls.count("all_gather"), calls.count("reduce_scatter")
+
+    units = 4  # three blocks and the rest
+    assert [count(stage, 3) for stage in (1, 2, 3)] == [(units, units), (units, 3 * units), (3 * (2 * units - 2), 3 * units)]
+
+
+def test_the_report_says_what_was_tied_and_frozen() -> None:
+    model = llama(tie_word_embeddings=True)()
+    model.model.norm.weight.requires_grad_(False)
+    report = describe(model, mw.Mesh(dp=2, fsdp=2), Options())
+    assert "tied, kept as one parameter: model.embed_tokens.weight, lm_head.weight" in report.notes
+    assert "frozen, no gradient: 1 parameters, first model.norm.weight" in report.notes
+    assert [axis for axis, _ in report.axes] == ["dp", "fsdp"]
+    assert report.as_dict()["mesh"] == "dp=2 x fsdp=2"
+    assert "collectives of one step" in str(report)
