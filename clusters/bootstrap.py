@@ -1,0 +1,60 @@
+"""First program of every rank: ties it to its agent, opens its log, then becomes the user's command.
+
+Run by path with `python -I -S`, so it imports next to nothing and no package. The kernel sends the parent-death signal
+when the *thread* that forked a process ends: the agent forks ranks on its main thread, which lives as long as it does.
+"""
+
+import os
+import signal
+import sys
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with(parent: int) -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the signal was asked for
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _open_log(run_dir: str, rank: str, attempt: str) -> None:
+    name = f"rank-{rank}.log" if attempt == "0" else f"rank-{rank}.attempt-{attempt}.log"
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    log = os.open(os.path.join(run_dir, "logs", name), flags, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def main(words: list[str]) -> None:
+    """Becomes `words[3:]` after tying this process to the agent `words[0]`, in the directory `words[2]`.
+
+    Args:
+        words: process id of the agent, run directory, working directory, then the command.
+    """
+    if sys.platform == "linux":
+        _die_with(int(words[0]))
+    run_dir, workdir, command = words[1], words[2], words[3:]
+    rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    os.environ["MESHWRIGHT_ATTEMPT"] = attempt
+    os.environ["MESHWRIGHT_RANK_DIR"] = os.path.join(run_dir, "ranks", rank)
+    _open_log(run_dir, rank, attempt)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
+        signal.signal(ignored, signal.SIG_DFL)
+    try:
+        os.makedirs(os.environ["MESHWRIGHT_RANK_DIR"], mode=0o700, exist_ok=True)
+        os.chdir(workdir)
+        os.execvp(command[0], command)
+    except OSError as error:
+        where = f" in {workdir}" if error.filename == workdir else ""
+        sys.stderr.write(f"meshwright: cannot start {command[0]!r}{where}: {error.strerror}\n")
+        sys.stderr.flush()
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

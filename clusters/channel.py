@@ -1,0 +1,44 @@
+"""The line between launcher and agent: JSON objects, one a line, over the agent's standard streams.
+
+The agent takes both streams for itself and leaves its children /dev/null and its own log instead.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from threading import Lock
+from typing import Any
+
+__all__ = ["Channel"]
+
+
+class Channel:
+    """An agent's end of the line.
+
+    Whoever constructs it gives up standard input and output: what the process reads is empty from now on, and what
+    it prints goes to standard error.
+    """
+
+    def __init__(self) -> None:
+        self._input = os.fdopen(os.dup(0), "rb")
+        self._output = os.dup(1)
+        self._lock = Lock()
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        os.dup2(2, 1)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What the launcher says, until it closes its end or dies."""
+        for line in self._input:
+            yield json.loads(line)
+
+    def tell(self, event: str, **fields: object) -> None:
+        """Sends one event; a launcher that is gone is no error, the end of input deals with it."""
+        line = json.dumps({"event": event, **fields}) + "\n"
+        with self._lock:
+            try:
+                os.write(self._output, line.encode())
+            except OSError:
+                sys.stderr.write(f"nobody listens to: {line}")

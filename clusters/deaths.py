@@ -1,0 +1,110 @@
+"""When and how ranks die, to the millisecond, without reaping them.
+
+One thread per rank blocks in waitid(WNOWAIT): the exact time and status are known at once, while the zombie keeps
+its process id, so that its group can be killed without hitting a stranger.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Condition, Thread
+
+__all__ = ["Death", "Deaths", "exit_code_of"]
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of one rank.
+
+    Args:
+        rank: global rank.
+        code: exit code, or minus the signal that killed it.
+        time_unix_s: when.
+        ended_by_us: whether it was asked to end before it died.
+    """
+
+    rank: int
+    code: int
+    time_unix_s: float
+    ended_by_us: bool
+
+
+def exit_code_of(code: int) -> int:
+    """A shell's exit code of a status: 128 + N for signal N.
+
+    >>> exit_code_of(7), exit_code_of(-9)
+    (7, 137)
+    """
+    return 128 - code if code < 0 else code
+
+
+class Deaths:
+    """Watches the processes of one attempt; safe to use from several threads.
+
+    Args:
+        pids: global rank -> process id; children of this process.
+        report: called once per death, from a thread of its own.
+    """
+
+    def __init__(self, pids: Mapping[int, int], report: Callable[[Death], None]) -> None:
+        self.pids = dict(pids)
+        self._report = report
+        self._dead: dict[int, Death] = {}
+        self._asked: set[int] = set()
+        self._changed = Condition()
+        for rank in self.pids:
+            Thread(target=self._watch, args=(rank,), name=f"rank-{rank}", daemon=True).start()
+
+    def _watch(self, rank: int) -> None:
+        code = _wait(self.pids[rank])
+        now = time.time()
+        with self._changed:
+            death = Death(rank, code, now, rank in self._asked)
+        self._report(death)  # first, so that who waits for all deaths knows that all are reported
+        with self._changed:
+            self._dead[rank] = death
+            self._changed.notify_all()
+
+    @property
+    def all_dead(self) -> bool:
+        """Whether no process is left."""
+        return len(self._dead) == len(self.pids)
+
+    @property
+    def failed(self) -> bool:
+        """Whether one ended with anything but 0."""
+        return any(death.code for death in list(self._dead.values()))
+
+    def send(self, number: signal.Signals) -> None:
+        """Signals the process group of every rank that lives; their deaths count as ours from now on."""
+        with self._changed:
+            living = [rank for rank in self.pids if rank not in self._dead]
+            self._asked.update(living)
+        for rank in living:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pids[rank], number)
+
+    def kill_groups(self) -> None:
+        """Kills what is left of every rank's process group; call before anything reaps them."""
+        with self._changed:
+            self._asked.update(rank for rank in self.pids if rank not in self._dead)
+        for pid in self.pids.values():
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until all are dead; tells whether they are."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.all_dead, timeout_s)
+
+
+def _wait(pid: int) -> int:
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:  # somebody reaped it: the status is lost, that it is gone is not
+        return -int(signal.SIGKILL)
+    assert found is not None, pid
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status

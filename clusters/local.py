@@ -1,0 +1,225 @@
+"""This machine as a cluster: one agent, or one per pretended node, each with its share of ranks and GPUs."""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, log_name
+from meshwright.clusters.errors import RendezvousError, UnavailableError
+from meshwright.clusters.spawn import AGENT_ARGV, spawn_agent
+from meshwright.clusters.sweep import sweep
+
+__all__ = ["LocalCluster", "LocalHandle", "Machine", "check_port", "plan_local", "this_machine"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan needs to know of a machine.
+
+    Args:
+        host: its name.
+        cores: cores this process may use.
+        gpus: ids of the GPUs this process may use.
+        omp_num_threads: OMP_NUM_THREADS of this process, None where unset.
+    """
+
+    host: str
+    cores: int
+    gpus: tuple[str, ...] = ()
+    omp_num_threads: str | None = None
+
+
+def this_machine(environment: Mapping[str, str] | None = None) -> Machine:
+    """Looks at this machine without any driver: GPUs are the NVIDIA device files, less what CUDA_VISIBLE_DEVICES hides."""
+    found = os.environ if environment is None else environment
+    visible = found.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = tuple(sorted((path.name[6:] for path in Path("/dev").glob("nvidia[0-9]*")), key=int))
+    else:
+        gpus = tuple(each.strip() for each in visible.split(",") if each.strip() and each.strip() != "-1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(socket.gethostname(), cores, gpus, found.get("OMP_NUM_THREADS"))
+
+
+def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
+    """The exact start plan on a machine; pure.
+
+    Raises:
+        UnavailableError: when the machine has fewer GPUs than asked for.
+    """
+    share = _gpus_of_nodes(request, machine)
+    per_node = _ranks_per_node(request, machine, share)
+    names = [machine.host] if request.num_nodes == 1 else [f"node{index}" for index in range(request.num_nodes)]
+    threads = max(1, machine.cores // (per_node * request.num_nodes))
+    nodes = []
+    for index, name in enumerate(names):
+        ranks = tuple(range(index * per_node, (index + 1) * per_node))
+        env = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+        if machine.omp_num_threads is None or "*" not in request.program.inherit:
+            env["OMP_NUM_THREADS"] = str(threads)
+        if share is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(share[index])
+        env |= dict(request.program.env)
+        env |= {
+            "MESHWRIGHT_HOST": name,
+            "MESHWRIGHT_NODE": str(index),
+            "MESHWRIGHT_RUN_DIR": str(request.run_dir),
+            "MESHWRIGHT_RUN_ID": request.run_id,
+        }
+        logs = tuple(log_name(rank) for rank in ranks)
+        cwd = str(request.program.workdir)
+        nodes.append(NodePlan(name, index, ranks, cwd, tuple(sorted(env.items())), request.program.argv, logs))
+    return StartPlan(
+        cluster="local",
+        name=request.name,
+        run_id=request.run_id,
+        run_dir=str(request.run_dir),
+        agent_argv=AGENT_ARGV,
+        inherit=request.program.inherit,
+        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
+        setup=request.program.setup,
+        port=request.port,
+        limits=request.limits,
+        nodes=tuple(nodes),
+    )
+
+
+def _gpus_of_nodes(request: StartRequest, machine: Machine) -> list[tuple[str, ...]] | None:
+    """The GPUs of each node; None where one node takes all there are."""
+    nodes, each, have = request.num_nodes, request.gpus_per_node, len(machine.gpus)
+    if each is None:
+        if nodes == 1 or not have:
+            return None
+        each = have // nodes
+    if nodes * each > have:
+        raise UnavailableError(
+            f"asked for {nodes} x {each} GPUs, {machine.host} has {have}; "
+            f"set cluster.gpus_per_node to {have // nodes} or less"
+        )
+    return [machine.gpus[index * each : (index + 1) * each] for index in range(nodes)]
+
+
+def _ranks_per_node(request: StartRequest, machine: Machine, share: Sequence[tuple[str, ...]] | None) -> int:
+    asked = request.ranks_per_node
+    if isinstance(asked, int):
+        return asked
+    gpus = len(share[0]) if share is not None else len(machine.gpus)
+    if asked == "gpu" and not gpus:
+        raise UnavailableError(f"nproc_per_node: gpu, but {machine.host} has no GPU for it; write cpu or a number")
+    return gpus if gpus and asked != "cpu" else machine.cores
+
+
+def check_port(port: int) -> None:
+    """Makes sure that rank 0 can listen on a port.
+
+    Raises:
+        RendezvousError: when something else does, or it is not ours to take.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RendezvousError(
+                f"rendezvous.port: port {port} of this machine cannot be taken: {error.strerror}; "
+                "end what listens there, choose another port, or write `port: auto`"
+            ) from error
+
+
+class LocalCluster:
+    """This machine.
+
+    Args:
+        warm: an agent that was started before the job was read; the first node takes it.
+    """
+
+    def __init__(self, warm: "subprocess.Popen[bytes] | None" = None) -> None:
+        self._warm = warm
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        """The exact start plan of a request on this machine."""
+        return plan_local(request, this_machine())
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "LocalHandle":
+        """Executes a plan: one agent per node, each told its part.
+
+        Raises:
+            RendezvousError: when the plan names a port that is taken.
+        """
+        if plan.port is not None:
+            check_port(plan.port)
+        agents = {}
+        for node in plan.nodes:
+            agent = self._warm if self._warm is not None and self._warm.poll() is None else spawn_agent()
+            self._warm = None
+            agents[node.name] = agent
+        return LocalHandle(plan, agents, secrets)
+
+
+class LocalHandle:
+    """Agents of this machine and their events."""
+
+    def __init__(
+        self, plan: StartPlan, agents: Mapping[str, "subprocess.Popen[bytes]"], secrets: Mapping[str, str]
+    ) -> None:
+        self._plan = plan
+        self._agents = dict(agents)
+        self._rest = dict.fromkeys(agents, b"")
+        self._selector = selectors.DefaultSelector()
+        for node in plan.nodes:
+            agent = self._agents[node.name]
+            assert agent.stdout is not None, node.name
+            self._selector.register(agent.stdout, selectors.EVENT_READ, node.name)
+            self._say(node.name, {"plan": asdict(plan), "node": node.index, "secrets": dict(secrets)})
+
+    def _say(self, name: str, message: Mapping[str, Any]) -> None:
+        pipe = self._agents[name].stdin
+        assert pipe is not None, name
+        left = memoryview(json.dumps(message).encode() + b"\n")
+        with suppress(OSError):  # a dead agent is found by its end of output
+            while left:
+                left = left[pipe.write(left) or 0 :]
+
+    @property
+    def done(self) -> bool:
+        """Whether no agent is left."""
+        return not self._selector.get_map()
+
+    def poll(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Events since the last call; an agent that is gone gives a last one, {"event": "gone", "code": ...}."""
+        events = []
+        for key, _ in self._selector.select(timeout_s):
+            name = key.data
+            data = os.read(key.fd, 1 << 16)
+            if data:
+                *lines, self._rest[name] = (self._rest[name] + data).split(b"\n")
+                events += [{"node": name, **json.loads(line)} for line in lines]
+            else:
+                self._selector.unregister(key.fileobj)
+                events.append({"node": name, "event": "gone", "code": self._agents[name].wait()})
+        return events
+
+    def stop(self) -> None:
+        """Asks all agents to end their ranks: TERM, then KILL after the plan's grace."""
+        for name in self._agents:
+            self._say(name, {"command": "stop"})
+
+    def kill(self) -> None:
+        """Kills everything of this run at once, and what it left behind."""
+        for name, agent in self._agents.items():
+            self._say(name, {"command": "kill"})
+            try:
+                agent.wait(3.0)
+            except subprocess.TimeoutExpired:
+                agent.send_signal(signal.SIGKILL)
+                agent.wait()
+        sweep(self._plan.run_id)

@@ -1,0 +1,69 @@
+"""Finds and kills what a run left behind, by the run id in the environment of processes.
+
+Process groups miss what called setsid; names and patterns hit strangers. A run id in /proc/PID/environ does neither.
+Each process is held by a pidfd while its environment is read, so that a reused process id is never hit.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["carriers", "sweep"]
+
+_PROC = Path("/proc")
+
+
+def _state(pid: int) -> str:
+    """One letter of the kernel; Z and X are gone, though somebody may not have reaped them yet."""
+    try:
+        return (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "X"
+
+
+def carriers(run_id: str, node: int | None = None) -> Iterator[int]:
+    """Process ids of this user that carry the run id (and node) in their environment; this process left out."""
+    wanted = [f"MESHWRIGHT_RUN_ID={run_id}".encode()]
+    if node is not None:
+        wanted.append(f"MESHWRIGHT_NODE={node}".encode())
+    for entry in os.listdir(_PROC) if _PROC.is_dir() else ():
+        if not entry.isdecimal() or int(entry) == os.getpid():
+            continue
+        with suppress(OSError):
+            variables = (_PROC / entry / "environ").read_bytes().split(b"\0")
+            if all(each in variables for each in wanted) and _state(int(entry)) not in "ZX":
+                yield int(entry)
+
+
+def sweep(run_id: str, node: int | None = None, timeout_s: float = 5.0) -> int:
+    """Kills every process that carries the run id, again and again until none is left; tells how many it hit."""
+    end_s = time.monotonic() + timeout_s
+    hit: set[int] = set()
+    while time.monotonic() < end_s:
+        found = list(carriers(run_id, node))
+        if not found:
+            break
+        for pid in found:
+            if _kill(pid, run_id):
+                hit.add(pid)
+        time.sleep(0.01)
+    return len(hit)
+
+
+def _kill(pid: int, run_id: str) -> bool:
+    try:
+        held = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        if f"MESHWRIGHT_RUN_ID={run_id}".encode() not in (_PROC / str(pid) / "environ").read_bytes().split(b"\0"):
+            return False
+        signal.pidfd_send_signal(held, signal.SIGKILL)
+    except OSError:
+        return False
+    finally:
+        os.close(held)
+    return True
