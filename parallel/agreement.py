@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.mesh import AXES
+from meshwright.parallel.mesh import AXES, DATA_AXES
 
-__all__ = ["check_agreement", "fingerprint"]
+__all__ = ["check_agreement", "check_buffers", "fingerprint"]
 
 _ROW = 1024  # elements hashed together: the order of rows counts, the order inside one does not
 
@@ -53,3 +53,26 @@ def check_agreement(model: nn.Module, groups: Groups) -> None:
                 f"ranks {odd} hold another {name} than rank 0; build the model from one seed on every rank "
                 "(torch.manual_seed before the constructor), or load the same weights"
             )
+
+
+def check_buffers(model: nn.Module, groups: Groups) -> None:
+    """Compares buffers over data ranks after a step has run: running batch statistics would differ by now.
+
+    In the plain run such a buffer has one value; ranks that each keep their own would save and evaluate another model
+    than they trained.
+
+    Raises:
+        WrapError: naming the buffers that differ.
+    """
+    buffers = dict(model.named_buffers())
+    if not buffers or groups.group(*DATA_AXES) is None:
+        return
+    mine = torch.tensor([fingerprint(name, each) for name, each in buffers.items()], device=groups.device_type)
+    marks = torch.stack(groups.all_gather(mine, *DATA_AXES)).cpu()
+    odd = [name for column, name in enumerate(buffers) if bool((marks[:, column] != marks[0, column]).any())]
+    if odd:
+        raise WrapError(
+            f"buffers differ between data ranks after a step: {', '.join(odd)}; batch statistics must be one: freeze "
+            "them (module.eval()), set track_running_stats=False, or convert the model with "
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm (GPU)"
+        )

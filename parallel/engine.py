@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.parallel.agreement import check_buffers
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import DataEngine
 from meshwright.parallel.errors import LossError
@@ -38,6 +39,7 @@ class Engine:
         self.data = data
         self.options = options
         self.num_steps = 0
+        self._buffers_checked = False
         self._groups = groups
         self._contract = options.contract
         self._data_rank = groups.mesh.data_rank(groups.rank)
@@ -68,6 +70,9 @@ class Engine:
             losses.append(loss.detach().double())
         total, used = self._total(loss_sum, items_sum)
         self.data.finish(total[1].reciprocal(), used)
+        if not self._buffers_checked:
+            check_buffers(self.data.module, self._groups)
+            self._buffers_checked = True
         self.num_steps += 1
         return StepStats(total[0] / total[1], total[1], torch.stack(losses))
 

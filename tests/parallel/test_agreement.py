@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ import meshwright as mw
 from meshwright.parallel.agreement import fingerprint
 from meshwright.parallel.errors import MeshError, WrapError
 from meshwright.testing import run_ranks
+from tests.parallel.models import pairs
 
 
 def test_fingerprints_tell_name_shape_dtype_and_bits() -> None:
@@ -40,6 +43,31 @@ def test_ranks_with_other_weights_or_other_models_are_named() -> None:
         run_ranks(_differently, mw.Mesh(dp=2), "weight")
     with pytest.raises(WrapError, match=r"different models: parameters and buffers per rank \[4, 6\]"):
         run_ranks(_differently, mw.Mesh(dp=2), "model")
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(self.head(self.norm(inputs)), targets)
+
+
+def _normalised(frozen: bool) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Normalised().train(not frozen)
+
+    return build
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [{"dp": 2}, {"fsdp": 2}])
+def test_batch_statistics_that_would_differ_between_ranks_are_refused_by_name(degrees: dict[str, int]) -> None:
+    with pytest.raises(WrapError, match=r"norm\.running_mean, norm\.running_var"):
+        mw.verify(_normalised(False), pairs(), mw.Mesh(**degrees))
+    assert mw.verify(_normalised(True), pairs(), mw.Mesh(**degrees)).ok
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 
 import meshwright as mw
 from meshwright.parallel.microbatch import share
-from meshwright.parallel.report import describe
 from meshwright.parallel.options import Options
+from meshwright.parallel.report import describe
 from meshwright.testing import run_ranks
 from tests.parallel.models import gpt2, llama, pairs, regressor, tokens
 
@@ -18,7 +18,9 @@ CASES = [
 ]
 
 
-def _predicted_and_counted(build_model: Any, build_batch: Any, mesh: mw.Mesh, options: dict[str, Any]) -> tuple[str, str]:
+def _predicted_and_counted(
+    build_model: Any, build_batch: Any, mesh: mw.Mesh, options: dict[str, Any]
+) -> tuple[str, str]:
     model = mw.parallelize(build_model(), mesh, num_microbatches=2, **options)
     batch = share(build_batch(), model.data_rank, mesh.data_degree)
     model.step(batch)
@@ -49,7 +51,11 @@ def test_zero_three_gathers_grow_with_micro_batches_and_zero_one_does_not() -> N
         return calls.count("all_gather"), calls.count("reduce_scatter")
 
     units = 4  # three blocks and the rest
-    assert [count(stage, 3) for stage in (1, 2, 3)] == [(units, units), (units, 3 * units), (3 * (2 * units - 2), 3 * units)]
+    assert [count(stage, 3) for stage in (1, 2, 3)] == [
+        (units, units),
+        (units, 3 * units),
+        (3 * (2 * units - 2), 3 * units),
+    ]
 
 
 def test_the_report_says_what_was_tied_and_frozen() -> None:
