@@ -91,6 +91,8 @@ def _explain_one(each: Any, root: Node, model: type[BaseModel]) -> Iterable[Foun
     if location and location[-1] == "[key]":
         return [(mark, key, f'{_message(each)}, got "{keys[-1] if keys else ""}"')]
     value_mark = mark if isinstance(node, Table) else node.mark
+    if keys[:1] == ("secrets",) and isinstance(node, Scalar):  # a secret written down by mistake stays unseen
+        return [(value_mark, key, f"{_expected(kind, each, context)}; write {{from_env: NAME}} or {{from_file: PATH}}")]
     return [(value_mark, key, f"{_expected(kind, each, context)}, got {show(node)}{_hint(kind, node, context)}")]
 
 

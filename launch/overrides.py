@@ -29,8 +29,9 @@ def apply_override(root: Node, text: str, place: int = 0) -> Node:
     {'parallel': {'dp': 4}}
     """
     key, equals, value = text.partition("=")
-    mark = Mark(f"--set {text}".replace("\n", "\\n"), 0, place)
     parts = key.strip().split(".")
+    shown = f"{key}=***" if parts[0] == "secrets" else text  # a secret given by mistake stays unseen
+    mark = Mark(f"--set {shown}".encode("unicode_escape").decode("ascii"), 0, place)
     if not equals or not all(parts):
         raise JobError([Problem(str(mark), "", "expected dotted.key=value, such as --set parallel.dp=4")])
     return _put(root, parts, _read(value.strip(), mark), mark, "")

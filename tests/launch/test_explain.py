@@ -136,6 +136,19 @@ def test_all_errors_of_a_file_are_listed_in_its_order(refuse: Refuse) -> None:
     ]
 
 
+def test_a_secret_written_down_by_mistake_is_not_repeated(refuse: Refuse) -> None:
+    for lines in (
+        refuse(PROGRAM + "secrets: {TOKEN: hunter2}\n"),
+        refuse(PROGRAM + "secrets: {TOKEN: {from_env: [hunter2]}}\n"),
+        refuse(PROGRAM, "secrets.TOKEN=hunter2"),
+    ):
+        assert len(lines) == 1
+        assert "hunter2" not in lines[0]
+    assert refuse(PROGRAM + "secrets: {TOKEN: hunter2}\n") == [
+        "job.yaml:3:18: secrets.TOKEN: expected a mapping; write {from_env: NAME} or {from_file: PATH}"
+    ]
+
+
 def test_the_value_of_a_wrong_key_is_shown_short_and_printable(refuse: Refuse) -> None:
     (line,) = refuse(PROGRAM + f'nodes: "{"x" * 200}\\e[31m"\n')
     assert line.endswith(f'got "{"x" * 60}..."')

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meshwright.launch import yaml_text
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import load_job
 from meshwright.launch.schema import job_schema
@@ -224,6 +225,14 @@ def test_a_malformed_job_is_refused_with_positions(case: str, refuse: Callable[.
         assert POSITION.fullmatch(where), line
         assert message.isprintable(), line
         assert len(line) < 1000, line
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_the_parser_without_libyaml_refuses_the_same(
+    case: str, refuse: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yaml_text, "_LOADER", yaml.SafeLoader)
+    assert all(POSITION.fullmatch(line.partition(": ")[0]) for line in refuse(RAW[case]))
 
 
 def test_the_exit_code_of_a_malformed_job_is_65(tmp_path: Path) -> None:
