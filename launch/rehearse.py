@@ -1,0 +1,161 @@
+"""A job rehearsed on this machine: its model, text and mesh, small enough to be compared with the plain run.
+
+Meshes of more than eight ranks and models of more than fifty million parameters are cut down; what was cut is said.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.load import LoadedJob
+from meshwright.parallel.mesh import AXES, Mesh
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from meshwright.parallel.parity import ParityReport
+
+__all__ = ["Rehearsal", "model_on_meta", "parallel_options", "rehearse", "shrunk_mesh"]
+
+_MAX_RANKS = 8
+_MAX_PARAMETERS = 50_000_000
+_MAX_TEXT_BYTES = 1 << 18
+_MAX_SEQUENCE_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What `verify` is called with, and what had to be cut down to fit here."""
+
+    build_model: Callable[[], Any]
+    build_batch: Callable[[], Any]
+    mesh: Mesh
+    options: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def run(self) -> "ParityReport":
+        """Starts the ranks and compares the step with the plain run."""
+        from dataclasses import replace
+
+        from meshwright.parallel.verify import verify
+
+        report = verify(self.build_model, self.build_batch, self.mesh, **self.options)
+        return replace(report, notes=(*self.notes, *report.notes))
+
+
+def rehearse(loaded: LoadedJob) -> Rehearsal:
+    """Turns a job into a rehearsal.
+
+    Raises:
+        JobError: when the job trains no model.
+    """
+    job = loaded.job
+    if job.model is None or job.data is None:
+        text = "the job runs a command, so there is no model to wrap; give it model: and data:"
+        raise JobError([Problem(loaded.where("model"), "model", text)])
+    mesh, notes = shrunk_mesh(job.mesh)
+    config, cut = _shrunk_config(loaded)
+    spec = {**job.as_dict()["model"], "config": config}
+    data = job.as_dict()["data"]
+    num_samples = 2 * mesh.data_degree * job.parallel.num_microbatches + 1  # one more than divides: uneven shares
+    return Rehearsal(
+        build_model=partial(_build_model, spec, data, job.train.seed if job.train else 0),
+        build_batch=partial(_build_batch, data, num_samples),
+        mesh=mesh,
+        options=parallel_options(loaded),
+        notes=(*notes, *cut),
+    )
+
+
+def parallel_options(loaded: LoadedJob) -> dict[str, Any]:
+    """The keywords of `parallelize` that a job's `parallel:` block states."""
+    block = loaded.job.parallel
+    names = ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload")
+    return {**{name: getattr(block, name) for name in names}, "seed": loaded.job.train.seed if loaded.job.train else 0}
+
+
+def model_on_meta(loaded: LoadedJob) -> "nn.Module":
+    """The job's model without its weights: shapes only."""
+    from meshwright.launch.worker.model import build_model
+
+    job = loaded.job
+    assert job.model is not None, "checked by the caller"
+    vocabulary = _vocabulary(job.as_dict()["data"])
+    return build_model(job.as_dict()["model"], vocab_size=vocabulary, seed=0, device="meta")
+
+
+def shrunk_mesh(mesh: Mesh, max_ranks: int = _MAX_RANKS) -> tuple[Mesh, tuple[str, ...]]:
+    """A mesh of at most `max_ranks` with the same axes above one, and what was cut.
+
+    >>> shrunk_mesh(Mesh(dp=64, fsdp=8))
+    (Mesh(pp=1, dp=2, fsdp=2, cp=1, tp=1, ep=1, ep_node=1), ('dp=64 rehearsed as dp=2', 'fsdp=8 rehearsed as fsdp=2'))
+    """
+    if mesh.world_size <= max_ranks:
+        return mesh, ()
+    degrees = {axis: min(2, mesh.degree(axis)) for axis in AXES}
+    for axis in AXES:  # more than three axes do not fit: the outermost give way, one by one
+        if prod(degrees.values()) > max_ranks:
+            degrees[axis] = 1
+    notes = [
+        f"{axis}={mesh.degree(axis)} rehearsed as {axis}={degrees[axis]}"
+        for axis in AXES
+        if degrees[axis] != mesh.degree(axis)
+    ]
+    return Mesh.of(degrees), tuple(notes)
+
+
+def _shrunk_config(loaded: LoadedJob) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The model's config, with fewer layers and narrower ones where the model is too large to rehearse."""
+    model = model_on_meta(loaded)
+    written = dict(loaded.job.as_dict()["model"]["config"])
+    whole = sum(each.numel() for each in model.parameters())
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if whole <= _MAX_PARAMETERS or heads is None:
+        return written, ()
+    small = {"num_hidden_layers": 2, "hidden_size": 8 * heads, "intermediate_size": 16 * heads, "head_dim": 8}
+    cut = {name: value for name, value in small.items() if getattr(config, name, None) is not None}
+    shown = ", ".join(f"{name} {getattr(config, name)} -> {value}" for name, value in cut.items())
+    return {**written, **cut}, (f"{whole:,} parameters are too many to rehearse; cut down: {shown}",)
+
+
+def _build_model(spec: dict[str, Any], data: dict[str, Any], seed: int) -> "nn.Module":
+    from meshwright.launch.worker.model import build_model
+
+    return build_model(spec, vocab_size=_vocabulary(data), seed=seed)
+
+
+def _build_batch(data: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    from meshwright.launch.worker.packing import pack
+
+    tokenizer, documents = _text(data)
+    length = min(data["sequence_length"], _MAX_SEQUENCE_LENGTH)
+    packed = pack(
+        tokenizer.encode([document.content for document in documents]),
+        separator=tokenizer.separator,
+        sequence_length=length,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return packed.batch([window % len(packed) for window in range(num_samples)])
+
+
+def _vocabulary(data: dict[str, Any] | None) -> int:
+    if data is None:
+        return 257
+    if data["tokenizer"] == "bytes":
+        from meshwright.launch.worker.tokenizer import byte_tokenizer
+
+        return byte_tokenizer().vocab_size
+    return _text(data)[0].vocab_size
+
+
+def _text(data: dict[str, Any]) -> tuple[Any, list[Any]]:
+    from meshwright.launch.worker.corpus import read_documents
+    from meshwright.launch.worker.tokenizer import make_tokenizer
+
+    capped = min(data["max_bytes"] or _MAX_TEXT_BYTES, _MAX_TEXT_BYTES)
+    documents = read_documents(data["files"], max_bytes=capped)
+    return make_tokenizer(data["tokenizer"], documents), documents
