@@ -94,7 +94,7 @@ class Reader:
             job.write_text(block.text)
             load_job(job)
         else:
-            assert read_tree(block.text.encode(), str(self.page)).problems == []
+            assert not read_tree(block.text.encode(), str(self.page)).problems
 
     def compare(self, block: Block) -> None:
         """Runs a block of `>>>` lines as a doctest."""
