@@ -78,25 +78,28 @@ def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
 def _explain_one(each: Any, root: Node, model: type[BaseModel]) -> Iterable[Found]:
     kind, location = str(each["type"]), tuple(each["loc"])
     node, mark, keys = follow(root, location)
-    context = each.get("ctx") or {}
-    key = ".".join(keys)
+    key, last = ".".join(keys), str(location[-1]) if location else ""
     if kind == "job_rules":
-        return [_rule(root, keys, str(at), str(text)) for at, text in context["problems"]]
+        return [_rule(root, keys, *each_rule) for each_rule in each["ctx"]["problems"]]
     if kind == "missing":
-        name = str(location[-1])
-        return [(mark, _join(key, name), f"required key is missing; add `{name}:`")]
+        return [(mark, _join(key, last), f"required key is missing; add `{last}:`")]
     if kind == "extra_forbidden":
-        choices = known_keys(model, location[:-1])
-        return [(mark, key, f"unknown key {str(location[-1])!r}; {nearest(str(location[-1]), choices)}")]
-    if location and location[-1] == "[key]":
-        return [(mark, key, f'{_message(each)}, got "{keys[-1] if keys else ""}"')]
-    value_mark = mark if isinstance(node, Table) else node.mark
+        return [(mark, key, f"unknown key {last!r}; {nearest(last, known_keys(model, location[:-1]))}")]
+    if last == "[key]":
+        return [(mark, key, f'{_message(each)}, got "{keys[-1]}"')]
+    return [(mark if isinstance(node, Table) else node.mark, key, _wrong_value(each, node, keys))]
+
+
+def _wrong_value(each: Any, node: Node, keys: tuple[str, ...]) -> str:
+    kind, context = str(each["type"]), each.get("ctx") or {}
+    expected = _expected(kind, each, context)
     if keys[:1] == ("secrets",) and isinstance(node, Scalar):  # a secret written down by mistake stays unseen
-        return [(value_mark, key, f"{_expected(kind, each, context)}; write {{from_env: NAME}} or {{from_file: PATH}}")]
-    return [(value_mark, key, f"{_expected(kind, each, context)}, got {show(node)}{_hint(kind, node, context)}")]
+        return f"{expected}; write {{from_env: NAME}} or {{from_file: PATH}}"
+    return f"{expected}, got {show(node)}{_hint(kind, node, context)}"
 
 
-def _rule(root: Node, prefix: tuple[str, ...], at: str, message: str) -> Found:
+def _rule(root: Node, prefix: tuple[str, ...], *rule: str) -> Found:
+    at, message = rule
     path = tuple(int(part) if part.isdecimal() else part for part in at.split(".")) if at else ()
     node, mark, _ = follow(root, (*prefix, *path))
     return (node.mark if isinstance(node, Scalar) else mark), _join(".".join(prefix), at), message

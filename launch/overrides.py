@@ -3,7 +3,7 @@
 The value is a YAML 1.2 scalar, or a collection in brackets: `--set parallel.dp=4`, `--set after=[tokenize]`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.yaml_nodes import Items, Mark, Node, Scalar, Table
@@ -34,7 +34,7 @@ def apply_override(root: Node, text: str, place: int = 0) -> Node:
     mark = Mark(f"--set {shown}".encode("unicode_escape").decode("ascii"), 0, place)
     if not equals or not all(parts):
         raise JobError([Problem(str(mark), "", "expected dotted.key=value, such as --set parallel.dp=4")])
-    return _put(root, parts, _read(value.strip(), mark), mark, "")
+    return _Override(tuple(parts), _read(value.strip(), mark), mark).put(root, 0)
 
 
 def _read(text: str, mark: Mark) -> Node:
@@ -64,22 +64,34 @@ def _bad(mark: Mark, key: str, message: str) -> JobError:
     return JobError([Problem(str(mark), key, message)])
 
 
-def _put(node: Node, parts: list[str], value: Node, mark: Mark, above: str) -> Node:
-    if not parts:
-        return value
-    part, rest = parts[0], parts[1:]
-    here = f"{above}.{part}" if above else part
-    if isinstance(node, Items):
-        if not part.isdecimal() or int(part) >= len(node.nodes):
-            message = f"{above} is a list of {len(node.nodes)} items; write a number from 0, got {part!r}"
-            raise _bad(mark, above, message)
-        nodes = list(node.nodes)
-        nodes[int(part)] = _put(nodes[int(part)], rest, value, mark, here)
-        return Items(tuple(nodes), node.mark)
-    if isinstance(node, Scalar) and node.value is not None:
-        raise _bad(mark, above, f"{above} is {node.text[:40]!r}, which has no keys; set {above} itself")
-    table = node if isinstance(node, Table) else Table({}, {}, mark)
-    child = table.nodes.get(part, Table({}, {}, mark))
-    changed = _put(child, rest, value, mark, here)
-    marks = {**table.marks, part: mark if not rest or part not in table.marks else table.marks[part]}
-    return Table({**table.nodes, part: changed}, marks, table.mark)
+@dataclass(frozen=True)
+class _Override:
+    parts: tuple[str, ...]
+    value: Node
+    mark: Mark
+
+    def put(self, node: Node, depth: int) -> Node:
+        """The node that `parts[:depth]` leads to, with the value put at the rest of the parts."""
+        if depth == len(self.parts):
+            return self.value
+        if isinstance(node, Items):
+            return self._put_item(node, depth)
+        if isinstance(node, Scalar) and node.value is not None:
+            above = ".".join(self.parts[:depth])
+            raise _bad(self.mark, above, f"{above} is {node.text[:40]!r}, which has no keys; set {above} itself")
+        return self._put_key(node if isinstance(node, Table) else Table({}, {}, self.mark), depth)
+
+    def _put_item(self, items: Items, depth: int) -> Node:
+        part, above = self.parts[depth], ".".join(self.parts[:depth])
+        if not part.isdecimal() or int(part) >= len(items.nodes):
+            message = f"{above} is a list of {len(items.nodes)} items; write a number from 0, got {part!r}"
+            raise _bad(self.mark, above, message)
+        nodes = list(items.nodes)
+        nodes[int(part)] = self.put(nodes[int(part)], depth + 1)
+        return Items(tuple(nodes), items.mark)
+
+    def _put_key(self, table: Table, depth: int) -> Node:
+        part, last = self.parts[depth], depth + 1 == len(self.parts)
+        changed = self.put(table.nodes.get(part, Table({}, {}, self.mark)), depth + 1)
+        mark = self.mark if last else table.marks.get(part, self.mark)
+        return Table({**table.nodes, part: changed}, {**table.marks, part: mark}, table.mark)

@@ -50,7 +50,7 @@ def reference_page(schema: Mapping[str, Any], example: str) -> str:
     parts = [_HEAD + example + "```\n"]
     for title, group in _GROUPS:
         names = [field.alias or name for name, field in group.model_fields.items()]
-        parts.append(f"## {title}\n\n{_table(schema, names, schema, '')}")
+        parts.append(f"## {title}\n\n{_table(schema, schema, '', *names)}")
         for name in names:
             parts.extend(_sections(schema, schema["properties"][name], name))
     return "\n".join(parts)
@@ -59,7 +59,7 @@ def reference_page(schema: Mapping[str, Any], example: str) -> str:
 def _sections(schema: Mapping[str, Any], found: Mapping[str, Any], path: str) -> Iterator[str]:
     for reference in _references(found):
         block = schema["$defs"][reference]
-        yield f"### `{path}`\n\n{block['description']}\n\n{_table(schema, list(block['properties']), block, path)}"
+        yield f"### `{path}`\n\n{block['description']}\n\n{_table(schema, block, path)}"
         for name, inner in block["properties"].items():
             yield from _sections(schema, inner, f"{path}.{name}")
 
@@ -73,9 +73,9 @@ def _references(found: Mapping[str, Any]) -> list[str]:
     return [name for each in inner for name in _references(each)]
 
 
-def _table(schema: Mapping[str, Any], names: list[str], block: Mapping[str, Any], path: str) -> str:
+def _table(schema: Mapping[str, Any], block: Mapping[str, Any], path: str, *only: str) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for name in names:
+    for name in only or block["properties"]:
         found = block["properties"][name]
         cells = (f"`{name}`", _words(found, f"{path}.{name}" if path else name), _default(name, found, block))
         rows.append("| " + " | ".join((*cells, _meaning(schema, found))) + " |")

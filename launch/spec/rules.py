@@ -1,5 +1,6 @@
 """Rules between the keys of a job: pure functions that return (dotted key, what is wrong and what to write)."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -34,19 +35,22 @@ def broken_rules(job: "Job") -> list[Broken]:
 
 
 def _program(job: "Job") -> Iterator[Broken]:
-    if job.command is None and job.model is None:
+    if job.command is not None:
+        return
+    if job.model is None:
         yield "", "the job runs nothing; add `command:` (your program) or `model:` (the built-in one)"
+        return
+    missing = [f"`{key}:`" for key in ("data", "train") if getattr(job, key) is None]
+    if missing:
+        yield "model", f"the built-in program also needs {' and '.join(missing)}; add what is missing"
+
+
+def _command(job: "Job") -> Iterator[Broken]:
     if job.command is None:
-        missing = [f"`{key}:`" for key in ("data", "train") if getattr(job, key) is None]
-        if job.model is not None and missing:
-            yield "model", f"the built-in program also needs {' and '.join(missing)}; add what is missing"
         return
     for key in ("model", "data", "train"):
         if getattr(job, key) is not None:
-            yield (
-                key,
-                f"`{key}` is read by the built-in program only, and this job has `command`; remove one of them",
-            )
+            yield key, f"`{key}` is read by the built-in program only, and this job has `command`; remove one of them"
     if isinstance(job.command, str) and not job.shell:
         yield "command", "a command given as text needs `shell: true`; or write it as a list of words"
     if not isinstance(job.command, str) and job.shell:
@@ -97,24 +101,28 @@ def _too_many(nodes: int, simulated: int) -> str:
 
 def _ranks(job: "Job") -> Iterator[Broken]:
     try:
-        mesh = job.mesh
+        ranks = job.mesh.world_size
     except MeshError as error:
         yield "parallel.ep", str(error)
         return
-    ranks, nodes, per_node = mesh.world_size, job.num_nodes, job.nproc_per_node
+    nodes, per_node = job.num_nodes, job.nproc_per_node
     if job.model is None and ranks == 1:  # a program of the user needs no mesh
         return
-    if isinstance(per_node, int):
-        if nodes * per_node != ranks:
-            fix = f"set nproc_per_node: {ranks // nodes}" if ranks % nodes == 0 else f"set nodes: {ranks // per_node}"
-            yield (
-                "nproc_per_node",
-                f"nodes x nproc_per_node = {nodes} x {per_node} = {nodes * per_node} ranks, but the mesh of `parallel` "
-                f"({mesh}) has {ranks}; {fix if ranks % per_node == 0 or ranks % nodes == 0 else 'change one'}, "
-                f"or make the product of the axes {nodes * per_node}",
-            )
+    if isinstance(per_node, int) and nodes * per_node != ranks:
+        yield (
+            "nproc_per_node",
+            f"nodes x nproc_per_node = {nodes} x {per_node} = {nodes * per_node} ranks, but the mesh of `parallel` "
+            f"({job.mesh}) has {ranks}; {_fix(ranks, nodes, per_node)}, "
+            f"or make the product of the axes {nodes * per_node}",
+        )
     elif per_node is None and ranks % nodes:
-        yield "parallel", f"the mesh ({mesh}) has {ranks} ranks, which {nodes} nodes cannot share evenly"
+        yield "parallel", f"the mesh ({job.mesh}) has {ranks} ranks, which {nodes} nodes cannot share evenly"
+
+
+def _fix(ranks: int, nodes: int, per_node: int) -> str:
+    if ranks % nodes == 0:
+        return f"set nproc_per_node: {ranks // nodes}"
+    return f"set nodes: {ranks // per_node}" if ranks % per_node == 0 else "change one of them"
 
 
 def _step(job: "Job") -> Iterator[Broken]:
@@ -141,18 +149,21 @@ def _step(job: "Job") -> Iterator[Broken]:
 
 
 def _environment(job: "Job") -> Iterator[Broken]:
-    for block, names in (("env", job.env), ("secrets", job.secrets)):
-        for name in names:
-            if name in OWNED_VARIABLES or name.startswith("MESHWRIGHT_"):
-                yield f"{block}.{name}", f"{name} is set by the launcher for each rank; remove it"
+    for key in [*(f"env.{name}" for name in job.env), *(f"secrets.{name}" for name in job.secrets)]:
+        name = key.partition(".")[2]
+        if name in OWNED_VARIABLES or name.startswith("MESHWRIGHT_"):
+            yield key, f"{name} is set by the launcher for each rank; remove it"
+    for index, pattern in enumerate(job.env_pass):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*\*?|\*", pattern):
+            yield f"env_pass.{index}", f"expected a variable name, or the start of one and *, got {pattern!r}"
+
+
+def _secrets(job: "Job") -> Iterator[Broken]:
     for name, secret in job.secrets.items():
         if name in job.env:
             yield f"secrets.{name}", f"{name} is also given in `env`; keep one of them"
         if (secret.from_env is None) == (secret.from_file is None):
             yield f"secrets.{name}", "expected exactly one of from_env and from_file"
-    for index, pattern in enumerate(job.env_pass):
-        if not pattern.removesuffix("*").replace("_", "a").isalnum() and pattern != "*":
-            yield f"env_pass.{index}", f"expected a variable name, or the start of one and *, got {pattern!r}"
 
 
 def _ranges(job: "Job") -> Iterator[Broken]:
@@ -169,11 +180,13 @@ def _ranges(job: "Job") -> Iterator[Broken]:
 
 _RULES: tuple[Callable[["Job"], Iterator[Broken]], ...] = (
     _program,
+    _command,
     _model,
     _tokenizer,
     _nodes,
     _ranks,
     _step,
     _environment,
+    _secrets,
     _ranges,
 )
