@@ -1,0 +1,40 @@
+"""The tests mirror the source: `tests/<folder>/test_<module>.py` is about `<folder>/<module>.py`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.house.tree import FOLDERS, ROOT, modules
+
+TESTS = sorted(path for folder in FOLDERS for path in (ROOT / "tests" / folder).rglob("test_*.py"))
+
+# tests about more than one module
+THEMES = {
+    "tests/launch/test_import.py": "what importing costs",
+    "tests/launch/test_malformed.py": "hundreds of broken job files",
+}
+
+# modules without a test file of their own that no test names either: reached through their users
+THROUGH_OTHERS: dict[str, str] = {}
+
+
+def _source_of(test: Path) -> Path:
+    return ROOT / test.relative_to(ROOT / "tests").with_name(f"{test.stem.removeprefix('test_')}.py")
+
+
+@pytest.mark.parametrize("test", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_test_file_is_about_a_module(test: Path) -> None:
+    source = _source_of(test)
+    known = source.exists() or source.with_suffix("").is_dir() or str(test.relative_to(ROOT)) in THEMES
+    assert known, f"no {source.relative_to(ROOT)}; name it after a module, or say in THEMES what it is about"
+
+
+def test_every_module_has_a_test() -> None:
+    words = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    own = {_source_of(test) for test in TESTS}
+    bare = {name for name, path in modules().items() if path not in own and path.name != "__init__.py"}
+    assert {name for name in bare if name not in words} == set(THROUGH_OTHERS)
+
+
+def test_the_lists_name_what_exists() -> None:
+    assert [name for name in THEMES if not (ROOT / name).exists()] == []
