@@ -4,7 +4,12 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# the time of one example says more about the neighbours of this machine than about the code
+hypothesis.settings.register_profile("meshwright", deadline=None)
+hypothesis.settings.load_profile("meshwright")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks of a test share few cores; more threads only fight
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
