@@ -1,0 +1,122 @@
+"""From command to the end of the first step, and the steady step, against torchrun with loops written by hand.
+
+Both start two ranks on this machine with the quickstart's llama; launches alternate. The steady step is timed in one set
+of processes, in turn, against DDP and FSDP2 (see `benchmarks.loops`), the better of which counts.
+`python -m benchmarks.launch [--json] [--rounds N]`
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+
+import meshwright as mw
+from benchmarks.loops import batch_of, build_llama, ddp_step, fsdp2_step, our_step
+from benchmarks.timing import alternate, noise_of, ratio_of
+from meshwright.parallel.ranks import RankPool
+
+__all__ = ["main", "steady"]
+
+_JOB = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
+_RANKS = 2
+_STEPS = 2
+
+
+def _ours_s(folder: Path) -> float:
+    """Seconds from our command to the end of the first step."""
+    settings = {
+        "train.steps": _STEPS,
+        "train.log_every_steps": 1,
+        "data.validation_fraction": 0,
+        "checkpoint.dir": folder / "checkpoints",
+        "logs.dir": folder / "run",
+    }
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    start_s = time.time()
+    _run([sys.executable, "-m", "meshwright.launch.cli", "launch", str(_JOB), *overrides])
+    lines = next(folder.rglob("metrics.jsonl")).read_text().splitlines()
+    first = next(record for record in map(json.loads, lines) if record.get("step") == 1 and "loss" in record)
+    return float(first["time_unix_s"]) - start_s
+
+
+def _torchrun_s(folder: Path, kind: str) -> float:
+    """Seconds from torchrun to the end of the first step of the loop written by hand."""
+    out = folder / "peer.json"
+    start_s = time.time()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(_RANKS)]
+    _run([*command, "-m", "benchmarks.peer_loop", str(_JOB), str(_STEPS), kind, str(out)])
+    return float(json.loads(out.read_text())["first_step_unix_s"]) - start_s
+
+
+def _run(command: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
+
+
+def steady(rounds: int) -> dict[str, list[float]]:
+    """Seconds per step of each contender on this rank."""
+    batch = batch_of(dist.get_rank())
+    contenders = {
+        "ours": our_step(build_llama(), mw.Mesh(dp=_RANKS), batch),
+        "DDP": ddp_step(build_llama(), batch),
+        "DDP again": ddp_step(build_llama(), batch),
+        "FSDP2": fsdp2_step(build_llama(), batch, _RANKS),
+    }
+    return alternate(contenders, rounds=rounds, steps=3, sync=dist.barrier)
+
+
+def _measure(rounds: int, steady_rounds: int) -> dict[str, Any]:
+    firsts: dict[str, list[float]] = {"ours": [], "torchrun": [], "torchrun again": []}
+    for _ in range(rounds):
+        for name, seconds in firsts.items():
+            with tempfile.TemporaryDirectory(prefix="meshwright-bench-") as folder:
+                seconds.append(_ours_s(Path(folder)) if name == "ours" else _torchrun_s(Path(folder), "ddp"))
+    pool = RankPool()
+    try:
+        times = pool.run(steady, _RANKS, (steady_rounds,), timeout_s=1200.0)[0]
+    finally:
+        pool.close()
+    better = min(("DDP", "FSDP2"), key=lambda name: median(times[name]))
+    return {
+        "first_step_s": {name: median(seconds) for name, seconds in firsts.items()},
+        "first_step_ratio": ratio_of(firsts["ours"], firsts["torchrun"]).median,
+        "first_step_noise": noise_of(firsts["torchrun"], firsts["torchrun again"]),
+        "step_s": {name: median(seconds) for name, seconds in times.items()},
+        "step_ratio": ratio_of(times["ours"], times[better]).median,
+        "step_against": better,
+        "noise": noise_of(times["DDP"], times["DDP again"]),
+    }
+
+
+def main() -> None:
+    """Runs the comparison and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--rounds", type=int, default=5, help="launches of each kind")
+    parser.add_argument("--steady-rounds", type=int, default=16)
+    arguments = parser.parse_args()
+    result = _measure(arguments.rounds, arguments.steady_rounds)
+    if arguments.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    for part in ("first_step_s", "step_s"):
+        for name, seconds in result[part].items():
+            sys.stdout.write(f"{part:<13} {name:<15} {seconds:8.3f} s\n")
+    for name in ("first_step_ratio", "first_step_noise", "step_ratio", "noise"):
+        sys.stdout.write(f"{name:<29} {result[name]:8.3f}\n")
+
+
+if __name__ == "__main__":
+    main()
