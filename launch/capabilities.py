@@ -1,0 +1,87 @@
+"""What a cluster can act on. A key that it cannot is refused where the user wrote it, never ignored.
+
+The schema of jobs is wider than any one cluster; a key with the value it has anyway asks for nothing and is accepted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.load import LoadedJob
+
+__all__ = ["LOCAL", "Gap", "check_capabilities"]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A key that a cluster does not act on.
+
+    Args:
+        key: dotted; stands for everything below it as well.
+        instead: what to do.
+        harmless: values that ask for nothing.
+    """
+
+    key: str
+    instead: str
+    harmless: tuple[Any, ...] = ()
+
+
+LOCAL = (
+    Gap("sweep", "launch once per value with --set"),
+    Gap("after", "launch one job after the other"),
+    Gap("health", "remove it"),
+    Gap("binding", "remove it, or write none", ("none",)),
+    Gap("resources", "remove it; cluster.gpus_per_node says which GPUs a pretended node has"),
+    Gap("nodes.min", "write a number of nodes"),
+    Gap("nodes.max", "write a number of nodes"),
+    Gap("rendezvous.backend", "remove it", ("c10d",)),
+    Gap("rendezvous.interface", "remove it: ranks of one machine meet on loopback", ("auto", "lo")),
+    Gap("rendezvous.port_range", "remove it: `port: auto` takes any free port; or name one `port`"),
+    Gap("rendezvous.bind", "remove it", ("interface",)),
+    Gap("failure.backoff", "remove it: restarts come at once"),
+    Gap("failure.retry_on", "remove it: every failure is retried up to max_restarts"),
+    Gap("failure.no_retry_on", "remove it: every failure is retried up to max_restarts"),
+    Gap("failure.hang", "remove it"),
+    Gap("failure.stop_after_no_progress", "remove it"),
+    Gap("failure.exclude_bad_nodes", "remove it: there is one machine"),
+    Gap("checkpoint.signal", "remove it: nothing ends a local job early"),
+    Gap("checkpoint.lead", "remove it: nothing ends a local job early"),
+    Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
+    Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
+)
+"""What the local cluster does not act on."""
+
+
+def check_capabilities(loaded: LoadedJob, gaps: tuple[Gap, ...] = LOCAL, cluster: str = "local") -> None:
+    """Refuses a job that asks for what its cluster cannot do.
+
+    Raises:
+        JobError: with the place of every such key.
+    """
+    problems = [
+        Problem(loaded.where(key), key, f"the {cluster} cluster does not act on {gap.key} yet; {gap.instead}")
+        for key, gap in _asked(loaded, gaps)
+    ]
+    if problems:
+        raise JobError(problems)
+
+
+def _asked(loaded: LoadedJob, gaps: tuple[Gap, ...]) -> Iterator[tuple[str, Gap]]:
+    for gap in gaps:
+        below = [key for key in loaded.keys if key == gap.key or key.startswith(f"{gap.key}.")]
+        leaves = [key for key in below if not any(other.startswith(f"{key}.") for other in below)]
+        for key in sorted(leaves):
+            value = _value(loaded.job, key)
+            if value not in (None, False, (), {}) and value not in gap.harmless:
+                yield key, gap
+
+
+def _value(job: Any, key: str) -> Any:
+    for part in key.split("."):
+        try:
+            job = job[int(part)] if part.isdecimal() else job[part] if isinstance(job, dict) else getattr(job, part)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            return "something"
+    return job

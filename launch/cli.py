@@ -1,0 +1,115 @@
+"""`meshwright COMMAND ...`: finds the command's module, runs it, and turns every error into a message and a code.
+
+A launch starts its agent before anything else is imported, so that torch loads while the job is read.
+"""
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from meshwright.parallel.errors import MeshwrightError
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+    import typer
+
+__all__ = ["COMMANDS", "build_app", "main"]
+
+COMMANDS = {
+    "launch": "meshwright.launch.commands.launch",
+    "verify": "meshwright.launch.commands.verify",
+    "show": "meshwright.launch.commands.show",
+}
+"""Command -> module with a function of that name; imported when it is wanted."""
+
+_USAGE, _BAD_JOB, _INTERNAL, _INTERRUPTED = 64, 65, 70, 130
+
+
+def build_app(names: Sequence[str]) -> "typer.Typer":
+    """The command line with these commands."""
+    import typer
+
+    app = typer.Typer(
+        name="meshwright",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="One YAML describes a model, a mesh and a cluster: proved on a laptop, launched anywhere.",
+    )
+    app.callback()(_group)
+    for name in names:
+        app.command(name)(getattr(import_module(COMMANDS[name]), name))
+    return app
+
+
+def _group() -> None:
+    """Distributed training from one YAML file."""
+
+
+def _warm(words: Sequence[str]) -> "Popen[bytes] | None":
+    """An agent for a launch that will need one."""
+    if len(words) < 2 or words[0] != "launch" or {"--dry-run", "--help"} & set(words):
+        return None
+    from meshwright.clusters.spawn import spawn_agent
+
+    return spawn_agent()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code.
+
+    Args:
+        arguments: words after the program's name; None takes those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    warm = _warm(words)
+    try:
+        return _run(words, warm)
+    except MeshwrightError as error:
+        sys.stderr.write(f"meshwright: {error}\n")
+        return int(getattr(error, "exit_code", _BAD_JOB))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be flushed to
+        return _INTERNAL
+    except Exception as error:
+        sys.stderr.write(_bug(error))
+        return _INTERNAL
+    finally:
+        if warm is not None and warm.poll() is None:
+            warm.kill()
+            warm.wait()
+
+
+def _run(words: list[str], warm: "Popen[bytes] | None") -> int:
+    names = [words[0]] if words and words[0] in COMMANDS else list(COMMANDS)
+    app = build_app(names)
+    try:
+        code = app(words, standalone_mode=False, obj=warm)
+    except Exception as error:
+        show = getattr(error, "show", None)  # what typer raises for a command line that it cannot read
+        if show is None:
+            raise
+        show()
+        return _USAGE
+    return code if isinstance(code, int) else 0
+
+
+def _bug(error: Exception) -> str:
+    number, path = tempfile.mkstemp(prefix="meshwright-error-", suffix=".txt")
+    with os.fdopen(number, "w") as file:
+        traceback.print_exception(error, file=file)
+    return (
+        f"meshwright: this is a bug: {type(error).__name__}: {error}\n"
+        f"the traceback is in {path}; please report it with the job file\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""One module per command of `meshwright`."""
+
+__all__: list[str] = []

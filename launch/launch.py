@@ -1,0 +1,170 @@
+"""A launch from the job file to the exit code: load, plan, then the one place that executes the plan."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from subprocess import Popen
+from typing import TYPE_CHECKING, Any
+
+from meshwright.clusters.base import StartPlan, StartRequest, log_name
+from meshwright.clusters.local import LocalCluster
+from meshwright.launch.capabilities import check_capabilities
+from meshwright.launch.exits import Blame, Verdict, judge
+from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.logs import Mask, log_end
+from meshwright.launch.report import Outcome, outcome_of
+from meshwright.launch.request import request_of, resolved_job
+from meshwright.launch.rundir import create_run_dir, error_records, make_run_id, write_json, write_text
+from meshwright.launch.stream import MergedStream, Shown
+from meshwright.launch.supervise import Interrupts, RunState, supervise
+
+if TYPE_CHECKING:
+    from meshwright.launch.progress import ProgressBar
+
+__all__ = ["LaunchOptions", "launch"]
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What the command line asks for.
+
+    Args:
+        path: the job file.
+        overrides: dotted.key=value.
+        run_id: None makes one.
+        dry_run: only print the plan.
+        as_json: one JSON object on standard output; the ranks' lines go to standard error.
+    """
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+    run_id: str | None = None
+    dry_run: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One launch between its parts."""
+
+    loaded: LoadedJob
+    request: StartRequest
+    plan: StartPlan
+    mask: Mask
+    started_unix_s: float
+    as_json: bool
+
+    @property
+    def directory(self) -> Path:
+        return self.request.run_dir
+
+
+def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
+    """Runs a job to its end, or prints what it would start; returns the exit code.
+
+    Args:
+        options: what to launch.
+        warm: an agent that was started already.
+
+    Raises:
+        MeshwrightError: for what the user can mend, before anything has been started.
+    """
+    started_unix_s, base = round(time.time(), 3), Path.cwd()
+    loaded = load_job(options.path, options.overrides)
+    check_capabilities(loaded)
+    run_id = options.run_id or make_run_id()
+    request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
+    cluster = LocalCluster(warm)
+    plan = cluster.plan(request)
+    if options.dry_run:
+        sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))
+        return 0
+    secrets = {secret.name: secret.value for secret in request.program.secrets}
+    run = _Run(loaded, request, plan, Mask(secrets.values()), started_unix_s, options.as_json)
+    _write_inputs(run, resolved_job(loaded, run_id, base))
+    with Interrupts() as interrupts:
+        state = RunState(plan)
+        stream = _Output(run)
+        try:
+            supervise(cluster.start(plan, secrets), state, interrupts, stream.watchers)
+        finally:
+            stream.close()
+        outcome = _conclude(run, state, interrupts.numbers)
+    _tell(run, outcome)
+    return outcome.exit_code
+
+
+def _write_inputs(run: _Run, resolved: dict[str, Any]) -> None:
+    create_run_dir(run.directory)
+    write_text(run.directory / "job.yaml", run.loaded.text)
+    write_json(run.directory / "job.json", resolved)
+    write_json(run.directory / "plan.json", run.plan.as_dict())
+
+
+class _Output:
+    """Where lines of ranks go while the run lasts."""
+
+    def __init__(self, run: _Run) -> None:
+        job, screen = run.loaded.job, sys.stderr if run.as_json else sys.stdout
+        self._bar: ProgressBar | None = None
+        if job.train is not None and screen.isatty():
+            from meshwright.launch.progress import ProgressBar
+
+            self._bar = ProgressBar(run.directory / "metrics.jsonl", job.train.steps)
+
+        def write(line: str) -> None:
+            try:
+                screen.write(f"{line}\n")
+                screen.flush()
+            except BrokenPipeError:  # `| head`: the run goes on, its lines are in merged.log
+                screen.write = lambda text: len(text)  # type: ignore[method-assign]
+
+        everybody = range(run.plan.world_size)
+        chosen = everybody if job.command is not None and "logs.show_ranks" not in run.loaded.keys else None
+        shown = Shown(
+            ranks=chosen or frozenset(job.logs.show_ranks),
+            prefix=job.logs.prefix,
+            keep_attempts=job.logs.keep_attempts,
+            mask=run.mask,
+            write=self._bar.write if self._bar else write,
+        )
+        self._stream = MergedStream(run.plan, shown)
+        self.watchers: list[Callable[[RunState], None]] = [self._stream, *([self._bar] if self._bar else [])]
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._bar:
+            self._bar.close()
+
+
+def _conclude(run: _Run, state: RunState, interrupts: list[int]) -> Outcome:
+    tails = {rank: log_end(run.directory / log_name(rank, state.attempt)) for rank in state.ends}
+    verdict = judge(state.ends.values(), error_records(run.directory, state.attempt_unix_s), tails)
+    first = None if verdict.first is None else _masked(verdict.first, run.mask)
+    verdict = Verdict(first, tuple(_masked(victim, run.mask) for victim in verdict.victims))
+    times_s = (run.started_unix_s, round(time.time(), 3))
+    outcome = outcome_of(state, verdict, interrupts, times_s=times_s)
+    write_json(run.directory / "exit.json", outcome.as_dict())
+    return outcome
+
+
+def _masked(blame: Blame, mask: Mask) -> Blame:
+    return replace(blame, traceback=mask(blame.traceback))
+
+
+def _tell(run: _Run, outcome: Outcome) -> None:
+    if outcome.exit_code:
+        sys.stderr.write(f"meshwright: {outcome}\n")
+        if outcome.reason.startswith("setup failed"):
+            for log in sorted(run.directory.glob("logs/setup-*.log")):
+                sys.stderr.write(run.mask(f"--- end of {log}\n{log_end(log, 4096).rstrip()}\n"))
+    if run.as_json:
+        sys.stdout.write(json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n")
+        return
+    sys.stdout.write(f"run directory: {run.directory}\n")
+    plot = run.directory / "loss.png"
+    if plot.exists():
+        sys.stdout.write(f"loss curve: {plot}\n")

@@ -1,0 +1,109 @@
+"""Output of ranks: each writes its own file, and the launcher follows them all into one stream of clean lines.
+
+A line is whole, without control sequences, of a progress bar only the last state, with secrets masked by value.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+__all__ = ["LogTail", "Mask", "clean_line", "log_end"]
+
+_SEQUENCES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # OSC and other strings
+    r"|\x1b[ -/]*[0-~]"  # two-character sequences
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_MAX_LINE_BYTES = 1 << 20
+_MASK = "***"
+
+
+def clean_line(raw: bytes) -> str:
+    """One line of output as text that is safe on a terminal.
+
+    >>> clean_line(b"\\x1b[31mred\\x1b[0m\\ttab")
+    'red\\ttab'
+    >>> clean_line(b" 10%|#   |\\r 20%|##  |\\r")
+    ' 20%|##  |'
+    """
+    text = _SEQUENCES.sub("", raw.decode("utf-8", "replace"))
+    states = [state for state in text.split("\r") if state.strip()]
+    return _CONTROLS.sub("", states[-1] if states else "")
+
+
+class Mask:
+    """Replaces secrets in what is shown.
+
+    Args:
+        values: the secrets; of several lines, each line is one.
+
+    >>> Mask(["hunter22"])("password=hunter22")
+    'password=***'
+    """
+
+    def __init__(self, values: Iterable[str]) -> None:
+        parts = {line.strip() for value in values for line in value.splitlines()} - {""}
+        words = sorted(parts, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
+
+    def __call__(self, text: str) -> str:
+        """The text without secrets."""
+        return self._pattern.sub(_MASK, text) if self._pattern else text
+
+
+class LogTail:
+    """Follows one file while it grows; whole lines only, until it is closed.
+
+    Args:
+        path: the file, which need not exist yet.
+        emit: called with each line, without its end.
+    """
+
+    def __init__(self, path: Path, emit: Callable[[bytes], None]) -> None:
+        self._path = path
+        self._emit = emit
+        self._file: int | None = None
+        self._rest = b""
+
+    def read(self) -> bool:
+        """Hands on what has been written since; tells whether there was anything."""
+        if self._file is None:
+            try:
+                self._file = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
+            except OSError:
+                return False
+        data = os.read(self._file, 1 << 20)
+        if not data:
+            return False
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _MAX_LINE_BYTES:
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            self._emit(line)
+        return True
+
+    def close(self) -> None:
+        """Reads to the end, hands on an unfinished line, and lets the file go."""
+        while self.read():
+            pass
+        if self._rest:
+            self._emit(self._rest)
+            self._rest = b""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def log_end(path: Path, max_bytes: int = 1 << 16) -> str:
+    """The clean end of a log; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - max_bytes))
+            data = file.read()
+    except OSError:
+        return ""
+    return "\n".join(clean_line(line) for line in data.splitlines())

@@ -1,0 +1,111 @@
+"""How a run ended: the exit record, and the same for people: the first failing rank's traceback, then its victims. Pure."""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.launch.exits import Blame, Exit, Verdict
+from meshwright.launch.supervise import RunState
+
+__all__ = ["Outcome", "outcome_of"]
+
+_NODE_CODES = {"setup_failed": Exit.INTERNAL, "rendezvous_failed": Exit.RENDEZVOUS, "error": Exit.INTERNAL}
+_NODE_WORDS = {
+    "setup_failed": "setup failed on",
+    "rendezvous_failed": "nodes did not meet; see the agent's log of",
+    "error": "the agent failed on",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run.
+
+    Args:
+        run_id: of the run.
+        state: succeeded, failed or interrupted.
+        exit_code: of the launcher.
+        verdict: which rank failed first.
+        reason: one line.
+        attempts: how often the ranks were started.
+        started_unix_s: when the launch began.
+        ended_unix_s: when nothing was left of it.
+    """
+
+    run_id: str
+    state: str
+    exit_code: int
+    verdict: Verdict
+    reason: str
+    attempts: int
+    started_unix_s: float
+    ended_unix_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The exit record."""
+        first = self.verdict.first
+        return {
+            "run_id": self.run_id,
+            "state": self.state,
+            "exit_code": self.exit_code,
+            "reason": self.reason,
+            "first_failure": None if first is None else first.as_dict(),
+            "victims": [victim.as_dict() for victim in self.verdict.victims],
+            "attempts": self.attempts,
+            "started_unix_s": self.started_unix_s,
+            "ended_unix_s": self.ended_unix_s,
+        }
+
+    def __str__(self) -> str:
+        if self.state == "succeeded":
+            return f"run {self.run_id} succeeded"
+        lines = [f"run {self.run_id} {self.state}: {self.reason}"]
+        first = self.verdict.first
+        if first is not None and self.state == "failed":
+            lines += [f"--- first failure: rank {first.rank} on {first.host}: {first.evidence}", first.traceback]
+        lines += [f"--- {_victim(victim)}" for victim in self.verdict.victims]
+        return "\n".join(line for line in [*lines, f"exit code {self.exit_code}"] if line)
+
+
+def _victim(victim: Blame) -> str:
+    last = victim.traceback.strip().splitlines()[-1:] if "Traceback" in victim.traceback else []
+    return "; ".join([f"victim: rank {victim.rank} on {victim.host}: {victim.evidence}", *last])
+
+
+def outcome_of(
+    state: RunState, verdict: Verdict, interrupts: Sequence[int], *, times_s: tuple[float, float]
+) -> Outcome:
+    """Weighs what agents said: a signal to the launcher, then nodes, then ranks.
+
+    Args:
+        state: what the agents said.
+        verdict: which rank failed first.
+        interrupts: signals the launcher got.
+        times_s: when the launch began and ended, in seconds since 1970.
+    """
+    word, code, reason = "failed", int(Exit.INTERNAL), "the agents ended without a word"
+    nodes = [(node, told) for node, told in state.results.items() if told[0] in _NODE_CODES]
+    if interrupts:
+        word, code = "interrupted", 128 + interrupts[0]
+        reason = f"the launcher got {signal.Signals(interrupts[0]).name}"
+    elif nodes:
+        node, (kind, message) = nodes[0]
+        code, reason = int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
+    elif verdict.first is not None:
+        code = verdict.first.exit_code
+        reason = f"rank {verdict.first.rank} on {verdict.first.host} failed first"
+    elif state.lost:
+        node, status = next(iter(state.lost.items()))
+        code, reason = int(Exit.UNAVAILABLE), f"the agent of {node} died ({_status(status)}); its ranks were ended"
+    elif len(state.results) == len(state.plan.nodes) and not state.over:
+        word, code, reason = "succeeded", 0, ""
+    if verdict.first is None or word != "failed" or not nodes:
+        found = verdict
+    else:
+        found = Verdict(None)
+    return Outcome(state.plan.run_id, word, code, found, reason, state.attempt + 1, *times_s)
+
+
+def _status(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit code {status}"

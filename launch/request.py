@@ -1,0 +1,129 @@
+"""A loaded job to a request for a cluster: which program, with which environment, on how many ranks."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from meshwright.clusters.base import Limits, Program, Secret, StartRequest
+from meshwright.clusters.environment import BASE
+from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.load import LoadedJob
+from meshwright.launch.spec.conduct import Secret as SecretSource
+from meshwright.launch.spec.job import Job
+from meshwright.launch.values import fill
+
+__all__ = ["WORKER_ARGV", "job_argv", "request_of", "resolved_job", "run_dir_of"]
+
+WORKER_ARGV = (sys.executable, "-u", "-m", "meshwright.launch.worker")
+"""The built-in training program, which a job without `command` runs."""
+
+_SHORTEST_SECRET = 4
+
+
+def run_dir_of(loaded: LoadedJob, run_id: str, base: Path) -> Path:
+    """The absolute run directory; a relative `logs.dir` starts at the directory the launch is typed in."""
+    return (base / fill(loaded.job.logs.dir, name=loaded.job.name, run_id=run_id)).absolute()
+
+
+def resolved_job(loaded: LoadedJob, run_id: str, base: Path) -> dict[str, object]:
+    """The job as ranks read it: templates filled and directories absolute, since ranks run in another directory."""
+    resolved = loaded.job.as_dict()
+    checkpoints = fill(loaded.job.checkpoint.dir, name=loaded.job.name, run_id=run_id)
+    resolved["logs"]["dir"] = str(run_dir_of(loaded, run_id, base))
+    resolved["checkpoint"]["dir"] = str((base / checkpoints).absolute())
+    return resolved
+
+
+def job_argv(loaded: LoadedJob, run_id: str) -> tuple[str, ...]:
+    """The words of every rank's command.
+
+    `python` means the interpreter that runs this, unless a setup script may put another one on PATH.
+    """
+    job = loaded.job
+    if job.command is None:
+        return WORKER_ARGV
+    words = ("/bin/sh", "-c", job.command) if isinstance(job.command, str) else tuple(job.command)
+    filled = tuple(fill(word, name=job.name, run_id=run_id) for word in words)
+    if filled[0] in {"python", "python3"} and job.setup is None:
+        return (sys.executable, *filled[1:])
+    return filled
+
+
+def request_of(
+    loaded: LoadedJob, run_id: str, *, base: Path, environment: Mapping[str, str] = os.environ, reveal: bool = True
+) -> StartRequest:
+    """What this job asks of its cluster.
+
+    Args:
+        loaded: the job and where its keys stand.
+        run_id: of this run.
+        base: directory the launch is typed in.
+        environment: of the launcher, where secrets may lie.
+        reveal: read the values of secrets; a dry run does not.
+
+    Raises:
+        JobError: for a secret that is not there, or a working directory that does not exist.
+    """
+    job = loaded.job
+    workdir = (loaded.path.parent / job.workdir).absolute()
+    if not workdir.is_dir():
+        raise _problem(loaded, "workdir", f"{workdir} is no directory; ranks start there")
+    secrets = tuple(_secret(loaded, name, source, environment if reveal else None) for name, source in _sources(job))
+    program = Program(
+        argv=job_argv(loaded, run_id),
+        workdir=Path(os.path.normpath(workdir)),
+        setup=job.setup,
+        env=tuple(sorted(job.env.items())),
+        inherit=("*",) if "env_pass" not in loaded.keys else tuple(sorted({*BASE, *job.env_pass})),
+        secrets=secrets,
+    )
+    return StartRequest(
+        name=job.name,
+        run_id=run_id,
+        run_dir=run_dir_of(loaded, run_id, base),
+        program=program,
+        num_nodes=job.num_nodes,
+        ranks_per_node=job.nproc_per_node or job.mesh.world_size // job.num_nodes,
+        gpus_per_node=job.cluster.gpus_per_node,
+        port=job.rendezvous.port if isinstance(job.rendezvous.port, int) else None,
+        limits=Limits(job.failure.max_restarts, job.failure.shutdown_grace, job.rendezvous.join_timeout),
+    )
+
+
+def _sources(job: Job) -> list[tuple[str, SecretSource]]:
+    return sorted(job.secrets.items(), key=lambda item: item[0])
+
+
+def _problem(loaded: LoadedJob, key: str, message: str) -> JobError:
+    return JobError([Problem(loaded.where(key), key, message)])
+
+
+def _secret(loaded: LoadedJob, name: str, source: SecretSource, environment: Mapping[str, str] | None) -> Secret:
+    key = f"secrets.{name}"
+    if source.from_env is not None:
+        shown, value = f"from_env {source.from_env}", ""
+        if environment is not None:
+            if source.from_env not in environment:
+                raise _problem(loaded, key, f"the variable {source.from_env} is not set; export it before launching")
+            value = environment[source.from_env]
+    else:
+        shown, value = f"from_file {source.from_file}", ""
+        if environment is not None:
+            value = _read_secret(loaded, key, Path(source.from_file or "").expanduser())
+    if environment is not None and len(value) < _SHORTEST_SECRET:
+        raise _problem(
+            loaded,
+            key,
+            f"the value is shorter than {_SHORTEST_SECRET} characters, so it cannot be masked in logs; put it in `env`",
+        )
+    return Secret(name, shown, value)
+
+
+def _read_secret(loaded: LoadedJob, key: str, path: Path) -> str:
+    path = loaded.path.parent / path
+    try:
+        return path.read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise _problem(loaded, key, f"the file {path} cannot be read: {reason}") from error

@@ -1,0 +1,99 @@
+"""The run directory: who made it, what lies where, and writing into it so that a file is whole or absent.
+
+runs/<name>/<run_id>/  job.yaml job.json plan.json exit.json merged.log metrics.jsonl loss.png
+                       logs/ errors/ ranks/ private/
+"""
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from meshwright.launch.exits import ErrorRecord, Exit
+from meshwright.parallel.errors import MeshwrightError
+
+__all__ = ["RunDirError", "create_run_dir", "error_records", "make_run_id", "write_json", "write_text"]
+
+_FOLDERS = ("logs", "errors", "ranks", "private")
+
+
+class RunDirError(MeshwrightError):
+    """A run directory that cannot be made or written."""
+
+    exit_code = int(Exit.IO)
+
+
+def make_run_id(now_unix_s: float | None = None, token: str | None = None) -> str:
+    """A sortable id: UTC time, and six random hexadecimal digits against launches of the same second.
+
+    >>> make_run_id(0.0, "a1b2c3")
+    '19700101T000000Z-a1b2c3'
+    """
+    now = time.gmtime(now_unix_s)
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{token or secrets.token_hex(3)}"
+
+
+def create_run_dir(path: Path) -> None:
+    """Makes a run directory that only this user can read, with its folders.
+
+    Raises:
+        RunDirError: when it exists already, or cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+        for name in _FOLDERS:
+            (path / name).mkdir(mode=0o700)
+    except FileExistsError as error:
+        if error.filename is not None and Path(error.filename) != path:
+            raise RunDirError(_cannot(path, error)) from error
+        raise RunDirError(f"logs.dir: {path} exists already; choose another --run-id, or leave it out") from error
+    except OSError as error:
+        raise RunDirError(_cannot(path, error)) from error
+
+
+def _cannot(path: Path, error: OSError) -> str:
+    return (
+        f"logs.dir: the run directory {path} cannot be made: {error.strerror} ({error.filename}); "
+        "set logs.dir to a directory that you can write"
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is whole or absent, also when the machine stops.
+
+    Raises:
+        RunDirError: when it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be written: {error.strerror}; free some space, or set logs.dir") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value, whole or absent."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def error_records(run_dir: Path, since_unix_s: float = 0.0) -> dict[int, ErrorRecord]:
+    """What failed ranks wrote down since a moment: errors/rank-N.json, or error.json in a rank's own directory."""
+    found: dict[int, ErrorRecord] = {}
+    for path in [*run_dir.glob("errors/rank-*.json"), *run_dir.glob("ranks/*/error.json")]:
+        try:
+            told = json.loads(path.read_text())
+            rank = int(told["rank"])
+            text = str(told.get("traceback") or f"{told.get('type', 'error')}: {told.get('message', '')}")
+            record = ErrorRecord(rank, float(told["time_unix_s"]), text.rstrip(), int(told.get("exit_code") or 1))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a rank that was killed while it wrote
+        if record.time_unix_s >= since_unix_s:
+            found.setdefault(rank, record)
+    return found

@@ -1,0 +1,85 @@
+"""The merged stream: lines of all ranks as they come, in merged.log and, of chosen ranks, on the terminal."""
+
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from meshwright.clusters.base import StartPlan, log_name
+from meshwright.launch.logs import LogTail, Mask, clean_line
+from meshwright.launch.supervise import RunState
+from meshwright.launch.values import fill
+
+__all__ = ["MergedStream", "Shown"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of the ranks' output is shown.
+
+    Args:
+        ranks: whose lines.
+        prefix: template of a line's start.
+        keep_attempts: attempts whose logs are kept.
+        mask: replaces secrets.
+        write: takes one line for people.
+    """
+
+    ranks: Collection[int]
+    prefix: str
+    keep_attempts: int
+    mask: Mask
+    write: Callable[[str], None]
+
+
+class MergedStream:
+    """Follows the logs of all ranks of the newest attempt.
+
+    Args:
+        plan: what was started.
+        shown: what goes to the terminal.
+    """
+
+    def __init__(self, plan: StartPlan, shown: Shown) -> None:
+        self._plan, self._shown = plan, shown
+        self._run_dir = Path(plan.run_dir)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        self._merged = os.fdopen(os.open(self._run_dir / "merged.log", flags, 0o600), "w", encoding="utf-8")
+        self._attempt = -1
+        self._tails: list[LogTail] = []
+
+    def __call__(self, state: RunState) -> None:
+        """Hands on what has been written since the last call."""
+        if state.attempt != self._attempt:
+            self._follow(state.attempt)
+        for tail in self._tails:
+            tail.read()
+        self._merged.flush()
+
+    def _follow(self, attempt: int) -> None:
+        for tail in self._tails:
+            tail.close()
+        self._attempt = attempt
+        self._tails = [
+            LogTail(self._run_dir / log_name(rank, attempt), partial(self._line, node.name, rank))
+            for node in self._plan.nodes
+            for rank in node.ranks
+        ]
+        old = attempt - self._shown.keep_attempts
+        for rank in range(self._plan.world_size) if old >= 0 else ():
+            (self._run_dir / log_name(rank, old)).unlink(missing_ok=True)
+
+    def _line(self, host: str, rank: int, raw: bytes) -> None:
+        prefix = fill(self._shown.prefix, host=host, rank=str(rank))
+        line = f"{prefix} | {self._shown.mask(clean_line(raw))}"
+        self._merged.write(f"{line}\n")
+        if rank in self._shown.ranks:
+            self._shown.write(line)
+
+    def close(self) -> None:
+        """Hands on the rest."""
+        for tail in self._tails:
+            tail.close()
+        self._tails = []
+        self._merged.close()

@@ -1,0 +1,130 @@
+"""Watches a started run to its end: events of agents, output of ranks, signals to the launcher.
+
+started -> exit* -> result, per node; one node that failed for good ends the others.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any
+
+from meshwright.clusters.base import Handle, StartPlan
+from meshwright.launch.exits import RankEnd
+
+__all__ = ["Interrupts", "RunState", "supervise"]
+
+_TICK_S = 0.05
+
+
+class Interrupts:
+    """Collects the signals that ask the launcher to end, while it is entered."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        for number in self._SIGNALS:
+            self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.numbers.append(number)
+
+
+@dataclass
+class RunState:
+    """What is known of a run from its agents' events.
+
+    Args:
+        plan: what was started.
+        attempt: the newest attempt, from 0.
+        ends: of the newest attempt, rank -> how it ended.
+        results: node -> (state, message) of its agent's last word.
+        lost: node -> exit status of an agent that died without one.
+    """
+
+    plan: StartPlan
+    attempt: int = 0
+    attempt_unix_s: float = 0.0
+    ends: dict[int, RankEnd] = field(default_factory=dict)
+    results: dict[str, tuple[str, str]] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+
+    def observe(self, event: dict[str, Any]) -> None:
+        """Takes one event in."""
+        kind, node = event["event"], event["node"]
+        if kind == "started":
+            self._begin(event["attempt"], event["time_unix_s"])
+        elif kind == "exit" and event["attempt"] >= self.attempt:
+            self._begin(event["attempt"], event["time_unix_s"])
+            rank = event["rank"]
+            self.ends[rank] = RankEnd(rank, node, event["code"], event["time_unix_s"], event["ended_by_us"])
+        elif kind == "result":
+            self.results[node] = (event["state"], event.get("message", ""))
+        elif kind == "gone" and node not in self.results:
+            self.lost[node] = event["code"]
+
+    def _begin(self, attempt: int, time_unix_s: float) -> None:
+        if attempt > self.attempt:
+            self.attempt, self.ends, self.attempt_unix_s = attempt, {}, time_unix_s
+        elif not self.attempt_unix_s:
+            self.attempt_unix_s = time_unix_s
+
+    @property
+    def over(self) -> bool:
+        """Whether the run cannot succeed any more, so that every node should end."""
+        failed = any(end.code and not end.ended_by_us for end in self.ends.values())
+        bad = any(state != "succeeded" for state, _ in self.results.values())
+        return bad or bool(self.lost) or (failed and self.attempt >= self.plan.limits.max_restarts)
+
+
+def supervise(
+    handle: Handle, state: RunState, interrupts: Interrupts, watchers: Iterable[Callable[[RunState], None]] = ()
+) -> None:
+    """Follows a run until nothing of it is left; `state` tells how it went.
+
+    A first signal ends ranks with grace, a second one at once. Whatever happens here, no rank stays.
+
+    Args:
+        handle: the started run.
+        state: is kept up to date.
+        interrupts: signals to the launcher.
+        watchers: called with the state several times a second.
+    """
+    seen, stopping, hooks = 0, False, list(watchers)
+    try:
+        while not handle.done:
+            for event in handle.poll(_TICK_S):
+                state.observe(event)
+            for hook in hooks:
+                hook(state)
+            if len(interrupts.numbers) > seen:
+                seen = len(interrupts.numbers)
+                if stopping and seen > 1:
+                    handle.kill()
+                elif not stopping:
+                    handle.stop()
+                stopping = True
+            elif state.over and not stopping:
+                handle.stop()
+                stopping = True
+    finally:
+        handle.kill()
+    for hook in hooks:
+        hook(state)
+
+
+def now_unix_s() -> float:
+    """Seconds since 1970, to the millisecond."""
+    return round(time.time(), 3)
