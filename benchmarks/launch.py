@@ -1,7 +1,7 @@
 """From command to the end of the first step, and the steady step, against torchrun with loops written by hand.
 
-Both start two ranks on this machine with the quickstart's llama; launches alternate. The steady step is timed in one set
-of processes, in turn, against DDP and FSDP2 (see `benchmarks.loops`), the better of which counts.
+Both start two ranks on this machine with the quickstart's llama; launches alternate. The steady step is timed in
+one set of processes, in turn, against DDP and FSDP2 (see `benchmarks.loops`), the better of which counts.
 `python -m benchmarks.launch [--json] [--rounds N]`
 """
 

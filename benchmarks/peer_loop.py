@@ -1,7 +1,7 @@
 """What one writes by hand for torchrun: DDP or FSDP2 around the quickstart's llama, on the same text, until some step.
 
-Started by `benchmarks.launch` as `torchrun --nproc-per-node N -m benchmarks.peer_loop JOB STEPS KIND OUT`; rank 0 writes the
-time at which the first step ended and the seconds of each step to OUT.
+Started by `benchmarks.launch` as `torchrun --nproc-per-node N -m benchmarks.peer_loop JOB STEPS KIND OUT`; rank 0
+writes the time at which the first step ended and the seconds of each step to OUT.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import sys
 import sysconfig
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main() -> None:
         optimizer.step()
         ends_s.append(time.time())
     if rank == 0:
-        steps_s = [end - start for start, end in zip(ends_s, ends_s[1:], strict=False)]
+        steps_s = [end - start for start, end in pairwise(ends_s)]
         Path(out).write_text(json.dumps({"first_step_unix_s": ends_s[1], "step_s": steps_s}))
     dist.destroy_process_group()
 

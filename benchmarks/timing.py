@@ -1,4 +1,4 @@
-"""How comparisons are timed: contenders in turn, ratios pair by pair, and the noise of the same thing against itself."""
+"""How comparisons are timed: contenders in turn, ratios pair by pair, the noise of one thing against itself."""
 
 import statistics
 import time

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 from meshwright.parallel.mesh import Mesh as Mesh
 
 if TYPE_CHECKING:
+    from meshwright.launch.predict import Prediction as Prediction
+    from meshwright.launch.predict import simulate as simulate
     from meshwright.parallel.verify import ParityReport as ParityReport
     from meshwright.parallel.verify import verify as verify
     from meshwright.parallel.wrap import ParallelModel as ParallelModel
     from meshwright.parallel.wrap import parallelize as parallelize
 
 __version__ = "0.1.0"
-__all__ = ["Mesh", "ParallelModel", "ParityReport", "parallelize", "verify"]
+__all__ = ["Mesh", "ParallelModel", "ParityReport", "Prediction", "parallelize", "simulate", "verify"]
 
 _HOMES = {
     "ParallelModel": "meshwright.parallel.wrap",
     "ParityReport": "meshwright.parallel.verify",
+    "Prediction": "meshwright.launch.predict",
     "parallelize": "meshwright.parallel.wrap",
+    "simulate": "meshwright.launch.predict",
     "verify": "meshwright.parallel.verify",
 }
 

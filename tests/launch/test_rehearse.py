@@ -20,7 +20,7 @@ SMALL = "{hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_atte
 LARGE = "{hidden_size: 4096, intermediate_size: 8192, num_hidden_layers: 16, num_attention_heads: 32}"
 
 
-def _written(folder: Path, *, config: str = SMALL, parallel: str = "{dp: 2}") -> Path:
+def written(folder: Path, *, config: str = SMALL, parallel: str = "{dp: 2}") -> Path:
     path = folder / "job.yaml"
     path.write_text(JOB.format(config=config, parallel=parallel))
     return path
@@ -29,14 +29,14 @@ def _written(folder: Path, *, config: str = SMALL, parallel: str = "{dp: 2}") ->
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["{dp: 2, num_microbatches: 2}", "{fsdp: 2, zero_stage: 2}", "{dp: 64, fsdp: 8}"])
 def test_a_job_equals_the_plain_run(tmp_path: Path, parallel: str) -> None:
-    report = rehearse(load_job(_written(tmp_path, parallel=parallel))).run()
+    report = rehearse(load_job(written(tmp_path, parallel=parallel))).run()
     assert report.ok, str(report)
     assert ("dp=64 rehearsed as dp=2" in report.notes) == ("64" in parallel)
 
 
 @pytest.mark.slow
 def test_a_model_too_large_for_this_machine_is_cut_down_and_says_so(tmp_path: Path) -> None:
-    rehearsal = rehearse(load_job(_written(tmp_path, config=LARGE)))
+    rehearsal = rehearse(load_job(written(tmp_path, config=LARGE)))
     assert "too many to rehearse; cut down: num_hidden_layers 16 -> 2, hidden_size 4096 -> 256" in rehearsal.notes[0]
     assert sum(each.numel() for each in rehearsal.build_model().parameters()) < 10_000_000
 

@@ -1,0 +1,22 @@
+"""`meshwright simulate`: what a job will keep and send, without starting it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshwright.launch.predict import simulate as predict
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    job: Annotated[Path, typer.Argument(help="The job file.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Print the bytes that one rank keeps and sends; activations and times are not predicted yet."""
+    prediction = predict(job, overrides or ())
+    sys.stdout.write(json.dumps(prediction.as_dict()) + "\n" if as_json else f"{prediction}\n")
