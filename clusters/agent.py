@@ -66,15 +66,10 @@ class _Agent:
 
     def run(self) -> str:
         """Sets the node up and runs its ranks; tells how that ended."""
-        os.environ.update(rank_environment(self.plan, self.node, self.secrets, os.environ))
-        for name in set(os.environ) - set(rank_environment(self.plan, self.node, self.secrets, os.environ)):
-            del os.environ[name]
+        _adopt(rank_environment(self.plan, self.node, secrets=self.secrets, environment=os.environ))
         if self.plan["setup"] is not None:
             log = Path(self.plan["run_dir"], "logs", f"setup-{self.node['name']}.log")
-            left = run_setup(self.plan["setup"], cwd=self.node["cwd"], env=os.environ, log=log)
-            os.environ.update(left)
-            for name in set(os.environ) - set(left):
-                del os.environ[name]
+            _adopt(run_setup(self.plan["setup"], cwd=self.node["cwd"], env=os.environ, log=log))
         return self._run_ranks()
 
     def _run_ranks(self) -> str:
@@ -130,6 +125,12 @@ class _Agent:
             master_addr="127.0.0.1",
             master_port=self.plan["port"],
         )
+
+
+def _adopt(environment: Mapping[str, str]) -> None:
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def escape(word: str) -> str:

@@ -10,7 +10,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Cluster", "Handle", "Limits", "NodePlan", "Program", "Secret", "StartPlan", "StartRequest", "log_name"]
+__all__ = [
+    "RUN_FILES",
+    "Cluster",
+    "Handle",
+    "Limits",
+    "NodePlan",
+    "Program",
+    "Secret",
+    "StartPlan",
+    "StartRequest",
+    "log_name",
+]
+
+RUN_FILES = ("job.yaml", "job.json", "plan.json", "merged.log", "exit.json")
+"""What the launcher writes into the run directory, besides the logs of ranks."""
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -134,6 +148,7 @@ class StartPlan:
         head = [
             f"run {self.name}/{self.run_id} on {self.cluster}: {_count(ranks, 'rank')} on {_count(nodes, 'node')}",
             f"directory  {self.run_dir}",
+            f"writes     {' '.join(RUN_FILES)}",
             f"restarts   at most {self.limits.max_restarts}; TERM, then KILL after {self.limits.shutdown_grace_s:g} s",
             f"store      {'port ' + str(self.port) if self.port else 'any free port'} on the loopback interface",
             f"inherits   {' '.join(self.inherit)}",

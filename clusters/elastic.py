@@ -10,12 +10,13 @@ from collections.abc import Callable
 from threading import Event as Flag
 from typing import Any
 
-from meshwright.clusters.deaths import Death, Deaths
-from meshwright.clusters.sweep import sweep
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.events import Event, EventSource
+from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+from meshwright.clusters.deaths import Death, Deaths
+from meshwright.clusters.sweep import sweep
 
 __all__ = ["NodeAgent", "StoppedError"]
 
@@ -87,7 +88,8 @@ class NodeAgent(LocalElasticAgent):
         if not (self.deaths.failed or self.deaths.all_dead):
             return RunResult(state=WorkerState.HEALTHY)
         self.end_ranks()
-        return super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
     def end_ranks(self) -> None:
         """Ends all ranks of this node and whatever they started: TERM, a wait, KILL."""

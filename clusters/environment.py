@@ -28,7 +28,7 @@ def inherited(patterns: Iterable[str], environment: Mapping[str, str]) -> dict[s
 
 
 def rank_environment(
-    plan: Mapping[str, Any], node: Mapping[str, Any], secrets: Mapping[str, str], environment: Mapping[str, str]
+    plan: Mapping[str, Any], node: Mapping[str, Any], *, secrets: Mapping[str, str], environment: Mapping[str, str]
 ) -> dict[str, str]:
     """All variables of a node's ranks but those that differ from rank to rank, which torch's agent adds."""
     return inherited(plan["inherit"], environment) | dict(node["env"]) | dict(secrets)

@@ -39,7 +39,7 @@ class Machine:
 
 
 def this_machine(environment: Mapping[str, str] | None = None) -> Machine:
-    """Looks at this machine without any driver: GPUs are the NVIDIA device files, less what CUDA_VISIBLE_DEVICES hides."""
+    """Looks at this machine without a driver: GPUs are NVIDIA device files, less what CUDA_VISIBLE_DEVICES hides."""
     found = os.environ if environment is None else environment
     visible = found.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -59,25 +59,19 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
     share = _gpus_of_nodes(request, machine)
     per_node = _ranks_per_node(request, machine, share)
     names = [machine.host] if request.num_nodes == 1 else [f"node{index}" for index in range(request.num_nodes)]
-    threads = max(1, machine.cores // (per_node * request.num_nodes))
-    nodes = []
-    for index, name in enumerate(names):
-        ranks = tuple(range(index * per_node, (index + 1) * per_node))
-        env = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
-        if machine.omp_num_threads is None or "*" not in request.program.inherit:
-            env["OMP_NUM_THREADS"] = str(threads)
-        if share is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(share[index])
-        env |= dict(request.program.env)
-        env |= {
-            "MESHWRIGHT_HOST": name,
-            "MESHWRIGHT_NODE": str(index),
-            "MESHWRIGHT_RUN_DIR": str(request.run_dir),
-            "MESHWRIGHT_RUN_ID": request.run_id,
-        }
-        logs = tuple(log_name(rank) for rank in ranks)
-        cwd = str(request.program.workdir)
-        nodes.append(NodePlan(name, index, ranks, cwd, tuple(sorted(env.items())), request.program.argv, logs))
+    nodes = [
+        NodePlan(
+            name=name,
+            index=index,
+            ranks=(ranks := tuple(range(index * per_node, (index + 1) * per_node))),
+            cwd=str(request.program.workdir),
+            env=_environment(request, machine, num_ranks=per_node * len(names), gpus=share and share[index])
+            + _identity(request, name, index),
+            argv=request.program.argv,
+            logs=tuple(log_name(rank) for rank in ranks),
+        )
+        for index, name in enumerate(names)
+    ]
     return StartPlan(
         cluster="local",
         name=request.name,
@@ -90,6 +84,27 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
         port=request.port,
         limits=request.limits,
         nodes=tuple(nodes),
+    )
+
+
+def _environment(
+    request: StartRequest, machine: Machine, *, num_ranks: int, gpus: tuple[str, ...] | None
+) -> tuple[tuple[str, str], ...]:
+    """What ranks get besides what they inherit; the job's own words win."""
+    env = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+    if machine.omp_num_threads is None or "*" not in request.program.inherit:
+        env["OMP_NUM_THREADS"] = str(max(1, machine.cores // num_ranks))
+    if gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return tuple(sorted((env | dict(request.program.env)).items()))
+
+
+def _identity(request: StartRequest, name: str, index: int) -> tuple[tuple[str, str], ...]:
+    return (
+        ("MESHWRIGHT_HOST", name),
+        ("MESHWRIGHT_NODE", str(index)),
+        ("MESHWRIGHT_RUN_DIR", str(request.run_dir)),
+        ("MESHWRIGHT_RUN_ID", request.run_id),
     )
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "launch": "meshwright.launch.commands.launch",
     "verify": "meshwright.launch.commands.verify",
     "show": "meshwright.launch.commands.show",
+    "simulate": "meshwright.launch.commands.simulate",
 }
 """Command -> module with a function of that name; imported when it is wanted."""
 

@@ -1,7 +1,7 @@
 """Exit codes, and which rank failed first.
 
 The first death is not always the cause: a rank that raised may still be tearing down while its peers already died of
-the connection they lost. So the judgement weighs times of error records, times of deaths, and who lost a connection. Pure.
+the connection they lost. So times of error records, times of deaths, and lost connections are weighed. Pure.
 """
 
 import re
@@ -152,10 +152,10 @@ def judge(
 
 def _first(bad: list["_Case"]) -> "_Case | None":
     """The earliest of the strongest kind of evidence: own failure, own traceback, lost connection."""
-    own = [case for case in bad if not case.lost and (case.record is not None or not case.end.ended_by_us)]
-    raised = [case for case in bad if not case.lost and case.traceback and "KeyboardInterrupt" not in case.traceback]
     lost = [case for case in bad if not case.end.ended_by_us]
-    for kind in (own, raised if lost else [], lost):
+    own = [case for case in bad if case.failed_by_itself]
+    raised = [case for case in bad if case.raised and lost]
+    for kind in (own, raised, lost):
         if kind:
             return min(kind, key=_Case.order)
     return None
@@ -175,6 +175,14 @@ class _Case:
     def of(cls, end: RankEnd, record: ErrorRecord | None, tail: str) -> "_Case":
         traceback = record.traceback if record is not None else traceback_in(tail)
         return cls(end, record, traceback, tail, lost_connection(traceback))
+
+    @property
+    def failed_by_itself(self) -> bool:
+        return not self.lost and (self.record is not None or not self.end.ended_by_us)
+
+    @property
+    def raised(self) -> bool:
+        return bool(self.traceback) and not self.lost and "KeyboardInterrupt" not in self.traceback
 
     def order(self) -> tuple[float, int]:
         return (self.record.time_unix_s if self.record else self.end.time_unix_s, self.end.rank)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from meshwright.clusters.base import StartPlan, StartRequest, log_name
 from meshwright.clusters.local import LocalCluster
@@ -89,7 +89,7 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
         state = RunState(plan)
         stream = _Output(run)
         try:
-            supervise(cluster.start(plan, secrets), state, interrupts, stream.watchers)
+            supervise(cluster.start(plan, secrets), state, interrupts, watchers=stream.watchers)
         finally:
             stream.close()
         outcome = _conclude(run, state, interrupts.numbers)
@@ -104,24 +104,35 @@ def _write_inputs(run: _Run, resolved: dict[str, Any]) -> None:
     write_json(run.directory / "plan.json", run.plan.as_dict())
 
 
+class _LinePrinter:
+    """Prints lines until nobody reads them any more."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen: TextIO | None = screen
+
+    def __call__(self, line: str) -> None:
+        if self._screen is None:
+            return
+        try:
+            self._screen.write(f"{line}\n")
+            self._screen.flush()
+        except BrokenPipeError:  # `| head`: the run goes on, its lines are in merged.log
+            self._screen = None
+
+
+def _bar(run: _Run) -> "ProgressBar":
+    from meshwright.launch.progress import ProgressBar
+
+    assert run.loaded.job.train is not None, "a bar counts the steps of a training"
+    return ProgressBar(run.directory / "metrics.jsonl", run.loaded.job.train.steps)
+
+
 class _Output:
     """Where lines of ranks go while the run lasts."""
 
     def __init__(self, run: _Run) -> None:
         job, screen = run.loaded.job, sys.stderr if run.as_json else sys.stdout
-        self._bar: ProgressBar | None = None
-        if job.train is not None and screen.isatty():
-            from meshwright.launch.progress import ProgressBar
-
-            self._bar = ProgressBar(run.directory / "metrics.jsonl", job.train.steps)
-
-        def write(line: str) -> None:
-            try:
-                screen.write(f"{line}\n")
-                screen.flush()
-            except BrokenPipeError:  # `| head`: the run goes on, its lines are in merged.log
-                screen.write = lambda text: len(text)  # type: ignore[method-assign]
-
+        self._bar = _bar(run) if job.train is not None and screen.isatty() else None
         everybody = range(run.plan.world_size)
         chosen = everybody if job.command is not None and "logs.show_ranks" not in run.loaded.keys else None
         shown = Shown(
@@ -129,7 +140,7 @@ class _Output:
             prefix=job.logs.prefix,
             keep_attempts=job.logs.keep_attempts,
             mask=run.mask,
-            write=self._bar.write if self._bar else write,
+            write=self._bar.write if self._bar else _LinePrinter(screen),
         )
         self._stream = MergedStream(run.plan, shown)
         self.watchers: list[Callable[[RunState], None]] = [self._stream, *([self._bar] if self._bar else [])]

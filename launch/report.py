@@ -1,4 +1,4 @@
-"""How a run ended: the exit record, and the same for people: the first failing rank's traceback, then its victims. Pure."""
+"""How a run ended: the exit record, and the same for people, the first failing rank's traceback first. Pure."""
 
 import signal
 from collections.abc import Sequence
@@ -100,11 +100,9 @@ def outcome_of(
         code, reason = int(Exit.UNAVAILABLE), f"the agent of {node} died ({_status(status)}); its ranks were ended"
     elif len(state.results) == len(state.plan.nodes) and not state.over:
         word, code, reason = "succeeded", 0, ""
-    if verdict.first is None or word != "failed" or not nodes:
-        found = verdict
-    else:
-        found = Verdict(None)
-    return Outcome(state.plan.run_id, word, code, found, reason, state.attempt + 1, *times_s)
+    if nodes and not interrupts:
+        verdict = Verdict(None)  # no rank is to blame for what its node could not do
+    return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s)
 
 
 def _status(status: int) -> str:

@@ -10,7 +10,6 @@ from meshwright.clusters.environment import BASE
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.spec.conduct import Secret as SecretSource
-from meshwright.launch.spec.job import Job
 from meshwright.launch.values import fill
 
 __all__ = ["WORKER_ARGV", "job_argv", "request_of", "resolved_job", "run_dir_of"]
@@ -66,23 +65,11 @@ def request_of(
         JobError: for a secret that is not there, or a working directory that does not exist.
     """
     job = loaded.job
-    workdir = (loaded.path.parent / job.workdir).absolute()
-    if not workdir.is_dir():
-        raise _problem(loaded, "workdir", f"{workdir} is no directory; ranks start there")
-    secrets = tuple(_secret(loaded, name, source, environment if reveal else None) for name, source in _sources(job))
-    program = Program(
-        argv=job_argv(loaded, run_id),
-        workdir=Path(os.path.normpath(workdir)),
-        setup=job.setup,
-        env=tuple(sorted(job.env.items())),
-        inherit=("*",) if "env_pass" not in loaded.keys else tuple(sorted({*BASE, *job.env_pass})),
-        secrets=secrets,
-    )
     return StartRequest(
         name=job.name,
         run_id=run_id,
         run_dir=run_dir_of(loaded, run_id, base),
-        program=program,
+        program=_program(loaded, run_id, environment if reveal else None),
         num_nodes=job.num_nodes,
         ranks_per_node=job.nproc_per_node or job.mesh.world_size // job.num_nodes,
         gpus_per_node=job.cluster.gpus_per_node,
@@ -91,32 +78,42 @@ def request_of(
     )
 
 
-def _sources(job: Job) -> list[tuple[str, SecretSource]]:
-    return sorted(job.secrets.items(), key=lambda item: item[0])
+def _program(loaded: LoadedJob, run_id: str, environment: Mapping[str, str] | None) -> Program:
+    job = loaded.job
+    workdir = Path(os.path.normpath((loaded.path.parent / job.workdir).absolute()))
+    if not workdir.is_dir():
+        raise _problem(loaded, "workdir", f"{workdir} is no directory; ranks start there")
+    sources = sorted(job.secrets.items(), key=lambda item: item[0])
+    return Program(
+        argv=job_argv(loaded, run_id),
+        workdir=workdir,
+        setup=job.setup,
+        env=tuple(sorted(job.env.items())),
+        inherit=("*",) if "env_pass" not in loaded.keys else tuple(sorted({*BASE, *job.env_pass})),
+        secrets=tuple(_secret(loaded, name, source, environment=environment) for name, source in sources),
+    )
 
 
 def _problem(loaded: LoadedJob, key: str, message: str) -> JobError:
     return JobError([Problem(loaded.where(key), key, message)])
 
 
-def _secret(loaded: LoadedJob, name: str, source: SecretSource, environment: Mapping[str, str] | None) -> Secret:
+def _secret(loaded: LoadedJob, name: str, source: SecretSource, *, environment: Mapping[str, str] | None) -> Secret:
+    shown = f"from_env {source.from_env}" if source.from_env is not None else f"from_file {source.from_file}"
+    if environment is None:
+        return Secret(name, shown, "")
     key = f"secrets.{name}"
-    if source.from_env is not None:
-        shown, value = f"from_env {source.from_env}", ""
-        if environment is not None:
-            if source.from_env not in environment:
-                raise _problem(loaded, key, f"the variable {source.from_env} is not set; export it before launching")
-            value = environment[source.from_env]
+    if source.from_env is None:
+        value = _read_secret(loaded, key, Path(source.from_file or "").expanduser())
+    elif source.from_env in environment:
+        value = environment[source.from_env]
     else:
-        shown, value = f"from_file {source.from_file}", ""
-        if environment is not None:
-            value = _read_secret(loaded, key, Path(source.from_file or "").expanduser())
-    if environment is not None and len(value) < _SHORTEST_SECRET:
-        raise _problem(
-            loaded,
-            key,
-            f"the value is shorter than {_SHORTEST_SECRET} characters, so it cannot be masked in logs; put it in `env`",
+        raise _problem(loaded, key, f"the variable {source.from_env} is not set; export it before launching")
+    if len(value) < _SHORTEST_SECRET:
+        why = (
+            f"the value is shorter than {_SHORTEST_SECRET} characters, so it cannot be masked in logs; put it in `env`"
         )
+        raise _problem(loaded, key, why)
     return Secret(name, shown, value)
 
 

@@ -16,6 +16,7 @@ from meshwright.launch.exits import RankEnd
 __all__ = ["Interrupts", "RunState", "supervise"]
 
 _TICK_S = 0.05
+_IMPATIENT = 2
 
 
 class Interrupts:
@@ -90,7 +91,7 @@ class RunState:
 
 
 def supervise(
-    handle: Handle, state: RunState, interrupts: Interrupts, watchers: Iterable[Callable[[RunState], None]] = ()
+    handle: Handle, state: RunState, interrupts: Interrupts, *, watchers: Iterable[Callable[[RunState], None]] = ()
 ) -> None:
     """Follows a run until nothing of it is left; `state` tells how it went.
 
@@ -102,25 +103,20 @@ def supervise(
         interrupts: signals to the launcher.
         watchers: called with the state several times a second.
     """
-    seen, stopping, hooks = 0, False, list(watchers)
+    stopping, hooks = False, list(watchers)
     try:
-        while not handle.done:
+        while not handle.done and len(interrupts.numbers) < _IMPATIENT:
             for event in handle.poll(_TICK_S):
                 state.observe(event)
             for hook in hooks:
                 hook(state)
-            if len(interrupts.numbers) > seen:
-                seen = len(interrupts.numbers)
-                if stopping and seen > 1:
-                    handle.kill()
-                elif not stopping:
-                    handle.stop()
-                stopping = True
-            elif state.over and not stopping:
+            if not stopping and (interrupts.numbers or state.over):
                 handle.stop()
                 stopping = True
     finally:
         handle.kill()
+    for event in handle.poll(0.0):
+        state.observe(event)
     for hook in hooks:
         hook(state)
 

@@ -11,6 +11,7 @@ __all__ = ["launch"]
 def launch(
     context: typer.Context,
     job: Annotated[Path, typer.Argument(help="The job file.")],
+    *,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file's own.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and start nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
