@@ -1,0 +1,234 @@
+"""Saving and resuming: torch's distributed checkpoint inside a directory that is whole or absent.
+
+Tensors are stored under layout-independent names, so that another data mesh can read them. Beside them lie the random
+states of every rank, the position in the data, and the curve so far.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from meshwright.launch.worker.errors import CheckpointError
+from meshwright.launch.worker.rng import capture_random_states, restore_random_states
+from meshwright.launch.worker.snapshots import (
+    Snapshot,
+    damaged_file,
+    describe_files,
+    find_newest,
+    partial_path,
+    prune,
+    read_snapshot,
+    seal,
+    sweep,
+    write_durably,
+)
+
+__all__ = ["Checkpoints", "Stateful"]
+
+_CURVE = "curve.jsonl"
+
+
+class Stateful(Protocol):
+    """What can be saved: a `ParallelModel`."""
+
+    def state_dict(self, *, loading: bool = False) -> dict[str, Any]:
+        """States under layout-independent names."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one job, as one rank sees them.
+
+    Args:
+        directory: holds one directory per checkpoint; storage that all ranks share.
+        keep: how many of the newest ones stay.
+        rank: this rank.
+        world_size: number of ranks.
+        agree: gathers one integer per rank, in rank order; also a barrier.
+        say: where messages for people go.
+    """
+
+    directory: Path
+    keep: int
+    rank: int
+    world_size: int
+    agree: Callable[[int], list[int]]
+    say: Callable[[str], None]
+
+    def save(self, model: Stateful, step: int, facts: Mapping[str, Any], curve: list[dict[str, Any]]) -> Path:
+        """Writes the checkpoint of a step on all ranks; on return of rank 0 it is whole on the disk.
+
+        Args:
+            model: what is saved.
+            step: optimizer steps done.
+            facts: JSON values that go into the manifest.
+            curve: metrics records so far.
+
+        Raises:
+            CheckpointError: when it cannot be written; earlier checkpoints stay as they are.
+        """
+        partial = partial_path(self.directory, step)
+        state = model.state_dict()
+        self._all_well(self._prepare(partial, _local_bytes(state)), partial)
+        self._all_well(self._attempt(lambda: self._write(partial, state, curve)), partial)
+        if self.rank == 0:
+            failure = self._attempt(lambda: self._seal(partial, step, facts))
+            if failure is not None:
+                raise self._failed(partial, failure)
+        return self.directory / f"step-{step:08d}"
+
+    def find(self, resume: str) -> Snapshot | None:
+        """The checkpoint to go on from; all ranks call it and get the same.
+
+        Args:
+            resume: "auto" (the newest whole one, if any), "never", or the path of one.
+
+        Raises:
+            CheckpointError: when the named one is not whole, or ranks see different storage.
+        """
+        if self.rank == 0:
+            sweep(self.directory)
+        if resume == "never":
+            return None
+        candidates = find_newest(self.directory, self.say) if resume == "auto" else [self._named(Path(resume))]
+        for candidate in candidates[: min(self.agree(len(candidates)))]:
+            self._same_everywhere(candidate)
+            if self._intact(candidate):
+                return candidate
+            if resume != "auto":
+                raise CheckpointError(f"checkpoint.resume: {candidate.path} is damaged; name another one")
+        return None
+
+    def load(self, model: Stateful, snapshot: Snapshot) -> list[dict[str, Any]]:
+        """Fills the model, its optimizer and the random states from a checkpoint; returns the curve so far.
+
+        Raises:
+            CheckpointError: when it does not fit the model.
+        """
+        state = model.state_dict(loading=True)
+        try:
+            with _quiet():
+                dcp.load(state, checkpoint_id=snapshot.path)
+        except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint {snapshot.path} does not fit this job's model: {error}; "
+                "set checkpoint.resume=never to start anew, or restore the model it was written by"
+            ) from error
+        model.load_state_dict(state)
+        mine = snapshot.path / _rank_file(self.rank)
+        if mine.exists() and snapshot.manifest.get("world_size") == self.world_size:
+            restore_random_states(json.loads(mine.read_text())["random"])
+        return [json.loads(line) for line in (snapshot.path / _CURVE).read_text().splitlines()]
+
+    def _prepare(self, partial: Path, num_bytes: int) -> str | None:
+        """Makes room for a checkpoint; returns what stands in the way."""
+
+        def make_room() -> None:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        failure = self._attempt(make_room)
+        needed = sum(self.agree(num_bytes))
+        if failure is None and self.rank == 0:
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:
+                failure = f"it needs about {needed:,} bytes and {free:,} are free"
+        return failure
+
+    def _write(self, partial: Path, state: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+        with _quiet():
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+        mine = describe_files(partial, (path.name for path in partial.glob(f"__{self.rank}_*")))
+        record = {"files": mine, "random": capture_random_states()}
+        write_durably(partial / _rank_file(self.rank), json.dumps(record))
+        if self.rank == 0:
+            write_durably(partial / _CURVE, "".join(json.dumps(each) + "\n" for each in curve))
+
+    def _seal(self, partial: Path, step: int, facts: Mapping[str, Any]) -> None:
+        ranks = [_rank_file(rank) for rank in range(self.world_size)]
+        files = describe_files(partial, [".metadata", _CURVE, *ranks])
+        for name in ranks:
+            files.update(json.loads((partial / name).read_text())["files"])
+        seal(partial, step, {**facts, "world_size": self.world_size, "files": files})
+        prune(self.directory, self.keep)
+
+    def _named(self, path: Path) -> Snapshot:
+        found = read_snapshot(path)
+        if isinstance(found, str):
+            raise CheckpointError(f"checkpoint.resume: {path} is not a whole checkpoint: {found}")
+        return found
+
+    def _intact(self, snapshot: Snapshot) -> bool:
+        """Checks contents, each rank a part of the files, and agrees on the outcome."""
+        names = sorted(snapshot.manifest["files"])[self.rank :: self.world_size]
+        bad = damaged_file(snapshot, names)
+        if bad is not None:
+            self.say(f"checkpoint {snapshot.path} is skipped: the content of {bad} is not what was written")
+        return not any(self.agree(int(bad is not None)))
+
+    def _same_everywhere(self, snapshot: Snapshot) -> None:
+        steps = self.agree(snapshot.step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"checkpoint.dir: ranks find different newest checkpoints in {self.directory} (steps by rank: {steps}); "
+                "put checkpoint.dir on storage that all nodes share"
+            )
+
+    def _attempt(self, action: Callable[[], None]) -> str | None:
+        try:
+            action()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}".strip()
+        return None
+
+    def _all_well(self, failure: str | None, partial: Path) -> None:
+        """Ends the save on every rank when it failed on one."""
+        failed = [rank for rank, bad in enumerate(self.agree(int(failure is not None))) if bad]
+        if failed:
+            raise self._failed(partial, failure or f"rank {failed[0]} could not write its part")
+
+    def _failed(self, partial: Path, failure: str) -> CheckpointError:
+        free = (
+            f"{shutil.disk_usage(self.directory).free:,} bytes are free" if self.directory.exists() else "no directory"
+        )
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return CheckpointError(
+            f"the checkpoint {partial.name} could not be written in {self.directory} ({free}): {failure}; "
+            "earlier checkpoints are untouched; free some space or set checkpoint.dir to a larger disk, "
+            "and launch again to go on from the newest one"
+        )
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _local_bytes(value: Any) -> int:
+    """Bytes of all tensors this rank holds; replicated ones count on every rank, so the sum is an upper bound."""
+    if isinstance(value, Mapping):
+        return sum(_local_bytes(each) for each in value.values())
+    local = value.to_local() if hasattr(value, "to_local") else value
+    return local.numel() * local.element_size() if isinstance(local, torch.Tensor) else 0
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801
+    """Silences notes of torch's checkpoint code that users can do nothing about."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")

@@ -1,0 +1,138 @@
+"""The model of a job: an architecture of `transformers` with random weights, or a function of the user's.
+
+Weights depend on the seed alone, so that all ranks build the same model.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshwright.launch.worker.errors import ModelBuildError
+from meshwright.parallel.errors import nearest
+
+__all__ = ["build_model", "import_function"]
+
+_CLASSES = {"causal_lm": "AutoModelForCausalLM"}
+
+
+def build_model(
+    spec: Mapping[str, Any], *, vocab_size: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """Builds the model that the `model:` block of a job describes, with weights drawn from `seed`.
+
+    Args:
+        spec: {"architecture": ..., "config": {...}}, {"path": ..., "config": {...}} or
+            {"python": "package.module:function", "arguments": {...}}.
+        vocab_size: tokens of the job's tokenizer; a config that names no vocabulary gets this one.
+        seed: of `torch.manual_seed`.
+        dtype: of parameters and buffers.
+        device: where the weights are made.
+
+    Raises:
+        ModelBuildError: when something cannot be imported, does not exist, or has too small a vocabulary.
+    """
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return _from_python(spec) if spec.get("python") else _from_transformers(spec, vocab_size)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def import_function(name: str) -> Any:
+    """Imports "package.module:function".
+
+    >>> import_function("math:sqrt")(4)
+    2.0
+
+    Raises:
+        ModelBuildError: naming what does not exist.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ModelBuildError(
+            f"model.python: {module_name!r} cannot be imported: {type(error).__name__}: {error}; "
+            "it must be importable from the job's workdir or be installed"
+        ) from error
+    found = getattr(module, function_name, None)
+    if not callable(found):
+        names = [each for each in vars(module) if not each.startswith("_") and callable(getattr(module, each))]
+        raise ModelBuildError(
+            f"model.python: {module_name} has no function {function_name!r}; {nearest(function_name, names)}"
+        )
+    return found
+
+
+def _from_python(spec: Mapping[str, Any]) -> nn.Module:
+    function = import_function(spec["python"])
+    arguments = dict(spec.get("arguments") or {})
+    try:
+        model = function(**arguments)
+    except TypeError as error:
+        raise ModelBuildError(f"model.python: {spec['python']}(**{arguments}) failed: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelBuildError(
+            f"model.python: {spec['python']} returned {type(model).__name__}; it must return a torch.nn.Module"
+        )
+    return model
+
+
+def _from_transformers(spec: Mapping[str, Any], vocab_size: int) -> nn.Module:
+    overrides = dict(spec.get("config") or {})
+    config = _config(spec, overrides, vocab_size)
+    has = getattr(config.get_text_config(), "vocab_size", None)
+    if has is not None and has < vocab_size:
+        raise ModelBuildError(
+            f"model.config.vocab_size={has} is smaller than the {vocab_size} tokens of data.tokenizer; "
+            f"leave it out or set it to at least {vocab_size}"
+        )
+    config.use_cache = False
+    loader = getattr(_transformers(), _CLASSES[spec.get("class") or "causal_lm"])
+    try:
+        model = loader.from_config(config)
+    except Exception as error:  # transformers raises many kinds for a config it cannot build
+        raise ModelBuildError(f"model: {config.model_type} cannot be built: {type(error).__name__}: {error}") from error
+    assert isinstance(model, nn.Module), type(model)
+    return model
+
+
+def _config(spec: Mapping[str, Any], overrides: dict[str, Any], vocab_size: int) -> Any:
+    library = _transformers()
+    try:
+        if spec.get("path"):
+            return library.AutoConfig.from_pretrained(str(spec["path"]), **overrides)
+        _check_architecture(library, str(spec["architecture"]))
+        return library.AutoConfig.for_model(spec["architecture"], **{"vocab_size": vocab_size, **overrides})
+    except ModelBuildError:
+        raise
+    except Exception as error:
+        where = f"model.path: {spec['path']}" if spec.get("path") else f"model.config: {overrides}"
+        looked = f" (looked in {Path.cwd()})" if spec.get("path") else ""
+        raise ModelBuildError(f"{where}: {type(error).__name__}: {error}{looked}") from error
+
+
+def _check_architecture(library: Any, name: str) -> None:
+    known = list(library.CONFIG_MAPPING.keys())
+    if name not in known:
+        shown = nearest(name, known)
+        hint = shown if shown.startswith("did") else "see transformers.CONFIG_MAPPING for all names"
+        raise ModelBuildError(f"model.architecture: {name!r} is no model_type of transformers; {hint}")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelBuildError(
+            f"model: the package `transformers` cannot be imported ({error}); "
+            "`pip install 'meshwright[hf]'`, or use model.python with a function of your own"
+        ) from error
+    return transformers
