@@ -192,6 +192,9 @@ class Cluster(Protocol):
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request; starts nothing."""
 
+    def check(self, plan: StartPlan) -> None:
+        """Raises where the plan could not be executed here and now."""
+
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
         """Executes a plan."""
 

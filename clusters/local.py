@@ -65,7 +65,9 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
             index=index,
             ranks=(ranks := tuple(range(index * per_node, (index + 1) * per_node))),
             cwd=str(request.program.workdir),
-            env=_environment(request, machine, num_ranks=per_node * len(names), gpus=share and share[index])
+            env=_environment(
+                request, machine, num_ranks=per_node * len(names), gpus=share[index] if share is not None else None
+            )
             + _identity(request, name, index),
             argv=request.program.argv,
             logs=tuple(log_name(rank) for rank in ranks),
@@ -164,14 +166,17 @@ class LocalCluster:
         """The exact start plan of a request on this machine."""
         return plan_local(request, this_machine())
 
-    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "LocalHandle":
-        """Executes a plan: one agent per node, each told its part.
+    def check(self, plan: StartPlan) -> None:
+        """Makes sure that the plan can be executed here and now.
 
         Raises:
-            RendezvousError: when the plan names a port that is taken.
+            RendezvousError: when it names a port that is taken.
         """
         if plan.port is not None:
             check_port(plan.port)
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "LocalHandle":
+        """Executes a plan: one agent per node, each told its part."""
         agents = {}
         for node in plan.nodes:
             agent = self._warm if self._warm is not None and self._warm.poll() is None else spawn_agent()

@@ -82,6 +82,7 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
     if options.dry_run:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))
         return 0
+    cluster.check(plan)
     secrets = {secret.name: secret.value for secret in request.program.secrets}
     run = _Run(loaded, request, plan, Mask(secrets.values()), started_unix_s, options.as_json)
     _write_inputs(run, resolved_job(loaded, run_id, base))
