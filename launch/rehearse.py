@@ -149,7 +149,7 @@ def _vocabulary(data: dict[str, Any] | None) -> int:
         from meshwright.launch.worker.tokenizer import byte_tokenizer
 
         return byte_tokenizer().vocab_size
-    return _text(data)[0].vocab_size
+    return int(_text(data)[0].vocab_size)
 
 
 def _text(data: dict[str, Any]) -> tuple[Any, list[Any]]:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from meshwright.parallel.errors import MeshError
 from meshwright.parallel.mesh import AXES, Mesh
 
-__all__ = ["Groups", "Pending", "World", "start_ranks", "stop_ranks", "world"]
+__all__ = ["Groups", "Pending", "World", "gather_integers", "start_ranks", "stop_ranks", "world"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,19 @@ def stop_ranks() -> None:
     """Leaves the process group; does nothing where there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gather_integers(value: int) -> list[int]:
+    """One 62-bit integer of every running rank, in rank order; also a barrier.
+
+    >>> gather_integers(3)
+    [3]
+    """
+    if not dist.is_initialized():
+        return [value]
+    parts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, torch.tensor([value]))
+    return [int(part) for part in parts]
 
 
 class Pending:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from meshwright.launch.worker.errors import CheckpointError
 from meshwright.launch.worker.rng import capture_random_states, restore_random_states
@@ -121,7 +122,7 @@ class Checkpoints:
         state = model.state_dict(loading=True)
         try:
             with _quiet():
-                dcp.load(state, checkpoint_id=snapshot.path)
+                state_dict_loader.load(state, checkpoint_id=snapshot.path)
         except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {snapshot.path} does not fit this job's model: {error}; "
@@ -151,7 +152,7 @@ class Checkpoints:
 
     def _write(self, partial: Path, state: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         with _quiet():
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+            state_dict_saver.save(state, storage_writer=FileSystemWriter(partial, sync_files=True))
         mine = describe_files(partial, (path.name for path in partial.glob(f"__{self.rank}_*")))
         record = {"files": mine, "random": capture_random_states()}
         write_durably(partial / _rank_file(self.rank), json.dumps(record))

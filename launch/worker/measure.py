@@ -1,0 +1,73 @@
+"""Speed of a training run: step time, tokens per second, memory, and model-FLOP utilisation."""
+
+import time
+from typing import Any
+
+import torch
+
+from meshwright.launch.worker.flops import FlopCount, count_flops, measure_peak_flops_per_s
+from meshwright.launch.worker.metrics import peak_memory_bytes, utilisation
+from meshwright.parallel.wrap import ParallelModel
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Times steps between two readings; validation and saving do not count.
+
+    Args:
+        device: of this rank.
+        dtype: what matmuls compute in.
+        tokens_per_step: of all ranks.
+        num_ranks: whose speeds add up.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tokens_per_step: int, num_ranks: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._device = device
+        self._dtype = dtype
+        self._num_ranks = num_ranks
+        self._since_s = time.perf_counter()
+        self._spent_s = 0.0
+        self._steps = 0
+        self._per_token: FlopCount | None = None
+        self._peak_flops_per_s = 0.0
+
+    @property
+    def needs_flops(self) -> bool:
+        """Whether the model's FLOPs are still unknown."""
+        return self._per_token is None
+
+    def tick(self) -> None:
+        """Ends a step."""
+        now_s = time.perf_counter()
+        self._spent_s += now_s - self._since_s
+        self._since_s = now_s
+        self._steps += 1
+
+    def pause(self) -> None:
+        """Forgets the time since the last step."""
+        self._since_s = time.perf_counter()
+
+    def count(self, model: ParallelModel, batch: dict[str, Any]) -> None:
+        """Counts one forward pass and measures this device; every rank must ask."""
+        with count_flops() as counted:
+            model.evaluate(batch)
+        self._per_token = counted().per_token(batch["input_ids"].numel())
+        self._peak_flops_per_s = measure_peak_flops_per_s(self._device, self._dtype) * self._num_ranks
+        self.pause()
+
+    def read(self) -> dict[str, float | int]:
+        """Figures of the steps since the last reading; utilisation under both conventions (see `flops`)."""
+        step_s = self._spent_s / max(1, self._steps)
+        self._spent_s, self._steps = 0.0, 0
+        tokens_per_s = self.tokens_per_step / step_s if step_s else 0.0
+        assert self._per_token is not None, "count first"
+        peak = self._peak_flops_per_s
+        return {
+            "tokens_per_s": round(tokens_per_s, 1),
+            "step_s": round(step_s, 6),
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+            "mfu_full": round(utilisation(self._per_token.full, tokens_per_s, peak), 4),
+            "mfu_causal": round(utilisation(self._per_token.causal, tokens_per_s, peak), 4),
+        }

@@ -1,0 +1,250 @@
+"""The built-in training program of one rank: build, resume, step, measure, save."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from meshwright.launch.spec.job import Job
+from meshwright.launch.worker.checkpoint import Checkpoints
+from meshwright.launch.worker.errors import CheckpointError
+from meshwright.launch.worker.measure import Meter
+from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line
+from meshwright.launch.worker.model import build_model
+from meshwright.launch.worker.optimizer import build_adamw, decay_of, set_rate
+from meshwright.launch.worker.plot import plot_losses
+from meshwright.launch.worker.schedule import LearningRate
+from meshwright.launch.worker.text import Text, load_text
+from meshwright.parallel.collectives import gather_integers
+from meshwright.parallel.wrap import ParallelModel, parallelize
+
+__all__ = ["Training", "build_training"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class Training:
+    """One rank's training.
+
+    Args:
+        job: what to train.
+        run_dir: where rank 0 writes metrics and the plot.
+        model: wrapped.
+        optimizer: of what this rank owns.
+        text: batches by step.
+        checkpoints: of the job.
+        metrics: of rank 0; other ranks hold one that writes nothing.
+        meter: times and FLOPs.
+        say: where lines for people go.
+    """
+
+    job: Job
+    run_dir: Path
+    model: ParallelModel
+    optimizer: Optimizer
+    text: Text
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    meter: Meter
+    say: Callable[[str], None]
+    step: int = 0
+    saved: int = -1
+    started_s: float = field(default_factory=time.monotonic)
+
+    def run(self) -> None:
+        """Trains from the newest checkpoint, or from the start, to the last step."""
+        assert self.job.train is not None, "checked when the job was read"
+        self._resume()
+        if self.step == 0:
+            self._validate()
+        while self.step < self.job.train.steps and not self._out_of_time():
+            self.step += 1
+            self._one_step()
+            if self._due(self.job.checkpoint.every_steps):
+                self._save()
+        self._finish()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.find(self.job.checkpoint.resume)
+        if found is None:
+            self.metrics.restart([])
+            return
+        expected, was = self.text.fingerprint(), found.manifest.get("text")
+        if was != expected:
+            raise CheckpointError(
+                f"checkpoint {found.path} was trained on other text, another seed or another batch size "
+                f"(fingerprint {was}, now {expected}); put them back, or set checkpoint.resume=never to start anew"
+            )
+        self.metrics.restart(self.checkpoints.load(self.model, found))
+        self.step = self.saved = found.step
+        self.say(f"resumed from {found.path} at step {found.step}")
+
+    def _one_step(self) -> None:
+        train = self.job.train
+        assert train is not None, "checked when the job was read"
+        set_rate(self.optimizer, self._rate().at(self.step))
+        batch = self.text.training_batch(self.step, self.model.data_rank, self.model.mesh.data_degree)
+        extra: dict[str, Any] = {}
+        if self.step == 1:  # the same step in every run, since counting may choose other kernels
+            loss, counted = self.model.ledger_step(batch)
+            extra["collectives"] = counted.as_dict()
+        else:
+            loss = self.model.step(batch)
+        norm = self.model.clip_gradients(train.clip_norm) if train.clip_norm is not None else None
+        self.optimizer.step()
+        self.meter.tick()
+        if self.meter.needs_flops:
+            self.meter.count(self.model, batch)
+        if self.step in (1, train.steps) or self._due(train.log_every_steps):
+            self._log(float(loss), None if norm is None else float(norm), extra)
+        if self._due(train.validate_every_steps) and self.step < train.steps:
+            self._validate()
+
+    def _log(self, loss: float, norm: float | None, extra: dict[str, Any]) -> None:
+        assert self.job.train is not None, "checked when the job was read"
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "tokens": self.step * self.meter.tokens_per_step,
+            **self.meter.read(),
+            "lr": self._rate().at(self.step),
+            "gradient_norm": norm,
+            "time_unix_s": now_unix_s(),
+            **extra,
+        }
+        self.metrics.write(record)
+        self.say(progress_line(record, self.job.train.steps))
+
+    def _validate(self) -> None:
+        """Mean loss per token over the held-out batches, on all ranks."""
+        train = self.job.train
+        if self.text.validation is None or train is None:
+            return
+        self.model.module.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for number in range(min(train.validate_batches, -(-len(self.text.validation) // train.batch_size))):
+            batch = self.text.validation_batch(number, self.model.data_rank, self.model.mesh.data_degree)
+            sums += torch.stack(self.model.evaluate(batch)).cpu()
+        self.model.module.train()
+        self.meter.pause()
+        record = {"step": self.step, "validation_loss": float(sums[0] / sums[1]), "time_unix_s": now_unix_s()}
+        self.metrics.write(record)
+        self.say(progress_line(record, train.steps))
+
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        facts = {"name": self.job.name, "text": self.text.fingerprint(), "mesh": self.model.mesh.degrees()}
+        path = self.checkpoints.save(self.model, self.step, facts, self.metrics.history)
+        self.saved = self.step
+        self.meter.pause()
+        self.say(f"saved {path}")
+
+    def _finish(self) -> None:
+        assert self.job.train is not None, "checked when the job was read"
+        done = self.step >= self.job.train.steps
+        last = self.metrics.history[-1] if self.metrics.history else {}
+        if done and "validation_loss" not in last and last.get("event") != "end":
+            self._validate()
+        if self.job.checkpoint.every_steps is not None:
+            self._save()
+        if last.get("event") != "end":
+            seconds = round(time.monotonic() - self.started_s, 3)
+            self.metrics.write({"event": "end", "step": self.step, "seconds": seconds, "time_unix_s": now_unix_s()})
+        if self.model.rank == 0:
+            self._plot()
+        if not done:
+            self.say(f"stopped at step {self.step} after train.stop_after; launch again to go on")
+
+    def _plot(self) -> None:
+        path = self.run_dir / "loss.png"
+        missing = plot_losses(self.metrics.history, path, title=f"{self.job.name}: {self.model.mesh}")
+        self.say(f"loss curve: {path}" if missing is None else f"no loss.png: {missing}")
+
+    def _rate(self) -> LearningRate:
+        train = self.job.train
+        assert train is not None, "checked when the job was read"
+        plan = train.schedule
+        return LearningRate(
+            peak=train.optimizer.lr,
+            steps=train.steps,
+            warmup_steps=plan.warmup_steps,
+            decay=plan.decay,
+            min_ratio=plan.min_lr_ratio,
+        )
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _out_of_time(self) -> bool:
+        limit_s = self.job.train.stop_after if self.job.train is not None else None
+        if limit_s is None:
+            return False
+        return gather_integers(int(time.monotonic() - self.started_s >= limit_s))[0] == 1  # rank 0's clock decides
+
+
+def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callable[[str], None]) -> Training:
+    """Builds everything a rank trains with; the process group is running.
+
+    Raises:
+        MeshwrightError: for a model, a text or a mesh that cannot be had.
+    """
+    train, data = job.train, job.data
+    assert train is not None, "checked when the job was read"
+    assert data is not None, "checked when the job was read"
+    plain = job.as_dict()
+    values = {**plain["data"], "max_bytes": data.max_bytes}
+    text = load_text(values, seed=train.seed, batch_size=train.batch_size)
+    module = _module(job, plain["model"], text.vocab_size, device)
+    options: Any = {
+        name: getattr(job.parallel, name)
+        for name in ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload")
+    }
+    model = parallelize(module, job.mesh, seed=train.seed, **options)
+    adamw = build_adamw(train.optimizer.lr, train.optimizer.betas, train.optimizer.eps)
+    optimizer = model.make_optimizer(adamw, decay_of(train.optimizer.weight_decay))
+    whose_say = say if model.rank == 0 else _silent
+    return Training(
+        job=job,
+        run_dir=run_dir,
+        model=model,
+        optimizer=optimizer,
+        text=text,
+        checkpoints=_checkpoints(job, model, whose_say),
+        metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
+        meter=Meter(device, _DTYPES[train.precision], train.batch_size * data.sequence_length, job.mesh.world_size),
+        say=whose_say,
+    )
+
+
+def _module(job: Job, spec: dict[str, Any], vocab_size: int, device: torch.device) -> nn.Module:
+    """The model in the parameters' dtype; bfloat16 computes under autocast, so that no update is lost in rounding."""
+    assert job.train is not None, "checked when the job was read"
+    assert job.model is not None, "checked when the job was read"
+    wide = job.train.precision == "float64"
+    dtype = torch.float64 if wide else _DTYPES[job.model.dtype]
+    module = build_model(spec, vocab_size=vocab_size, seed=job.train.seed, dtype=dtype).to(device).train()
+    if job.train.precision == "bfloat16":
+        module.forward = torch.autocast(device.type, dtype=torch.bfloat16)(module.forward)
+    return module
+
+
+def _checkpoints(job: Job, model: ParallelModel, say: Callable[[str], None]) -> Checkpoints:
+    return Checkpoints(
+        directory=Path(job.checkpoint.dir),
+        keep=job.checkpoint.keep,
+        rank=model.rank,
+        world_size=model.mesh.world_size,
+        agree=gather_integers,
+        say=say,
+    )
+
+
+def _silent(line: str) -> None:
+    del line
