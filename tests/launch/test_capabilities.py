@@ -1,0 +1,61 @@
+"""A key that the cluster cannot act on is refused where it was written, and only where it asks for something."""
+
+from pathlib import Path
+
+import pytest
+
+from meshwright.launch.capabilities import check_capabilities
+from meshwright.launch.errors import JobError
+from meshwright.launch.load import LoadedJob, load_job
+
+HEAD = "name: j\ncommand: [true]\n".replace("true", "'true'")
+
+
+def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
+    path = folder / "job.yaml"
+    path.write_text(HEAD + text)
+    return load_job(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "key"),
+    [
+        ("sweep: {grid: {name: [a, b]}}", "3:8", "sweep.grid.name"),
+        ("after: [other]", "3:1", "after"),
+        ("binding: numa", "3:1", "binding"),
+        ("health: {preflight: [disk]}", "3:10", "health.preflight"),
+        ("failure:\n  hang: {no_progress_for: 10m}", "4:10", "failure.hang.no_progress_for"),
+        ("nodes: {min: 1, max: 1}", "3:9", "nodes.min"),
+        ("rendezvous: {bind: any}", "3:14", "rendezvous.bind"),
+        ("resources: {gpus_per_node: 8}", "3:13", "resources.gpus_per_node"),
+    ],
+)
+def test_what_local_cannot_do_is_refused_with_its_place(tmp_path: Path, text: str, place: str, key: str) -> None:
+    with pytest.raises(JobError) as caught:
+        check_capabilities(load(tmp_path, text))
+    problem = caught.value.problems[0]
+    assert problem.key.startswith(key.split(".", maxsplit=1)[0])
+    assert problem.where.startswith(f"{tmp_path}/job.yaml:")
+    assert problem.where.split(":")[-2] == place.split(":", maxsplit=1)[0]
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "binding: none",
+        "after: []",
+        "health: {preflight: []}",
+        "logs: {merge: true}",
+        "failure: {exclude_bad_nodes: false, max_restarts: 3, shutdown_grace: 5s}",
+        "rendezvous: {backend: c10d, interface: auto, bind: interface, port: 29500}",
+    ],
+)
+def test_a_key_that_asks_for_nothing_is_accepted(tmp_path: Path, text: str) -> None:
+    check_capabilities(load(tmp_path, text))
+
+
+def test_an_override_is_refused_as_one(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"--set binding=numa: binding: the local cluster does not act on binding yet"):
+        check_capabilities(load(tmp_path, "", "binding=numa"))

@@ -1,0 +1,129 @@
+"""A run is followed to its end; what cannot succeed any more is ended everywhere."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
+from meshwright.clusters.local import Machine, plan_local
+from meshwright.launch.exits import Blame, Verdict
+from meshwright.launch.report import outcome_of
+from meshwright.launch.supervise import Interrupts, RunState, supervise
+
+
+class FakeHandle:
+    """Agents that say what a test wants, then are gone."""
+
+    def __init__(self, *events: dict[str, Any]) -> None:
+        self._events = list(events)
+        self.calls: list[str] = []
+
+    @property
+    def done(self) -> bool:
+        return not self._events
+
+    def poll(self, timeout_s: float) -> list[dict[str, Any]]:
+        return [self._events.pop(0)] if self._events else []
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+
+def plan(max_restarts: int = 0) -> StartPlan:
+    program = Program(("true",), Path("/"))
+    request = StartRequest("j", "r1", Path("/r1"), program, num_nodes=2, limits=Limits(max_restarts))
+    return plan_local(request, Machine("box", 2))
+
+
+def end(node: str, rank: int, code: int, *, attempt: int = 0, asked: bool = False) -> dict[str, Any]:
+    at = {"attempt": attempt, "time_unix_s": 10.0 + attempt, "ended_by_us": asked}
+    return {"event": "exit", "node": node, "rank": rank, "code": code, **at}
+
+
+def result(node: str, state: str, message: str = "") -> dict[str, Any]:
+    return {"event": "result", "node": node, "state": state, "message": message}
+
+
+def gone(node: str, code: int = 0) -> dict[str, Any]:
+    return {"event": "gone", "node": node, "code": code}
+
+
+def follow(*events: dict[str, Any], max_restarts: int = 0) -> tuple[RunState, FakeHandle]:
+    state, handle = RunState(plan(max_restarts)), FakeHandle(*events)
+    supervise(handle, state, Interrupts())
+    return state, handle
+
+
+def test_a_success_is_not_stopped_but_swept() -> None:
+    events = [end(f"node{rank}", rank, 0) for rank in (0, 1)]
+    state, handle = follow(*events, result("node0", "succeeded"), result("node1", "succeeded"), gone("node0"))
+    assert handle.calls == ["kill"]
+    assert outcome_of(state, Verdict(None), [], times_s=(0, 1)).exit_code == 0
+
+
+def test_a_failure_ends_the_other_nodes_once() -> None:
+    _, handle = follow(end("node0", 0, 7), result("node0", "failed"), result("node1", "stopped"))
+    assert handle.calls == ["stop", "kill"]
+
+
+def test_a_failure_with_restarts_left_ends_nothing() -> None:
+    state, handle = follow(end("node0", 0, 7), end("node0", 0, 0, attempt=1), max_restarts=1)
+    assert handle.calls == ["kill"]
+    assert [state.ends[0].code, state.attempt] == [0, 1]
+
+
+def test_late_news_of_an_earlier_attempt_are_ignored() -> None:
+    state, _ = follow(end("node0", 0, 0, attempt=1), end("node1", 1, 7, attempt=0), max_restarts=1)
+    assert set(state.ends) == {0}
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "words"),
+    [
+        (result("node1", "setup_failed", "exit code 3"), 70, "setup failed on node1: exit code 3"),
+        (result("node1", "rendezvous_failed", "timeout"), 76, "did not meet"),
+        (result("node1", "error", "KeyError"), 70, "KeyError"),
+        (gone("node1", -9), 69, "the agent of node1 died (SIGKILL)"),
+    ],
+)
+def test_a_node_that_fails_without_a_rank_has_its_own_code(event: dict[str, Any], code: int, words: str) -> None:
+    state, handle = follow(event, gone("node0"))
+    found = outcome_of(state, Verdict(None), [], times_s=(0, 1))
+    assert (found.exit_code, found.state) == (code, "failed")
+    assert words in str(found)
+    assert handle.calls[0] == "stop"
+
+
+def test_a_signal_to_the_launcher_outweighs_what_it_caused() -> None:
+    state = RunState(plan())
+    blame = Blame(0, "node0", 7, None, "exited with code 7", "")
+    found = outcome_of(state, Verdict(blame), [signal.SIGINT], times_s=(0, 1))
+    assert (found.exit_code, found.state) == (130, "interrupted")
+
+
+def test_the_first_signal_stops_and_the_second_kills() -> None:
+    interrupts, handle = Interrupts(), FakeHandle(*(gone("node0") for _ in range(10)))
+    interrupts.numbers.append(signal.SIGTERM)
+
+    def again(state: RunState) -> None:
+        if handle.calls == ["stop"]:
+            interrupts.numbers.append(signal.SIGTERM)
+
+    supervise(handle, RunState(plan()), interrupts, watchers=[again])
+    assert handle.calls == ["stop", "kill"]
+    assert not handle.done, "nobody waited for the rest"
+
+
+def test_whatever_happens_no_rank_stays() -> None:
+    def broken(state: RunState) -> None:
+        raise RuntimeError("disk full")
+
+    handle = FakeHandle(gone("node0"))
+    with pytest.raises(RuntimeError, match="disk full"):
+        supervise(handle, RunState(plan()), Interrupts(), watchers=[broken])
+    assert handle.calls == ["kill"]
