@@ -15,7 +15,7 @@ from typing import Any
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, log_name
 from meshwright.clusters.errors import RendezvousError, UnavailableError
-from meshwright.clusters.spawn import AGENT_ARGV, spawn_agent
+from meshwright.clusters.spawn import AGENT_ARGV, end_agent, spawn_agent
 from meshwright.clusters.sweep import sweep
 
 __all__ = ["LocalCluster", "LocalHandle", "Machine", "check_port", "plan_local", "this_machine"]
@@ -204,6 +204,8 @@ class LocalHandle:
     def _say(self, name: str, message: Mapping[str, Any]) -> None:
         pipe = self._agents[name].stdin
         assert pipe is not None, name
+        if pipe.closed:
+            return
         left = memoryview(json.dumps(message).encode() + b"\n")
         with suppress(OSError):  # a dead agent is found by its end of output
             while left:
@@ -226,6 +228,7 @@ class LocalHandle:
             else:
                 self._selector.unregister(key.fileobj)
                 events.append({"node": name, "event": "gone", "code": self._agents[name].wait()})
+                end_agent(self._agents[name])
         return events
 
     def stop(self) -> None:

@@ -6,7 +6,7 @@ Nothing but the standard library is imported here: it is the launcher's first ac
 import subprocess
 import sys
 
-__all__ = ["AGENT_ARGV", "spawn_agent"]
+__all__ = ["AGENT_ARGV", "end_agent", "spawn_agent"]
 
 AGENT_ARGV = (sys.executable, "-u", "-m", "meshwright.clusters.agent")
 
@@ -19,3 +19,13 @@ def spawn_agent() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         AGENT_ARGV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, bufsize=0
     )
+
+
+def end_agent(agent: "subprocess.Popen[bytes]") -> None:
+    """Ends an agent that nobody needs, and lets go of its pipes."""
+    if agent.poll() is None:
+        agent.kill()
+        agent.wait()
+    for pipe in (agent.stdin, agent.stdout):
+        if pipe is not None:
+            pipe.close()

@@ -83,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(_bug(error))
         return _INTERNAL
     finally:
-        if warm is not None and warm.poll() is None:
-            warm.kill()
-            warm.wait()
+        if warm is not None:
+            from meshwright.clusters.spawn import end_agent
+
+            end_agent(warm)
 
 
 def _run(words: list[str], warm: "Popen[bytes] | None") -> int:
