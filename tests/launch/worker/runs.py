@@ -1,0 +1,111 @@
+"""Real launches of a tiny model, for tests: a job in a folder, its processes, its end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+MODEL = '''
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.embed = nn.Embedding(257, width)
+        nn.init.normal_(self.embed.weight, std=0.2)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1)) for _ in range(2)
+        )
+        self.head = nn.Linear(width, 257, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids, labels):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        scores = self.head(hidden)[:, :-1]
+        return {"loss": nn.functional.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten())}
+
+
+def build(width=16):
+    return Tiny(width)
+'''
+
+JOB = """
+name: tiny
+workdir: .
+model: {{python: "tiny:build", arguments: {{width: 16}}}}
+data: {{files: [text.txt, more.txt], sequence_length: 32, validation_fraction: 0.2}}
+parallel: {parallel}
+train:
+  steps: {steps}
+  batch_size: 8
+  log_every_steps: 1
+  validate_batches: 1
+  optimizer: {{lr: 1e-2}}
+checkpoint: {{every_steps: {every}, dir: {folder}/checkpoints}}
+logs: {{dir: "{folder}/runs/{{run_id}}"}}
+failure: {{shutdown_grace: 5s}}
+"""
+
+
+def write_job(folder: Path, *, parallel: str = "{dp: 2}", steps: int = 20, every: int = 3) -> Path:
+    """A job whose every file lies in one folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny.py").write_text(MODEL)
+    for name, word in (("text.txt", "the quick brown fox "), ("more.txt", "jumps over the lazy dog ")):
+        (folder / name).write_text("".join(f"{word}{number}\n" for number in range(200)))
+    path = folder / "job.yaml"
+    path.write_text(JOB.format(parallel=parallel, steps=steps, every=every, folder=folder))
+    return path
+
+
+def start(job: Path, run_id: str, *overrides: str) -> subprocess.Popen[str]:
+    """The launcher, running; it has a process group of its own."""
+    words = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "meshwright.launch.cli", "launch", str(job), "--run-id", run_id, *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=job.parent
+    )
+
+
+def finish(job: Path, run_id: str, *overrides: str, timeout_s: float = 120.0) -> tuple[int, str]:
+    """Launches and waits; returns exit code and output."""
+    process = start(job, run_id, *overrides)
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output
+
+
+def run_dir(job: Path, run_id: str) -> Path:
+    return job.parent / "runs" / run_id
+
+
+def metrics(job: Path, run_id: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir(job, run_id) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(job: Path, run_id: str) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in metrics(job, run_id) if "loss" in record]
+
+
+def final_states(job: Path, steps: int) -> dict[str, Any]:
+    """Everything the last checkpoint holds, whole: parameters, optimizer states, step count."""
+    whole = job.parent / "whole.pt"
+    dcp_to_torch_save(job.parent / "checkpoints" / f"step-{steps:08d}", whole)
+    found: dict[str, Any] = torch.load(whole, weights_only=False)
+    return found
+
+
+def differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """Names of tensors that are not bit for bit equal."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), (one.keys(), other.keys())
+        return [found for key in one for found in differing(one[key], other[key], f"{name}.{key}")]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [name]

@@ -1,0 +1,80 @@
+"""Nothing lost: a training killed at any moment and launched again ends with the bits of an undisturbed one."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.worker.runs import differing, final_states, finish, losses, run_dir, start, write_job
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.faults,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # torch's, about reading checkpoints
+]
+
+KILLS = int(os.environ.get("MESHWRIGHT_FAULTS", "3"))
+STEPS = 60
+
+
+def _alive(run_id: str) -> list[int]:
+    """Processes that carry the run's id in their environment and are no zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        try:
+            carries = f"MESHWRIGHT_RUN_ID={run_id}".encode() in (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if carries and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def _wait(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 60.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition() and process.poll() is None and time.monotonic() < end_s:
+        time.sleep(0.002)
+
+
+def _kill_once(job: Path, run_id: str, generator: random.Random, *, in_save: bool) -> None:
+    """Starts the job and SIGKILLs it at a random moment, its launcher or one of its ranks."""
+    process = start(job, run_id)
+    metrics = run_dir(job, run_id) / "metrics.jsonl"
+    checkpoints = job.parent / "checkpoints"
+    _wait(lambda: metrics.exists() and '"loss"' in metrics.read_text(), process)
+    if in_save:
+        _wait(lambda: any(checkpoints.glob(".step-*.partial")), process)
+    else:
+        time.sleep(generator.uniform(0.0, 0.5))
+    ranks = _alive(run_id)
+    target = generator.choice([process.pid, *ranks]) if process.poll() is None else process.pid
+    if process.poll() is None:
+        os.kill(target, signal.SIGKILL)
+    process.communicate(timeout=60)
+    end_s = time.monotonic() + 15
+    while _alive(run_id) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert _alive(run_id) == []
+
+
+@pytest.mark.parametrize("parallel", ["{dp: 2}", "{fsdp: 2, num_microbatches: 2}", "{dp: 4}", "{fsdp: 4}"])
+def test_a_killed_and_resumed_training_ends_with_the_same_bits(tmp_path: Path, parallel: str) -> None:
+    plain = write_job(tmp_path / "plain", parallel=parallel, steps=STEPS)
+    code, output = finish(plain, "plain")
+    assert code == 0, output
+    broken = write_job(tmp_path / "broken", parallel=parallel, steps=STEPS)
+    generator = random.Random(parallel)
+    for number in range(KILLS):
+        _kill_once(broken, f"killed-{number}", generator, in_save=number % 2 == 1)
+    code, output = finish(broken, "last")
+    assert code == 0, output
+    assert losses(broken, "last") == losses(plain, "plain")
+    assert differing(final_states(plain, STEPS), final_states(broken, STEPS)) == []

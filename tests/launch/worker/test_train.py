@@ -1,0 +1,79 @@
+"""The built-in program, launched for real: learning, resuming, other meshes, and what can go wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch.worker.runs import finish, losses, metrics, run_dir, write_job
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_learns_measures_and_leaves_its_records(tmp_path: Path) -> None:
+    job = write_job(tmp_path, steps=30)
+    code, output = finish(job, "one")
+    assert code == 0, output
+    records = metrics(job, "one")
+    validations = [each["validation_loss"] for each in records if "validation_loss" in each]
+    assert 5.0 < validations[0] < 6.5
+    assert validations[-1] < validations[0] - 1.0
+    first = next(each for each in records if each["step"] == 1)
+    assert {row["kind"] for row in first["collectives"]} == {"all_reduce", "all_gather"}  # the first step checks buffers
+    for key in ("tokens_per_s", "step_s", "peak_memory_bytes", "mfu_full", "mfu_causal", "gradient_norm"):
+        assert first[key] > 0, key
+    assert records[-1]["event"] == "end"
+    assert (run_dir(job, "one") / "loss.png").stat().st_size > 10_000
+    assert json.loads((run_dir(job, "one") / "exit.json").read_text())["state"] == "succeeded"
+    again = finish(job, "two")
+    assert again[0] == 0
+    assert "resumed from" in again[1]
+    assert losses(job, "two") == losses(job, "one")
+
+
+def test_the_same_seed_reads_the_same_samples_on_any_number_of_ranks(tmp_path: Path) -> None:
+    curves = []
+    for parallel in ("{}", "{dp: 2}", "{fsdp: 2, dp: 2}"):
+        job = write_job(tmp_path / str(len(curves)), parallel=parallel, steps=5, every=100)
+        code, output = finish(job, "run", "train.precision=float64", "model.arguments={width: 8}")
+        assert code == 0, output
+        curves.append(losses(job, "run"))
+    # dropout draws by micro-batch, and here every mesh cuts the batch differently; the first losses still agree closely
+    for curve in curves[1:]:
+        assert curve[0][1] == pytest.approx(curves[0][0][1], rel=2e-2)
+
+
+def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path: Path) -> None:
+    job = write_job(tmp_path, parallel="{fsdp: 2}", steps=6)
+    assert finish(job, "one")[0] == 0
+    code, output = finish(job, "two", "parallel.fsdp=1", "parallel.dp=2", "train.steps=9")
+    assert code == 0, output
+    assert "at step 6" in output
+    assert [step for step, _ in losses(job, "two")] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "text"),
+    [
+        ("data.files=[nothing.txt]", 74, "'nothing.txt' matches no file"),
+        ("model.python=tinny:build", 65, "'tinny' cannot be imported"),
+        ("model.python=tiny:built", 65, "did you mean 'build'?"),
+        ("model.arguments={widht: 3}", 65, "widht"),
+        ("checkpoint.resume=nowhere", 74, "nowhere is not a whole checkpoint"),
+        ("data.sequence_length=100000", 65, "fewer than data.sequence_length=100000"),
+    ],
+)
+def test_what_cannot_be_trained_ends_with_a_message_and_its_own_code(
+    tmp_path: Path, override: str, code: int, text: str
+) -> None:
+    job = write_job(tmp_path, steps=2)
+    found, output = finish(job, "one", override)
+    assert (found, text in output) == (code, True), output
+
+
+def test_other_text_under_an_old_checkpoint_is_refused(tmp_path: Path) -> None:
+    job = write_job(tmp_path, steps=3)
+    assert finish(job, "one")[0] == 0
+    code, output = finish(job, "two", "train.seed=5", "train.steps=6")
+    assert code == 74
+    assert "other text, another seed or another batch size" in output
