@@ -121,7 +121,7 @@ class _Agent:
             entrypoint=sys.executable,
             args=("-I", "-S", str(bootstrap.__file__), *map(escape, words)),
             max_restarts=limits["max_restarts"],
-            monitor_interval=0.05,
+            monitor_interval=0.1,
             master_addr="127.0.0.1",
             master_port=self.plan["port"],
         )

@@ -109,7 +109,7 @@ class NodeAgent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self.end_ranks()
-        super()._shutdown(death_sig, timeout)
+        super()._shutdown(death_sig)  # nothing is left that it could wait for
 
     def _construct_event(
         self, state: str, source: EventSource, worker: Worker | None = None, *_: object, **__: object

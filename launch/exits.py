@@ -208,10 +208,10 @@ class _Case:
         return self._blame(1, "its log holds a traceback; the ranks that died before it lost their connection")
 
     def victim(self) -> Blame:
-        if self.end.ended_by_us:
+        if self.lost:
+            why = f"lost its connection; {'was ended by the launcher' if self.end.ended_by_us else self._how()}"
+        elif self.end.ended_by_us:
             why = "was ended by the launcher"
-        elif self.lost:
-            why = f"lost its connection; {self._how()}"
         else:
             why = f"{self._how()} later"
         return self._blame(exit_code_of(self.end.code), why)

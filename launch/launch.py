@@ -17,7 +17,7 @@ from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.logs import Mask, log_end
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.request import request_of, resolved_job
-from meshwright.launch.rundir import create_run_dir, error_records, make_run_id, write_json, write_text
+from meshwright.launch.rundir import RunDirError, create_run_dir, error_records, make_run_id, write_json, write_text
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 
@@ -91,6 +91,9 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
         stream = _Output(run)
         try:
             supervise(cluster.start(plan, secrets), state, interrupts, watchers=stream.watchers)
+        except OSError as error:
+            why = f"{run.directory}: the run was ended, since its logs cannot be written: {error.strerror}"
+            raise RunDirError(f"{why}; free some space, or set logs.dir") from error
         finally:
             stream.close()
         outcome = _conclude(run, state, interrupts.numbers)

@@ -22,7 +22,7 @@ class ProgressBar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, TimeRemainingColumn(), transient=True)
+        self._progress = Progress(*columns, TimeRemainingColumn(), transient=True, refresh_per_second=4)
         self._task = self._progress.add_task("", total=steps)
         self._tail = LogTail(metrics, self._record)
         self._progress.start()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,10 @@ class MergedStream:
             self._shown.write(line)
 
     def close(self) -> None:
-        """Hands on the rest."""
-        for tail in self._tails:
-            tail.close()
+        """Hands on the rest; a disk that is full by now has been complained about."""
+        with suppress(OSError):
+            for tail in self._tails:
+                tail.close()
         self._tails = []
-        self._merged.close()
+        with suppress(OSError):
+            self._merged.close()

@@ -15,7 +15,7 @@ from meshwright.launch.exits import RankEnd
 
 __all__ = ["Interrupts", "RunState", "supervise"]
 
-_TICK_S = 0.05
+_TICK_S = 0.1
 _IMPATIENT = 2
 
 
