@@ -65,9 +65,7 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
             index=index,
             ranks=(ranks := tuple(range(index * per_node, (index + 1) * per_node))),
             cwd=str(request.program.workdir),
-            env=_environment(
-                request, machine, num_ranks=per_node * len(names), gpus=share[index] if share is not None else None
-            )
+            env=_environment(request, machine, num_ranks=per_node * len(names), gpus=share[index] if share else None)
             + _identity(request, name, index),
             argv=request.program.argv,
             logs=tuple(log_name(rank) for rank in ranks),

@@ -1,9 +1,10 @@
 """A launch from the job file to the exit code: load, plan, then the one place that executes the plan."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
@@ -86,19 +87,23 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
     secrets = {secret.name: secret.value for secret in request.program.secrets}
     run = _Run(loaded, request, plan, Mask(secrets.values()), started_unix_s, options.as_json)
     _write_inputs(run, resolved_job(loaded, run_id, base))
+    outcome = _execute(run, cluster, secrets)
+    _tell(run, outcome)
+    return outcome.exit_code
+
+
+def _execute(run: _Run, cluster: LocalCluster, secrets: Mapping[str, str]) -> Outcome:
+    """The one place that starts a plan; follows it until nothing of it is left."""
     with Interrupts() as interrupts:
-        state = RunState(plan)
-        stream = _Output(run)
+        state, stream = RunState(run.plan), _Output(run)
         try:
-            supervise(cluster.start(plan, secrets), state, interrupts, watchers=stream.watchers)
+            supervise(cluster.start(run.plan, secrets), state, interrupts, watchers=stream.watchers)
         except OSError as error:
             why = f"{run.directory}: the run was ended, since its logs cannot be written: {error.strerror}"
             raise RunDirError(f"{why}; free some space, or set logs.dir") from error
         finally:
             stream.close()
-        outcome = _conclude(run, state, interrupts.numbers)
-    _tell(run, outcome)
-    return outcome.exit_code
+        return _conclude(run, state, interrupts.numbers)
 
 
 def _write_inputs(run: _Run, resolved: dict[str, Any]) -> None:
@@ -176,10 +181,13 @@ def _tell(run: _Run, outcome: Outcome) -> None:
         if outcome.reason.startswith("setup failed"):
             for log in sorted(run.directory.glob("logs/setup-*.log")):
                 sys.stderr.write(run.mask(f"--- end of {log}\n{log_end(log, 4096).rstrip()}\n"))
+    told = f"run directory: {run.directory}\n"
     if run.as_json:
-        sys.stdout.write(json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n")
-        return
-    sys.stdout.write(f"run directory: {run.directory}\n")
-    plot = run.directory / "loss.png"
-    if plot.exists():
-        sys.stdout.write(f"loss curve: {plot}\n")
+        told = json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n"
+    elif (run.directory / "loss.png").exists():
+        told += f"loss curve: {run.directory / 'loss.png'}\n"
+    try:
+        sys.stdout.write(told)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads; the exit code still tells
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
