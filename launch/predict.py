@@ -4,14 +4,17 @@ Bytes of states per rank and the collectives of one step are exact for the axes 
 times are not predicted by this version.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob, load_job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Prediction", "simulate"]
 
@@ -77,9 +80,7 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
     options.check(mesh)
     model = model_on_meta(loaded)
     report = describe(model, mesh, options)
-    kept = _kept_bytes(
-        [(tuple(each.shape), each.element_size(), each.requires_grad) for each in model.parameters()], mesh.fsdp
-    )
+    kept = _kept_bytes(model.parameters(), mesh.fsdp)
     known = report.collectives
     return Prediction(
         mesh=str(mesh),
@@ -92,12 +93,12 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
     )
 
 
-def _kept_bytes(parameters: Sequence[tuple[tuple[int, ...], int, bool]], num_shards: int) -> tuple[int, int]:
+def _kept_bytes(parameters: Iterable["Tensor"], num_shards: int) -> tuple[int, int]:
     """Bytes of all and of trained parameters on the first rank, whose shard of dim 0 is the largest."""
     whole = trained = 0
-    for shape, element_bytes, is_trained in parameters:
-        first, rest = (shape[0], prod(shape[1:])) if shape else (1, 1)
-        part = -(-first // num_shards) * rest * element_bytes
+    for each in parameters:
+        first, rest = (each.shape[0], prod(each.shape[1:])) if each.dim() else (1, 1)
+        part = -(-first // num_shards) * rest * each.element_size()
         whole += part
-        trained += part if is_trained else 0
+        trained += part if each.requires_grad else 0
     return whole, trained

@@ -1,3 +1,1 @@
 """One module per command of `meshwright`."""
-
-__all__: list[str] = []

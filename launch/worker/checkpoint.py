@@ -185,7 +185,7 @@ class Checkpoints:
         steps = self.agree(snapshot.step)
         if len(set(steps)) > 1:
             raise CheckpointError(
-                f"checkpoint.dir: ranks find different newest checkpoints in {self.directory} (steps by rank: {steps}); "
+                f"checkpoint.dir: ranks find different newest checkpoints in {self.directory} (by rank: {steps}); "
                 "put checkpoint.dir on storage that all nodes share"
             )
 

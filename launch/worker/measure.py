@@ -22,7 +22,7 @@ class Meter:
         num_ranks: whose speeds add up.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, tokens_per_step: int, num_ranks: int) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, tokens_per_step: int, num_ranks: int) -> None:
         self.tokens_per_step = tokens_per_step
         self._device = device
         self._dtype = dtype

@@ -201,7 +201,7 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     plain = job.as_dict()
     values = {**plain["data"], "max_bytes": data.max_bytes}
     text = load_text(values, seed=train.seed, batch_size=train.batch_size)
-    module = _module(job, plain["model"], text.vocab_size, device)
+    module = _module(job, plain["model"], vocab_size=text.vocab_size, device=device)
     options: Any = {
         name: getattr(job.parallel, name)
         for name in ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload")
@@ -218,12 +218,17 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
         text=text,
         checkpoints=_checkpoints(job, model, whose_say),
         metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
-        meter=Meter(device, _DTYPES[train.precision], train.batch_size * data.sequence_length, job.mesh.world_size),
+        meter=Meter(
+            device,
+            _DTYPES[train.precision],
+            tokens_per_step=train.batch_size * data.sequence_length,
+            num_ranks=job.mesh.world_size,
+        ),
         say=whose_say,
     )
 
 
-def _module(job: Job, spec: dict[str, Any], vocab_size: int, device: torch.device) -> nn.Module:
+def _module(job: Job, spec: dict[str, Any], *, vocab_size: int, device: torch.device) -> nn.Module:
     """The model in the parameters' dtype; bfloat16 computes under autocast, so that no update is lost in rounding."""
     assert job.train is not None, "checked when the job was read"
     assert job.model is not None, "checked when the job was read"

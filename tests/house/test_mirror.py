@@ -12,6 +12,8 @@ TESTS = sorted(path for folder in FOLDERS for path in (ROOT / "tests" / folder).
 THEMES = {
     "tests/launch/test_import.py": "what importing costs",
     "tests/launch/test_malformed.py": "hundreds of broken job files",
+    "tests/launch/worker/test_faults.py": "training runs killed at random moments",
+    "tests/launch/worker/test_parts.py": "the small parts of the training program",
 }
 
 # modules without a test file of their own that no test names either: reached through their users

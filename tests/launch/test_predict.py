@@ -18,7 +18,7 @@ from tests.launch.test_rehearse import LARGE, written
 def _kept_bytes(loaded: LoadedJob) -> tuple[int, int, int]:
     rehearsal = rehearse(loaded)
     model = mw.parallelize(rehearsal.build_model(), loaded.job.mesh, **parallel_options(loaded))
-    optimizer = model.make_optimizer(lambda each: torch.optim.AdamW(each))
+    optimizer = model.make_optimizer(torch.optim.AdamW)
     model.step(share(rehearsal.build_batch(), model.data_rank, loaded.job.mesh.data_degree))
     optimizer.step()
     owned = [each for group in optimizer.param_groups for each in group["params"]]

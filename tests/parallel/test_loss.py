@@ -61,7 +61,7 @@ def test_the_call_that_made_the_loss_is_counted_among_several() -> None:
     [
         (lambda: functional.cross_entropy(SCORES, CLASSES, reduction="sum") / 7, "cross_entropy(reduction='sum')"),
         (lambda: functional.mse_loss(SCORES, SCORES) + functional.l1_loss(SCORES, SCORES), "2 mean-reduced loss calls"),
-        (lambda: SCORES.mean(), "no mean-reduced loss call"),
+        (SCORES.mean, "no mean-reduced loss call"),
     ],
 )
 def test_a_loss_whose_items_are_unknown_is_refused_with_the_way_out(function, text: str) -> None:

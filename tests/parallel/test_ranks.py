@@ -43,7 +43,7 @@ def _fail_on_one() -> None:
 
 
 def test_the_culprit_is_reported_not_its_victims() -> None:
-    with pytest.raises(RankError, match="(?s)rank 1 failed.*the culprit"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 failed.*the culprit"):
         run_ranks(_fail_on_one, Mesh(dp=3))
     assert run_ranks(_sum_of_ranks, Mesh(dp=2), 0) == [1.0, 1.0]  # the pool has recovered
 

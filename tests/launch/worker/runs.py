@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 
@@ -35,7 +35,7 @@ class Tiny(nn.Module):
 
 def build(width=16):
     return Tiny(width)
-'''
+"""
 
 JOB = """
 name: tiny

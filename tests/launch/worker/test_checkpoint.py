@@ -1,0 +1,87 @@
+"""Saving and loading on one rank: what fails leaves earlier checkpoints as they were."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import meshwright as mw
+from meshwright.launch.worker import checkpoint
+from meshwright.launch.worker.checkpoint import Checkpoints
+from meshwright.launch.worker.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def _made(width: int = 4) -> tuple[mw.ParallelModel, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = mw.parallelize(torch.nn.Linear(width, 1), mw.Mesh(), loss="sample_mean", loss_fn=lambda out, _: out.mean())
+    return model, model.make_optimizer(lambda each: torch.optim.AdamW(each, lr=0.1))
+
+
+def _checkpoints(folder: Path, said: list[str] | None = None) -> Checkpoints:
+    said = [] if said is None else said
+    return Checkpoints(directory=folder, keep=2, rank=0, world_size=1, agree=lambda value: [value], say=said.append)
+
+
+def _train(model: mw.ParallelModel, optimizer: torch.optim.Optimizer) -> None:
+    model.step(torch.ones(2, 4))
+    optimizer.step()
+
+
+def test_a_loaded_model_goes_on_as_the_saved_one(tmp_path: Path) -> None:
+    model, optimizer = _made()
+    _train(model, optimizer)
+    _checkpoints(tmp_path).save(model, 1, {"name": "x"}, [{"step": 1, "loss": 2.0}])
+    other, other_optimizer = _made()
+    found = _checkpoints(tmp_path).find("auto")
+    assert found is not None
+    assert _checkpoints(tmp_path).load(other, found) == [{"step": 1, "loss": 2.0}]
+    for each in ((model, optimizer), (other, other_optimizer)):
+        _train(*each)
+    assert torch.equal(model.full_parameters()["weight"], other.full_parameters()["weight"])
+
+
+def test_a_full_disk_says_so_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = _made()
+    _train(model, optimizer)
+    _checkpoints(tmp_path).save(model, 1, {}, [])
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.state_dict_saver, "save", full)
+    with pytest.raises(CheckpointError, match=r"(?s)No space left on device.*earlier checkpoints are untouched"):
+        _checkpoints(tmp_path).save(model, 2, {}, [])
+    found = _checkpoints(tmp_path).find("auto")
+    assert found is not None
+    assert found.step == 1
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_word(tmp_path: Path) -> None:
+    model, optimizer = _made()
+    for step in (1, 2):
+        _train(model, optimizer)
+        path = _checkpoints(tmp_path).save(model, step, {}, [])
+    data = next(path.glob("__0_*"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(bytes(content))
+    said: list[str] = []
+    found = _checkpoints(tmp_path, said).find("auto")
+    assert found is not None
+    assert found.step == 1
+    assert "is skipped: the content of" in said[0]
+    with pytest.raises(CheckpointError, match="is damaged; name another one"):
+        _checkpoints(tmp_path).find(str(path))
+    assert _checkpoints(tmp_path).find("never") is None
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    _checkpoints(tmp_path).save(_made()[0], 1, {}, [])
+    found = _checkpoints(tmp_path).find("auto")
+    assert found is not None
+    with pytest.raises(CheckpointError, match="does not fit this job's model"):
+        _checkpoints(tmp_path).load(_made(width=7)[0], found)
