@@ -14,7 +14,7 @@ documents = st.lists(st.lists(st.integers(0, 9), max_size=9).map(torch.tensor), 
 def test_no_token_is_lost_and_no_border_is_predicted(texts: list[torch.Tensor], length: int) -> None:
     stream = [token for text in texts for token in [*text.tolist(), SEPARATOR]]
     if len(stream) < length:
-        with pytest.raises(CorpusError, match="fewer than data.sequence_length"):
+        with pytest.raises(CorpusError, match=r"fewer than data\.sequence_length"):
             pack(texts, separator=SEPARATOR, sequence_length=length, vocab_size=100)
         return
     packed = pack(texts, separator=SEPARATOR, sequence_length=length, vocab_size=100)

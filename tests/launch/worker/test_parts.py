@@ -141,7 +141,7 @@ def test_text_is_shared_by_data_rank_and_fingerprinted(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(parts), whole)
     assert text.validation_batch(0, 0, 1)["input_ids"].shape == (4, 16)
     assert text.fingerprint() != load_text(data, seed=1, batch_size=4).fingerprint()
-    with pytest.raises(CorpusError, match="fewer than data.sequence_length=5000"):
+    with pytest.raises(CorpusError, match=r"fewer than data\.sequence_length=5000"):
         load_text({**data, "sequence_length": 5000}, seed=0, batch_size=4)
 
 

@@ -1,0 +1,46 @@
+"""verify, show and simulate as they are typed: texts for people, one JSON object for machines, codes for scripts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meshwright.launch.cli import main
+from tests.launch.test_rehearse import written
+
+
+@pytest.mark.slow
+def test_verify_prints_one_json_object_and_ends_with_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(written(tmp_path)), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert report["max_relative_gradient_error"] <= 1e-10
+
+
+def test_show_prints_mesh_report_and_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{fsdp: 2, num_microbatches: 2}"))
+    assert main(["show", job]) == 0
+    text = capsys.readouterr().out
+    assert "fsdp=2, 2 ranks" in text
+    assert "reduce_scatter" in text
+    assert "F0 B0 F1 B1 R" in text
+    assert main(["show", job, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == 2
+
+
+def test_simulate_predicts_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{fsdp: 512}"))
+    assert main(["simulate", job, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mesh"] == "fsdp=512"
+    assert main(["simulate", job]) == 0
+    assert "bytes kept by one rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "show", "simulate"])
+def test_a_mesh_that_cannot_be_had_is_one_line_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main([command, str(written(tmp_path, parallel="{tp: 2}"))]) == 65
+    error = capsys.readouterr().err
+    assert "mesh axis tp=2 cannot be wrapped by this version; nearest legal layout: dp=2" in error
+    assert "Traceback" not in error
