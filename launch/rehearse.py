@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from meshwright.parallel.parity import ParityReport
 
-__all__ = ["Rehearsal", "model_on_meta", "parallel_options", "rehearse", "shrunk_mesh"]
+__all__ = ["Rehearsal", "model_on_meta", "rehearse", "shrunk_mesh"]
 
 _MAX_RANKS = 8
 _MAX_PARAMETERS = 50_000_000
@@ -65,16 +65,9 @@ def rehearse(loaded: LoadedJob) -> Rehearsal:
         build_model=partial(_build_model, spec, data, job.train.seed if job.train else 0),
         build_batch=partial(_build_batch, data, num_samples),
         mesh=mesh,
-        options=parallel_options(loaded),
+        options=loaded.job.options,
         notes=(*notes, *cut),
     )
-
-
-def parallel_options(loaded: LoadedJob) -> dict[str, Any]:
-    """The keywords of `parallelize` that a job's `parallel:` block states."""
-    block = loaded.job.parallel
-    names = ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload")
-    return {**{name: getattr(block, name) for name in names}, "seed": loaded.job.train.seed if loaded.job.train else 0}
 
 
 def model_on_meta(loaded: LoadedJob) -> "nn.Module":

@@ -63,6 +63,12 @@ class Job(Conduct, Placement, Training, Program):
         return Mesh(**{axis: getattr(self.parallel, axis) for axis in (*AXES, "ep")})
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `parallelize` that `parallel:` and `train.seed` state."""
+        names = ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload")
+        return {**{name: getattr(self.parallel, name) for name in names}, "seed": self.train.seed if self.train else 0}
+
+    @property
     def num_nodes(self) -> int:
         """Number of nodes; of an elastic job the largest."""
         if isinstance(self.nodes, NodeRange):

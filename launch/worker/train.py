@@ -197,18 +197,13 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     """
     train, data = job.train, job.data
     assert train is not None, "checked when the job was read"
-    assert data is not None, "checked when the job was read"
+    assert data is not None, train
     plain = job.as_dict()
-    values = {**plain["data"], "max_bytes": data.max_bytes}
-    text = load_text(values, seed=train.seed, batch_size=train.batch_size)
+    text = load_text(plain["data"], seed=train.seed, batch_size=train.batch_size)
     module = _module(job, plain["model"], vocab_size=text.vocab_size, device=device)
-    options: Any = {
-        name: getattr(job.parallel, name)
-        for name in ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload")
-    }
-    model = parallelize(module, job.mesh, seed=train.seed, **options)
-    adamw = build_adamw(train.optimizer.lr, train.optimizer.betas, train.optimizer.eps)
-    optimizer = model.make_optimizer(adamw, decay_of(train.optimizer.weight_decay))
+    model = parallelize(module, job.mesh, **job.options)
+    plan = train.optimizer
+    optimizer = model.make_optimizer(build_adamw(plan.lr, plan.betas, plan.eps), decay_of(plan.weight_decay))
     whose_say = say if model.rank == 0 else _silent
     return Training(
         job=job,

@@ -8,7 +8,7 @@ import torch
 import meshwright as mw
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import LoadedJob, load_job
-from meshwright.launch.rehearse import parallel_options, rehearse
+from meshwright.launch.rehearse import rehearse
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.testing import run_ranks
@@ -17,7 +17,7 @@ from tests.launch.test_rehearse import LARGE, written
 
 def _kept_bytes(loaded: LoadedJob) -> tuple[int, int, int]:
     rehearsal = rehearse(loaded)
-    model = mw.parallelize(rehearsal.build_model(), loaded.job.mesh, **parallel_options(loaded))
+    model = mw.parallelize(rehearsal.build_model(), loaded.job.mesh, **loaded.job.options)
     optimizer = model.make_optimizer(torch.optim.AdamW)
     model.step(share(rehearsal.build_batch(), model.data_rank, loaded.job.mesh.data_degree))
     optimizer.step()
