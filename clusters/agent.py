@@ -96,12 +96,13 @@ class _Agent:
 
     def _spec(self) -> Any:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
-        from torch.distributed.elastic.rendezvous import RendezvousParameters
+        from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # that store would listen on every interface
         num_nodes, limits = len(self.plan["nodes"]), self.plan["limits"]
+        if num_nodes == 1:  # torch waits up to 0.3 s so that nodes do not all come at once
+            setattr(dynamic_rendezvous, "_delay", lambda seconds: None)  # noqa: B010 (torch keeps it to itself)
         parameters = RendezvousParameters(
             backend="c10d",
             endpoint=str(Path(self.plan["run_dir"], "private", "rendezvous")),
@@ -117,7 +118,7 @@ class _Agent:
         return WorkerSpec(
             role="rank",
             local_world_size=len(self.node["ranks"]),
-            rdzv_handler=create_handler(store, backend, parameters),
+            rdzv_handler=dynamic_rendezvous.create_handler(store, backend, parameters),
             entrypoint=sys.executable,
             args=("-I", "-S", str(bootstrap.__file__), *map(escape, words)),
             max_restarts=limits["max_restarts"],
