@@ -141,9 +141,6 @@ def _step(job: "Job") -> Iterator[Broken]:
             f"batch_size={train.batch_size} gives some rank an empty micro-batch: dp x fsdp x num_microbatches = "
             f"{least} need a sequence each; set at least {least}",
         )
-    if train.schedule.warmup_steps > train.steps:
-        warmup = train.schedule.warmup_steps
-        yield "train.schedule.warmup_steps", f"warmup_steps={warmup} is more than train.steps={train.steps}"
     if train.validate_every_steps and job.data and not job.data.validation_fraction:
         yield "train.validate_every_steps", "nothing to validate on: data.validation_fraction is 0"
 

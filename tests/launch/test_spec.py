@@ -86,7 +86,6 @@ def test_a_program_of_the_user_gets_nodes_times_ranks_per_node() -> None:
         ({"parallel": {"dp": 3}, "cluster": {"simulate_nodes": 2}}, "parallel"),
         ({"parallel": {"dp": 2}, "nproc_per_node": 1}, "nproc_per_node"),
         ({"nproc_per_node": 2}, "nproc_per_node"),
-        ({"train": {"steps": 3, "batch_size": 8, "schedule": {"warmup_steps": 4}}}, "train.schedule.warmup_steps"),
     ],
 )
 def test_rules_of_training_name_their_key(changes: dict[str, Any], key: str) -> None:
