@@ -99,6 +99,7 @@ class Training:
         norm = self.model.clip_gradients(train.clip_norm) if train.clip_norm is not None else None
         self.optimizer.step()
         self.meter.tick()
+        extra["time_unix_s"] = now_unix_s()
         if self.meter.needs_flops:
             self.meter.count(self.model, batch)
         if self.step in (1, train.steps) or self._due(train.log_every_steps):
@@ -115,7 +116,6 @@ class Training:
             **self.meter.read(),
             "lr": self._rate().at(self.step),
             "gradient_norm": norm,
-            "time_unix_s": now_unix_s(),
             **extra,
         }
         self.metrics.write(record)
