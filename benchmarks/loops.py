@@ -95,6 +95,7 @@ def deepspeed_step(model: nn.Module, batch: dict[str, torch.Tensor], stage: int)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an inference kernel, compiled at first use
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": len(batch["input_ids"]),

@@ -235,6 +235,8 @@ def _import_deepspeed(device_type: str) -> Any:
     except ImportError as error:
         raise WrapError("data_engine='deepspeed' needs DeepSpeed: pip install 'meshwright[deepspeed]'") from error
     logger.setLevel("ERROR")
+    # used for inference only; compiling it at first use needs a C++ compiler and hangs on the lock of a killed build
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device_type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
     return deepspeed

@@ -228,6 +228,7 @@ def _start(stderr: Path) -> _Rank:
             [sys.executable, "-c", code],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
+            stdout=2,  # what a library prints on a rank must not mix with the caller's own output
             stderr=log,
             env=environment,
         )
