@@ -59,8 +59,9 @@ def write_job(folder: Path, *, parallel: str = "{dp: 2}", steps: int = 20, every
     """A job whose every file lies in one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.py").write_text(MODEL)
-    for name, word in (("text.txt", "the quick brown fox "), ("more.txt", "jumps over the lazy dog ")):
-        (folder / name).write_text("".join(f"{word}{number}\n" for number in range(200)))
+    for name, first in (("text.txt", 0), ("more.txt", 200)):
+        lines = (f"the quick brown fox jumps over {number} lazy dogs\n" for number in range(first, first + 200))
+        (folder / name).write_text("".join(lines))
     path = folder / "job.yaml"
     path.write_text(JOB.format(parallel=parallel, steps=steps, every=every, folder=folder))
     return path

@@ -11,8 +11,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_run_learns_measures_and_leaves_its_records(tmp_path: Path) -> None:
-    job = write_job(tmp_path, steps=30)
-    code, output = finish(job, "one")
+    job = write_job(tmp_path, steps=40)
+    faster = "train.optimizer.lr=0.05"
+    code, output = finish(job, "one", faster)
     assert code == 0, output
     records = metrics(job, "one")
     validations = [each["validation_loss"] for each in records if "validation_loss" in each]
@@ -26,7 +27,7 @@ def test_a_run_learns_measures_and_leaves_its_records(tmp_path: Path) -> None:
     assert records[-1]["event"] == "end"
     assert (run_dir(job, "one") / "loss.png").stat().st_size > 10_000
     assert json.loads((run_dir(job, "one") / "exit.json").read_text())["state"] == "succeeded"
-    again = finish(job, "two")
+    again = finish(job, "two", faster)
     assert again[0] == 0
     assert "resumed from" in again[1]
     assert losses(job, "two") == losses(job, "one")
