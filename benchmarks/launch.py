@@ -36,6 +36,7 @@ def _ours_s(folder: Path) -> float:
         "train.steps": _STEPS,
         "train.log_every_steps": 1,
         "data.validation_fraction": 0,
+        "train.validate_every_steps": "null",
         "checkpoint.dir": folder / "checkpoints",
         "logs.dir": folder / "run",
     }
