@@ -9,12 +9,16 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from meshwright.launch.worker.errors import CheckpointError
@@ -83,7 +87,7 @@ class Checkpoints:
         """
         partial = partial_path(self.directory, step)
         state = model.state_dict()
-        self._all_well(self._prepare(partial, _local_bytes(state)), partial)
+        self._all_well(self._attempt(lambda: self._make_room(partial, _whole_bytes(state))), partial)
         self._all_well(self._attempt(lambda: self._write(partial, state, curve)), partial)
         if self.rank == 0:
             failure = self._attempt(lambda: self._seal(partial, step, facts))
@@ -105,8 +109,8 @@ class Checkpoints:
         if resume == "never":
             return None
         candidates = find_newest(self.directory, self.say) if resume == "auto" else [self._named(Path(resume))]
-        for candidate in candidates[: min(self.agree(len(candidates)))]:
-            self._same_everywhere(candidate)
+        self._same_everywhere(candidates)
+        for candidate in candidates:
             if self._intact(candidate):
                 return candidate
             if resume != "auto":
@@ -134,21 +138,14 @@ class Checkpoints:
             restore_random_states(json.loads(mine.read_text())["random"])
         return [json.loads(line) for line in (snapshot.path / _CURVE).read_text().splitlines()]
 
-    def _prepare(self, partial: Path, num_bytes: int) -> str | None:
-        """Makes room for a checkpoint; returns what stands in the way."""
-
-        def make_room() -> None:
-            if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-
-        failure = self._attempt(make_room)
-        needed = sum(self.agree(num_bytes))
-        if failure is None and self.rank == 0:
-            free = shutil.disk_usage(self.directory).free
-            if free < needed:
-                failure = f"it needs about {needed:,} bytes and {free:,} are free"
-        return failure
+    def _make_room(self, partial: Path, needed_bytes: int) -> None:
+        if self.rank != 0:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(self.directory).free
+        if free < needed_bytes:
+            raise OSError(ENOSPC, f"it needs about {needed_bytes:,} bytes")
 
     def _write(self, partial: Path, state: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         with _quiet():
@@ -181,11 +178,12 @@ class Checkpoints:
             self.say(f"checkpoint {snapshot.path} is skipped: the content of {bad} is not what was written")
         return not any(self.agree(int(bad is not None)))
 
-    def _same_everywhere(self, snapshot: Snapshot) -> None:
-        steps = self.agree(snapshot.step)
-        if len(set(steps)) > 1:
+    def _same_everywhere(self, candidates: list[Snapshot]) -> None:
+        newest = self.agree(candidates[0].step if candidates else -1)
+        counts = self.agree(len(candidates))
+        if len(set(newest)) > 1 or len(set(counts)) > 1:
             raise CheckpointError(
-                f"checkpoint.dir: ranks find different newest checkpoints in {self.directory} (by rank: {steps}); "
+                f"checkpoint.dir: ranks find different checkpoints in {self.directory} (newest step by rank: {newest}); "
                 "put checkpoint.dir on storage that all nodes share"
             )
 
@@ -219,12 +217,11 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def _local_bytes(value: Any) -> int:
-    """Bytes of all tensors this rank holds; replicated ones count on every rank, so the sum is an upper bound."""
+def _whole_bytes(value: Any) -> int:
+    """Bytes of all tensors, sharded ones counted whole."""
     if isinstance(value, Mapping):
-        return sum(_local_bytes(each) for each in value.values())
-    local = value.to_local() if hasattr(value, "to_local") else value
-    return local.numel() * local.element_size() if isinstance(local, torch.Tensor) else 0
+        return sum(_whole_bytes(each) for each in value.values())
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801
