@@ -17,9 +17,6 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from meshwright.launch.worker.errors import CheckpointError
 from meshwright.launch.worker.rng import capture_random_states, restore_random_states
@@ -183,7 +180,7 @@ class Checkpoints:
         counts = self.agree(len(candidates))
         if len(set(newest)) > 1 or len(set(counts)) > 1:
             raise CheckpointError(
-                f"checkpoint.dir: ranks find different checkpoints in {self.directory} (newest step by rank: {newest}); "
+                f"checkpoint.dir: ranks find different checkpoints in {self.directory} (newest by rank: {newest}); "
                 "put checkpoint.dir on storage that all nodes share"
             )
 

@@ -1,6 +1,8 @@
 """Saving and loading on one rank: what fails leaves earlier checkpoints as they were."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,3 +87,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     assert found is not None
     with pytest.raises(CheckpointError, match="does not fit this job's model"):
         _checkpoints(tmp_path).load(_made(width=7)[0], found)
+
+
+def test_room_is_asked_for_one_copy_however_many_ranks_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    eight = replace(_checkpoints(tmp_path), world_size=8, agree=lambda value: [value] * 8)
+    eight._make_room(tmp_path / "new", checkpoint._whole_bytes({"model": {"w": torch.zeros(25)}}))
+    with pytest.raises(OSError, match="it needs about 104 bytes"):
+        eight._make_room(tmp_path / "new", checkpoint._whole_bytes({"model": {"w": torch.zeros(26)}}))
+
+
+def test_a_rank_that_sees_no_checkpoint_stops_the_resume(tmp_path: Path) -> None:
+    _checkpoints(tmp_path).save(_made()[0], 1, {}, [])
+    answers = iter([[1, -1], [1, 0]])
+    split = replace(_checkpoints(tmp_path), world_size=2, agree=lambda value: next(answers))
+    with pytest.raises(CheckpointError, match=r"newest by rank: \[1, -1\].*storage that all nodes share"):
+        split.find("auto")
