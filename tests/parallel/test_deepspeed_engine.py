@@ -11,8 +11,7 @@ pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed"
 pytestmark = [pytest.mark.slow]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize(("stage", "microbatches"), [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)])
 def test_every_stage_equals_the_plain_run(stage: int, microbatches: int) -> None:
     report = mw.verify(
         gpt2(), tokens(), mw.Mesh(dp=2), data_engine="deepspeed", zero_stage=stage, num_microbatches=microbatches
