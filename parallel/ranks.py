@@ -103,7 +103,10 @@ class RankPool:
             for rank, each in enumerate(ranks):
                 each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store), sys.path)))
                 each.connection.send_bytes(payload)
-            return self._collect(ranks, time.monotonic() + timeout_s, timeout_s)
+            results = self._collect(ranks, time.monotonic() + timeout_s, timeout_s)
+            for each in ranks:  # only now may ranks leave: one that left early would cut others off
+                each.connection.send_bytes(b"done")
+            return results
         except BaseException:
             self.close()
             raise
@@ -171,30 +174,30 @@ def serve(descriptor: int, parent: int) -> None:
     faulthandler.register(signal.SIGUSR1)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     connection = Connection(descriptor)
-    import_module("meshwright.parallel.collectives")
+    from meshwright.parallel.collectives import stop_ranks
+
     connection.send_bytes(b"ready")
     while True:
         try:
             rank, num_ranks, store, sys.path[:] = cloudpickle.loads(connection.recv_bytes())
-            payload = connection.recv_bytes()
+            answer = _answer(connection.recv_bytes(), rank, num_ranks, store)
+            connection.send_bytes(cloudpickle.dumps(answer))
+            connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        connection.send_bytes(cloudpickle.dumps(_answer(payload, rank, num_ranks, store)))
+        with contextlib.suppress(RuntimeError):
+            stop_ranks()
 
 
 def _answer(payload: bytes, rank: int, num_ranks: int, store: str) -> tuple[bool, Any]:
-    from meshwright.parallel.collectives import World, start_ranks, stop_ranks
+    from meshwright.parallel.collectives import World, start_ranks
 
     position = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
     os.environ.update({name: str(value) for name, value in position.items()})
     try:
         function, args = cloudpickle.loads(payload)
         start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks))
-        try:
-            return True, function(*args)
-        finally:
-            with contextlib.suppress(RuntimeError):
-                stop_ranks()
+        return True, function(*args)
     except Exception as error:
         cause = error if isinstance(error, MeshwrightError) else None
         return False, (cause, traceback.format_exc())
