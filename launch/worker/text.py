@@ -39,10 +39,9 @@ class Text:
         return self.training.batch(share(windows, data_rank, data_degree))
 
     def validation_batch(self, number: int, data_rank: int, data_degree: int) -> dict[str, Tensor]:
-        """A data rank's share of a held-out batch, always the same windows in the same order."""
+        """A data rank's share of a held-out batch: the same windows in every run, drawn from all held-out documents."""
         assert self.validation is not None, "nothing is held out"
-        first = number * self.batch_size
-        windows = [window % len(self.validation) for window in range(first, first + self.batch_size)]
+        windows = batch_samples(len(self.validation), seed=0, step=number, batch_size=self.batch_size)
         return self.validation.batch(share(windows, data_rank, data_degree))
 
     def fingerprint(self) -> int:

@@ -145,6 +145,28 @@ def test_text_is_shared_by_data_rank_and_fingerprinted(tmp_path: Path) -> None:
         load_text({**data, "sequence_length": 5000}, seed=0, batch_size=4)
 
 
+def test_validation_draws_from_all_held_out_documents_alike_in_every_run(tmp_path: Path) -> None:
+    for number in range(64):
+        (tmp_path / f"{number}.txt").write_text(chr(64 + number) * 15)  # with its separator, one window
+    data = {
+        "files": [str(tmp_path / "*.txt")],
+        "tokenizer": "bytes",
+        "sequence_length": 16,
+        "validation_fraction": 0.5,
+        "max_bytes": None,
+    }
+    text = load_text(data, seed=0, batch_size=4)
+    assert text.validation is not None
+    letters = [text.validation_batch(number, 0, 1)["input_ids"][:, 0].tolist() for number in range(8)]
+    stored = text.validation.batch(range(32))["input_ids"][:, 0].tolist()
+    assert sorted(letter for batch in letters for letter in batch) == sorted(stored), "every window once"
+    assert set(letters[0] + letters[1]) & set(stored[16:]), "few batches do not stay with the first documents"
+    shares = [text.validation_batch(3, rank, 2)["input_ids"][:, 0].tolist() for rank in range(2)]
+    assert shares[0] + shares[1] == letters[3]
+    other = load_text(data, seed=7, batch_size=4)
+    assert other.validation_batch(0, 0, 1)["input_ids"][:, 0].tolist() == letters[0]
+
+
 def test_exit_codes_tell_who_can_mend_it() -> None:
     assert exit_code_of(ModelBuildError("x")) == 65
     assert exit_code_of(CheckpointError("x")) == 74
