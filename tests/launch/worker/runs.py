@@ -15,12 +15,13 @@ from torch import nn
 
 
 class Tiny(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, dropout):
         super().__init__()
         self.embed = nn.Embedding(257, width)
         nn.init.normal_(self.embed.weight, std=0.2)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1)) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout))
+            for _ in range(2)
         )
         self.head = nn.Linear(width, 257, bias=False)
         self.head.weight = self.embed.weight
@@ -33,8 +34,8 @@ class Tiny(nn.Module):
         return {"loss": nn.functional.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten())}
 
 
-def build(width=16):
-    return Tiny(width)
+def build(width=16, dropout=0.1):
+    return Tiny(width, dropout)
 """
 
 JOB = """
