@@ -16,7 +16,7 @@ __all__ = ["DataEngine", "LocalStates", "build_data_engine"]
 class DataEngine(Protocol):
     """Turns gradients of local micro-batches into global ones and holds what the optimizer owns.
 
-    One step is begin, (prepare, backward) per micro-batch, launch, finish.
+    One step is begin, (prepare, backward) per micro-batch with normalise before the last backward, launch, finish.
     """
 
     module: nn.Module
@@ -41,8 +41,12 @@ class DataEngine(Protocol):
         """Starts the reductions that backward did not."""
         ...
 
-    def finish(self, scale: Tensor, used: list[bool]) -> None:
-        """Waits for the sums and multiplies them by `scale`; parameters no rank used keep no gradient."""
+    def normalise(self, scale: Tensor) -> None:
+        """Says, before the last backward, what the step's gradients are multiplied by (0-dim)."""
+        ...
+
+    def finish(self, used: list[bool]) -> None:
+        """Waits for the sums; parameters no rank used keep no gradient."""
         ...
 
     def release(self) -> None:
@@ -82,6 +86,11 @@ class LocalStates:
         self._groups = groups
         self._norm_axes = norm_axes
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self._scale = torch.ones(())
+
+    def normalise(self, scale: Tensor) -> None:
+        """Says, before the last backward, what the step's gradients are multiplied by (0-dim)."""
+        self._scale = scale
 
     def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
         """Trained parameters and the part of their gradients that this rank holds."""

@@ -72,9 +72,12 @@ class DeepSpeedStates:
     def launch(self) -> None:
         """Nothing is left to launch: DeepSpeed reduced at the last micro-batch."""
 
-    def finish(self, scale: Tensor, used: list[bool]) -> None:
-        """Keeps `scale` for the update; DeepSpeed's sums stay as they are until then."""
+    def normalise(self, scale: Tensor) -> None:
+        """Keeps `scale` (0-dim) for the update; DeepSpeed's sums stay as they are until then."""
         self._scale = scale.float()
+
+    def finish(self, used: list[bool]) -> None:
+        """Notes which parameters some rank used."""
         self._used_anywhere = {name for name, has_gradient in zip(self._trained, used, strict=True) if has_gradient}
 
     def release(self) -> None:

@@ -1,8 +1,8 @@
 """One optimizer step's gradients: micro-batches forward and backward, summed, normalised once.
 
 The global loss is sum(loss_m * items_m) / sum(items_m) over all micro-batches of all data ranks. Gradients are summed
-with weights items_m and divided by the same number at the end, because the number is known only when the last
-loss has been computed.
+with weights items_m and divided by the same number once, which is known when the last loss has been computed, before
+its backward.
 """
 
 from dataclasses import dataclass
@@ -64,17 +64,21 @@ class Engine:
         for index, part in enumerate(parts):
             self.data.prepare(last=index == len(parts) - 1)
             loss, items = self._forward(part, index)
-            self.data.backward(loss, items.to(loss.dtype))
             loss_sum += _weighted(loss, items)
             items_sum += items
+            if index == len(parts) - 1:
+                self._normalise(items_sum)
+            self.data.backward(loss, items.to(loss.dtype))
             losses.append(loss.detach().double())
-        total, used = self._total(loss_sum, items_sum)
-        self.data.finish(total[1].reciprocal(), used)
+        total, used = self._total(loss_sum)
+        if items_sum == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
+            raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
+        self.data.finish(used)
         if not self._buffers_checked:
             check_buffers(self.data.module, self._groups)
             self._buffers_checked = True
         self.num_steps += 1
-        return StepStats(total[0] / total[1], total[1], torch.stack(losses))
+        return StepStats(total / items_sum, items_sum, torch.stack(losses))
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
@@ -95,16 +99,19 @@ class Engine:
         with keyed(self.options.seed, "step", self.num_steps, "microbatch", number):
             return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
 
-    def _total(self, loss_sum: Tensor, items_sum: Tensor) -> tuple[Tensor, list[bool]]:
-        """Sums loss, items and the use of each parameter over data ranks, while the last gradients travel."""
+    def _normalise(self, items_sum: Tensor) -> None:
+        """Sums items over data ranks in place: every loss is known, and the last gradients can leave divided."""
+        self._groups.all_reduce(items_sum, *DATA_AXES).wait()
+        self.data.normalise(items_sum.reciprocal())
+
+    def _total(self, loss_sum: Tensor) -> tuple[Tensor, list[bool]]:
+        """Sums the loss and the use of each parameter over data ranks, while the last gradients travel."""
         used = torch.tensor(self.data.used(), dtype=torch.float64, device=self._device)
-        total = torch.cat([torch.stack([loss_sum, items_sum]), used])
+        total = torch.cat([loss_sum.reshape(1), used])
         pending = self._groups.all_reduce(total, *DATA_AXES)
         self.data.launch()
         pending.wait()
-        if total[1] == 0:
-            raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
-        return total, (total[2:] > 0).tolist()
+        return total[0], (total[1:] > 0).tolist()
 
 
 def _weighted(loss: Tensor, items: Tensor) -> Tensor:

@@ -91,19 +91,18 @@ class Replicate(LocalStates):
                     self._take(bucket, name, self._trained[name].grad)
         self._send_ready()
 
-    def finish(self, scale: Tensor, used: list[bool]) -> None:
-        """Waits for the sums and multiplies them by `scale` (0-dim); parameters no rank used keep no gradient."""
+    def finish(self, used: list[bool]) -> None:
+        """Waits for the sums; parameters no rank used keep no gradient."""
         for bucket in self._buckets:
             assert bucket.pending is not None, bucket.names
             bucket.pending.wait()
-            bucket.flat.mul_(scale)
         for (name, parameter), has_gradient in zip(self._trained.items(), used, strict=True):
             if name in self._home:
                 parameter.grad = self._home[name].views[name] if has_gradient else None
         if not self._buckets:
             held = [each.grad for each in self._trained.values() if each.grad is not None]
             if held:
-                torch._foreach_mul_(held, scale)
+                torch._foreach_mul_(held, self._scale)
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
         names = list(reversed(self._trained))  # backward reaches the last layers first
@@ -145,7 +144,7 @@ class Replicate(LocalStates):
         if gradient is None:
             view.zero_()
         else:
-            view.copy_(gradient)
+            torch.mul(gradient, self._scale, out=view)
             self._trained[name].grad = view
         bucket.ready.add(name)
 

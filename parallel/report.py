@@ -81,7 +81,8 @@ def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call
     calls: list[Call] = []
     if mesh.data_degree > 1:
         axis = "+".join(axis for axis in ("dp", "fsdp") if mesh.degree(axis) > 1)
-        calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * (2 + len(trained))))  # loss, items, use
+        calls.append(Call(axis, "all_reduce", mesh.data_degree, 8))  # items
+        calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * (1 + len(trained))))  # loss, use
     if mesh.fsdp > 1:
         return calls + _shard_calls(model, mesh, options)
     if mesh.dp > 1:

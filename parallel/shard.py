@@ -78,14 +78,14 @@ class Shard(LocalStates):
     def launch(self) -> None:
         """Nothing is left to launch: FSDP2 reduced during backward."""
 
-    def finish(self, scale: Tensor, used: list[bool]) -> None:
-        """Multiplies the summed gradients by `scale` (0-dim); parameters no rank used keep no gradient."""
+    def finish(self, used: list[bool]) -> None:
+        """Divides the summed gradients; parameters no rank used keep no gradient."""
         for parameter, has_gradient in zip(self._trained.values(), used, strict=True):
             if not has_gradient:
                 parameter.grad = None
         held = [gradient for _, gradient in self.local().values() if gradient is not None]
         if held:
-            torch._foreach_mul_(held, scale.to(held[0].device))
+            torch._foreach_mul_(held, self._scale.to(held[0].device))
 
     def release(self) -> None:
         """Frees whole parameters that a forward pass without backward left behind."""
