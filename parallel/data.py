@@ -41,8 +41,11 @@ class DataEngine(Protocol):
         """Starts the reductions that backward did not."""
         ...
 
-    def normalise(self, scale: Tensor) -> None:
-        """Says, before the last backward, what the step's gradients are multiplied by (0-dim)."""
+    def normalise(self, scale: Callable[[], Tensor]) -> None:
+        """Says, before the last backward, how to ask for the number (0-dim) that multiplies the step's gradients.
+
+        Asking waits for the other ranks, so it is done late.
+        """
         ...
 
     def finish(self, used: list[bool]) -> None:
@@ -86,11 +89,14 @@ class LocalStates:
         self._groups = groups
         self._norm_axes = norm_axes
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        self._scale = torch.ones(())
+        self._ask_scale: Callable[[], Tensor] = lambda: torch.ones(())
 
-    def normalise(self, scale: Tensor) -> None:
-        """Says, before the last backward, what the step's gradients are multiplied by (0-dim)."""
-        self._scale = scale
+    def normalise(self, scale: Callable[[], Tensor]) -> None:
+        """Says, before the last backward, how to ask for the number (0-dim) that multiplies the step's gradients.
+
+        Asking waits for the other ranks, so it is done late.
+        """
+        self._ask_scale = scale
 
     def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
         """Trained parameters and the part of their gradients that this rank holds."""

@@ -48,6 +48,7 @@ class DeepSpeedStates:
         self._used: set[str] = set()
         self._used_anywhere: set[str] = set()
         self._scale = torch.ones(())
+        self._ask_scale: Callable[[], Tensor] = lambda: self._scale
         self._engine: Any = None
 
     def begin(self) -> None:
@@ -72,12 +73,13 @@ class DeepSpeedStates:
     def launch(self) -> None:
         """Nothing is left to launch: DeepSpeed reduced at the last micro-batch."""
 
-    def normalise(self, scale: Tensor) -> None:
-        """Keeps `scale` (0-dim) for the update; DeepSpeed's sums stay as they are until then."""
-        self._scale = scale.float()
+    def normalise(self, scale: Callable[[], Tensor]) -> None:
+        """Says, before the last backward, how to ask for the number (0-dim) that multiplies the step's gradients."""
+        self._ask_scale = scale
 
     def finish(self, used: list[bool]) -> None:
-        """Notes which parameters some rank used."""
+        """Keeps the scale for the update; DeepSpeed's sums stay as they are until then."""
+        self._scale = self._ask_scale().float()
         self._used_anywhere = {name for name, has_gradient in zip(self._trained, used, strict=True) if has_gradient}
 
     def release(self) -> None:

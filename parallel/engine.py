@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers
-from meshwright.parallel.collectives import Groups
+from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
@@ -67,10 +67,11 @@ class Engine:
             loss_sum += _weighted(loss, items)
             items_sum += items
             if index == len(parts) - 1:
-                self._normalise(items_sum)
+                counted = self._normalise(items_sum)
             self.data.backward(loss, items.to(loss.dtype))
             losses.append(loss.detach().double())
         total, used = self._total(loss_sum)
+        counted.wait()
         if items_sum == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
         self.data.finish(used)
@@ -99,10 +100,16 @@ class Engine:
         with keyed(self.options.seed, "step", self.num_steps, "microbatch", number):
             return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
 
-    def _normalise(self, items_sum: Tensor) -> None:
-        """Sums items over data ranks in place: every loss is known, and the last gradients can leave divided."""
-        self._groups.all_reduce(items_sum, *DATA_AXES).wait()
-        self.data.normalise(items_sum.reciprocal())
+    def _normalise(self, items_sum: Tensor) -> Pending:
+        """Starts summing items over data ranks in place: all losses are known, so the last gradients leave divided."""
+        pending = self._groups.all_reduce(items_sum, *DATA_AXES)
+
+        def scale() -> Tensor:
+            pending.wait()
+            return items_sum.reciprocal()
+
+        self.data.normalise(scale)
+        return pending
 
     def _total(self, loss_sum: Tensor) -> tuple[Tensor, list[bool]]:
         """Sums the loss and the use of each parameter over data ranks, while the last gradients travel."""

@@ -7,7 +7,7 @@ Items are counted where the model really calls its loss, because models shift, p
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from meshwright.parallel.errors import LossError, nearest
 
-__all__ = ["LossContract", "LossItems", "LossKind", "loss_of"]
+__all__ = ["LossContract", "LossItems", "LossKind", "items_of_graph", "loss_of"]
 
 LossKind = Literal["token_mean", "sample_mean", "sum"]
 
@@ -54,6 +54,7 @@ class LossContract:
     kind: LossKind = "token_mean"
     items: str | Callable[[Any], Tensor | float] | None = None
     of_output: Callable[[Any, Any], Tensor] | None = None
+    _graph_tells: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(LossKind):
@@ -62,11 +63,29 @@ class LossContract:
     def run(self, forward: Callable[[], Any], batch: Any, num_samples: int) -> tuple[Tensor, Tensor]:
         """Runs a forward pass; returns its loss (0-dim) and its number of items (0-dim, float64)."""
         if self.kind == "token_mean" and self.items is None:
-            with LossItems() as counted:
-                loss = self._loss(forward(), batch)
-            return loss, counted.items(loss)
+            return self._run_counted(forward, batch)
         loss = self._loss(forward(), batch)
         return loss, torch.as_tensor(self._stated_items(batch, num_samples), dtype=torch.float64).to(loss.device)
+
+    def _run_counted(self, forward: Callable[[], Any], batch: Any) -> tuple[Tensor, Tensor]:
+        """Counts the targets of the loss call.
+
+        Listening to every call costs a percent of a step, so it is done until the autograd graph was seen to tell the
+        same number.
+        """
+        if torch.is_grad_enabled() and self._graph_tells == [True]:
+            loss = self._loss(forward(), batch)
+            items = items_of_graph(loss)
+            if items is None:
+                raise LossError(f"the model's loss came from another call than in the step before; {_HOW_OUT}")
+            return loss, items
+        with LossItems() as counted:
+            loss = self._loss(forward(), batch)
+        items = counted.items(loss)
+        if torch.is_grad_enabled() and not self._graph_tells:
+            told = items_of_graph(loss)
+            self._graph_tells.append(told is not None and bool(told == items))
+        return loss, items
 
     def _loss(self, output: Any, batch: Any) -> Tensor:
         return loss_of(output) if self.of_output is None else self.of_output(output, batch)
@@ -101,12 +120,24 @@ def loss_of(output: Any) -> Tensor:
     elif isinstance(output, (tuple, list)) and output:
         found = output[0]
     if isinstance(found, Tensor) and found.numel() == 1:
-        return found.reshape(())
+        return found if found.dim() == 0 else found.reshape(())
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise LossError(
         f"the model returned no loss: found {shape} in {type(output).__name__}; pass the labels in the batch, "
         "or loss_fn=(output, batch) -> 0-dim tensor"
     )
+
+
+def items_of_graph(loss: Tensor) -> Tensor | None:
+    """The number that torch's negative log likelihood divided by (0-dim, float64), where `loss` is its direct result.
+
+    >>> scores = torch.zeros(3, 5, requires_grad=True)
+    >>> items_of_graph(functional.cross_entropy(scores, torch.tensor([1, -100, 2])))
+    tensor(2., dtype=torch.float64)
+    """
+    node = loss.grad_fn
+    items = getattr(node, "_saved_total_weight", getattr(node, "items", None))
+    return items.detach().double() if isinstance(items, Tensor) and items.numel() == 1 else None
 
 
 class LossItems(TorchFunctionMode):

@@ -57,6 +57,7 @@ class Replicate(LocalStates):
     def __init__(self, module: nn.Module, groups: Groups, *, bucket_bytes: int) -> None:
         super().__init__(module, groups, norm_axes=())
         self._last = True
+        self._scale: Tensor | None = None
         self._buckets: list[_Bucket] = []
         self._home: dict[str, _Bucket] = {}
         self._next = 0
@@ -70,6 +71,7 @@ class Replicate(LocalStates):
         for bucket in self._buckets:
             bucket.ready.clear()
         self._next = 0
+        self._scale = None
 
     def prepare(self, last: bool) -> None:
         """Says whether the next micro-batch is the last of its step."""
@@ -77,6 +79,12 @@ class Replicate(LocalStates):
 
     def backward(self, loss: Tensor, items: Tensor) -> None:
         """Adds `items` times the gradient of `loss`; full buckets leave during the last micro-batch."""
+        if self._last and not self._buckets:
+            scale = self._ask_scale().to(items.dtype)  # nobody to wait for: the division costs nothing here
+            held = [each.grad for each in self._trained.values() if each.grad is not None]
+            if held:
+                torch._foreach_mul_(held, scale)
+            items = items * scale
         loss.backward(gradient=items)
 
     def used(self) -> list[bool]:
@@ -99,10 +107,6 @@ class Replicate(LocalStates):
         for (name, parameter), has_gradient in zip(self._trained.items(), used, strict=True):
             if name in self._home:
                 parameter.grad = self._home[name].views[name] if has_gradient else None
-        if not self._buckets:
-            held = [each.grad for each in self._trained.values() if each.grad is not None]
-            if held:
-                torch._foreach_mul_(held, self._scale)
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
         names = list(reversed(self._trained))  # backward reaches the last layers first
@@ -144,6 +148,8 @@ class Replicate(LocalStates):
         if gradient is None:
             view.zero_()
         else:
+            if self._scale is None:
+                self._scale = self._ask_scale()
             torch.mul(gradient, self._scale, out=view)
             self._trained[name].grad = view
         bucket.ready.add(name)

@@ -85,7 +85,7 @@ class Shard(LocalStates):
                 parameter.grad = None
         held = [gradient for _, gradient in self.local().values() if gradient is not None]
         if held:
-            torch._foreach_mul_(held, self._scale.to(held[0].device))
+            torch._foreach_mul_(held, self._ask_scale().to(held[0].device))
 
     def release(self) -> None:
         """Frees whole parameters that a forward pass without backward left behind."""
