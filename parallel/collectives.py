@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from meshwright.parallel.errors import MeshError
 from meshwright.parallel.mesh import AXES, Mesh
 
-__all__ = ["Groups", "Pending", "World", "gather_integers", "start_ranks", "stop_ranks", "world"]
+__all__ = ["Groups", "Pending", "ProcessAxis", "World", "gather_integers", "start_ranks", "stop_ranks", "world"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,51 @@ class Pending:
             self._work = None
 
 
+@dataclass(frozen=True, eq=False)
+class ProcessAxis:
+    """The ranks along one mesh axis as real processes (`exchange.Axis`)."""
+
+    group: Any
+    rank: int
+    size: int
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums over the axis in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum over the axis in place."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
+        """Joins the shares of all ranks along `dim`; shares are padded to the largest while they travel."""
+        mine = _padded(tensor, max(sizes), dim).movedim(dim, 0).contiguous()
+        parts = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
+        dist.all_gather_into_tensor(parts, mine, group=self.group)
+        shares = [part[:size] for part, size in zip(parts.split(max(sizes)), sizes, strict=True)]
+        joined = parts if len(set(sizes)) == 1 else torch.cat(shares)
+        return joined.movedim(0, dim).contiguous()
+
+    def scatter_sum(self, tensor: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
+        """Sums over the axis and keeps this rank's share along `dim`."""
+        shares = [_padded(share, max(sizes), dim).movedim(dim, 0) for share in tensor.split(sizes, dim)]
+        whole = torch.cat(shares).contiguous()
+        mine = whole.new_empty((max(sizes), *whole.shape[1:]))
+        dist.reduce_scatter_tensor(mine, whole, group=self.group)
+        return mine[: sizes[self.rank]].movedim(0, dim).contiguous()
+
+
+def _padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = [*tensor.shape]
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
 @dataclass
 class Groups:
     """The process groups of one mesh, as seen by this rank.
@@ -162,6 +207,12 @@ class Groups:
         """Starts summing `tensor` in place over the ranks along `axes`."""
         group = self.group(*axes)
         return Pending(None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+
+    def axis(self, name: str) -> "ProcessAxis":
+        """The ranks along one axis of degree above one."""
+        group = self.group(name)
+        assert group is not None, name
+        return ProcessAxis(group, self.mesh.coordinates(self.rank)[name], self.mesh.degree(name))
 
     def all_gather(self, tensor: torch.Tensor, *axes: str) -> list[torch.Tensor]:
         """Every rank's `tensor` along `axes`, in group order; all of one shape."""

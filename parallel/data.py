@@ -5,10 +5,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
+from meshwright.parallel.part import Part
 
 __all__ = ["DataEngine", "LocalStates", "build_data_engine"]
 
@@ -84,10 +87,11 @@ class DataEngine(Protocol):
 class LocalStates:
     """What the engines share whose parameters and gradients are tensors on the module itself."""
 
-    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...]) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...], dealt: DealtStates) -> None:
         self.module = module
         self._groups = groups
-        self._norm_axes = norm_axes
+        self._norm_axes = (*norm_axes, "tp")
+        self._dealt = dealt
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._ask_scale: Callable[[], Tensor] = lambda: torch.ones(())
 
@@ -108,7 +112,9 @@ class LocalStates:
 
     def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
         """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
-        del name
+        parameter = self._trained[name]
+        if self._dealt.is_dealt(name) and tensor.shape == parameter.shape:
+            return self._dealt.part(name, parameter, tensor)
         return tensor
 
     def release(self) -> None:
@@ -116,9 +122,11 @@ class LocalStates:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scales gradients to a global L2 norm of at most `max_norm`; returns the norm before (0-dim, float64)."""
-        gradients = [gradient for _, gradient in self.local().values() if gradient is not None]
+        local = self.local()
+        gradients = [gradient for _, gradient in local.values() if gradient is not None]
+        counted = self._dealt.counted(local)
         device = torch.device(self._groups.device_type)
-        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=device)]
+        norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
         square = torch.stack([norm.double() for norm in norms]).square().sum()
         self._groups.all_reduce(square, *self._norm_axes).wait()
         norm = square.sqrt()
@@ -128,11 +136,14 @@ class LocalStates:
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole trained parameters by name; every rank must ask."""
-        return {name: self.whole(each.detach()) for name, each in self._trained.items()}
+        return {name: self._dealt.whole(name, self.whole(each.detach())) for name, each in self._trained.items()}
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Whole gradients by name, None where no rank computed one; every rank must ask."""
-        return {name: None if each.grad is None else self.whole(each.grad) for name, each in self._trained.items()}
+        return {
+            name: None if each.grad is None else self._dealt.whole(name, self.whole(each.grad))
+            for name, each in self._trained.items()
+        }
 
     def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
         """Builds an ordinary torch optimizer on the local parts."""
@@ -140,36 +151,52 @@ class LocalStates:
 
     def model_state(self) -> dict[str, Any]:
         """Parameters and buffers of the module, sharded ones as DTensors."""
-        return self.module.state_dict()
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        return {
+            name: self._dealt.part(name, held.get(name, values), _local(values))
+            if self._dealt.is_dealt(name)
+            else values
+            for name, values in self.module.state_dict().items()
+        }
 
     def load_model_state(self, state: dict[str, Any]) -> None:
         """Takes back what `model_state` gave."""
         self.release()
-        self.module.load_state_dict(state)
+        mine = self.module.state_dict()
+        for name, values in state.items():
+            if isinstance(values, Part):
+                _local(mine[name]).copy_(values.local)
+        rest = {name: mine[name] if isinstance(values, Part) else values for name, values in state.items()}
+        self.module.load_state_dict(rest)
 
 
-def build_data_engine(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
-    """Picks the data engine that a mesh and options ask for and hands it the model."""
-    makers: dict[str, Callable[[nn.Module, Groups, Options], DataEngine]] = {
+def build_data_engine(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
+    """Picks the data engine that a mesh and options ask for and hands it the model, dealt over `tp` already."""
+    makers: dict[str, Callable[[nn.Module, Groups, Options, DealtStates], DataEngine]] = {
         "deepspeed": _deepspeed,
         "torch": _shard if groups.mesh.fsdp > 1 else _replicate,
     }
-    return makers[options.data_engine](module, groups, options)
+    return makers[options.data_engine](module, groups, options, dealt)
 
 
-def _replicate(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _replicate(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
     from meshwright.parallel.replicate import Replicate
 
-    return Replicate(module, groups, bucket_bytes=options.bucket_bytes)
+    return Replicate(module, groups, dealt, bucket_bytes=options.bucket_bytes)
 
 
-def _shard(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
+def _shard(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
     from meshwright.parallel.shard import Shard
 
-    return Shard(module, groups, zero_stage=options.zero_stage, offload=options.offload == "cpu")
+    return Shard(module, groups, dealt, zero_stage=options.zero_stage, offload=options.offload == "cpu")
 
 
-def _deepspeed(module: nn.Module, groups: Groups, options: Options) -> DataEngine:
+def _deepspeed(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
+    del dealt  # refused together with tp
     from meshwright.parallel.deepspeed_engine import DeepSpeedStates
 
     return DeepSpeedStates(module, groups, zero_stage=options.zero_stage, offload=options.offload == "cpu")

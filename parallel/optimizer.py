@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from meshwright.parallel.part import Part
+
 __all__ = ["BuildOptimizer", "GroupOf", "OwnedOptimizer", "Owner", "StepOptimizer", "grouped"]
 
 BuildOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -126,6 +128,8 @@ class OwnedOptimizer:
 
 
 def _local(tensor: Any) -> Tensor:
+    if isinstance(tensor, Part):
+        return tensor.local
     local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local
 

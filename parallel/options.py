@@ -1,6 +1,6 @@
 """Options of `parallelize` as one checked value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from meshwright.parallel.errors import WrapError, nearest
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["DataEngineKind", "OptionKeywords", "Options"]
 
@@ -27,6 +28,9 @@ class OptionKeywords(TypedDict, total=False):
     offload: Literal["none", "cpu"]
     seed: int
     bucket_bytes: int
+    sequence_parallel: bool
+    tensor_plan: Mapping[str, str] | TensorPlan | None
+    example: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,10 @@ class Options:
         offload: "cpu" keeps sharded states in host memory between uses.
         seed: first part of every random key (dropout).
         bucket_bytes: size of one gradient all-reduce along `dp`.
+        sequence_parallel: deal the sequence dim over `tp` between the matrices of blocks (arXiv 2205.05198).
+        tensor_plan: module pattern -> "column", "row", "vocabulary" or "replicate", before what the model and rules
+            say; or a plan made earlier.
+        example: one micro-batch, looked at once to make the tensor plan; models of `transformers` bring their own.
 
     Raises:
         WrapError: for values that do not exist.
@@ -57,6 +65,9 @@ class Options:
     offload: Literal["none", "cpu"] = "none"
     seed: int = 0
     bucket_bytes: int = 25 << 20
+    sequence_parallel: bool = False
+    tensor_plan: Mapping[str, str] | TensorPlan | None = None
+    example: Any = None
 
     def __post_init__(self) -> None:
         for name, choices in (("data_engine", get_args(DataEngineKind)), ("offload", ("none", "cpu"))):
@@ -98,13 +109,20 @@ class Options:
         Raises:
             WrapError: naming the axis and the nearest legal layout.
         """
-        for axis in ("pp", "cp", "tp", "ep"):
+        for axis in ("pp", "cp", "ep"):
             if mesh.degree(axis) > 1:
                 legal = {**mesh.degrees(), axis: 1, "dp": mesh.dp * mesh.degree(axis)}
                 raise WrapError(
                     f"mesh axis {axis}={mesh.degree(axis)} cannot be wrapped by this version; "
                     f"nearest legal layout: {Mesh.of(legal)}"
                 )
+        if self.sequence_parallel and mesh.tp == 1:
+            raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
+        if self.data_engine == "deepspeed" and mesh.tp > 1:
+            raise WrapError(
+                f"data_engine='deepspeed' does not take the axis tp={mesh.tp}; use data_engine='torch' with "
+                f"nearest legal layout: fsdp={mesh.data_degree} x tp={mesh.tp}"
+            )
         if self.data_engine == "deepspeed" and mesh.fsdp > 1 and mesh.dp > 1:
             raise WrapError(
                 f"data_engine='deepspeed' shards over all data ranks, so it takes dp or fsdp, not {mesh}; "

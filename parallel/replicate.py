@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import LocalStates
+from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.errors import WrapError
 
 __all__ = ["Replicate", "cut_buckets"]
@@ -51,11 +52,12 @@ class Replicate(LocalStates):
     Args:
         module: the model, the same on every rank.
         groups: process groups; gradients are summed along `dp`.
+        dealt: what `tp` adds.
         bucket_bytes: size of one all-reduce.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, *, bucket_bytes: int) -> None:
-        super().__init__(module, groups, norm_axes=())
+    def __init__(self, module: nn.Module, groups: Groups, dealt: DealtStates, *, bucket_bytes: int) -> None:
+        super().__init__(module, groups, norm_axes=(), dealt=dealt)
         self._last = True
         self._scale: Tensor | None = None
         self._buckets: list[_Bucket] = []
@@ -107,6 +109,7 @@ class Replicate(LocalStates):
         for (name, parameter), has_gradient in zip(self._trained.items(), used, strict=True):
             if name in self._home:
                 parameter.grad = self._home[name].views[name] if has_gradient else None
+        self._dealt.sum_gradients(self.local())
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
         names = list(reversed(self._trained))  # backward reaches the last layers first

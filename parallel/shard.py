@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import LocalStates
+from meshwright.parallel.dealt import DealtStates
 
 __all__ = ["Shard"]
 
@@ -32,11 +33,14 @@ class Shard(LocalStates):
     Args:
         module: the model, whole on every rank; it is sharded in place.
         groups: process groups of `dp` and `fsdp`.
+        dealt: what `tp` adds.
         zero_stage: 1, 2 or 3.
         offload: keep shards in host memory between uses.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, *, zero_stage: int, offload: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, groups: Groups, dealt: DealtStates, *, zero_stage: int, offload: bool = False
+    ) -> None:
         self.zero_stage = zero_stage
         self._used: set[str] = set()
         axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
@@ -45,7 +49,7 @@ class Shard(LocalStates):
             module, partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy), zero_stage
         )
         self._root = cast(FSDPModule, module)
-        super().__init__(module, groups, norm_axes=("fsdp",))
+        super().__init__(module, groups, norm_axes=("fsdp",), dealt=dealt)
         self._watch = [unit.register_forward_pre_hook(self._watch_gradients) for unit in self._units]
 
     @property
@@ -86,6 +90,7 @@ class Shard(LocalStates):
         held = [gradient for _, gradient in self.local().values() if gradient is not None]
         if held:
             torch._foreach_mul_(held, self._ask_scale().to(held[0].device))
+        self._dealt.sum_gradients(self.local())
 
     def release(self) -> None:
         """Frees whole parameters that a forward pass without backward left behind."""
@@ -107,6 +112,8 @@ class Shard(LocalStates):
     def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
         """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
         like = self._trained[name]
+        if self._dealt.is_dealt(name) and isinstance(like, DTensor) and tensor.shape == like.to_local().shape:
+            return self._dealt.part(name, like, tensor)
         if not isinstance(like, DTensor) or tensor.shape != like.to_local().shape:
             return tensor
         return DTensor.from_local(

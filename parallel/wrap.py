@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import DataEngine, build_data_engine
+from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.ledger import Ledger, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, StepOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
+from meshwright.parallel.plan import deal_model, make_plan
 from meshwright.parallel.report import WrapReport, describe
 
 __all__ = ["ParallelModel", "parallelize"]
@@ -42,8 +44,11 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     groups = Groups(mesh, device.type)
     check_agreement(model, groups)
+    plan = make_plan(model, mesh, chosen)
     report = describe(model, mesh, chosen)
-    data = build_data_engine(model, groups, chosen)
+    if mesh.tp > 1:
+        deal_model(model, plan, groups.axis("tp"))
+    data = build_data_engine(model, groups, chosen, DealtStates(plan, groups))
     return ParallelModel(data, groups, chosen, report)
 
 

@@ -1,0 +1,137 @@
+"""Dropout masks of the plain run, drawn by ranks that hold a share of the tensor.
+
+Inside a unit that tensor or sequence parallelism splits, a rank draws the mask of the whole tensor from the same
+generator state as the plain run and keeps its share, so that masks and the state after them depend on no mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.layout import deal
+from meshwright.parallel.tensor_plan import Drop
+
+__all__ = ["PlainDropout", "with_plain_dropout"]
+
+_RANDOM = (torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli)
+
+
+class PlainDropout(TorchFunctionMode):
+    """A context in which dropout keeps this rank's share of the plain mask.
+
+    Args:
+        drops: one entry per call with p > 0; None draws as it is called. Empty while calls are only recorded.
+        rank: position along `tp`.
+        degree: ranks of `tp`.
+        length: full sequence length, asked when a dealt sequence is met.
+        generator: where random bits come from; None is torch's default.
+    """
+
+    def __init__(
+        self,
+        drops: Sequence[Drop | None] = (),
+        *,
+        rank: int = 0,
+        degree: int = 1,
+        length: Callable[[], int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self._drops = drops
+        self._rank = rank
+        self._degree = degree
+        self._length = length
+        self._generator = generator
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces dropouts and passes every other call on."""
+        keywords = dict(kwargs or {})
+        if func is functional.dropout:
+            return self._dropout(*args, **keywords)
+        if func is functional.scaled_dot_product_attention and _dropout_of(args, keywords) > 0:
+            return self._attention(*args, **keywords)
+        if func in _RANDOM and self._generator is not None:
+            keywords.setdefault("generator", self._generator)
+        return func(*args, **keywords)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return functional.dropout(input, p, training, inplace)
+        self.shapes.append(tuple(input.shape))
+        kept = input * self._mask(input, p)
+        return input.copy_(kept) if inplace else kept
+
+    def _mask(self, input: Tensor, p: float) -> Tensor:
+        number = len(self.shapes) - 1
+        drop = self._drops[number] if number < len(self._drops) else None
+        shape = list(input.shape)
+        if drop is not None:
+            sizes = drop.sizes or self._lengths()
+            shape[drop.dim] = sum(sizes)
+        order = sorted(range(input.dim()), key=lambda dim: -input.stride(dim))  # torch draws in order of memory
+        whole = torch.empty([shape[dim] for dim in order], dtype=input.dtype, device=input.device)
+        whole.bernoulli_(1 - p, generator=self._generator)
+        if p < 1:
+            whole.div_(1 - p)
+        mask = whole.permute([order.index(dim) for dim in range(input.dim())])
+        if drop is not None:
+            mask = mask.narrow(drop.dim, sum(sizes[: self._rank]), sizes[self._rank])
+        return mask
+
+    def _lengths(self) -> tuple[int, ...]:
+        assert self._length is not None, "a dealt sequence outside a stream"
+        return tuple(stop - start for start, stop in deal(self._length(), self._degree))
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention as torch computes it on CPU when it drops, with the mask of the plain run."""
+        if query.is_cuda:
+            raise WrapError(
+                "attention dropout inside scaled_dot_product_attention cannot be dealt on a GPU, where its mask has "
+                "no order; set attn_implementation='eager' or the model's attention dropout to 0"
+            )
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            scores = (
+                scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+                if attn_mask.dtype is torch.bool
+                else scores + attn_mask
+            )
+        return self._dropout(scores.softmax(-1), dropout_p) @ value
+
+
+def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> None:
+    """Runs every forward of `unit` (also one repeated for recompute) inside a fresh `PlainDropout`."""
+    forward = unit.forward
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with make():
+            return forward(*args, **kwargs)
+
+    unit.forward = inside
+
+
+def _dropout_of(args: tuple[Any, ...], keywords: dict[str, Any]) -> float:
+    return float(args[4] if len(args) > 4 else keywords.get("dropout_p", 0.0))

@@ -1,0 +1,102 @@
+"""The tensor pass of `parallelize`: finds an example, has the plan made, deals the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.dealt import check_duplicates
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.exchange import Axis
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.microbatch import call, to_device
+from meshwright.parallel.options import Options
+from meshwright.parallel.tensor import install, keep_shares
+from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.tensor_planner import plan_tensor
+from meshwright.parallel.vocabulary import deal_head, deal_lookup
+
+__all__ = ["deal_model", "make_plan"]
+
+
+def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
+    """The tensor plan of a model on a mesh; one of degree 1 where there is no `tp`.
+
+    Raises:
+        WrapError: when nothing can be dealt, no example is at hand, or `tp` does not fit the heads.
+    """
+    if mesh.tp == 1:
+        return TensorPlan(degree=1)
+    if isinstance(options.tensor_plan, TensorPlan):
+        return options.tensor_plan
+    example = _example_of(model) if options.example is None else options.example
+    device = next(model.parameters()).device
+    moved = to_device(example, device)
+    try:
+        plan = plan_tensor(
+            model,
+            lambda: call(model, moved),
+            mesh.tp,
+            sequence=options.sequence_parallel,
+            patterns=options.tensor_plan,
+        )
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise WrapError(
+            f"the model cannot be run on its example, which the axis tp={mesh.tp} needs: {type(error).__name__}: "
+            f"{error}; pass example= one micro-batch as step() takes it"
+        ) from error
+    _check(plan, mesh)
+    return plan
+
+
+def deal_model(model: nn.Module, plan: TensorPlan, axis: Axis) -> None:
+    """Deals a model in place: shares of parameters, then the collectives around them."""
+    vocabulary = {path: plan.splits[f"{path}.weight"] for path in (*plan.lookups, *plan.heads)}
+    keep_shares(model, plan.splits, axis.rank)
+    install(model, plan, axis)
+    for path in plan.lookups:
+        deal_lookup(model.get_submodule(path), vocabulary[path], axis)
+    for path in plan.heads:
+        deal_head(model.get_submodule(path), vocabulary[path], axis)
+
+
+def _check(plan: TensorPlan, mesh: Mesh) -> None:
+    nearest = Mesh.of({**mesh.degrees(), "tp": 1, "dp": mesh.dp * mesh.tp})
+    if not plan.splits:
+        reasons = {each.reason for each in plan.decisions if each.reason != "no rule fits"}
+        raise WrapError(
+            f"mesh axis tp={mesh.tp}: nothing in the model can be dealt ({'; '.join(sorted(reasons)) or 'no rule fits'}); "
+            f"nearest legal layout: {nearest}"
+        )
+    for name, split in plan.splits.items():
+        empty = [rank for rank in range(split.degree) if split.local_size(rank) == 0]
+        if empty:
+            raise WrapError(f"mesh axis tp={mesh.tp} leaves ranks {empty} without a part of {name} ({split.size})")
+    clash = check_duplicates(plan) if mesh.fsdp > 1 else None
+    if clash is not None:
+        raise WrapError(
+            f"mesh axes tp={mesh.tp} and fsdp={mesh.fsdp} do not fit together: {clash}; nearest legal layout: "
+            f"{Mesh.of({**mesh.degrees(), 'fsdp': 1, 'dp': mesh.dp * mesh.fsdp})}"
+        )
+
+
+def _example_of(model: nn.Module) -> Any:
+    """A micro-batch for a model of `transformers`, from what its class and config say; labels are not needed."""
+    config = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", None)
+    given = getattr(model, "dummy_inputs", None) if name == "input_ids" else None
+    if isinstance(given, Mapping) and isinstance(given.get("input_ids"), Tensor):
+        limit = getattr(config, "vocab_size", None) or 2
+        return {
+            key: each.clamp(max=limit - 1) if isinstance(each, Tensor) and not each.is_floating_point() else each
+            for key, each in given.items()
+        }
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return {name: torch.randn(2, getattr(config, "num_channels", 3), height, width)}
+    raise WrapError(
+        "the axis tp needs one look at a forward pass: pass example= one micro-batch as step() takes it "
+        "(a dict of keywords, a tuple, or a tensor)"
+    )

@@ -1,0 +1,276 @@
+"""Tensor and sequence parallelism on an unmodified model: the one place that executes a `TensorPlan`.
+
+Parameters become this rank's local tensors, the numbers of heads that the model's code asks for become local ones,
+and hooks put the collectives of `exchange` where a region begins and ends. The model's own forward runs.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
+from meshwright.parallel.exchange import Axis, cut, enter, gather, join, leave, scatter_sum
+from meshwright.parallel.layout import Split, deal
+from meshwright.parallel.tensor_plan import TensorPlan
+
+__all__ = ["Length", "install", "keep_shares"]
+
+
+class Length:
+    """The dealt sequence of one list of blocks: how long the whole one is, and how wide."""
+
+    def __init__(self, axis: Axis, *, full: int = 0, width: int = 0) -> None:
+        self.axis = axis
+        self.full = full
+        self.width = width
+
+    def is_share(self, tensor: Any) -> bool:
+        """Whether a value is this rank's share of the stream."""
+        return self._fits(tensor) and tensor.shape[-2] == self._share() and tensor.shape[-1] == self.width
+
+    def is_whole(self, tensor: Any) -> bool:
+        """Whether a value is a whole stream."""
+        return self._fits(tensor) and tensor.shape[-2] == self.full and tensor.shape[-1] == self.width
+
+    def _fits(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.is_floating_point()
+
+    def _share(self) -> int:
+        start, stop = deal(self.full, self.axis.size)[self.axis.rank]
+        return stop - start
+
+
+class _Entry:
+    """The values that enter one region: each is entered once, however many matrices read it."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+        self._entered: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        known = self._entered.get(id(tensor))
+        if known is None or known[0] is not tensor:
+            known = (tensor, enter(tensor, self._axis))
+            self._entered[id(tensor)] = known
+        return known[1]
+
+    def gathered(self, tensor: Tensor, full: int) -> Tensor:
+        """Joins a share of the stream; the result has entered already."""
+        whole = gather(tensor, self._axis, tensor.dim() - 2, full)
+        self._entered[id(whole)] = (whole, whole)
+        return whole
+
+    def close(self) -> None:
+        """Forgets, at the end of the region."""
+        self._entered.clear()
+
+
+def keep_shares(model: nn.Module, splits: Mapping[str, Split], rank: int) -> None:
+    """Replaces every parameter and buffer in `splits` by this rank's share; ties stay ties."""
+    shares: dict[int, Tensor] = {}
+    for name, split in splits.items():
+        module_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module_name)
+        full = getattr(owner, leaf)
+        if id(full) not in shares:
+            share = split.take(full.detach(), rank)
+            if isinstance(full, nn.Parameter):
+                share = nn.Parameter(share, requires_grad=full.requires_grad)
+            shares[id(full)] = share
+            shares[id(share)] = share
+        setattr(owner, leaf, shares[id(full)])
+
+
+def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str, Length] | None = None) -> None:
+    """Puts a plan's collectives around a model whose parameters are shares already.
+
+    Args:
+        model: changed in place.
+        plan: what to do.
+        axis: the ranks of `tp`.
+        lengths: unit -> its stream, where the caller deals the sequence itself; None makes them from the plan.
+    """
+    if lengths is None:
+        lengths = _open_streams(model, plan, axis)
+    entries = {row: _Entry(axis) for row in plan.rows}
+    for path, attributes in plan.attributes.items():
+        _set_attributes(model.get_submodule(path), attributes, axis.rank)
+    for path, (row, keys) in plan.gathers.items():
+        _gather_before(model.get_submodule(path), entries[row], keys, _length_of(path, lengths))
+    for path, keys in plan.joined.items():
+        _run_whole(model.get_submodule(path), axis, keys, _length_of(path, lengths))
+    for path, row in plan.columns.items():
+        _multiply_own(model.get_submodule(path), entries[row], plan.transposed[path])
+    for path, transposed in plan.rows.items():
+        _sum_after(model.get_submodule(path), axis, entries[path], transposed, _length_of(path, lengths))
+    for path, slices in plan.slices.items():
+        _cut_before(model.get_submodule(path), axis, slices)
+    for path, drops in plan.drops.items():
+        _drop_as_plain(model.get_submodule(path), axis, drops, _length_of(path, lengths))
+
+
+def _length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:
+    """The stream of the unit that a module lies in."""
+    parts = path.split(".")
+    for end in range(len(parts), -1, -1):
+        found = lengths.get(".".join(parts[:end]))
+        if found is not None:
+            return found
+    return None
+
+
+def _set_attributes(module: nn.Module, attributes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+    for name, values in attributes.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner:  # a number in the module's config: the module gets its own copy of it
+            setattr(module, owner, copy(getattr(module, owner)))
+            setattr(getattr(module, owner), leaf, values[rank])
+        else:
+            setattr(module, leaf, values[rank])
+
+
+def _multiply_own(matrix: nn.Module, entry: _Entry, transposed: bool) -> None:
+    """Replaces a column's forward: the features of its product that this rank holds."""
+
+    def forward(input: Tensor) -> Tensor:
+        weight, bias = matrix.weight, matrix.bias
+        assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module), type(weight)
+        return functional.linear(entry(input), weight.T if transposed else weight, bias)
+
+    matrix.forward = forward
+
+
+def _sum_after(matrix: nn.Module, axis: Axis, entry: _Entry, transposed: bool, length: Length | None) -> None:
+    """Replaces a row's forward: partial product, sum over ranks, then its bias once."""
+
+    def forward(input: Tensor) -> Tensor:
+        weight = matrix.weight
+        assert isinstance(weight, Tensor), type(weight)
+        entry.close()
+        partial = functional.linear(input, weight.T if transposed else weight)
+        whole = leave(partial, axis) if length is None else scatter_sum(partial, axis, partial.dim() - 2)
+        bias = matrix.bias
+        return whole + bias if isinstance(bias, Tensor) else whole
+
+    matrix.forward = forward
+
+
+def _gather_before(module: nn.Module, entry: _Entry, keys: tuple[int | str, ...], length: Length | None) -> None:
+    if length is None:
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        whole: dict[int, Tensor] = {}
+
+        def change(value: Any) -> Any:
+            if not length.is_share(value):
+                return value
+            if id(value) not in whole:
+                whole[id(value)] = entry.gathered(value, length.full)
+            return whole[id(value)]
+
+        return _changed(args, kwargs, keys, change)
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], length: Length | None) -> None:
+    """Around a module that every rank runs alike on the full sequence."""
+    if length is None:
+        return
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        return _changed(
+            args,
+            kwargs,
+            keys,
+            lambda value: join(value, axis, value.dim() - 2, length.full) if length.is_share(value) else value,
+        )
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        del module, args
+        return _mapped(output, lambda value: cut(value, axis, value.dim() - 2) if length.is_whole(value) else value)
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after)
+
+
+def _cut_before(unit: nn.Module, axis: Axis, slices: tuple[tuple[int | str, Split], ...]) -> None:
+    """Gives a unit its heads' part of values that carry one number or map per head, unless they are parts already."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        for key, split in slices:
+
+            def change(value: Any, split: Split = split) -> Any:
+                if not isinstance(value, Tensor) or value.shape[split.dim] != split.size:
+                    return value
+                return cut(value, axis, split.dim) if value.requires_grad else split.take(value, axis.rank)
+
+            args, kwargs = _changed(args, kwargs, (key,), change)
+        return args, kwargs
+
+    unit.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _drop_as_plain(unit: nn.Module, axis: Axis, drops: tuple[Any, ...], length: Length | None) -> None:
+    with_plain_dropout(
+        unit,
+        lambda: PlainDropout(
+            drops, rank=axis.rank, degree=axis.size, length=None if length is None else lambda: length.full
+        ),
+    )
+
+
+def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, Length]:
+    """Deals the sequence before the first block of each stream and joins it after the last."""
+    lengths: dict[str, Length] = {}
+    for stream in plan.streams:
+        length = Length(axis)
+        lengths.update(dict.fromkeys(stream.blocks, length))
+
+        def before(module: nn.Module, args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> Any:
+            del module
+            given = args[key] if isinstance(key, int) else kwargs[key]
+            length.full, length.width = given.shape[-2], given.shape[-1]
+            return _changed(args, kwargs, (key,), lambda value: cut(value, axis, value.dim() - 2))
+
+        def after(module: nn.Module, args: Any, output: Any, length: Length = length) -> Any:
+            del module, args
+            return _mapped(
+                output,
+                lambda value: join(value, axis, value.dim() - 2, length.full) if length.is_share(value) else value,
+            )
+
+        model.get_submodule(stream.blocks[0]).register_forward_pre_hook(before, with_kwargs=True)
+        model.get_submodule(stream.blocks[-1]).register_forward_hook(after)
+    return lengths
+
+
+def _changed(args: tuple[Any, ...], kwargs: dict[str, Any], keys: Any, change: Any) -> tuple[Any, dict[str, Any]]:
+    positions = list(args)
+    for key in keys:
+        if isinstance(key, int) and key < len(positions):
+            positions[key] = change(positions[key])
+        elif key in kwargs:
+            kwargs = {**kwargs, key: change(kwargs[key])}
+    return tuple(positions), kwargs
+
+
+def _mapped(output: Any, change: Any) -> Any:
+    """The first level of a module's output with its tensors changed."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if type(output) in (tuple, list):
+        return type(output)(_mapped(item, change) if isinstance(item, Tensor) else item for item in output)
+    if isinstance(output, dict):
+        for name, item in list(output.items()):
+            if isinstance(item, Tensor):
+                output[name] = change(item)
+    return output

@@ -1,0 +1,250 @@
+"""The vocabulary dealt over `tp`: embeddings and heads by rows, cross entropy without the full scores.
+
+A head returns `DealtScores`: this rank's columns of the scores, in the shape of all of them. What models do with scores
+on the way to the loss (casts, slices of positions, scaling, soft caps, reshapes) works on the columns; cross entropy is
+computed from them with two small sums (Megatron-LM, arXiv 1909.08053, section 3); anything else joins them first.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.nn import functional
+
+from meshwright.parallel.exchange import Axis, enter, join, leave
+from meshwright.parallel.layout import Split
+
+__all__ = ["DealtScores", "deal_head", "deal_lookup"]
+
+
+def deal_lookup(table: nn.Module, split: Split, axis: Axis) -> None:
+    """Makes an embedding look up the rows this rank holds and sum over ranks; the module's own forward still runs."""
+    forward = table.forward
+    ((start, stop),) = split.held[axis.rank]
+    padding = getattr(table, "padding_idx", None)
+    if padding is not None:
+        table.padding_idx = padding - start if start <= padding < stop else None  # type: ignore[assignment]
+
+    def look_up(ids: Tensor) -> Tensor:
+        outside = (ids < start) | (ids >= stop)
+        found = forward((ids - start).masked_fill(outside, 0))
+        return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), axis)
+
+    table.forward = look_up
+
+
+def deal_head(head: nn.Module, split: Split, axis: Axis) -> None:
+    """Makes a head compute the scores of the rows this rank holds."""
+
+    def score(hidden: Tensor) -> Tensor:
+        weight, bias = head.weight, head.bias
+        assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module), type(weight)
+        return DealtScores.of(functional.linear(enter(hidden, axis), weight, bias), axis, split.size)
+
+    head.forward = score
+
+
+class DealtScores(Tensor):
+    """Columns of scores [..., vocabulary] on one rank, in the shape of all of them."""
+
+    axis: Axis
+    vocabulary: int
+
+    @classmethod
+    def of(cls, columns: Tensor, axis: Axis, vocabulary: int) -> "DealtScores":
+        """Wraps a rank's columns."""
+        scores: DealtScores = columns.as_subclass(cls)
+        scores.axis, scores.vocabulary = axis, vocabulary
+        return scores
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Works on the columns where that is the same, and on the joined scores elsewhere."""
+        keywords = kwargs or {}
+        scores = args[0] if args and isinstance(args[0], cls) else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if scores is None:
+                scores = keywords.get("input")
+            if isinstance(scores, cls) and not _others(args[1:], keywords):
+                work = _WORK.get(func)
+                if work is not None:
+                    done = work(scores, func, args[1:], {key: each for key, each in keywords.items() if key != "input"})
+                    if done is not NotImplemented:
+                        return done
+            return func(*[_joined(each) for each in args], **{key: _joined(each) for key, each in keywords.items()})
+
+    def columns(self) -> Tensor:
+        """This rank's columns as an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    def full_shape(self) -> torch.Size:
+        """The shape of all scores."""
+        return torch.Size([*self.columns().shape[:-1], self.vocabulary])
+
+
+def _others(args: Any, keywords: dict[str, Any]) -> bool:
+    return any(
+        isinstance(each, DealtScores) for each in (*args, *(keywords[key] for key in keywords if key != "input"))
+    )
+
+
+def _joined(value: Any) -> Any:
+    if isinstance(value, DealtScores):
+        columns = value.columns()
+        return join(columns, value.axis, columns.dim() - 1, value.vocabulary)
+    if type(value) in (list, tuple):
+        return type(value)(_joined(each) for each in value)
+    return value
+
+
+def _same(scores: DealtScores, columns: Tensor) -> DealtScores:
+    return DealtScores.of(columns, scores.axis, scores.vocabulary)
+
+
+def _each_score(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    """Element by element, with numbers beside the scores at most."""
+    if any(isinstance(each, Tensor) and each.numel() > 1 for each in (*args, *keywords.values())):
+        return NotImplemented
+    return _same(scores, func(scores.columns(), *args, **keywords))
+
+
+def _ask(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    return func(scores.columns(), *args, **keywords)
+
+
+def _shape(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    return func(torch.empty(scores.full_shape(), device="meta"), *args, **keywords)
+
+
+def _reshape(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
+    if keywords or not all(isinstance(each, int) for each in shape):
+        return NotImplemented
+    try:
+        full = torch.empty(scores.full_shape(), device="meta").reshape(shape).shape
+    except RuntimeError:
+        return NotImplemented
+    columns = scores.columns()
+    if not full or full[-1] != scores.vocabulary:
+        return NotImplemented
+    return _same(scores, columns.reshape(*full[:-1], columns.shape[-1]))
+
+
+def _getitem(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    index = args[0] if isinstance(args[0], tuple) else (args[0],)
+    columns = scores.columns()
+    plain = all(each is None or each is Ellipsis or isinstance(each, (slice, int)) for each in index)
+    used = sum(each is not None and each is not Ellipsis for each in index)
+    whole_last = bool(index) and isinstance(index[-1], slice) and index[-1] == slice(None)
+    reaches_last = used >= columns.dim() or (Ellipsis in index and index[-1] is not Ellipsis) if plain else True
+    if not plain or (reaches_last and not whole_last):
+        return NotImplemented
+    return _same(scores, columns[args[0]])
+
+
+def _cross_entropy(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    return _entropy(scores, *args, **keywords)
+
+
+def _entropy(
+    scores: DealtScores,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    odd = weight is not None or size_average is not None or reduce is not None or label_smoothing
+    columns = scores.columns()
+    if odd or target.is_floating_point() or columns.dim() != 2 or target.dim() != 1:
+        return NotImplemented
+    return _CrossEntropy.apply(columns, target, scores.axis, scores.vocabulary, ignore_index, reduction)  # type: ignore[no-untyped-call]
+
+
+class _CrossEntropy(Function):
+    """Cross entropy of scores [rows, vocabulary] dealt by columns.
+
+    `items` is the number of targets that count, under the name that `loss.items_of_graph` asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        columns, target, axis, vocabulary, ignore_index, reduction = inputs
+        split = Split.even(1, vocabulary, axis.size)
+        ((start, stop),) = split.held[axis.rank]
+        counted = target != ignore_index
+        largest = axis.largest(columns.detach().amax(-1))
+        powers = (columns - largest.unsqueeze(-1)).exp_()
+        mine = counted & (target >= start) & (target < stop)
+        place = (target - start).masked_fill(~mine, 0)
+        own = columns.gather(1, place.unsqueeze(1)).squeeze(1)
+        sums = axis.sum(torch.stack([powers.sum(-1), (own - largest).masked_fill(~mine, 0.0)]))
+        losses = (sums[0].log() - sums[1]).masked_fill(~counted, 0.0)
+        ctx.items = counted.sum(dtype=torch.float64)
+        ctx.reduction, ctx.mine, ctx.place, ctx.counted = reduction, mine, place, counted
+        ctx.save_for_backward(powers.div_(sums[0].unsqueeze(-1)))
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+        return total if reduction == "sum" else total / ctx.items.to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (shares,) = ctx.saved_tensors
+        (gradient,) = gradients
+        if ctx.reduction == "mean":
+            gradient = gradient / ctx.items.to(gradient.dtype)
+        rows = torch.where(ctx.counted, gradient, torch.zeros_like(gradient)).to(shares.dtype)
+        result = shares * rows.unsqueeze(-1)
+        result.scatter_add_(1, ctx.place.unsqueeze(1), -(rows * ctx.mine).unsqueeze(1))
+        return result, None, None, None, None, None
+
+
+_EACH = (
+    Tensor.float,
+    Tensor.double,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.to,
+    Tensor.type,
+    Tensor.contiguous,
+    Tensor.clone,
+    Tensor.detach,
+    Tensor.tanh,
+    Tensor.neg,
+    Tensor.mul,
+    Tensor.div,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    Tensor.__truediv__,
+    Tensor.mul_,
+    Tensor.div_,
+    torch.tanh,
+    torch.mul,
+    torch.div,
+)
+_SHAPES = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.__len__)  # type: ignore[attr-defined]
+_QUESTIONS = (
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.is_floating_point,
+    Tensor.__repr__,
+    Tensor.__hash__,
+)
+
+_WORK: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_EACH, _each_score),
+    **dict.fromkeys(_SHAPES, _shape),
+    **dict.fromkeys(_QUESTIONS, _ask),
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
+    Tensor.__getitem__: _getitem,
+    functional.cross_entropy: _cross_entropy,
+}
