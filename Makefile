@@ -16,7 +16,7 @@ export DS_BUILD_OPS := 0
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint faults clean
+.PHONY: help setup run test check lint faults matrix clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -39,6 +39,9 @@ lint: $(STAMP) ## ruff and mypy alone
 
 faults: $(STAMP) ## kill and resume training runs 20 times
 	MESHWRIGHT_FAULTS=20 $(BIN)/python -m pytest -q -m faults
+
+matrix: $(STAMP) ## every family on every pair and triple of axes; writes docs/parity.md
+	$(BIN)/python -m tests.parallel.matrix
 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

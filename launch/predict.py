@@ -68,18 +68,14 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         JobError: when the job cannot be read or trains no model.
         WrapError: when its mesh cannot be had.
     """
-    from meshwright.launch.rehearse import model_on_meta
-    from meshwright.parallel.options import Options
-    from meshwright.parallel.report import describe
+    from meshwright.launch.rehearse import report_on_meta
 
     loaded = job if isinstance(job, LoadedJob) else load_job(job, overrides)
     if loaded.job.model is None:
         text = "the job runs a command, so nothing is known of its model; give it model: and data:"
         raise JobError([Problem(loaded.where("model"), "model", text)])
-    mesh, options = loaded.job.mesh, Options.of(**loaded.job.options)
-    options.check(mesh)
-    model = model_on_meta(loaded)
-    report = describe(model, mesh, options)
+    mesh = loaded.job.mesh
+    model, report = report_on_meta(loaded)
     kept = _kept_bytes(model.parameters(), mesh.fsdp)
     known = report.collectives
     return Prediction(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from meshwright.parallel.parity import ParityReport
+    from meshwright.parallel.report import WrapReport
 
 __all__ = ["Rehearsal", "model_on_meta", "rehearse", "shrunk_mesh"]
 
@@ -68,6 +69,25 @@ def rehearse(loaded: LoadedJob) -> Rehearsal:
         options=loaded.job.options,
         notes=(*notes, *cut),
     )
+
+
+def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
+    """The job's model as the first rank of `tp` would hold it, and the wrap report, without weights or ranks.
+
+    Raises:
+        WrapError: when the mesh cannot be had.
+    """
+    from meshwright.launch.worker.example import example_batch
+    from meshwright.parallel.options import Options
+    from meshwright.parallel.plan import make_plan
+    from meshwright.parallel.report import describe, first_shares
+
+    job = loaded.job
+    options = Options.of(**job.options, example=example_batch(job, device="meta"))
+    options.check(job.mesh)
+    model = model_on_meta(loaded)
+    plan = make_plan(model, job.mesh, options)
+    return first_shares(model, plan), describe(model, job.mesh, options, plan)
 
 
 def model_on_meta(loaded: LoadedJob) -> "nn.Module":

@@ -13,13 +13,17 @@ from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimize
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
 
-__all__ = ["DataEngine", "LocalStates", "build_data_engine"]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "build_data_engine"]
+
+
+AskScale = Callable[[], Tensor]
+"""Asks for the number (0-dim) that multiplies a step's gradients; waits for the other ranks, so it is called late."""
 
 
 class DataEngine(Protocol):
     """Turns gradients of local micro-batches into global ones and holds what the optimizer owns.
 
-    One step is begin, (prepare, backward) per micro-batch with normalise before the last backward, launch, finish.
+    One step is begin, (prepare, backward) per micro-batch, launch, finish.
     """
 
     module: nn.Module
@@ -32,8 +36,8 @@ class DataEngine(Protocol):
         """Says whether the next micro-batch is the last of its step."""
         ...
 
-    def backward(self, loss: Tensor, items: Tensor) -> None:
-        """Adds `items` times the gradient of `loss`."""
+    def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
+        """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
 
     def used(self) -> list[bool]:
@@ -42,13 +46,6 @@ class DataEngine(Protocol):
 
     def launch(self) -> None:
         """Starts the reductions that backward did not."""
-        ...
-
-    def normalise(self, scale: Callable[[], Tensor]) -> None:
-        """Says, before the last backward, how to ask for the number (0-dim) that multiplies the step's gradients.
-
-        Asking waits for the other ranks, so it is done late.
-        """
         ...
 
     def finish(self, used: list[bool]) -> None:
@@ -93,14 +90,7 @@ class LocalStates:
         self._norm_axes = (*norm_axes, "tp")
         self._dealt = dealt
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        self._ask_scale: Callable[[], Tensor] = lambda: torch.ones(())
-
-    def normalise(self, scale: Callable[[], Tensor]) -> None:
-        """Says, before the last backward, how to ask for the number (0-dim) that multiplies the step's gradients.
-
-        Asking waits for the other ranks, so it is done late.
-        """
-        self._ask_scale = scale
+        self._ask_scale: AskScale = lambda: torch.ones(())
 
     def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
         """Trained parameters and the part of their gradients that this rank holds."""

@@ -11,7 +11,7 @@ from meshwright.parallel.layout import Range, Split
 from meshwright.parallel.part import Chunk, Part
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["DealtStates"]
+__all__ = ["DealtStates", "check_duplicates", "summed_elements"]
 
 Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
 
@@ -122,6 +122,32 @@ def check_duplicates(plan: TensorPlan) -> str | None:
             if len({split.local_start(rank, start) for rank in holders}) > 1:
                 return f"{name}: ranks hold the same rows at different places"
     return None
+
+
+def summed_elements(plan: TensorPlan, shapes: Mapping[str, tuple[int, ...]], fsdp: int) -> int:
+    """Elements of the sum over `tp` that ends a step, on the first rank, when every parameter has a gradient.
+
+    Args:
+        plan: of the model.
+        shapes: trained parameter -> shape of the first rank's part.
+        fsdp: over how many ranks rows (dim 0) are sharded further.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        split = plan.splits.get(name)
+        rows = -(-shape[0] // fsdp) if shape else 1
+        rest = torch.Size(shape[1:]).numel()
+        if split is None:
+            total += rows * rest if name in plan.partial else 0
+            continue
+        shared = [(span, holders) for span, holders in split.intervals if len(holders) > 1]
+        for (start, stop), holders in shared:
+            offset = split.local_start(holders[0], start)
+            if split.dim == 0:
+                total += max(min(offset + stop - start, rows) - offset, 0) * rest
+            else:
+                total += rows * rest // shape[split.dim] * (stop - start)
+    return total
 
 
 def _placed(piece: Tensor, slot: int, number: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.data import AskScale
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, grouped
 
@@ -48,7 +49,7 @@ class DeepSpeedStates:
         self._used: set[str] = set()
         self._used_anywhere: set[str] = set()
         self._scale = torch.ones(())
-        self._ask_scale: Callable[[], Tensor] = lambda: self._scale
+        self._ask_scale: AskScale = lambda: self._scale
         self._engine: Any = None
 
     def begin(self) -> None:
@@ -62,8 +63,9 @@ class DeepSpeedStates:
         """Tells DeepSpeed whether the next micro-batch is the last of its step."""
         self._engine.set_gradient_accumulation_boundary(last)
 
-    def backward(self, loss: Tensor, items: Tensor) -> None:
+    def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Adds `items` times the gradient of `loss` to DeepSpeed's partitions."""
+        self._ask_scale = ask_scale or self._ask_scale
         self._engine.backward(torch.where(items > 0, loss, 0.0) * (items * self._num_ranks), scale_wrt_gas=False)
 
     def used(self) -> list[bool]:
@@ -72,10 +74,6 @@ class DeepSpeedStates:
 
     def launch(self) -> None:
         """Nothing is left to launch: DeepSpeed reduced at the last micro-batch."""
-
-    def normalise(self, scale: Callable[[], Tensor]) -> None:
-        """Says, before the last backward, how to ask for the number (0-dim) that multiplies the step's gradients."""
-        self._ask_scale = scale
 
     def finish(self, used: list[bool]) -> None:
         """Keeps the scale for the update; DeepSpeed's sums stay as they are until then."""

@@ -76,7 +76,8 @@ class PlainDropout(TorchFunctionMode):
         if drop is not None:
             sizes = drop.sizes or self._lengths()
             shape[drop.dim] = sum(sizes)
-        order = sorted(range(input.dim()), key=lambda dim: -input.stride(dim))  # torch draws in order of memory
+        strides = input.stride()
+        order = sorted(range(input.dim()), key=lambda dim: -strides[dim])  # torch draws in order of memory
         whole = torch.empty([shape[dim] for dim in order], dtype=input.dtype, device=input.device)
         whole.bernoulli_(1 - p, generator=self._generator)
         if p < 1:
@@ -90,36 +91,35 @@ class PlainDropout(TorchFunctionMode):
         assert self._length is not None, "a dealt sequence outside a stream"
         return tuple(stop - start for start, stop in deal(self._length(), self._degree))
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **keywords: Any) -> Tensor:
         """Attention as torch computes it on CPU when it drops, with the mask of the plain run."""
         if query.is_cuda:
             raise WrapError(
                 "attention dropout inside scaled_dot_product_attention cannot be dealt on a GPU, where its mask has "
                 "no order; set attn_implementation='eager' or the model's attention dropout to 0"
             )
-        if enable_gqa:
+        given = {**_ATTENTION_DEFAULTS, **dict(zip(_ATTENTION_DEFAULTS, rest, strict=False)), **keywords}
+        mask, scale = given["attn_mask"], given["scale"]
+        if given["enable_gqa"]:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
         scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None:
-            scores = (
-                scores.masked_fill(attn_mask.logical_not(), float("-inf"))
-                if attn_mask.dtype is torch.bool
-                else scores + attn_mask
-            )
-        return self._dropout(scores.softmax(-1), dropout_p) @ value
+        if given["is_causal"]:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None and mask.dtype is torch.bool:
+            scores = scores.masked_fill(mask.logical_not(), float("-inf"))
+        elif mask is not None:
+            scores = scores + mask
+        return self._dropout(scores.softmax(-1), given["dropout_p"]) @ value
+
+
+_ATTENTION_DEFAULTS: dict[str, Any] = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers
 from meshwright.parallel.collectives import Groups, Pending
-from meshwright.parallel.data import DataEngine
+from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
@@ -62,13 +62,14 @@ class Engine:
         items_sum = torch.zeros_like(loss_sum)
         losses: list[Tensor] = []
         for index, part in enumerate(parts):
-            self.data.prepare(last=index == len(parts) - 1)
+            last = index == len(parts) - 1
+            self.data.prepare(last)
             loss, items = self._forward(part, index)
             loss_sum += _weighted(loss, items)
             items_sum += items
-            if index == len(parts) - 1:
-                counted = self._normalise(items_sum)
-            self.data.backward(loss, items.to(loss.dtype))
+            if last:
+                counted = self._groups.all_reduce(items_sum, *DATA_AXES)
+            self.data.backward(loss, items.to(loss.dtype), _ask_scale(items_sum, counted) if last else None)
             losses.append(loss.detach().double())
         total, used = self._total(loss_sum)
         counted.wait()
@@ -100,17 +101,6 @@ class Engine:
         with keyed(self.options.seed, "step", self.num_steps, "microbatch", number):
             return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
 
-    def _normalise(self, items_sum: Tensor) -> Pending:
-        """Starts summing items over data ranks in place: all losses are known, so the last gradients leave divided."""
-        pending = self._groups.all_reduce(items_sum, *DATA_AXES)
-
-        def scale() -> Tensor:
-            pending.wait()
-            return items_sum.reciprocal()
-
-        self.data.normalise(scale)
-        return pending
-
     def _total(self, loss_sum: Tensor) -> tuple[Tensor, list[bool]]:
         """Sums the loss and the use of each parameter over data ranks, while the last gradients travel."""
         used = torch.tensor(self.data.used(), dtype=torch.float64, device=self._device)
@@ -119,6 +109,16 @@ class Engine:
         self.data.launch()
         pending.wait()
         return total[0], (total[1:] > 0).tolist()
+
+
+def _ask_scale(items_sum: Tensor, counted: Pending) -> AskScale:
+    """All losses are known before the last backward, so its gradients can leave divided; asking waits for the sum."""
+
+    def ask() -> Tensor:
+        counted.wait()
+        return items_sum.reciprocal()
+
+    return ask
 
 
 def _weighted(loss: Tensor, items: Tensor) -> Tensor:

@@ -89,7 +89,12 @@ def _sizes(full: int, axis: Axis) -> list[int]:
 
 def _own(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     start, stop = deal(tensor.shape[dim], axis.size)[axis.rank]
-    return tensor.narrow(dim, start, stop - start).contiguous()
+    return tensor.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    """A tensor that is no view: models may change what they get in place."""
+    return tensor.clone() if tensor._is_view() else tensor
 
 
 class _Enter(Function):
@@ -121,8 +126,7 @@ class _Gather(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tensor, axis, dim, full, summed = inputs
         ctx.axis, ctx.dim, ctx.full, ctx.summed = axis, dim, full, summed
-        joined: Tensor = axis.gather(tensor, _sizes(full, axis), dim)
-        return joined
+        return _fresh(axis.gather(tensor, _sizes(full, axis), dim))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -139,8 +143,7 @@ class _Scatter(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tensor, axis, dim, summed = inputs
         ctx.axis, ctx.dim, ctx.full = axis, dim, tensor.shape[dim]
-        share: Tensor = axis.scatter_sum(tensor, _sizes(ctx.full, axis), dim) if summed else _own(tensor, axis, dim)
-        return share
+        return _fresh(axis.scatter_sum(tensor, _sizes(ctx.full, axis), dim)) if summed else _own(tensor, axis, dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

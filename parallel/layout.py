@@ -7,6 +7,7 @@ segments, each dealt by heads) and replicated key-value heads (a range held twic
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def deal(size: int, degree: int) -> list[Range]:
     """
     each, more = divmod(size, degree)
     starts = [rank * each + min(rank, more) for rank in range(degree + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(pairwise(starts))
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Split:
         """
         borders = sorted({border for ranges in self.held for pair in ranges for border in pair})
         found = []
-        for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        for start, stop in pairwise(borders):
             holders = tuple(
                 rank for rank, ranges in enumerate(self.held) if any(low <= start < high for low, high in ranges)
             )

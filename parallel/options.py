@@ -118,17 +118,22 @@ class Options:
                 )
         if self.sequence_parallel and mesh.tp == 1:
             raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
-        if self.data_engine == "deepspeed" and mesh.tp > 1:
+        self._check_deepspeed(mesh)
+        if self.offload == "cpu" and self.data_engine == "torch" and mesh.fsdp == 1:
+            raise WrapError(
+                "offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'"
+            )
+
+    def _check_deepspeed(self, mesh: Mesh) -> None:
+        if self.data_engine != "deepspeed":
+            return
+        if mesh.tp > 1:
             raise WrapError(
                 f"data_engine='deepspeed' does not take the axis tp={mesh.tp}; use data_engine='torch' with "
                 f"nearest legal layout: fsdp={mesh.data_degree} x tp={mesh.tp}"
             )
-        if self.data_engine == "deepspeed" and mesh.fsdp > 1 and mesh.dp > 1:
+        if mesh.fsdp > 1 and mesh.dp > 1:
             raise WrapError(
                 f"data_engine='deepspeed' shards over all data ranks, so it takes dp or fsdp, not {mesh}; "
                 f"nearest legal layout: fsdp={mesh.data_degree}"
-            )
-        if self.offload == "cpu" and self.data_engine == "torch" and mesh.fsdp == 1:
-            raise WrapError(
-                "offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'"
             )

@@ -43,13 +43,15 @@ class Part(Tensor):
             local: the memory the boxes are views of.
             chunks: the boxes.
         """
-        part: Part = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)  # type: ignore[attr-defined]
+        part: Part = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         part.local = local
         part.chunks = tuple(chunks)
         return part
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Answers questions about shape; it cannot be computed with."""
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]

@@ -10,6 +10,7 @@ from meshwright.parallel.dealt import check_duplicates
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.meta import MetaAnswers
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.tensor import install, keep_shares
@@ -33,10 +34,15 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
     example = _example_of(model) if options.example is None else options.example
     device = next(model.parameters()).device
     moved = to_device(example, device)
+
+    def run() -> Any:
+        with MetaAnswers():
+            return call(model, moved)
+
     try:
         plan = plan_tensor(
             model,
-            lambda: call(model, moved),
+            run,
             mesh.tp,
             sequence=options.sequence_parallel,
             patterns=options.tensor_plan,
@@ -66,8 +72,8 @@ def _check(plan: TensorPlan, mesh: Mesh) -> None:
     if not plan.splits:
         reasons = {each.reason for each in plan.decisions if each.reason != "no rule fits"}
         raise WrapError(
-            f"mesh axis tp={mesh.tp}: nothing in the model can be dealt ({'; '.join(sorted(reasons)) or 'no rule fits'}); "
-            f"nearest legal layout: {nearest}"
+            f"mesh axis tp={mesh.tp}: nothing can be dealt ({'; '.join(sorted(reasons)) or 'no rule fits'})"
+            f"; nearest legal layout: {nearest}"
         )
     for name, split in plan.splits.items():
         empty = [rank for rank in range(split.degree) if split.local_size(rank) == 0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups, Pending
-from meshwright.parallel.data import LocalStates
+from meshwright.parallel.data import AskScale, LocalStates
 from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.errors import WrapError
 
@@ -79,8 +79,9 @@ class Replicate(LocalStates):
         """Says whether the next micro-batch is the last of its step."""
         self._last = last
 
-    def backward(self, loss: Tensor, items: Tensor) -> None:
+    def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Adds `items` times the gradient of `loss`; full buckets leave during the last micro-batch."""
+        self._ask_scale = ask_scale or self._ask_scale
         if self._last and not self._buckets:
             scale = self._ask_scale().to(items.dtype)  # nobody to wait for: the division costs nothing here
             held = [each.grad for each in self._trained.values() if each.grad is not None]

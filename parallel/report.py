@@ -1,18 +1,23 @@
 """The wrap report: per axis what was done, what was not, why, and which collectives one step will cost."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import nn
 
 from meshwright.parallel.blocks import own_blocks
+from meshwright.parallel.dealt import summed_elements
 from meshwright.parallel.ledger import Call, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.replicate import cut_buckets
+from meshwright.parallel.tensor import keep_shares
+from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["WrapReport", "describe", "predicted_calls"]
+__all__ = ["WrapReport", "describe", "first_shares", "predicted_calls"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,9 @@ class WrapReport:
         notes: what a user may not expect: ties, replicated parts, frozen parameters.
         num_parameters: of the whole model.
         parameters_per_rank: largest number of elements a rank keeps between steps (padding included).
-        collectives: predicted calls of one step, equal to what the ledger counts.
+        collectives: predicted calls of one step, equal to what the ledger counts; those of `tp` for micro-batches
+            shaped like the example.
+        table: module, placement and reason, where the mesh has `tp`.
     """
 
     mesh: str
@@ -34,6 +41,7 @@ class WrapReport:
     num_parameters: int
     parameters_per_rank: int
     collectives: LedgerSummary | None
+    table: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """A JSON-able copy."""
@@ -51,6 +59,7 @@ class WrapReport:
             f"mesh {self.mesh}: {self.num_parameters:,} parameters, {self.parameters_per_rank:,} kept by one rank",
             *(f"  {axis:<5} {done}" for axis, done in self.axes),
             *(f"  note: {note}" for note in self.notes),
+            *(f"  {row}" for row in self.table.splitlines()),
         ]
         if self.collectives is not None:
             lines += [
@@ -60,23 +69,26 @@ class WrapReport:
         return "\n".join(lines)
 
 
-def describe(model: nn.Module, mesh: Mesh, options: Options) -> WrapReport:
-    """Says what wrapping `model` on `mesh` will do, before it is done."""
+def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None = None) -> WrapReport:
+    """Says what wrapping `model` on `mesh` will do, before it is done; `plan` is needed where the mesh has `tp`."""
     whole = sum(each.numel() for each in model.parameters())
-    kept = sum(_padded(each.shape, mesh.fsdp) // mesh.fsdp for each in model.parameters())
+    mine = model if plan is None else first_shares(model, plan)
+    kept = sum(_padded(each.shape, mesh.fsdp) // mesh.fsdp for each in mine.parameters())
     known = options.data_engine == "torch"
+    calls = [*predicted_calls(mine, mesh, options), *_tensor_calls(mine, mesh, options, plan)] if known else None
     return WrapReport(
         mesh=str(mesh),
-        axes=tuple(_axes(model, mesh, options)),
+        axes=tuple(_axes(model, mesh, options, plan)),
         notes=tuple(_notes(model)),
         num_parameters=whole,
         parameters_per_rank=kept,
-        collectives=LedgerSummary.of(predicted_calls(model, mesh, options)) if known else None,
+        collectives=None if calls is None else LedgerSummary.of(calls),
+        table="" if plan is None else plan.table(),
     )
 
 
 def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
-    """The collectives of one step by formula (see `shard` and `replicate`), in no particular order."""
+    """The collectives of the data axes in one step by formula (see `shard` and `replicate`), in no particular order."""
     trained = [each for each in model.parameters() if each.requires_grad]
     calls: list[Call] = []
     if mesh.data_degree > 1:
@@ -88,6 +100,33 @@ def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call
     if mesh.dp > 1:
         calls += _replicate_calls(trained, mesh, options)
     return calls
+
+
+def _tensor_calls(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[Call]:
+    """The collectives of `tp`: those of each unit as its proof counted them on the example, and one sum at the end."""
+    if plan is None or plan.degree == 1:
+        return
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    size_bytes = next(iter(trained.values())).element_size()
+    for calls in plan.calls.values():
+        for kind, elements in calls:
+            yield from [Call("tp", kind, mesh.tp, elements * size_bytes)] * options.num_microbatches
+    summed = summed_elements(plan, {name: tuple(each.shape) for name, each in trained.items()}, mesh.fsdp)
+    if summed:
+        yield Call("tp", "all_reduce", mesh.tp, summed * size_bytes)
+
+
+def first_shares(model: nn.Module, plan: TensorPlan) -> nn.Module:
+    """The model as the first rank of `tp` holds it, without memory."""
+    if plan.degree == 1:
+        return model
+    memo: dict[int, object] = {}
+    for each in model.parameters():
+        memo[id(each)] = nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
+    memo.update({id(each): torch.empty_like(each, device="meta") for each in model.buffers()})
+    shares = deepcopy(model, memo)
+    keep_shares(shares, plan.splits, 0)
+    return shares
 
 
 def _replicate_calls(trained: list[nn.Parameter], mesh: Mesh, options: Options) -> list[Call]:
@@ -130,7 +169,9 @@ def _padded(shape: tuple[int, ...], degree: int) -> int:
     return -(-first // degree) * degree * rest
 
 
-def _axes(model: nn.Module, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
+def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[tuple[str, str]]:
+    if plan is not None and plan.degree > 1:
+        yield "tp", plan.summary()
     if options.data_engine == "deepspeed":
         yield (
             "data",

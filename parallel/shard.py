@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import LocalStates
+from meshwright.parallel.data import AskScale, LocalStates
 from meshwright.parallel.dealt import DealtStates
 
 __all__ = ["Shard"]
@@ -71,8 +71,9 @@ class Shard(LocalStates):
         self._root.set_reshard_after_backward(not keep)
         self._root.set_is_last_backward(last)
 
-    def backward(self, loss: Tensor, items: Tensor) -> None:
+    def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Adds `items` times the gradient of `loss`; FSDP2 reduces each unit as its backward ends."""
+        self._ask_scale = ask_scale or self._ask_scale
         loss.backward(gradient=items)
 
     def used(self) -> list[bool]:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis, cut, enter, gather, join, leave, scatter_sum
 from meshwright.parallel.layout import Split, deal
 from meshwright.parallel.tensor_plan import TensorPlan
@@ -138,7 +138,8 @@ def _multiply_own(matrix: nn.Module, entry: _Entry, transposed: bool) -> None:
 
     def forward(input: Tensor) -> Tensor:
         weight, bias = matrix.weight, matrix.bias
-        assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module), type(weight)
+        assert isinstance(weight, Tensor), type(weight)
+        assert not isinstance(bias, nn.Module), type(bias)
         return functional.linear(entry(input), weight.T if transposed else weight, bias)
 
     matrix.forward = forward
@@ -152,7 +153,15 @@ def _sum_after(matrix: nn.Module, axis: Axis, entry: _Entry, transposed: bool, l
         assert isinstance(weight, Tensor), type(weight)
         entry.close()
         partial = functional.linear(input, weight.T if transposed else weight)
-        whole = leave(partial, axis) if length is None else scatter_sum(partial, axis, partial.dim() - 2)
+        if length is None:
+            whole = leave(partial, axis)
+        elif partial.dim() == 3 and partial.shape[-2] == length.full:
+            whole = scatter_sum(partial, axis, 1)
+        else:
+            raise WrapError(
+                f"a dealt sequence needs products [samples, positions, features], not {tuple(partial.shape)}; "
+                "use sequence_parallel=False"
+            )
         bias = matrix.bias
         return whole + bias if isinstance(bias, Tensor) else whole
 

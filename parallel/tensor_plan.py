@@ -116,6 +116,21 @@ class TensorPlan:
             merged["partial"] = merged.get("partial", frozenset()) | each.partial
         return replace(self, **merged)
 
+    def summary(self) -> str:
+        """One line: how many matrices are dealt in which way, and what is uneven or held twice."""
+        parts = [
+            f"{len(self.columns)} matrices by columns and {len(self.rows)} by rows over {self.degree} ranks",
+            f"{len(self.heads)} heads and {len(self.lookups)} embeddings by the vocabulary",
+        ]
+        sizes = {name: {split.local_size(rank) for rank in range(split.degree)} for name, split in self.splits.items()}
+        uneven = sorted(name for name, each in sizes.items() if len(each) > 1)
+        twice = sorted(name for name, split in self.splits.items() if split.duplicated)
+        parts += [f"uneven shares: {len(uneven)} parameters, first {uneven[0]}"] if uneven else []
+        parts += [f"held by several ranks: {len(twice)} parameters, first {twice[0]}"] if twice else []
+        parts += [f"gradients summed over tp: {len(self.partial)} replicated parameters"] if self.partial else []
+        parts += ["sequence dealt between matrices of blocks"] if self.sequence else []
+        return "; ".join(parts)
+
     def table(self) -> str:
         """Module, placement and reason, one row each; equal blocks share a row (numbers shown as *)."""
         rows: dict[tuple[str, str, str], int] = {}

@@ -16,27 +16,30 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
 from meshwright.parallel.blocks import find_blocks
-from meshwright.parallel.errors import WrapError, nearest
-from meshwright.parallel.layout import Split
-from meshwright.parallel.prove import Plain, Refuted, UnitCall, own_copy, prove, run_plain, subsets
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.regions import Region, find_regions
 from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
-from meshwright.parallel.variants import common_path, variants
+from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, own_copy, run_plain, tensors_of
+from meshwright.parallel.variants import common_path, subsets, variants
+from meshwright.parallel.vocabulary_plan import with_vocabulary
 from meshwright.parallel.watch import Matrix, Sight, watch
+from meshwright.parallel.wishes import Wishes
 
-__all__ = ["PATTERNS", "plan_tensor"]
-
-PATTERNS = ("column", "row", "vocabulary", "replicate")
-"""What a user's pattern may ask for."""
+__all__ = ["plan_tensor"]
 
 
 @dataclass(frozen=True)
 class _Settled:
-    """What became of one unit: its plan (paths relative to it), and why regions were left out."""
+    """What became of one unit: its plan (paths relative to it), why regions were left out, its stream.
+
+    `ends` are the collectives at the two ends of a stream of such units: shares joined in backward, then in forward.
+    """
 
     plan: TensorPlan
     refused: Mapping[str, str]
     stream: int | str | None
+    ends: tuple[tuple[str, int], ...] = ()
 
 
 def plan_tensor(
@@ -59,82 +62,44 @@ def plan_tensor(
     Raises:
         WrapError: for patterns that fit nothing, heads that `degree` does not fit, or a sequence that cannot be dealt.
     """
-    wishes = _Wishes(model, patterns or {})
+    wishes = Wishes(model, patterns or {})
     sight = watch(model, run)
     base = TensorPlan(degree=degree, sequence=sequence)
-    regions, decisions = _wished(find_regions(sight), wishes)
+    regions, objections = _wished(find_regions(sight), wishes)
     units = _units(model, regions)
-    calls = _capture(model, run, units)
-    settled: dict[Any, _Settled] = {}
-    plans = []
-    for path, mine in units.items():
-        if path not in calls:
-            continue
-        unit = model.get_submodule(path)
-        local = [_relative(region, path) for region in mine]
-        key = _signature(unit, local, calls[path])
-        if key not in settled:
-            settled[key] = _settle(unit, calls[path], local, base)
-        plans.append(settled[key].plan.under(path))
-        decisions += _decide(path, mine, settled[key], wishes)
-    plan = base.joined_with(plans)
-    plan = _with_vocabulary(model, plan, sight, wishes, decisions)
+    settled = _settle_all(model, units, _capture(model, run, units), base)
+    plan = base.joined_with(each.plan.under(path) for path, each in settled.items())
     if sequence:
-        plan = replace(
-            plan,
-            streams=_streams(
-                model,
-                units,
-                {
-                    p: settled[_signature(model.get_submodule(p), [_relative(r, p) for r in m], calls[p])]
-                    for p, m in units.items()
-                    if p in calls
-                },
-            ),
-        )
+        streams = _streams(model, settled)
+        ends = {f"stream of {each.blocks[0]}": settled[each.blocks[0]].ends for each in streams}
+        plan = replace(plan, streams=streams, calls={**plan.calls, **ends})
+    plan, vocabulary = with_vocabulary(model, plan, sight, wishes)
     _check_wishes(wishes, plan)
-    return replace(plan, decisions=(*decisions, *_left(sight, plan, decisions, wishes)))
+    dealt = [row for path, each in settled.items() for row in _decide(path, units[path], each, wishes)]
+    said = [*objections, *dealt, *vocabulary]
+    return replace(plan, decisions=(*said, *_left(sight, said, wishes)))
 
 
-class _Wishes:
-    """Roles that the user's patterns and the model's own plan give to modules."""
-
-    def __init__(self, model: nn.Module, patterns: Mapping[str, str]) -> None:
-        self.patterns = patterns
-        self._own = {pattern: _role(style) for pattern, style in _own_plan(model).items()}
-        paths = [path for path, _ in model.named_modules() if path]
-        for pattern, role in patterns.items():
-            if role not in PATTERNS:
-                raise WrapError(f"tensor_plan[{pattern!r}]={role!r} does not exist; {nearest(role, PATTERNS)}")
-            if not any(fnmatchcase(path, pattern) for path in paths):
-                close = nearest(pattern, [_starred(path) for path in paths] if "*" in pattern else paths)
-                raise WrapError(f"tensor_plan: no module of the model fits {pattern!r}; {close}")
-
-    def of(self, path: str) -> tuple[str, str] | None:
-        """Role and reason, or None where nobody asked for anything."""
-        for pattern, role in self.patterns.items():
-            if fnmatchcase(path, pattern):
-                return role, f"your pattern {pattern!r}"
-        for pattern, own in self._own.items():
-            if own is not None and fnmatchcase(path, pattern):
-                return own, "the model's own tp_plan"
-        return None
+def _settle_all(
+    model: nn.Module, units: Mapping[str, list[Region]], calls: Mapping[str, UnitCall], base: TensorPlan
+) -> dict[str, _Settled]:
+    """Settles each unit that was called; units of one signature once."""
+    known: dict[Any, _Settled] = {}
+    settled: dict[str, _Settled] = {}
+    for region in (each for mine in units.values() for each in mine):
+        if region.heads is not None:
+            region.heads.deal(base.degree, region.row.path)  # refuses a degree that heads do not fit
+    for path, call in calls.items():
+        unit = model.get_submodule(path)
+        regions = [_relative(region, path) for region in units[path]]
+        key = _signature(unit, regions, call)
+        if key not in known:
+            known[key] = _settle(unit, call, regions, base)
+        settled[path] = known[key]
+    return settled
 
 
-def _own_plan(model: nn.Module) -> Mapping[str, str]:
-    plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
-    return plan if isinstance(plan, Mapping) else {}
-
-
-def _role(style: Any) -> str | None:
-    """Our word for a style of transformers' plans; None where it says something else."""
-    text = str(style)
-    if "gather" in text or "embedding" in text:
-        return "vocabulary"
-    return "column" if "col" in text else "row" if "row" in text else "replicate" if "replicate" in text else None
-
-
-def _wished(regions: Sequence[Region], wishes: _Wishes) -> tuple[list[Region], list[Decision]]:
+def _wished(regions: Sequence[Region], wishes: Wishes) -> tuple[list[Region], list[Decision]]:
     """Regions nobody objects to, and a decision for each that somebody does."""
     kept: list[Region] = []
     decisions: list[Decision] = []
@@ -169,24 +134,36 @@ def _units(model: nn.Module, regions: Sequence[Region]) -> dict[str, list[Region
 def _capture(model: nn.Module, run: Callable[[], Any], units: Iterable[str]) -> dict[str, UnitCall]:
     """Arguments of the first call of each unit."""
     found: dict[str, UnitCall] = {}
+    made: dict[int, Any] = {}  # storages that units made, kept alive so that their addresses stay theirs
 
     def noting(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del module
             if path not in found:
                 kept = tree_map(_kept, (args, kwargs))
-                found[path] = UnitCall(*kept)
+                given = keyed_arguments(args, kwargs)
+                passed = (key for key, each in given if isinstance(each, Tensor) and _storage(each) in made)
+                found[path] = UnitCall(kept[0], kept[1], frozenset(passed))
 
         return hook
+
+    def keeping(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        made.update({_storage(each): each.untyped_storage() for each in tensors_of(output)})
 
     with ExitStack() as stack:
         for path in units:
             hook = model.get_submodule(path).register_forward_pre_hook(noting(path), with_kwargs=True)
             stack.callback(hook.remove)
+            stack.callback(model.get_submodule(path).register_forward_hook(keeping).remove)
         stack.enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: torch.empty(0)))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         run()
     return found
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _kept(leaf: Any) -> Any:
@@ -216,16 +193,13 @@ def _signature(unit: nn.Module, regions: Sequence[Region], call: UnitCall) -> An
     heads = tuple((region.paths, region.heads, tuple(each.segments for each in region.columns)) for region in regions)
     given = tuple(
         (key, tuple(each.shape), each.requires_grad) if isinstance(each, Tensor) else (key, type(each))
-        for key, each in (*enumerate(call.args), *call.kwargs.items())
+        for key, each in keyed_arguments(call.args, call.kwargs)
     )
     return settings, tensors, heads, given
 
 
 def _settle(unit: nn.Module, call: UnitCall, regions: Sequence[Region], base: TensorPlan) -> _Settled:
     """Finds the variant of a unit that deals most and is proved."""
-    for region in regions:
-        if region.heads is not None:
-            region.heads.deal(base.degree, region.row.path)
     refused: dict[str, str] = {}
     try:
         plain = run_plain(unit, call)
@@ -239,16 +213,24 @@ def _settle(unit: nn.Module, call: UnitCall, regions: Sequence[Region], base: Te
         for variant in variants(unit, plain, kept, base):
             try:
                 found = prove(plain, variant)
-            except Refuted as error:
+            except RefutedError as error:
                 reasons.append(str(error))
                 continue
-            return _Settled(found, refused, plain.stream)
+            return _Settled(found, refused, plain.stream, _ends(plain, base.degree) if base.sequence else ())
         if len(kept) == 1 or len(regions) == 1:
             refused.update({region.row.path: reasons[0] for region in kept})
     return _Settled(base, refused or {region.row.path: "refuted" for region in regions}, plain.stream)
 
 
-def _decide(unit: str, regions: Sequence[Region], settled: _Settled, wishes: _Wishes) -> list[Decision]:
+def _ends(plain: Plain, degree: int) -> tuple[tuple[str, int], ...]:
+    if not plain.shape:
+        return ()
+    samples, length, width = plain.shape
+    padded = samples * -(-length // degree) * degree * width
+    return (("all_gather", padded), ("all_gather", padded))
+
+
+def _decide(unit: str, regions: Sequence[Region], settled: _Settled, wishes: Wishes) -> list[Decision]:
     decisions = []
     for region in regions:
         row = region.row.path.removeprefix(unit + "." if unit else "")
@@ -268,52 +250,12 @@ def _decide(unit: str, regions: Sequence[Region], settled: _Settled, wishes: _Wi
     return decisions
 
 
-def _with_vocabulary(
-    model: nn.Module, plan: TensorPlan, sight: Sight, wishes: _Wishes, decisions: list[Decision]
-) -> TensorPlan:
-    """Adds embeddings and heads that are dealt by rows of the vocabulary."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    splits = dict(plan.splits)
-    lookups: list[str] = []
-    heads: list[str] = []
-    rows = {path: model.get_submodule(path).weight.shape[0] for path in sight.lookups}  # type: ignore[union-attr, operator, index]
-    for path in sight.scored | sight.leaked:
-        head = sight.matrices[path]
-        tables = [each for each, number in rows.items() if number == head.outputs]
-        wish = wishes.of(path)
-        if head.transposed or path in plan.rows or path in plan.columns or (wish and wish[0] in ("replicate", "row")):
-            continue
-        if not tables and not (wish and wish[0] == "vocabulary" and wish[1].startswith("your")):
-            continue
-        tied = {name for each in (path, *tables) for name in owners[id(model.get_submodule(each).weight)]}  # type: ignore[arg-type]
-        users = {name.rpartition(".")[0] for name in tied} & {*sight.matrices, *sight.lookups}
-        if (
-            users - {path, *tables}
-            or tied & sight.used_directly
-            or not all(_plain_table(model, each) for each in tables)
-        ):
-            continue
-        split = Split.even(0, head.outputs, plan.degree)
-        bias = model.get_submodule(path).bias
-        names = [*tied, *(owners[id(bias)] if isinstance(bias, Tensor) else [])]
-        splits.update(dict.fromkeys(names, split))
-        heads.append(path)
-        lookups += [each for each in tables if each not in lookups]
-        reason = f"{wish[1] if wish else 'rule: scores of a vocabulary'}; {head.outputs} rows"
-        decisions.append(Decision(path, "vocabulary", reason))
-        decisions += [Decision(each, "vocabulary", f"as many rows as {path} has scores") for each in tables]
-    return replace(plan, splits=splits, heads=tuple(heads), lookups=tuple(lookups))
+def _streams(model: nn.Module, settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
+    """The lists of blocks that were proved on a dealt sequence.
 
-
-def _plain_table(model: nn.Module, path: str) -> bool:
-    table = model.get_submodule(path)
-    odd = ("max_norm", "sparse", "scale_grad_by_freq")
-    return not any(getattr(table, name, None) for name in odd) and not any(True for _ in table.children())
-
-
-def _streams(model: nn.Module, units: Mapping[str, Any], settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
+    Raises:
+        WrapError: naming the block that cannot work on one.
+    """
     lists: dict[str, list[str]] = {}
     for path in find_blocks(model):
         lists.setdefault(path.rpartition(".")[0], []).append(path)
@@ -337,7 +279,7 @@ def _streams(model: nn.Module, units: Mapping[str, Any], settled: Mapping[str, _
     return tuple(streams)
 
 
-def _check_wishes(wishes: _Wishes, plan: TensorPlan) -> None:
+def _check_wishes(wishes: Wishes, plan: TensorPlan) -> None:
     """A user's wish that was not granted is an error; the model's own plan is a hint only."""
     dealt = {**dict.fromkeys(plan.columns, "column"), **dict.fromkeys(plan.rows, "row")}
     dealt.update(dict.fromkeys((*plan.heads, *plan.lookups), "vocabulary"))
@@ -350,7 +292,7 @@ def _check_wishes(wishes: _Wishes, plan: TensorPlan) -> None:
             )
 
 
-def _left(sight: Sight, plan: TensorPlan, decisions: Sequence[Decision], wishes: _Wishes) -> list[Decision]:
+def _left(sight: Sight, decisions: Sequence[Decision], wishes: Wishes) -> list[Decision]:
     said = {each.module for each in decisions}
     found = []
     for path in (*sight.matrices, *sight.lookups):
@@ -359,7 +301,3 @@ def _left(sight: Sight, plan: TensorPlan, decisions: Sequence[Decision], wishes:
             asked = f"{wish[1]} says {wish[0]}, but " if wish and wish[0] != "replicate" else ""
             found.append(Decision(path, "replicate", f"{asked}no rule fits"))
     return found
-
-
-def _starred(path: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -29,12 +29,14 @@ class ThreadAxis:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums over the axis in place."""
         self.calls.append(("all_reduce", tensor.numel()))
-        return tensor.copy_(self._met(tensor, lambda parts: torch.stack(parts).sum(0)))
+        tensor.copy_(self._met(tensor, lambda parts: torch.stack(parts).sum(0)))
+        return tensor
 
     def largest(self, tensor: Tensor) -> Tensor:
         """Element-wise maximum over the axis in place."""
         self.calls.append(("all_reduce", tensor.numel()))
-        return tensor.copy_(self._met(tensor, lambda parts: torch.stack(parts).amax(0)))
+        tensor.copy_(self._met(tensor, lambda parts: torch.stack(parts).amax(0)))
+        return tensor
 
     def gather(self, tensor: Tensor, sizes: list[int], dim: int) -> Tensor:
         """Joins the shares of all ranks along `dim`."""
@@ -45,7 +47,7 @@ class ThreadAxis:
         """Sums over the axis and keeps this rank's share along `dim`."""
         self.calls.append(("reduce_scatter", tensor.numel() // max(tensor.shape[dim], 1) * max(sizes) * self.size))
         whole = self._met(tensor, lambda parts: torch.stack(parts).sum(0))
-        return whole.split(sizes, dim)[self.rank].contiguous()
+        return whole.narrow(dim, sum(sizes[: self.rank]), sizes[self.rank]).clone()
 
     def _met(self, tensor: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
         self._slots[self.rank] = tensor.detach()

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from meshwright.parallel.layout import Split
-from meshwright.parallel.prove import Plain
 from meshwright.parallel.regions import Region, column_split, head_shares, row_split
 from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.unit_run import Plain, keyed_arguments
 
-__all__ = ["variants"]
+__all__ = ["common_path", "subsets", "variants"]
 
 _LEVELS = ("heads", "all", "config", "none")
 _MOST_SLICED = 4
@@ -182,7 +182,7 @@ def _per_head_arguments(
     number = heads.heads.query
     held = [[query] for query, _ in head_shares(heads, degree)]
     found: list[tuple[int | str, Split]] = []
-    for key, value in (*enumerate(plain.call.args), *plain.call.kwargs.items()):
+    for key, value in keyed_arguments(plain.call.args, plain.call.kwargs):
         if isinstance(value, Tensor) and key != plain.stream:
             dims = [dim for dim, size in enumerate(value.shape) if size == number]
             found += [(key, Split.of(dim, number, held)) for dim in dims[-1:] if value.dim() > 2 or len(dims) == 1]
@@ -224,3 +224,9 @@ def _joined(unit: nn.Module, regions: Sequence[Region], plain: Plain) -> dict[st
                 yield inner
 
     return {path: plain.keys[path] for path in walk(unit, "")}
+
+
+def subsets(items: list[Any]) -> Iterator[list[Any]]:
+    """All subsets, the larger ones first."""
+    for mask in sorted(range(2 ** len(items)), key=lambda bits: (-bits.bit_count(), bits)):
+        yield [item for position, item in enumerate(items) if mask >> position & 1]

@@ -16,8 +16,8 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import split
 from meshwright.parallel.optimizer import BuildOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
-from meshwright.parallel.plan import make_plan
 from meshwright.parallel.parity import Outcome, ParityReport, compare
+from meshwright.parallel.plan import make_plan
 from meshwright.parallel.ranks import RankPool, default_pool, run_ranks
 from meshwright.parallel.reference import Trial, plain_outcome
 from meshwright.parallel.wrap import ParallelModel, parallelize
@@ -58,8 +58,7 @@ def verify(
     chosen = Options.of(**options)
     chosen.check(mesh)
     dtype = torch.float32 if chosen.data_engine == "deepspeed" else torch.float64
-    trial = Trial(build_model, build_batch, build_optimizer or _adamw, mesh, chosen, dtype)
-    trial = replace(trial, options=_planned(trial))
+    trial = _planned(Trial(build_model, build_batch, build_optimizer or _adamw, mesh, chosen, dtype))
     plain = run_ranks(plain_outcome, Mesh(), trial)[0]
     pool = RankPool() if chosen.data_engine == "deepspeed" else default_pool()  # DeepSpeed serves one life of a process
     ranks = pool.run(_parallel_outcome, mesh.world_size, (trial, prepare), timeout_s=_TIMEOUT_S)
@@ -73,15 +72,15 @@ def verify(
     return replace(report, notes=tuple(notes))
 
 
-def _planned(trial: Trial) -> Options:
-    """The options with the tensor plan made: what cannot be dealt is refused before a rank starts."""
+def _planned(trial: Trial) -> Trial:
+    """The trial with its tensor plan made: what cannot be dealt is refused before a rank starts."""
     if trial.mesh.tp == 1:
-        return trial.options
+        return trial
     first = split(trial.samples_of(0), trial.options.num_microbatches)[0]
     example = first if trial.options.example is None else trial.options.example
     with trial.precision():
         plan = make_plan(trial.model(), trial.mesh, replace(trial.options, example=example))
-    return replace(trial.options, tensor_plan=plan, example=None)
+    return replace(trial, options=replace(trial.options, tensor_plan=plan, example=None))
 
 
 def _parallel_outcome(trial: Trial, prepare: Prepare | None) -> tuple[Outcome | None, dict[str, int]]:

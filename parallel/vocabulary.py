@@ -40,7 +40,8 @@ def deal_head(head: nn.Module, split: Split, axis: Axis) -> None:
 
     def score(hidden: Tensor) -> Tensor:
         weight, bias = head.weight, head.bias
-        assert isinstance(weight, Tensor) and not isinstance(bias, nn.Module), type(weight)
+        assert isinstance(weight, Tensor), type(weight)
+        assert not isinstance(bias, nn.Module), type(bias)
         return DealtScores.of(functional.linear(enter(hidden, axis), weight, bias), axis, split.size)
 
     head.forward = score
@@ -146,24 +147,28 @@ def _getitem(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
 
 
 def _cross_entropy(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
-    return _entropy(scores, *args, **keywords)
-
-
-def _entropy(
-    scores: DealtScores,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    odd = weight is not None or size_average is not None or reduce is not None or label_smoothing
+    """From the columns, for the calls that models make; the others join the scores first."""
+    del func
+    given = {**_ENTROPY_DEFAULTS, **dict(zip(_ENTROPY_DEFAULTS, args, strict=False)), **keywords}
+    target, ignore_index, reduction = (given.pop(name) for name in ("target", "ignore_index", "reduction"))
     columns = scores.columns()
+    odd = any(each is not None and each != 0 for each in given.values())
     if odd or target.is_floating_point() or columns.dim() != 2 or target.dim() != 1:
         return NotImplemented
-    return _CrossEntropy.apply(columns, target, scores.axis, scores.vocabulary, ignore_index, reduction)  # type: ignore[no-untyped-call]
+    return _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        columns, target, scores.axis, scores.vocabulary, ignore_index, reduction
+    )
+
+
+_ENTROPY_DEFAULTS: dict[str, Any] = {
+    "target": None,
+    "weight": None,
+    "size_average": None,
+    "ignore_index": -100,
+    "reduce": None,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+}
 
 
 class _CrossEntropy(Function):
@@ -188,10 +193,10 @@ class _CrossEntropy(Function):
         ctx.items = counted.sum(dtype=torch.float64)
         ctx.reduction, ctx.mine, ctx.place, ctx.counted = reduction, mine, place, counted
         ctx.save_for_backward(powers.div_(sums[0].unsqueeze(-1)))
-        if reduction == "none":
-            return losses
-        total = losses.sum()
-        return total if reduction == "sum" else total / ctx.items.to(total.dtype)
+        if reduction != "none":
+            losses = losses.sum()
+        result: Tensor = losses / ctx.items.to(losses.dtype) if reduction == "mean" else losses
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -228,14 +233,14 @@ _EACH = (
     torch.mul,
     torch.div,
 )
-_SHAPES = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.__len__)  # type: ignore[attr-defined]
+_GETTERS: Any = Tensor
+_SHAPES = (Tensor.size, Tensor.dim, Tensor.numel, _GETTERS.shape.__get__, _GETTERS.ndim.__get__, Tensor.__len__)
 _QUESTIONS = (
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    *(getattr(_GETTERS, name).__get__ for name in ("dtype", "device", "layout", "is_cuda", "is_meta")),
+    *(getattr(_GETTERS, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf", "_base")),
     Tensor.is_floating_point,
+    Tensor.register_hook,  # FSDP2 asks every output when its backward begins
+    Tensor.retain_grad,
     Tensor.__repr__,
     Tensor.__hash__,
 )

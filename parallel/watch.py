@@ -26,7 +26,7 @@ __all__ = ["Matrix", "Segment", "Sight", "matrix_form", "watch"]
 
 @dataclass(frozen=True, order=True)
 class Segment:
-    """A range of a product's features, `size` from `start`, cut by the model into `count` heads (or single features)."""
+    """A range of a product's features, `size` from `start`, cut into `count` heads (or single features)."""
 
     start: int
     size: int
@@ -61,6 +61,7 @@ class Sight:
         scored: matrices whose product is the scores of a cross entropy.
         lookups: paths of embeddings that were called.
         used_directly: names of parameters that are used outside the module that owns them.
+        elements: matrix or embedding -> elements of its inputs and of its outputs, over all its calls.
     """
 
     matrices: dict[str, Matrix]
@@ -68,10 +69,11 @@ class Sight:
     scored: set[str]
     lookups: set[str]
     used_directly: set[str]
+    elements: Mapping[str, tuple[int, int]]
 
 
 def watch(model: nn.Module, run: Callable[[], Any]) -> Sight:
-    """Runs `run` (one forward pass of `model`) and says what was seen; modes, hooks and weights are as before after it."""
+    """Runs `run` (one forward pass of `model`) and says what was seen; the model stays as it was."""
     forms = {path: form for path, leaf in model.named_modules() if (form := matrix_form(leaf)) is not None}
     watcher = _Watcher()
     hooks = []
@@ -97,18 +99,14 @@ def matrix_form(leaf: nn.Module) -> str | None:
     >>> matrix_form(nn.Linear(2, 3)), matrix_form(nn.LayerNorm(2))
     ('linear', None)
     """
-    parameters = dict(leaf.named_parameters())
-    weight = parameters.pop("weight", None)
-    bias = parameters.pop("bias", None)
-    if weight is None or weight.dim() != 2 or parameters or any(True for _ in leaf.children()):
+    if not _may_be_matrix(leaf):
         return None
-    if not weight.is_floating_point() or any(True for _ in leaf.buffers()):
-        return None
+    weight, bias = leaf.weight, leaf.bias
+    assert isinstance(weight, Tensor), type(weight)
     small = copy(leaf)
-    small._parameters = {
-        "weight": nn.Parameter(torch.arange(4.0).reshape(2, 2)),
-        "bias": None if bias is None else nn.Parameter(torch.tensor([5.0, 7.0])),
-    }
+    two_by_two = nn.Parameter(torch.arange(4.0).reshape(2, 2))
+    two = None if bias is None else nn.Parameter(torch.tensor([5.0, 7.0]))
+    small._parameters = {"weight": two_by_two, "bias": two}
     for name, value in vars(leaf).items():
         if type(value) is int and value in weight.shape:
             setattr(small, name, 2)
@@ -116,13 +114,23 @@ def matrix_form(leaf: nn.Module) -> str | None:
     try:
         with torch.no_grad():
             found = small.forward(given)
-            linear = functional.linear(given, small.weight, small.bias)
-            transposed = functional.linear(given, small.weight.T, small.bias)
     except Exception:  # whatever a module raises when it is given a matrix's input, it is no matrix
         return None
-    if not isinstance(found, Tensor) or found.shape != linear.shape:
-        return None
-    return "linear" if torch.equal(found, linear) else "transposed" if torch.equal(found, transposed) else None
+    forms = {"linear": two_by_two, "transposed": two_by_two.T}
+    same = (form for form, each in forms.items() if _equal(found, functional.linear(given, each, two)))
+    return next(same, None)
+
+
+def _may_be_matrix(leaf: nn.Module) -> bool:
+    weight = getattr(leaf, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    inside = [*leaf.children(), *leaf.buffers()]
+    return not inside and set(dict(leaf.named_parameters())) <= {"weight", "bias"} and hasattr(leaf, "bias")
+
+
+def _equal(found: Any, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.equal(found, expected)
 
 
 class _Watcher(TorchFunctionMode):
@@ -139,15 +147,18 @@ class _Watcher(TorchFunctionMode):
         self._scored: set[str] = set()
         self._lookups: set[str] = set()
         self._uses: Counter[int] = Counter()
+        self._elements: dict[str, tuple[int, int]] = {}
 
     def on_matrix(self, path: str, transposed: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight = module.weight
+            assert isinstance(weight, Tensor), type(weight)
             self._uses.subtract(id(each) for each in module.parameters())
-            inputs, outputs = weight.shape if transposed else reversed(weight.shape)  # type: ignore[union-attr, misc, arg-type]
-            matrix = self._matrices.setdefault(path, Matrix(path, transposed, int(inputs), int(outputs)))  # type: ignore[arg-type]
+            inputs, outputs = weight.shape if transposed else weight.shape[::-1]
+            matrix = self._matrices.setdefault(path, Matrix(path, transposed, inputs, outputs))
             for given in _tensors(args):
                 matrix.fed_by |= self._tags.get(given, frozenset())
+            self._count(path, args, output)
             self._tags[output] = frozenset([path])
             self._plain[output] = (path, 0)
 
@@ -158,8 +169,13 @@ class _Watcher(TorchFunctionMode):
             self._uses.subtract(id(each) for each in module.parameters())
             if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
                 self._lookups.add(path)
+                self._count(path, args, output)
 
         return hook
+
+    def _count(self, path: str, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs, outputs = self._elements.get(path, (0, 0))
+        self._elements[path] = (inputs + args[0].numel(), outputs + output.numel())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -174,12 +190,7 @@ class _Watcher(TorchFunctionMode):
         if func is Tensor.__setitem__:
             made = given[:1]
         self._uses.update(id(each) for each in given if isinstance(each, nn.Parameter))
-        tags = frozenset().union(*(self._tags.get(each, frozenset()) for each in given))
-        if func is functional.cross_entropy and len(tags) == 1:
-            self._scored |= tags
-        for result in made:
-            if tags:
-                self._tags[result] = tags | self._tags.get(result, frozenset())
+        self._tag(func, given, made)
         for source in given:
             if source in self._plain:
                 for result in made:
@@ -187,6 +198,13 @@ class _Watcher(TorchFunctionMode):
             elif source in self._stacked:
                 for result in made:
                     self._unstack(source, result)
+
+    def _tag(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        tags = frozenset().union(*(self._tags.get(each, frozenset()) for each in given))
+        if func is functional.cross_entropy and len(tags) == 1:
+            self._scored |= tags
+        for result in made if tags else ():
+            self._tags[result] = tags | self._tags.get(result, frozenset())
 
     def _follow(self, source: Tensor, result: Tensor) -> None:
         """Keeps track of a product's features through slices, casts and the view that cuts them into heads."""
@@ -223,9 +241,10 @@ class _Watcher(TorchFunctionMode):
         for path, matrix in self._matrices.items():
             cuts, flat = self._cuts.get(path, set()), self._flat.get(path, set())
             matrix.segments = _tiling(cuts, flat, matrix.outputs)
-        leaked = frozenset().union(*(self._tags.get(each, frozenset()) for each in _outputs(output)))
+        made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        leaked = frozenset().union(*(self._tags.get(each, frozenset()) for each in made))
         direct = {names[key] for key, number in self._uses.items() if number > 0 and key in names}
-        return Sight(self._matrices, set(leaked), self._scored, self._lookups, direct)
+        return Sight(self._matrices, set(leaked), self._scored, self._lookups, direct, self._elements)
 
 
 def _num_heads(source: tuple[int, ...], result: tuple[int, ...]) -> int:
@@ -279,12 +298,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return [found for item in value.values() for found in _tensors(item)]
     return []
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] + _tensors(
-        list(value.values()) if isinstance(value, Mapping) else []
-    )
 
 
 def _forget(tensor: Tensor) -> None:

@@ -45,7 +45,7 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     groups = Groups(mesh, device.type)
     check_agreement(model, groups)
     plan = make_plan(model, mesh, chosen)
-    report = describe(model, mesh, chosen)
+    report = describe(model, mesh, chosen, plan)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
     data = build_data_engine(model, groups, chosen, DealtStates(plan, groups))

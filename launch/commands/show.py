@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwright.launch.load import LoadedJob, load_job
-from meshwright.launch.rehearse import model_on_meta
+from meshwright.launch.rehearse import report_on_meta
 
 if TYPE_CHECKING:
     from meshwright.parallel.report import WrapReport
@@ -49,9 +49,4 @@ def draw_accumulation(num_microbatches: int) -> str:
 
 
 def _report(loaded: LoadedJob) -> "WrapReport":
-    from meshwright.parallel.options import Options
-    from meshwright.parallel.report import describe
-
-    options = Options.of(**loaded.job.options)
-    options.check(loaded.job.mesh)
-    return describe(model_on_meta(loaded), loaded.job.mesh, options)
+    return report_on_meta(loaded)[1]

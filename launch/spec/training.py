@@ -101,6 +101,13 @@ class Parallel(Axes):
     )
     data_engine: Literal["torch", "deepspeed"] = Field(default="torch", description="Who replicates and shards.")
     offload: Literal["none", "cpu"] = Field(default="none", description="cpu keeps sharded states in host memory.")
+    sequence_parallel: bool = Field(
+        default=False, description="Deal the sequence over tp between the matrices of blocks."
+    )
+    tensor_plan: dict[Line, Literal["column", "row", "vocabulary", "replicate"]] | None = Field(
+        default=None,
+        description="Module pattern: how it is dealt over tp, before what the model and rules say.",
+    )
 
 
 class Adamw(Block):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from meshwright.launch.spec.job import Job
 from meshwright.launch.worker.checkpoint import Checkpoints
 from meshwright.launch.worker.errors import CheckpointError
+from meshwright.launch.worker.example import example_batch
 from meshwright.launch.worker.measure import Meter
 from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line
 from meshwright.launch.worker.model import build_model
@@ -201,7 +202,7 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     plain = job.as_dict()
     text = load_text(plain["data"], seed=train.seed, batch_size=train.batch_size)
     module = _module(job, plain["model"], vocab_size=text.vocab_size, device=device)
-    model = parallelize(module, job.mesh, **job.options)
+    model = parallelize(module, job.mesh, **job.options, example=example_batch(job))
     plan = train.optimizer
     optimizer = model.make_optimizer(build_adamw(plan.lr, plan.betas, plan.eps), decay_of(plan.weight_decay))
     whose_say = say if model.rank == 0 else _silent

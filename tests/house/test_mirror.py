@@ -14,11 +14,23 @@ THEMES = {
     "tests/launch/test_import.py": "what importing costs",
     "tests/launch/test_malformed.py": "hundreds of broken job files",
     "tests/launch/worker/test_faults.py": "training runs killed at random moments",
+    "tests/parallel/test_matrix.py": "the parity matrix: families x layouts",
     "tests/launch/worker/test_parts.py": "the small parts of the training program",
 }
 
 # modules without a test file of their own that no test names either: reached through their users
 THROUGH_OTHERS = {
+    "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
+    "meshwright.parallel.exchange": "tests/parallel/test_matrix.py: every pair of collectives, forward and backward",
+    "meshwright.parallel.meta": "tests/parallel/test_tensor_planner.py plans a model on the meta device",
+    "meshwright.parallel.part": "tests/parallel/test_dealt.py saves and resumes on other meshes",
+    "meshwright.parallel.prove": "tests/parallel/test_tensor_planner.py and test_matrix.py",
+    "meshwright.parallel.tensor": "tests/parallel/test_matrix.py runs it on every family",
+    "meshwright.parallel.tensor_planner": "tests/parallel/test_tensor_planner.py",
+    "meshwright.parallel.unit_run": "tests/parallel/test_matrix.py, through the proof of every unit",
+    "meshwright.parallel.variants": "tests/parallel/test_matrix.py, through the proof of every unit",
+    "meshwright.parallel.vocabulary_plan": "tests/parallel/test_tensor_planner.py",
+    "meshwright.parallel.wishes": "tests/parallel/test_tensor_planner.py",
     "meshwright.clusters.bootstrap": "every launch of tests/launch starts ranks through it",
     "meshwright.clusters.channel": "every launch of tests/launch talks through it",
     "meshwright.clusters.spawn": "every launch of tests/launch starts agents through it",

@@ -36,11 +36,21 @@ def test_simulate_predicts_any_size(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "bytes kept by one rank" in capsys.readouterr().out
 
 
+def test_show_and_simulate_know_how_a_model_is_dealt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{tp: 2, sequence_parallel: true}"))
+    assert main(["show", job]) == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj" in shown
+    assert "reduce_scatter" in shown
+    assert main(["simulate", job, "--json"]) == 0
+    assert {row["axis"] for row in json.loads(capsys.readouterr().out)["collectives"]} == {"tp"}
+
+
 @pytest.mark.parametrize("command", ["verify", "show", "simulate"])
 def test_a_mesh_that_cannot_be_had_is_one_line_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert main([command, str(written(tmp_path, parallel="{tp: 2}"))]) == 65
+    assert main([command, str(written(tmp_path, parallel="{pp: 2}"))]) == 65
     error = capsys.readouterr().err
-    assert "mesh axis tp=2 cannot be wrapped by this version; nearest legal layout: dp=2" in error
+    assert "mesh axis pp=2 cannot be wrapped by this version; nearest legal layout: dp=2" in error
     assert "Traceback" not in error

@@ -54,7 +54,7 @@ def test_a_job_of_any_size_is_predicted_here(tmp_path: Path) -> None:
 
 def test_what_cannot_be_predicted_says_why(tmp_path: Path) -> None:
     with pytest.raises(WrapError, match="nearest legal layout"):
-        mw.simulate(written(tmp_path, parallel="{tp: 2}"))
+        mw.simulate(written(tmp_path, parallel="{pp: 2}"))
     path = tmp_path / "job.yaml"
     path.write_text("name: plain\ncommand: [echo, hi]\n")
     with pytest.raises(JobError, match=r"job\.yaml:1:1: model: the job runs a command"):

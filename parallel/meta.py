@@ -1,0 +1,36 @@
+"""Runs on the meta device of models that ask their tensors questions (`if mask.all():`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["MetaAnswers"]
+
+_ANSWERS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
+
+
+class MetaAnswers(TorchFunctionMode):
+    """A context in which `all` of a tensor without values is true and `any` of it false: the ordinary batch.
+
+    >>> with MetaAnswers():
+    ...     bool(torch.ones(2, device="meta").all())
+    True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: Any = WeakIdKeyDictionary()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answers questions about values, passes every other call on."""
+        if func in (Tensor.__bool__, Tensor.item) and args[0] in self._answers:
+            return self._answers[args[0]]
+        result = func(*args, **(kwargs or {}))
+        if func in _ANSWERS and isinstance(result, Tensor) and result.is_meta:
+            self._answers[result] = _ANSWERS[func]
+        return result
