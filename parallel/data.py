@@ -1,6 +1,6 @@
 """What every data engine must do, and the choice between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
+from meshwright.parallel.weights import alias_groups
 
 __all__ = ["AskScale", "DataEngine", "LocalStates", "build_data_engine"]
 
@@ -134,6 +135,14 @@ class LocalStates:
             name: None if each.grad is None else self._dealt.whole(name, self.whole(each.grad))
             for name, each in self._trained.items()
         }
+
+    def whole_states(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters and buffers, tied ones once; every rank must take them all."""
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        saved = self.module.state_dict()
+        for name, *_ in alias_groups(self.module):
+            parameter = held.get(name)
+            yield name, saved[name] if parameter is None else self._dealt.whole(name, self.whole(parameter.detach()))
 
     def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
         """Builds an ordinary torch optimizer on the local parts."""

@@ -11,7 +11,7 @@ from meshwright.parallel.layout import Range, Split
 from meshwright.parallel.part import Chunk, Part
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["DealtStates", "check_duplicates", "summed_elements"]
+__all__ = ["DealtStates", "check_duplicates", "rows_of", "summed_elements"]
 
 Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
 
@@ -72,7 +72,7 @@ class DealtStates:
         split = self._plan.splits[name]
         shape = list(parameter.shape)
         shape[split.dim] = split.size
-        rows = _rows(parameter)
+        rows = rows_of(parameter)
         chunks = list(_boxes(split, self._rank, values, rows))
         return Part.of(torch.Size(shape), values, chunks)
 
@@ -92,7 +92,7 @@ class DealtStates:
             here = [each for each in shared if split.local_start(each[1][0], each[0][0]) == offset]
             slot = next(number for number, (_, holders) in enumerate(here) if self._rank in holders)
             size = here[0][0][1] - here[0][0][0]
-            piece = _clipped(split, gradient, offset, size, _rows(parameter))
+            piece = _clipped(split, gradient, offset, size, rows_of(parameter))
             if piece is not None:
                 yield piece, slot, len(here)
 
@@ -110,7 +110,7 @@ class DealtStates:
         for (start, stop), holders in split.intervals:
             if holders[0] == self._rank:
                 offset = split.local_start(self._rank, start)
-                piece = _clipped(split, gradient, offset, stop - start, _rows(parameter))
+                piece = _clipped(split, gradient, offset, stop - start, rows_of(parameter))
                 if piece is not None:
                     yield piece
 
@@ -179,7 +179,7 @@ def _boxes(split: Split, rank: int, values: Tensor, rows: Range | None) -> Itera
         offset += stop - start
 
 
-def _rows(parameter: Tensor) -> Range | None:
+def rows_of(parameter: Tensor) -> Range | None:
     """Which rows of its tensor a parameter sharded by FSDP2 holds here; None where it is not sharded."""
     if not isinstance(parameter, DTensor):
         return None

@@ -3,7 +3,16 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["BatchError", "LossError", "MeshError", "MeshwrightError", "RankError", "WrapError", "nearest"]
+__all__ = [
+    "BatchError",
+    "LossError",
+    "MeshError",
+    "MeshwrightError",
+    "RankError",
+    "WeightsError",
+    "WrapError",
+    "nearest",
+]
 
 
 class MeshwrightError(ValueError):
@@ -16,6 +25,10 @@ class MeshError(MeshwrightError):
 
 class WrapError(MeshwrightError):
     """A model that cannot be split as asked, or an option that does not exist."""
+
+
+class WeightsError(MeshwrightError):
+    """Files of weights that do not fit the model."""
 
 
 class BatchError(MeshwrightError):

@@ -5,6 +5,7 @@ are summed.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import DataEngine, build_data_engine
+from meshwright.parallel.data import DataEngine, LocalStates, build_data_engine
 from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
@@ -23,6 +24,7 @@ from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, StepOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.plan import deal_model, make_plan
 from meshwright.parallel.report import WrapReport, describe
+from meshwright.parallel.weights import WeightFiles, alias_groups, boxes_of, write_weights
 
 __all__ = ["ParallelModel", "parallelize"]
 
@@ -127,6 +129,33 @@ class ParallelModel:
         """Loss of every micro-batch of the last step, by data rank; every rank must ask."""
         assert self.last_step is not None, "no step was run"
         return self._engine.over_data_ranks(self.last_step.microbatch_losses)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Reads safetensors files in Hugging Face's layout straight into what this rank holds.
+
+        Raises:
+            WeightsError: when a tensor is missing or has another shape.
+        """
+        files = WeightFiles(Path(folder))
+        states = self._local_states().model_state()
+        for names in alias_groups(self.module):
+            name = next((each for each in names if each in files), names[0])
+            files.fill(name, *boxes_of(states[names[0]]))
+
+    def save_weights(self, folder: str | Path, *, file_bytes: int = 5 << 30) -> None:
+        """Writes whole weights as safetensors files that `from_pretrained` reads; every rank must call it."""
+        states = self._local_states().whole_states()
+        if self.rank == 0:
+            write_weights(Path(folder), states, self.module, file_bytes)
+        for _ in states:  # the other ranks take part in joining each tensor
+            pass
+
+    def _local_states(self) -> LocalStates:
+        data = self._engine.data
+        if not isinstance(data, LocalStates):
+            raise WrapError("weights are read and written with data_engine='torch'; wrap the model with it once")
+        data.release()
+        return data
 
     def state_dict(self, *, loading: bool = False) -> dict[str, Any]:
         """Model, optimizer and step count under names that no layout changes, for `torch.distributed.checkpoint`.
