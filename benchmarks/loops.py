@@ -26,7 +26,9 @@ __all__ = [
 Step = Callable[[], object]
 
 
-def build_llama(hidden: int = 256, layers: int = 6, vocabulary: int = 1024) -> nn.Module:
+def build_llama(
+    hidden: int = 256, layers: int = 6, vocabulary: int = 1024, intermediate: int | None = None
+) -> nn.Module:
     """A llama of `transformers`, the same on every rank."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,7 +36,7 @@ def build_llama(hidden: int = 256, layers: int = 6, vocabulary: int = 1024) -> n
     config = AutoConfig.for_model(
         "llama",
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
+        intermediate_size=intermediate or hidden * 8 // 3,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 32,

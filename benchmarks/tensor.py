@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import meshwright as mw
@@ -32,11 +33,13 @@ _VOCABULARY = 4096
 
 
 def _llama() -> nn.Module:
-    return build_llama(hidden=_WIDTH, layers=6, vocabulary=_VOCABULARY)
+    return build_llama(hidden=_WIDTH, layers=6, vocabulary=_VOCABULARY, intermediate=1408)
 
 
 def _trained(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    kinds = [[each for each in model.parameters() if isinstance(each, DTensor) is dealt] for dealt in (True, False)]
+    groups = [{"params": kind} for kind in kinds if kind]  # one fused update does not take both kinds
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
