@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -69,12 +70,26 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def call(module: Any, batch: Any) -> Any:
-    """Calls a module the way its batch asks: a mapping as keywords, a tuple as positions, else one argument."""
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    if isinstance(batch, tuple):
-        return module(*batch)
-    return module(batch)
+    """Calls a module the way its batch asks: a mapping as keywords, a tuple as positions, else one argument.
+
+    Raises:
+        BatchError: when the module's forward does not take what the batch holds.
+    """
+    args = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
+    kwargs = batch if isinstance(batch, Mapping) else {}
+    try:
+        return module(*args, **kwargs)
+    except TypeError as error:
+        taken = signature(getattr(module, "forward", module))
+        try:
+            taken.bind(*args, **kwargs)
+        except TypeError as mismatch:
+            names = list(taken.parameters)
+            given = ", ".join(map(str, kwargs)) or f"{len(args)} positional arguments"
+            raise BatchError(
+                f"the batch holds {given}, but forward of {type(module).__name__} takes {', '.join(names)}: {mismatch}"
+            ) from error
+        raise
 
 
 def _map(value: Any, change: Any) -> Any:

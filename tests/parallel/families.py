@@ -39,7 +39,7 @@ def made(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def words(num_samples: int = 5, length: int = 12) -> dict[str, Tensor]:
+def words(num_samples: int = 9, length: int = 12) -> dict[str, Tensor]:
     """Tokens whose labels are masked unevenly; the odd numbers divide by nothing."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (num_samples, length), generator=generator)
@@ -49,12 +49,12 @@ def words(num_samples: int = 5, length: int = 12) -> dict[str, Tensor]:
 
 
 def pictures() -> dict[str, Tensor]:
-    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": images, "labels": torch.tensor([0, 1, 2, 3, 4])}
+    images = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": images, "labels": torch.arange(9) % 5}
 
 
 def sounds() -> dict[str, Tensor]:
-    waves = torch.randn(5, 8, 32, generator=torch.Generator().manual_seed(0))
+    waves = torch.randn(9, 8, 32, generator=torch.Generator().manual_seed(0))
     return {"input_features": waves, "labels": words()["labels"]}
 
 

@@ -36,13 +36,15 @@ _TENSOR: tuple[Layout, ...] = (
     ({"tp": 2}, {}),
     ({"tp": 2}, {"sequence_parallel": True}),
     ({"tp": 4}, {}),
-    ({"tp": 4}, {"sequence_parallel": True}),
 )
-WHOLE: tuple[Layout, ...] = tuple(
-    ({**data, **tensor}, {**data_options, **tensor_options, "num_microbatches": parts})
-    for (data, data_options), (tensor, tensor_options) in product(_DATA, _TENSOR)
-    for parts in ((1, 2) if len({**data, **tensor}) == 1 else (2,))
-    if mw.Mesh(**data, **tensor).world_size in range(2, 9)
+WHOLE: tuple[Layout, ...] = (
+    ({"tp": 4}, {"sequence_parallel": True, "num_microbatches": 2}),
+    *(
+        ({**data, **tensor}, {**data_options, **tensor_options, "num_microbatches": parts})
+        for (data, data_options), (tensor, tensor_options) in product(_DATA, _TENSOR)
+        for parts in ((1, 2) if len({**data, **tensor}) == 1 else (2,))
+        if mw.Mesh(**data, **tensor).world_size in range(2, 9)
+    ),
 )
 
 # families that a layout with this word cannot have: word -> family -> a part of the message

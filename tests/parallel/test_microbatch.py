@@ -57,3 +57,17 @@ def test_mappings_are_keywords_and_tuples_positions() -> None:
     assert call(lambda a, b: a - b, {"b": 1, "a": 3}) == 2
     assert call(lambda a, b: a - b, (3, 1)) == 2
     assert call(lambda a: a, 5) == 5
+
+
+class Taker(torch.nn.Module):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x * scale + ("a" if scale == 0 else 0)  # type: ignore[operator]
+
+
+def test_a_batch_that_forward_does_not_take_is_named() -> None:
+    with pytest.raises(BatchError, match=r"the batch holds y, scale, but forward of Taker takes x, scale"):
+        call(Taker(), {"y": torch.ones(1), "scale": 2.0})
+    with pytest.raises(BatchError, match=r"the batch holds 3 positional arguments"):
+        call(Taker(), (torch.ones(1), 1.0, 2.0))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call(Taker(), {"x": torch.ones(1), "scale": 0})
