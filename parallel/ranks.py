@@ -7,6 +7,7 @@ the call: the first failure is raised, the pool's processes are ended and starte
 
 import atexit
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -185,6 +186,8 @@ def serve(descriptor: int, parent: int) -> None:
             connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
+        del answer
+        gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
         with contextlib.suppress(RuntimeError):
             stop_ranks()
 
