@@ -4,7 +4,7 @@ A `Split` lists, for each rank, the ranges of the full dim it holds, so that une
 segments, each dealt by heads) and replicated key-value heads (a range held twice) are ordinary cases.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -119,13 +119,25 @@ class Split:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The full tensor from every rank's part."""
-        shape = list(parts[0].shape)
-        shape[self.dim] = self.size
-        full = parts[0].new_empty(shape)
+        full = self._blank(parts[0])
+        for place, piece in self._placed(full, parts):
+            place.copy_(piece)
+        return full
+
+    def added(self, parts: Sequence[Tensor]) -> Tensor:
+        """The full tensor in which elements that several ranks hold are summed."""
+        full = self._blank(parts[0])
+        for place, piece in self._placed(full, parts):
+            place.add_(piece)
+        return full
+
+    def _blank(self, part: Tensor) -> Tensor:
+        return part.new_zeros((*part.shape[: self.dim], self.size, *part.shape[self.dim + 1 :]))
+
+    def _placed(self, full: Tensor, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for rank, part in enumerate(parts):
             for (start, stop), piece in zip(self.held[rank], self.pieces(part, rank), strict=True):
-                full.narrow(self.dim, start, stop - start).copy_(piece)
-        return full
+                yield full.narrow(self.dim, start, stop - start), piece
 
     def pieces(self, local: Tensor, rank: int) -> tuple[Tensor, ...]:
         """A rank's local tensor cut into its ranges (views)."""

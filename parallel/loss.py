@@ -137,7 +137,9 @@ def items_of_graph(loss: Tensor) -> Tensor | None:
     """
     node = loss.grad_fn
     items = getattr(node, "_saved_total_weight", getattr(node, "items", None))
-    return items.detach().double() if isinstance(items, Tensor) and items.numel() == 1 else None
+    if not isinstance(items, Tensor) or items.numel() != 1 or items.dtype not in (torch.float32, torch.float64):
+        return None  # narrower types cannot count
+    return items.detach().double()
 
 
 class LossItems(TorchFunctionMode):

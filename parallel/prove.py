@@ -156,11 +156,9 @@ def _is_partial(name: str, plain: Plain, ranks: list[_Rank], plan: TensorPlan) -
     split = plan.splits.get(name)
     floor = _FLOOR * max((float(each.abs().max()) for each in plain.gradients.values() if each is not None), default=0)
     if split is not None:
-        sums = [torch.zeros(()) if each is None else each for each in found]
-        for rank in range(plan.degree):
-            same = [sums[other] for other in range(plan.degree) if split.held[other] == split.held[rank]]
-            expected = None if whole is None else split.take(whole, rank)
-            _same(torch.stack(same).sum(0) if whole is not None else None, expected, f"gradient of {name}", floor)
+        held = [each for each in found if each is not None]
+        total = split.added(held) if len(held) == plan.degree else None
+        _same(total, whole, f"gradient of {name}", floor)
         return False
     if all(_close(each, whole, floor) for each in found):
         return False

@@ -163,7 +163,7 @@ def _sum_after(matrix: nn.Module, axis: Axis, entry: _Entry, transposed: bool, l
                 "use sequence_parallel=False"
             )
         bias = matrix.bias
-        return whole + bias if isinstance(bias, Tensor) else whole
+        return whole + bias.to(whole.dtype) if isinstance(bias, Tensor) else whole  # autocast leaves the bias wide
 
     matrix.forward = forward
 

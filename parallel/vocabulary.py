@@ -106,8 +106,9 @@ def _same(scores: DealtScores, columns: Tensor) -> DealtScores:
 
 
 def _each_score(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
-    """Element by element, with numbers beside the scores at most."""
-    if any(isinstance(each, Tensor) and each.numel() > 1 for each in (*args, *keywords.values())):
+    """Element by element, with numbers beside the scores at most; a learned one needs the gradient of all scores."""
+    beside = [each for each in (*args, *keywords.values()) if isinstance(each, Tensor)]
+    if any(each.numel() > 1 or each.requires_grad for each in beside):
         return NotImplemented
     return _same(scores, func(scores.columns(), *args, **keywords))
 

@@ -79,6 +79,11 @@ def test_key_value_heads_are_replicated_where_there_are_too_few() -> None:
     assert splits["lm_head.weight"].held[0] == ((0, 25),)
 
 
+def test_key_value_heads_inside_a_fused_projection_are_replicated_too() -> None:
+    plan = plan_of("phi3", degree=4)
+    assert plan.splits["model.layers.0.self_attn.qkv_proj.weight"].held[1] == ((8, 16), (32, 40), (48, 56))
+
+
 def test_the_table_shows_equal_blocks_once() -> None:
     rows = plan_of("llama").table().splitlines()
     assert rows[0].split() == [

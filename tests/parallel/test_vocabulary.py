@@ -78,6 +78,23 @@ def test_losses_and_gradients_are_those_of_whole_scores(use: Callable[[Tensor], 
         torch.testing.assert_close(loss, expected.detach(), rtol=tolerance, atol=tolerance)
 
 
+def test_a_learned_scale_gets_the_gradient_of_all_scores() -> None:
+    whole = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    plain = torch.tensor(2.0, requires_grad=True)
+    functional.cross_entropy(whole * plain, TARGET).backward()
+
+    def work(axis: ThreadAxis) -> Tensor | None:
+        start, stop = deal(VOCABULARY, 2)[axis.rank]
+        scale = torch.tensor(2.0, requires_grad=True)
+        functional.cross_entropy(
+            DealtScores.of(whole[:, start:stop].clone(), axis, VOCABULARY) * scale, TARGET
+        ).backward()
+        return scale.grad
+
+    for gradient in run_threads(work, 2):
+        torch.testing.assert_close(gradient, plain.grad)
+
+
 def test_scores_have_the_shape_of_all_and_ask_nobody() -> None:
     scores = DealtScores.of(torch.zeros(2, 3, 4), _Nobody(), VOCABULARY)
     assert (scores.shape, scores.size(-1), scores.dim(), len(scores)) == ((2, 3, VOCABULARY), VOCABULARY, 3, 2)
