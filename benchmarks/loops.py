@@ -17,7 +17,6 @@ __all__ = [
     "build_llama",
     "ddp_step",
     "deepspeed_step",
-    "deepspeed_tensor_step",
     "fsdp2_step",
     "our_model",
     "our_step",
@@ -101,8 +100,8 @@ def fsdp2_step(model: nn.Module, batch: dict[str, torch.Tensor], num_ranks: int)
     return step
 
 
-def deepspeed_step(model: nn.Module, batch: dict[str, torch.Tensor], stage: int) -> Step:
-    """One step of DeepSpeed's own engine, as its tutorial writes it."""
+def deepspeed_step(model: nn.Module, batch: dict[str, torch.Tensor], stage: int, *, tensor_ranks: int = 1) -> Step:
+    """One step of DeepSpeed's own engine, as its tutorial writes it; `tensor_ranks` above one is AutoTP."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -112,29 +111,7 @@ def deepspeed_step(model: nn.Module, batch: dict[str, torch.Tensor], stage: int)
         "train_micro_batch_size_per_gpu": len(batch["input_ids"]),
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-    def step() -> None:
-        engine.backward(engine(**batch).loss)
-        engine.step()
-
-    return step
-
-
-def deepspeed_tensor_step(model: nn.Module, batch: dict[str, torch.Tensor], num_ranks: int) -> Step:
-    """One step of DeepSpeed's AutoTP training."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
-    config = {
-        "train_micro_batch_size_per_gpu": len(batch["input_ids"]),
-        "zero_optimization": {"stage": 0},
-        "zero_allow_untested_optimizer": True,
-        "tensor_parallel": {"autotp_size": num_ranks},
+        **({"tensor_parallel": {"autotp_size": tensor_ranks}} if tensor_ranks > 1 else {}),
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import meshwright as mw
-from benchmarks.loops import batch_of, build_llama, deepspeed_tensor_step, our_step
+from benchmarks.loops import batch_of, build_llama, deepspeed_step, our_step
 from benchmarks.timing import alternate, noise_of, ratio_of
 from meshwright.parallel.ranks import RankPool
 
@@ -77,7 +77,7 @@ def measure(rounds: int, folder: str) -> dict[str, Any]:
         "ours again": lambda: our_step(_llama(), mw.Mesh(tp=_RANKS), batch, example=batch),
         "torch": lambda: _torch_step(batch),
         "transformers": lambda: _transformers_step(batch, folder),
-        "DeepSpeed": lambda: deepspeed_tensor_step(_llama(), batch, _RANKS),
+        "DeepSpeed": lambda: deepspeed_step(_llama(), batch, 0, tensor_ranks=_RANKS),
     }
     steps: dict[str, Callable[[], object]] = {}
     missing: dict[str, str] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from meshwright.parallel.layout import Split
 
-__all__ = ["Decision", "Drop", "Stream", "TensorPlan"]
+__all__ = ["Decision", "Drop", "Stream", "TensorPlan", "starred"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TensorPlan:
         """Module, placement and reason, one row each; equal blocks share a row (numbers shown as *)."""
         rows: dict[tuple[str, str, str], int] = {}
         for each in self.decisions:
-            key = (_starred(each.module), each.placement, each.reason)
+            key = (starred(each.module), each.placement, each.reason)
             rows[key] = rows.get(key, 0) + 1
         width = max((len(module) for module, _, _ in rows), default=0)
         return "\n".join(
@@ -163,5 +163,10 @@ def _moved(name: str, prefix: str) -> str:
     return ".".join(part for part in (prefix, name) if part)
 
 
-def _starred(path: str) -> str:
+def starred(path: str) -> str:
+    """A path with its numbers shown as *.
+
+    >>> starred("layers.3.mlp")
+    'layers.*.mlp'
+    """
     return ".".join("*" if part.isdigit() else part for part in path.split("."))

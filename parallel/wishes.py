@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from meshwright.parallel.errors import WrapError, nearest
+from meshwright.parallel.tensor_plan import starred
 
 __all__ = ["PATTERNS", "Wishes"]
 
@@ -25,7 +26,7 @@ class Wishes:
             if role not in PATTERNS:
                 raise WrapError(f"tensor_plan[{pattern!r}]={role!r} does not exist; {nearest(role, PATTERNS)}")
             if not any(fnmatchcase(path, pattern) for path in paths):
-                close = nearest(pattern, [_starred(path) for path in paths] if "*" in pattern else paths)
+                close = nearest(pattern, [starred(path) for path in paths] if "*" in pattern else paths)
                 raise WrapError(f"tensor_plan: no module of the model fits {pattern!r}; {close}")
 
     def of(self, path: str) -> tuple[str, str] | None:
@@ -50,7 +51,3 @@ def _role(style: Any) -> str | None:
     if "gather" in text or "embedding" in text:
         return "vocabulary"
     return "column" if "col" in text else "row" if "row" in text else "replicate" if "replicate" in text else None
-
-
-def _starred(path: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
