@@ -210,10 +210,14 @@ def test_an_interrupt_ends_ranks_with_grace_and_says_so(tmp_path: Path, number: 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_restarts_count_once_for_the_whole_job_and_keep_their_logs(tmp_path: Path, nodes: int) -> None:
     script = (
-        "import os, sys, time\n"
-        "print('attempt', os.environ['MESHWRIGHT_ATTEMPT'], flush=True)\n"
-        "if os.environ['RANK'] == '1' and os.environ['MESHWRIGHT_ATTEMPT'] != '2': sys.exit(5)\n"
-        "time.sleep(0.5 if os.environ['MESHWRIGHT_ATTEMPT'] == '2' else 60)\n"
+        "import os, pathlib, sys, time\n"
+        "rank, attempt = os.environ['RANK'], os.environ['MESHWRIGHT_ATTEMPT']\n"
+        "print('attempt', attempt, flush=True)\n"
+        f"spoke = pathlib.Path({str(tmp_path)!r}, 'spoke-' + attempt)\n"
+        "if rank == '0': spoke.touch()\n"
+        "while not spoke.exists(): time.sleep(0.01)\n"  # a rank killed before it began would leave no log
+        "if rank == '1' and attempt != '2': sys.exit(5)\n"
+        "time.sleep(0.5 if attempt == '2' else 60)\n"
     )
     keys = {"failure": {"max_restarts": 2}, "cluster": {"simulate_nodes": nodes}, "nproc_per_node": 2 // nodes}
     done = run(write_job(tmp_path, script, **keys))
