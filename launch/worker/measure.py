@@ -1,13 +1,14 @@
 """Speed of a training run: step time, tokens per second, memory, and model-FLOP utilisation."""
 
 import time
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from meshwright.launch.worker.flops import FlopCount, count_flops, measure_peak_flops_per_s
 from meshwright.launch.worker.metrics import peak_memory_bytes, utilisation
-from meshwright.parallel.wrap import ParallelModel
+from meshwright.parallel.microbatch import call, to_device
+from meshwright.parallel.randomness import keyed
 
 __all__ = ["Meter"]
 
@@ -34,9 +35,9 @@ class Meter:
         self._peak_flops_per_s = 0.0
 
     @property
-    def needs_flops(self) -> bool:
-        """Whether the model's FLOPs are still unknown."""
-        return self._per_token is None
+    def needs_peak(self) -> bool:
+        """Whether it is still unknown what this device can do."""
+        return not self._peak_flops_per_s
 
     def tick(self) -> None:
         """Ends a step."""
@@ -49,11 +50,18 @@ class Meter:
         """Forgets the time since the last step."""
         self._since_s = time.perf_counter()
 
-    def count(self, model: ParallelModel, batch: dict[str, Any]) -> None:
-        """Counts one forward pass and measures this device; every rank must ask."""
-        with count_flops() as counted:
-            model.evaluate(batch)
+    def count(self, module: nn.Module, batch: dict[str, Tensor]) -> None:
+        """Counts one forward pass of the whole model, before it is wrapped: a rank of `tp` runs only a part of it."""
+        before = [buffer.clone() for buffer in module.buffers()]
+        with torch.no_grad(), keyed(0, "flops"):
+            with count_flops() as counted:
+                call(module, to_device(batch, self._device))
+            for buffer, value in zip(module.buffers(), before, strict=True):  # running statistics saw no training step
+                buffer.copy_(value)
         self._per_token = counted().per_token(batch["input_ids"].numel())
+
+    def measure_peak(self) -> None:
+        """Measures this device; every rank must ask."""
         self._peak_flops_per_s = measure_peak_flops_per_s(self._device, self._dtype) * self._num_ranks
         self.pause()
 

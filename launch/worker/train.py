@@ -101,8 +101,8 @@ class Training:
         self.optimizer.step()
         self.meter.tick()
         extra["time_unix_s"] = now_unix_s()
-        if self.meter.needs_flops:
-            self.meter.count(self.model, batch)
+        if self.meter.needs_peak:
+            self.meter.measure_peak()
         if self.step in (1, train.steps) or self._due(train.log_every_steps):
             self._log(float(loss), None if norm is None else float(norm), extra)
         if self._due(train.validate_every_steps) and self.step < train.steps:
@@ -202,7 +202,15 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     plain = job.as_dict()
     text = load_text(plain["data"], seed=train.seed, batch_size=train.batch_size)
     module = _module(job, plain["model"], vocab_size=text.vocab_size, device=device)
-    model = parallelize(module, job.mesh, **job.options, example=example_batch(job))
+    example = example_batch(job)
+    meter = Meter(
+        device,
+        _DTYPES[train.precision],
+        tokens_per_step=train.batch_size * data.sequence_length,
+        num_ranks=job.mesh.world_size,
+    )
+    meter.count(module, example)
+    model = parallelize(module, job.mesh, **job.options, example=example)
     plan = train.optimizer
     optimizer = model.make_optimizer(build_adamw(plan.lr, plan.betas, plan.eps), decay_of(plan.weight_decay))
     whose_say = say if model.rank == 0 else _silent
@@ -214,12 +222,7 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
         text=text,
         checkpoints=_checkpoints(job, model, whose_say),
         metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
-        meter=Meter(
-            device,
-            _DTYPES[train.precision],
-            tokens_per_step=train.batch_size * data.sequence_length,
-            num_ranks=job.mesh.world_size,
-        ),
+        meter=meter,
         say=whose_say,
     )
 

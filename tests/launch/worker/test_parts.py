@@ -67,9 +67,30 @@ def test_metrics_of_a_resumed_run_start_with_those_of_its_checkpoint(tmp_path: P
 
 def test_times_between_readings_are_means_over_steps() -> None:
     meter = Meter(torch.device("cpu"), torch.float32, tokens_per_step=10, num_ranks=1)
-    assert meter.needs_flops
+    assert meter.needs_peak
     with pytest.raises(AssertionError, match="count first"):
         meter.read()
+
+
+class _Normed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = torch.nn.Embedding(4, 8), torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = self.head(self.norm(self.table(input_ids).flatten(0, 1)))
+        return torch.nn.functional.cross_entropy(scores, labels.flatten())
+
+
+def test_counting_flops_is_no_training_step() -> None:
+    model, tokens = _Normed(), torch.tensor([[0, 1, 2], [3, 0, 1]])
+    meter = Meter(torch.device("cpu"), torch.float32, tokens_per_step=6, num_ranks=1)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    meter.count(model, {"input_ids": tokens, "labels": tokens})
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert meter._per_token is not None
+    assert meter._per_token.full == 3 * 2 * 8 * 4  # one matrix of 8 x 4, forward and backward, per token
 
 
 def test_random_states_return_on_every_generator() -> None:
