@@ -5,6 +5,7 @@ generator state as the plain run and keeps its share, so that masks and the stat
 """
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,6 +18,19 @@ from meshwright.parallel.layout import deal
 from meshwright.parallel.tensor_plan import Drop
 
 __all__ = ["PlainDropout", "with_plain_dropout"]
+
+# functions that draw inside themselves, where a mode does not look
+_DRAWING = (
+    functional.multi_head_attention_forward,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.rrelu,
+    functional.gumbel_softmax,
+)
+_DEFAULT_GENERATOR = Lock()
 
 _RANDOM = (torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli)
 
@@ -60,7 +74,16 @@ class PlainDropout(TorchFunctionMode):
             return self._attention(*args, **keywords)
         if func in _RANDOM and self._generator is not None:
             keywords.setdefault("generator", self._generator)
+        if func in _DRAWING and self._generator is not None:
+            return self._seeded(lambda: func(*args, **keywords))
         return func(*args, **keywords)
+
+    def _seeded(self, draw: Callable[[], Any]) -> Any:
+        """Draws from torch's default generator as if it were this one: threads share the default one."""
+        seed = int(torch.randint(1 << 62, (), generator=self._generator))
+        with _DEFAULT_GENERATOR, torch.random.fork_rng(devices=[]):
+            torch.random.manual_seed(seed)
+            return draw()
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
