@@ -89,7 +89,7 @@ def _sizes(full: int, axis: Axis) -> list[int]:
 
 def _own(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     start, stop = deal(tensor.shape[dim], axis.size)[axis.rank]
-    return tensor.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+    return tensor.narrow(dim, start, stop - start).clone()  # in the order of memory that dropout masks follow
 
 
 def _fresh(tensor: Tensor) -> Tensor:

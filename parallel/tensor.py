@@ -4,7 +4,7 @@ Parameters become this rank's local tensors, the numbers of heads that the model
 and hooks put the collectives of `exchange` where a region begins and ends. The model's own forward runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
@@ -174,18 +174,23 @@ def _gather_before(module: nn.Module, entry: _Entry, keys: tuple[int | str, ...]
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
-        whole: dict[int, Tensor] = {}
-
-        def change(value: Any) -> Any:
-            if not length.is_share(value):
-                return value
-            if id(value) not in whole:
-                whole[id(value)] = entry.gathered(value, length.full)
-            return whole[id(value)]
-
-        return _changed(args, kwargs, keys, change)
+        return _changed(args, kwargs, keys, _once(length, lambda value: entry.gathered(value, length.full)))
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _once(length: Length, work: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """Applies `work` to shares of the stream, once to each: a value passed twice stays one value."""
+    done: dict[int, Tensor] = {}
+
+    def change(value: Any) -> Any:
+        if not length.is_share(value):
+            return value
+        if id(value) not in done:
+            done[id(value)] = work(value)
+        return done[id(value)]
+
+    return change
 
 
 def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], length: Length | None) -> None:
@@ -195,12 +200,7 @@ def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], lengt
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
-        return _changed(
-            args,
-            kwargs,
-            keys,
-            lambda value: join(value, axis, value.dim() - 2, length.full) if length.is_share(value) else value,
-        )
+        return _changed(args, kwargs, keys, _once(length, lambda value: join(value, axis, 1, length.full)))
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         del module, args

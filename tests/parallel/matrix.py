@@ -53,7 +53,6 @@ REFUSED = {
     "tp": {"residual_net": "nothing can be dealt"},
     "sequence_parallel": {
         "residual_net": "no list of blocks",
-        "translator": "core.encoder.layers.0 cannot work on a dealt sequence",
         "mixer": "blocks.0 cannot work on a dealt sequence",
     },
 }

@@ -115,7 +115,7 @@ def test_the_table_shows_equal_blocks_once() -> None:
         ("llama", 2, {"tensor_plan": {"model.layrs.*": "row"}}, r"no module of the model fits 'model\.layrs\.\*'"),
         ("llama", 2, {"tensor_plan": {"lm_head": "colum"}}, r"did you mean 'column'|column"),
         ("llama", 2, {"tensor_plan": {"*.o_proj": "column"}}, r"cannot be had"),
-        ("translator", 2, {"sequence_parallel": True}, r"core\.encoder\.layers\.0 cannot work on a dealt sequence"),
+        ("mixer", 2, {"sequence_parallel": True}, r"blocks\.0 cannot work on a dealt sequence"),
     ],
 )
 def test_refusals_name_what_where_and_what_instead(family: str, degree: int, options: Any, message: str) -> None:
