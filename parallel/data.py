@@ -1,6 +1,6 @@
 """What every data engine must do, and the choice between them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,12 +9,13 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
 from meshwright.parallel.weights import alias_groups
 
-__all__ = ["AskScale", "DataEngine", "LocalStates", "build_data_engine"]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "build_data_engine"]
 
 
 AskScale = Callable[[], Tensor]
@@ -41,15 +42,11 @@ class DataEngine(Protocol):
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
 
-    def used(self) -> list[bool]:
-        """For each trained parameter, whether this rank computed a gradient for it in this step."""
-        ...
-
     def launch(self) -> None:
         """Starts the reductions that backward did not."""
         ...
 
-    def finish(self, used: list[bool]) -> None:
+    def finish(self) -> None:
         """Waits for the sums; parameters no rank used keep no gradient."""
         ...
 
@@ -167,6 +164,20 @@ class LocalStates:
                 _local(mine[name]).copy_(values.local)
         rest = {name: mine[name] if isinstance(values, Part) else values for name, values in state.items()}
         self.module.load_state_dict(rest)
+
+
+class SharedFlags:
+    """Which parameters some data rank computed a gradient for, where the reductions of gradients do not tell."""
+
+    def __init__(self, flags: Sequence[bool], groups: Groups) -> None:
+        self._flags = torch.tensor(flags, dtype=torch.float64, device=groups.device_type)
+        self._pending = groups.all_reduce(self._flags, *DATA_AXES)
+
+    def read(self) -> list[bool]:
+        """Waits for the other ranks."""
+        self._pending.wait()
+        flags: list[bool] = (self._flags > 0).tolist()
+        return flags
 
 
 def build_data_engine(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:

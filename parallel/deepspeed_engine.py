@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale
+from meshwright.parallel.data import AskScale, SharedFlags
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, grouped
 
@@ -43,10 +43,12 @@ class DeepSpeedStates:
             )
         self.module = module
         self._library = _import_deepspeed(groups.device_type)
+        self._groups = groups
         self._num_ranks = groups.mesh.world_size
         self._config = _config(zero_stage, offload)
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._used: set[str] = set()
+        self._flags: SharedFlags | None = None
         self._used_anywhere: set[str] = set()
         self._scale = torch.ones(())
         self._ask_scale: AskScale = lambda: self._scale
@@ -68,17 +70,16 @@ class DeepSpeedStates:
         self._ask_scale = ask_scale or self._ask_scale
         self._engine.backward(torch.where(items > 0, loss, 0.0) * (items * self._num_ranks), scale_wrt_gas=False)
 
-    def used(self) -> list[bool]:
-        """For each trained parameter, whether this rank computed a gradient for it in this step."""
-        return [name in self._used for name in self._trained]
-
     def launch(self) -> None:
-        """Nothing is left to launch: DeepSpeed reduced at the last micro-batch."""
+        """DeepSpeed reduced at the last micro-batch; what is left to say is which parameters were used."""
+        self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
 
-    def finish(self, used: list[bool]) -> None:
+    def finish(self) -> None:
         """Keeps the scale for the update; DeepSpeed's sums stay as they are until then."""
         self._scale = self._ask_scale().float()
-        self._used_anywhere = {name for name, has_gradient in zip(self._trained, used, strict=True) if has_gradient}
+        assert self._flags is not None, "launch comes first"
+        flags = self._flags.read()
+        self._used_anywhere = {name for name, has_gradient in zip(self._trained, flags, strict=True) if has_gradient}
 
     def release(self) -> None:
         """DeepSpeed frees gathered parameters itself."""

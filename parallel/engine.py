@@ -58,29 +58,27 @@ class Engine:
         """
         parts = split(batch, self.options.num_microbatches)
         self.data.begin()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        items_sum = torch.zeros_like(loss_sum)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # losses times items, items
         losses: list[Tensor] = []
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             self.data.prepare(last)
             loss, items = self._forward(part, index)
-            loss_sum += _weighted(loss, items)
-            items_sum += items
+            sums += torch.stack([_weighted(loss, items), items])
             if last:
-                counted = self._groups.all_reduce(items_sum, *DATA_AXES)
-            self.data.backward(loss, items.to(loss.dtype), _ask_scale(items_sum, counted) if last else None)
+                summed = self._groups.all_reduce(sums, *DATA_AXES)
+            self.data.backward(loss, items.to(loss.dtype), _ask_scale(sums, summed) if last else None)
             losses.append(loss.detach().double())
-        total, used = self._total(loss_sum)
-        counted.wait()
-        if items_sum == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
+        self.data.launch()
+        summed.wait()
+        if sums[1] == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
-        self.data.finish(used)
+        self.data.finish()
         if not self._buffers_checked:
             check_buffers(self.data.module, self._groups)
             self._buffers_checked = True
         self.num_steps += 1
-        return StepStats(total / items_sum, items_sum, torch.stack(losses))
+        return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
@@ -101,22 +99,13 @@ class Engine:
         with keyed(self.options.seed, "step", self.num_steps, "microbatch", number):
             return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
 
-    def _total(self, loss_sum: Tensor) -> tuple[Tensor, list[bool]]:
-        """Sums the loss and the use of each parameter over data ranks, while the last gradients travel."""
-        used = torch.tensor(self.data.used(), dtype=torch.float64, device=self._device)
-        total = torch.cat([loss_sum.reshape(1), used])
-        pending = self._groups.all_reduce(total, *DATA_AXES)
-        self.data.launch()
-        pending.wait()
-        return total[0], (total[1:] > 0).tolist()
 
-
-def _ask_scale(items_sum: Tensor, counted: Pending) -> AskScale:
+def _ask_scale(sums: Tensor, summed: Pending) -> AskScale:
     """All losses are known before the last backward, so its gradients can leave divided; asking waits for the sum."""
 
     def ask() -> Tensor:
-        counted.wait()
-        return items_sum.reciprocal()
+        summed.wait()
+        return sums[1].reciprocal()
 
     return ask
 

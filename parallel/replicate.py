@@ -2,7 +2,8 @@
 
 Buckets are cut once, from the order of the parameters, and launched in that order on every rank. Torch's DDP cuts
 them anew after its first step, which changes the order of additions and so the bits of a run that is resumed;
-here step n of a resumed run adds in the same order as step n of an undisturbed one.
+here step n of a resumed run adds in the same order as step n of an undisturbed one. Each bucket ends with one flag per
+parameter, so that the sum also says which parameters some rank used.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,8 @@ class _Bucket:
     names: list[str]
     flat: Tensor
     views: dict[str, Tensor]
+    flags: Tensor
+    missing: set[str] = field(default_factory=set)
     ready: set[str] = field(default_factory=set)
     pending: Pending | None = None
 
@@ -72,6 +75,7 @@ class Replicate(LocalStates):
             parameter.grad = None
         for bucket in self._buckets:
             bucket.ready.clear()
+            bucket.missing.clear()
         self._next = 0
         self._scale = None
 
@@ -90,10 +94,6 @@ class Replicate(LocalStates):
             items = items * scale
         loss.backward(gradient=items)
 
-    def used(self) -> list[bool]:
-        """For each trained parameter, whether this rank computed a gradient for it in this step."""
-        return [parameter.grad is not None for parameter in self._trained.values()]
-
     def launch(self) -> None:
         """Sends the buckets that backward did not fill; their missing gradients count as zero."""
         for bucket in self._buckets:
@@ -102,14 +102,16 @@ class Replicate(LocalStates):
                     self._take(bucket, name, self._trained[name].grad)
         self._send_ready()
 
-    def finish(self, used: list[bool]) -> None:
+    def finish(self) -> None:
         """Waits for the sums; parameters no rank used keep no gradient."""
         for bucket in self._buckets:
             assert bucket.pending is not None, bucket.names
             bucket.pending.wait()
-        for (name, parameter), has_gradient in zip(self._trained.items(), used, strict=True):
-            if name in self._home:
-                parameter.grad = self._home[name].views[name] if has_gradient else None
+            used = set(bucket.names)
+            if bucket.missing:  # flags are read only where this rank cannot know
+                used = {name for name, flag in zip(bucket.names, bucket.flags.tolist(), strict=True) if flag > 0}
+            for name in bucket.names:
+                self._trained[name].grad = bucket.views[name] if name in used else None
         self._dealt.sum_gradients(self.local())
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
@@ -126,12 +128,11 @@ class Replicate(LocalStates):
 
     def _make_bucket(self, names: list[str]) -> _Bucket:
         parameters = [self._trained[name] for name in names]
-        flat = torch.zeros(
-            sum(each.numel() for each in parameters), dtype=parameters[0].dtype, device=parameters[0].device
-        )
-        parts = flat.split([each.numel() for each in parameters])
+        sizes = [each.numel() for each in parameters]
+        flat = torch.zeros(sum(sizes) + len(names), dtype=parameters[0].dtype, device=parameters[0].device)
+        *parts, flags = flat.split([*sizes, len(names)])
         views = {name: part.view_as(each) for name, part, each in zip(names, parts, parameters, strict=True)}
-        return _Bucket(names, flat, views)
+        return _Bucket(names, flat, views, flags)
 
     def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
@@ -151,6 +152,7 @@ class Replicate(LocalStates):
         view = bucket.views[name]
         if gradient is None:
             view.zero_()
+            bucket.missing.add(name)
         else:
             if self._scale is None:
                 self._scale = self._ask_scale()
@@ -164,5 +166,8 @@ class Replicate(LocalStates):
             bucket = self._buckets[self._next]
             if len(bucket.ready) < len(bucket.names):
                 return
+            bucket.flags.fill_(1)
+            if bucket.missing:
+                bucket.flags.copy_(torch.tensor([float(name not in bucket.missing) for name in bucket.names]))
             bucket.pending = self._groups.all_reduce(bucket.flat, "dp")
             self._next += 1

@@ -93,8 +93,9 @@ def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call
     calls: list[Call] = []
     if mesh.data_degree > 1:
         axis = "+".join(axis for axis in ("dp", "fsdp") if mesh.degree(axis) > 1)
-        calls.append(Call(axis, "all_reduce", mesh.data_degree, 8))  # items
-        calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * (1 + len(trained))))  # loss, use
+        calls.append(Call(axis, "all_reduce", mesh.data_degree, 16))  # loss and items
+        if mesh.fsdp > 1:
+            calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * len(trained)))  # use
     if mesh.fsdp > 1:
         return calls + _shard_calls(model, mesh, options)
     if mesh.dp > 1:
@@ -135,7 +136,7 @@ def _replicate_calls(trained: list[nn.Parameter], mesh: Mesh, options: Options) 
     for dtype in dict.fromkeys(each.dtype for each in backwards):
         sizes = [each.numel() * dtype.itemsize for each in backwards if each.dtype == dtype]
         for bucket in cut_buckets(sizes, min(options.bucket_bytes, 1 << 20), options.bucket_bytes):
-            calls.append(Call("dp", "all_reduce", mesh.dp, sum(sizes[index] for index in bucket)))
+            calls.append(Call("dp", "all_reduce", mesh.dp, sum(sizes[index] + dtype.itemsize for index in bucket)))
     return calls
 
 

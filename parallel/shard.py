@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, LocalStates
+from meshwright.parallel.data import AskScale, LocalStates, SharedFlags
 from meshwright.parallel.dealt import DealtStates
 
 __all__ = ["Shard"]
@@ -43,6 +43,7 @@ class Shard(LocalStates):
     ) -> None:
         self.zero_stage = zero_stage
         self._used: set[str] = set()
+        self._flags: SharedFlags | None = None
         axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
         policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
         self._units = _shard_units(
@@ -76,16 +77,14 @@ class Shard(LocalStates):
         self._ask_scale = ask_scale or self._ask_scale
         loss.backward(gradient=items)
 
-    def used(self) -> list[bool]:
-        """For each trained parameter, whether this rank computed a gradient for it in this step."""
-        return [name in self._used for name in self._trained]
-
     def launch(self) -> None:
-        """Nothing is left to launch: FSDP2 reduced during backward."""
+        """FSDP2 reduced during backward; what is left to say is which parameters were used."""
+        self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
 
-    def finish(self, used: list[bool]) -> None:
+    def finish(self) -> None:
         """Divides the summed gradients; parameters no rank used keep no gradient."""
-        for parameter, has_gradient in zip(self._trained.values(), used, strict=True):
+        assert self._flags is not None, "launch comes first"
+        for parameter, has_gradient in zip(self._trained.values(), self._flags.read(), strict=True):
             if not has_gradient:
                 parameter.grad = None
         held = [gradient for _, gradient in self.local().values() if gradient is not None]
