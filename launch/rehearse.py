@@ -97,7 +97,7 @@ def model_on_meta(loaded: LoadedJob) -> "nn.Module":
     job = loaded.job
     assert job.model is not None, "checked by the caller"
     vocabulary = _vocabulary(job.as_dict()["data"])
-    return build_model(job.as_dict()["model"], vocab_size=vocabulary, seed=0, device="meta")
+    return build_model(job.as_dict()["model"], vocab_size=vocabulary, seed=0)
 
 
 def shrunk_mesh(mesh: Mesh, max_ranks: int = _MAX_RANKS) -> tuple[Mesh, tuple[str, ...]]:

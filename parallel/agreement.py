@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.deferred import recipe_text
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import AXES, DATA_AXES
 
@@ -14,13 +15,13 @@ __all__ = ["check_agreement", "check_buffers", "fingerprint"]
 _ROW = 1024  # elements hashed together: the order of rows counts, the order inside one does not
 
 
-def fingerprint(name: str, tensor: Tensor) -> int:
+def fingerprint(name: str, tensor: Tensor, recipe: str = "") -> int:
     """A 62-bit number of name, shape, dtype and every bit of a tensor (not of their order among 1024 neighbours).
 
     >>> fingerprint("w", torch.tensor([1.0, 2.0])) == fingerprint("w", torch.tensor([1.0, 2.5]))
     False
     """
-    digest = blake2b(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=8)
+    digest = blake2b(f"{name} {tuple(tensor.shape)} {tensor.dtype} {recipe}".encode(), digest_size=8)
     if not tensor.is_meta and tensor.numel():
         flat = tensor.detach().reshape(-1)
         whole = flat.numel() // _ROW * _ROW
@@ -44,7 +45,9 @@ def check_agreement(model: nn.Module, groups: Groups) -> None:
     shapes = torch.stack(groups.all_gather(everywhere.to(groups.device_type), *AXES)).cpu()
     if not bool((shapes == shapes[0]).all()):
         raise WrapError(f"ranks built different models: parameters and buffers per rank {shapes[:, 0].tolist()}")
-    mine = torch.tensor([fingerprint(name, tensors[name]) for name in names], device=groups.device_type)
+    mine = torch.tensor(
+        [fingerprint(name, tensors[name], recipe_text(model, name)) for name in names], device=groups.device_type
+    )
     marks = torch.stack(groups.all_gather(mine, *AXES)).cpu()
     for column, name in enumerate(names):
         odd = [rank for rank in range(len(marks)) if marks[rank, column] != marks[0, column]]

@@ -9,11 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.deferred import allocate
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
-from meshwright.parallel.weights import alias_groups
+from meshwright.parallel.weights import alias_groups, boxes_of
 
 __all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "build_data_engine"]
 
@@ -87,6 +88,7 @@ class LocalStates:
         self._groups = groups
         self._norm_axes = (*norm_axes, "tp")
         self._dealt = dealt
+        allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._ask_scale: AskScale = lambda: torch.ones(())
 
@@ -149,11 +151,12 @@ class LocalStates:
         """Parameters and buffers of the module, sharded ones as DTensors."""
         held = dict(self.module.named_parameters(remove_duplicate=False))
         return {
-            name: self._dealt.part(name, held.get(name, values), _local(values))
-            if self._dealt.is_dealt(name)
-            else values
-            for name, values in self.module.state_dict().items()
+            name: self._saved(name, held.get(name, values), values) for name, values in self.module.state_dict().items()
         }
+
+    def _saved(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:
+        """How a parameter or buffer is written to a checkpoint."""
+        return self._dealt.part(name, parameter, _local(values)) if self._dealt.is_dealt(name) else values
 
     def load_model_state(self, state: dict[str, Any]) -> None:
         """Takes back what `model_state` gave."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.dealt import check_duplicates
+from meshwright.parallel.deferred import on_shapes
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.meta import MetaAnswers
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.tensor import install, keep_shares
@@ -31,22 +31,21 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
         return TensorPlan(degree=1)
     if isinstance(options.tensor_plan, TensorPlan):
         return options.tensor_plan
+    patterns = options.tensor_plan
     example = _example_of(model) if options.example is None else options.example
-    device = next(model.parameters()).device
-    moved = to_device(example, device)
 
-    def run() -> Any:
-        with MetaAnswers():
-            return call(model, moved)
-
-    try:
-        plan = plan_tensor(
+    def plan_on(device: torch.device) -> TensorPlan:
+        moved = to_device(example, device)
+        return plan_tensor(
             model,
-            run,
+            lambda: call(model, moved),
             mesh.tp,
             sequence=options.sequence_parallel,
-            patterns=options.tensor_plan,
+            patterns=patterns,
         )
+
+    try:
+        plan = on_shapes(model, plan_on)
     except (RuntimeError, TypeError, KeyError) as error:
         raise WrapError(
             f"the model cannot be run on its example, which the axis tp={mesh.tp} needs: {type(error).__name__}: "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.deferred import materialise
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, num_samples, share, split
 from meshwright.parallel.optimizer import BuildOptimizer
@@ -40,7 +41,7 @@ class Trial:
     dtype: torch.dtype
 
     def model(self) -> nn.Module:
-        """The model in the trial's dtype."""
+        """The model in the trial's dtype; a deferred one stays deferred."""
         return self.build_model().to(dtype=self.dtype)
 
     def samples_of(self, data_rank: int) -> Any:
@@ -55,7 +56,7 @@ class Trial:
 
 def plain_outcome(trial: Trial) -> Outcome:
     """Runs the step on the unwrapped model; the reference of every comparison."""
-    model = trial.model()
+    model = materialise(trial.model())
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     shares: list[dict[str, Tensor]] = []
     losses: list[list[float]] = []

@@ -51,6 +51,7 @@ class Shard(LocalStates):
         )
         self._root = cast(FSDPModule, module)
         super().__init__(module, groups, norm_axes=("fsdp",), dealt=dealt)
+        module._apply(lambda tensor: tensor)  # FSDP2 looks at its parameters anew: deferred ones have memory by now
         self._watch = [unit.register_forward_pre_hook(self._watch_gradients) for unit in self._units]
 
     @property

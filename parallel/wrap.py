@@ -16,6 +16,7 @@ from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import DataEngine, LocalStates, build_data_engine
 from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.ledger import Ledger, LedgerSummary
@@ -33,7 +34,7 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     """Splits a model over a mesh; call it on every rank, after the process group has started.
 
     Args:
-        model: any `nn.Module`, with equal weights on all ranks; it is changed in place.
+        model: any `nn.Module`, with equal weights on all ranks, or `deferred`; it is changed in place.
         mesh: degrees of the axes; their product is the number of running ranks.
         options: see `Options`.
 
@@ -43,8 +44,7 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     """
     chosen = Options.of(**options)
     chosen.check(mesh)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    groups = Groups(mesh, device.type)
+    groups = Groups(mesh, device_of(model).type)
     check_agreement(model, groups)
     plan = make_plan(model, mesh, chosen)
     report = describe(model, mesh, chosen, plan)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from meshwright.launch.worker.flops import FlopCount, count_flops, measure_peak_flops_per_s
 from meshwright.launch.worker.metrics import peak_memory_bytes, utilisation
+from meshwright.parallel.deferred import on_shapes
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.randomness import keyed
 
@@ -52,13 +53,17 @@ class Meter:
 
     def count(self, module: nn.Module, batch: dict[str, Tensor]) -> None:
         """Counts one forward pass of the whole model, before it is wrapped: a rank of `tp` runs only a part of it."""
-        before = [buffer.clone() for buffer in module.buffers()]
-        with torch.no_grad(), keyed(0, "flops"):
+
+        def run(device: torch.device) -> FlopCount:
+            before = [buffer.clone() for buffer in module.buffers()]
             with count_flops() as counted:
-                call(module, to_device(batch, self._device))
+                call(module, to_device(batch, device))
             for buffer, value in zip(module.buffers(), before, strict=True):  # running statistics saw no training step
                 buffer.copy_(value)
-        self._per_token = counted().per_token(batch["input_ids"].numel())
+            return counted()
+
+        with torch.no_grad(), keyed(0, "flops"):
+            self._per_token = on_shapes(module, run).per_token(batch["input_ids"].numel())
 
     def measure_peak(self) -> None:
         """Measures this device; every rank must ask."""

@@ -4,6 +4,7 @@ Weights depend on the seed alone, so that all ranks build the same model.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from meshwright.launch.worker.errors import ModelBuildError
+from meshwright.parallel.deferred import deferred
 from meshwright.parallel.errors import nearest
 
 __all__ = ["build_model", "import_function"]
@@ -20,27 +22,31 @@ _CLASSES = {"causal_lm": "AutoModelForCausalLM"}
 
 
 def build_model(
-    spec: Mapping[str, Any], *, vocab_size: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    spec: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Builds the model that the `model:` block of a job describes, with weights drawn from `seed`.
+    """Builds the model that the `model:` block of a job describes; its weights are deferred, and drawn from `seed`.
 
     Args:
         spec: {"architecture": ..., "config": {...}}, {"path": ..., "config": {...}} or
             {"python": "package.module:function", "arguments": {...}}.
         vocab_size: tokens of the job's tokenizer; a config that names no vocabulary gets this one.
-        seed: of `torch.manual_seed`.
+        seed: of all weights.
         dtype: of parameters and buffers.
-        device: where the weights are made.
+        device: where the weights are wanted.
 
     Raises:
         ModelBuildError: when something cannot be imported, does not exist, or has too small a vocabulary.
     """
-    torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
-            return _from_python(spec) if spec.get("python") else _from_transformers(spec, vocab_size)
+        build = partial(_from_python, spec) if spec.get("python") else partial(_from_transformers, spec, vocab_size)
+        return deferred(build, seed=seed, device=device)
     finally:
         torch.set_default_dtype(before)
 

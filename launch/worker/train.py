@@ -233,7 +233,7 @@ def _module(job: Job, spec: dict[str, Any], *, vocab_size: int, device: torch.de
     assert job.model is not None, "checked when the job was read"
     wide = job.train.precision == "float64"
     dtype = torch.float64 if wide else _DTYPES[job.model.dtype]
-    module = build_model(spec, vocab_size=vocab_size, seed=job.train.seed, dtype=dtype).to(device).train()
+    module = build_model(spec, vocab_size=vocab_size, seed=job.train.seed, dtype=dtype, device=device).train()
     if job.train.precision == "bfloat16":
         module.forward = torch.autocast(device.type, dtype=torch.bfloat16)(module.forward)
     return module

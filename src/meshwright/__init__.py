@@ -12,18 +12,22 @@ from meshwright.parallel.mesh import Mesh as Mesh
 if TYPE_CHECKING:
     from meshwright.launch.predict import Prediction as Prediction
     from meshwright.launch.predict import simulate as simulate
+    from meshwright.parallel.deferred import deferred as deferred
+    from meshwright.parallel.deferred import materialise as materialise
     from meshwright.parallel.verify import ParityReport as ParityReport
     from meshwright.parallel.verify import verify as verify
     from meshwright.parallel.wrap import ParallelModel as ParallelModel
     from meshwright.parallel.wrap import parallelize as parallelize
 
 __version__ = "0.1.0"
-__all__ = ["Mesh", "ParallelModel", "ParityReport", "Prediction", "parallelize", "simulate", "verify"]
+__all__ = ["Mesh", "ParallelModel", "ParityReport", "Prediction", "deferred", "materialise", "parallelize", "simulate", "verify"]
 
 _HOMES = {
     "ParallelModel": "meshwright.parallel.wrap",
     "ParityReport": "meshwright.parallel.verify",
     "Prediction": "meshwright.launch.predict",
+    "deferred": "meshwright.parallel.deferred",
+    "materialise": "meshwright.parallel.deferred",
     "parallelize": "meshwright.parallel.wrap",
     "simulate": "meshwright.launch.predict",
     "verify": "meshwright.parallel.verify",
