@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.errors import DeferError, WrapError
 from meshwright.parallel.meta import MetaAnswers
 from meshwright.parallel.part import Chunk
 from meshwright.parallel.tape import Tape, View
@@ -61,7 +61,7 @@ def deferred(build: Callable[[], nn.Module], *, seed: int = 0, device: torch.dev
         The module, parameters and buffers on the meta device.
 
     Raises:
-        WrapError: when the constructor needs what a tensor without memory cannot give.
+        DeferError: when the constructor needs what a tensor without memory cannot give.
 
     >>> model = deferred(lambda: nn.Linear(2, 3), seed=1)
     >>> model.weight.device.type, materialise(model).weight.shape
@@ -73,21 +73,22 @@ def deferred(build: Callable[[], nn.Module], *, seed: int = 0, device: torch.dev
         with tape.recording():
             module = build()
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise WrapError(
-            f"the model cannot be built without memory: {type(error).__name__}: {error}; build it directly, seeded "
-            "alike on every rank"
-        ) from error
-    views: dict[str, View] = {}
+        raise DeferError(f"the model cannot be built without memory: {type(error).__name__}: {error}") from error
+    views = _views(module, tape)
     made: dict[int, Tensor] = {}
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for kind in (owner._parameters, owner._buffers):
-            for leaf, tensor in kind.items():
-                if isinstance(tensor, FakeTensor):
-                    views[f"{prefix}.{leaf}".lstrip(".")] = tape.view(tensor)
     for owner in module.modules():
         _leave_fakes(owner, tape, made)
     _RECIPES[module] = _Recipe(tape, views, target)
     return module
+
+
+def _views(module: nn.Module, tape: Tape) -> dict[str, View]:
+    return {
+        f"{prefix}.{leaf}".lstrip("."): tape.view(tensor)
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for leaf, tensor in [*owner._parameters.items(), *owner._buffers.items()]
+        if isinstance(tensor, FakeTensor)
+    }
 
 
 def device_of(module: nn.Module) -> torch.device:

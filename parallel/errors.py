@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 __all__ = [
     "BatchError",
+    "DeferError",
     "LossError",
     "MeshError",
     "MeshwrightError",
@@ -25,6 +26,10 @@ class MeshError(MeshwrightError):
 
 class WrapError(MeshwrightError):
     """A model that cannot be split as asked, or an option that does not exist."""
+
+
+class DeferError(WrapError):
+    """A model whose constructor needs memory while it runs."""
 
 
 class WeightsError(MeshwrightError):

@@ -6,6 +6,7 @@ of their own, so that the values do not depend on who asks, for what, and in whi
 initialisation in torchdistX; there the draws depend on the order).
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Tape(TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, new tensors are fake and operations on them are written down."""
-        with ExitStack() as stack:
+        with ExitStack() as stack, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a deepcopy asks, once
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(self)
             yield
@@ -142,7 +144,7 @@ class Tape(TorchDispatchMode):
             if written:
                 raise
             return self._run_now(func, args, kwargs)
-        self._write_down(func, args, kwargs, written, result)
+        self._write_down(func, (args, kwargs), written=written, result=result)
         return result
 
     def _run_now(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -156,23 +158,22 @@ class Tape(TorchDispatchMode):
         with _disable_current_modes():
             return func(*real_args, **real_kwargs)
 
-    def _write_down(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], result: Any) -> None:
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
-        frozen_args, frozen_kwargs = tree_map(self._frozen, (args, kwargs))
-        given = {leaf.storage for leaf in tree_leaves((frozen_args, frozen_kwargs)) if isinstance(leaf, View)}
-        outputs = tuple(self.view(each) for each in made)
-        fresh = {each.storage for each in outputs} - given
+    def _write_down(self, func: Any, given: Any, *, written: list[Tensor], result: Any) -> None:
+        args, kwargs = tree_map(self._frozen, given)
+        sources = {leaf.storage for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, View)}
+        outputs = tuple(self.view(leaf) for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor))
+        fresh = {each.storage for each in outputs} - sources
         changed = [self.view(each) for each in written]
         writes = fresh | {each.storage for each in changed}
         if not writes:
             return  # a view: its window says all
         whole = [each.storage for each in changed if each.covers and func.overloadpacket in _OVERWRITES]
-        reads = frozenset(given) - frozenset(whole)
+        reads = frozenset(sources) - frozenset(whole)
         overwritten = whole[0] if len(writes) == 1 and whole else None
         entry = _Entry(
             func,
-            frozen_args,
-            frozen_kwargs,
+            args,
+            kwargs,
             outputs,
             reads,
             frozenset(writes),

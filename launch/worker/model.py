@@ -3,6 +3,7 @@
 Weights depend on the seed alone, so that all ranks build the same model.
 """
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
@@ -14,7 +15,7 @@ from torch import nn
 
 from meshwright.launch.worker.errors import ModelBuildError
 from meshwright.parallel.deferred import deferred
-from meshwright.parallel.errors import nearest
+from meshwright.parallel.errors import DeferError, nearest
 
 __all__ = ["build_model", "import_function"]
 
@@ -46,7 +47,12 @@ def build_model(
     torch.set_default_dtype(dtype)
     try:
         build = partial(_from_python, spec) if spec.get("python") else partial(_from_transformers, spec, vocab_size)
-        return deferred(build, seed=seed, device=device)
+        try:
+            return deferred(build, seed=seed, device=device)
+        except DeferError as error:
+            warnings.warn(f"{error}; so every rank builds it whole", stacklevel=2)
+            torch.manual_seed(seed)
+            return build().to(device)
     finally:
         torch.set_default_dtype(before)
 

@@ -19,6 +19,7 @@ from meshwright.launch.worker.plot import plot_losses
 from meshwright.launch.worker.rng import capture_random_states, restore_random_states
 from meshwright.launch.worker.schedule import LearningRate
 from meshwright.launch.worker.text import load_text
+from meshwright.parallel.deferred import materialise
 
 
 def test_the_rate_rises_then_falls_to_its_floor() -> None:
@@ -117,7 +118,8 @@ def test_models_come_from_an_architecture_or_a_function() -> None:
     spec = {"architecture": "llama", "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}}
     one, same = (build_model(spec, vocab_size=257, seed=3, dtype=torch.float64) for _ in range(2))
     assert one.config.vocab_size == 257
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    pairs = zip(materialise(one).parameters(), materialise(same).parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert {each.dtype for each in one.parameters()} == {torch.float64}
     linear = build_model(
         {"python": "torch.nn:Linear", "arguments": {"in_features": 2, "out_features": 3}}, vocab_size=9, seed=0
