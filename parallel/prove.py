@@ -107,6 +107,8 @@ def _run_rank(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], ax
         parameters = {name: each for name, each in mine.named_parameters() if each.requires_grad}
         found = gradients_of(outputs, weights, [*inputs, *parameters.values()])
     gradients = dict(zip(parameters, found[len(inputs) :], strict=True))
+    for module in mine.modules():
+        module._parameters.clear()  # the hooks make cycles, which would hold them until a collector comes
     return _Rank([each.detach() for each in outputs], gradients, found[: len(inputs)], axis.calls, dropout.shapes)
 
 

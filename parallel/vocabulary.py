@@ -135,6 +135,11 @@ def _reshape(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
     return _same(scores, columns.reshape(*full[:-1], columns.shape[-1]))
 
 
+def _flatten(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
+    full = func(torch.empty(scores.full_shape(), device="meta"), *args, **keywords)
+    return _reshape(scores, func, (tuple(full.shape),), {})
+
+
 def _getitem(scores: DealtScores, func: Any, args: Any, keywords: Any) -> Any:
     index = args[0] if isinstance(args[0], tuple) else (args[0],)
     columns = scores.columns()
@@ -251,6 +256,7 @@ _WORK: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_SHAPES, _shape),
     **dict.fromkeys(_QUESTIONS, _ask),
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
+    **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
     Tensor.__getitem__: _getitem,
     functional.cross_entropy: _cross_entropy,
 }

@@ -26,13 +26,14 @@ def with_vocabulary(
         if refused or not names or not (tables or asked):
             continue
         split = Split.even(0, sight.matrices[path].outputs, plan.degree)
-        entering = sight.elements[path][0]
-        rows = entering // sight.matrices[path].inputs
-        scored = (("all_reduce", entering), ("all_reduce", rows), ("all_reduce", 2 * rows))  # hidden; largest; sums
-        looked_up = {each: (("all_reduce", sight.elements[each][1]),) for each in tables}
+        scored: list[tuple[str, int]] = []
+        for entering, _ in sight.elements[path]:
+            rows = entering // sight.matrices[path].inputs
+            scored += [("all_reduce", each) for each in (entering, rows, 2 * rows)]  # hidden; largest; sums
+        looked_up = {each: tuple(("all_reduce", made) for _, made in sight.elements[each]) for each in tables}
         plan = replace(
             plan,
-            calls={**plan.calls, **looked_up, path: scored},
+            calls={**plan.calls, **looked_up, path: tuple(scored)},
             splits={**plan.splits, **dict.fromkeys(names, split)},
             heads=(*plan.heads, path),
             lookups=(*plan.lookups, *(each for each in tables if each not in plan.lookups)),

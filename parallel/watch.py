@@ -61,7 +61,7 @@ class Sight:
         scored: matrices whose product is the scores of a cross entropy.
         lookups: paths of embeddings that were called.
         used_directly: names of parameters that are used outside the module that owns them.
-        elements: matrix or embedding -> elements of its inputs and of its outputs, over all its calls.
+        elements: matrix or embedding -> for each call, elements of its input and of its output.
     """
 
     matrices: dict[str, Matrix]
@@ -69,7 +69,7 @@ class Sight:
     scored: set[str]
     lookups: set[str]
     used_directly: set[str]
-    elements: Mapping[str, tuple[int, int]]
+    elements: Mapping[str, list[tuple[int, int]]]
 
 
 def watch(model: nn.Module, run: Callable[[], Any]) -> Sight:
@@ -147,7 +147,7 @@ class _Watcher(TorchFunctionMode):
         self._scored: set[str] = set()
         self._lookups: set[str] = set()
         self._uses: Counter[int] = Counter()
-        self._elements: dict[str, tuple[int, int]] = {}
+        self._elements: dict[str, list[tuple[int, int]]] = {}
 
     def on_matrix(self, path: str, transposed: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -174,8 +174,7 @@ class _Watcher(TorchFunctionMode):
         return hook
 
     def _count(self, path: str, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs, outputs = self._elements.get(path, (0, 0))
-        self._elements[path] = (inputs + args[0].numel(), outputs + output.numel())
+        self._elements.setdefault(path, []).append((args[0].numel(), output.numel()))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,5 +1,6 @@
 """States of a dealt model: checkpoints that any mesh reads, norms that count every element once."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,29 @@ def test_a_sum_over_tp_that_is_left_out_is_found() -> None:
 def test_rows_held_at_different_places_are_refused_under_fsdp() -> None:
     plan = TensorPlan(degree=2, splits={"qkv.weight": Split.of(0, 6, [[(0, 3), (4, 6)], [(3, 6)]])})
     assert check_duplicates(plan) == "qkv.weight: ranks hold the same rows at different places"
+
+
+def _partly_trained(family: str) -> torch.nn.Module:
+    """Frozen matrices, biases, norms and lookups beside trained ones, and a parameter that nothing uses."""
+    model = FAMILIES[family][0]()
+    for number, (_, parameter) in enumerate(model.named_parameters()):
+        parameter.requires_grad_(number % 3 != 0)
+    model.unused = torch.nn.Parameter(torch.ones(7, 3))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bert", "t5", "whisper", "vit", "translator"])
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        ({"tp": 2}, {}),
+        ({"tp": 2}, {"sequence_parallel": True, "num_microbatches": 2}),
+        ({"fsdp": 2, "tp": 2}, {"zero_stage": 2}),
+        ({"dp": 2, "tp": 2}, {}),
+    ],
+    ids=str,
+)
+def test_frozen_and_unused_parameters_are_as_in_the_plain_run(family: str, degrees: Any, options: Any) -> None:
+    report = mw.verify(partial(_partly_trained, family), FAMILIES[family][1], mw.Mesh(**degrees), **options)
+    assert report.ok, str(report)
+    assert not report.notes

@@ -9,6 +9,7 @@ from meshwright.parallel.microbatch import share
 from meshwright.parallel.options import Options
 from meshwright.parallel.report import describe
 from meshwright.testing import run_ranks
+from tests.parallel.families import FAMILIES
 from tests.parallel.models import gpt2, llama, pairs, regressor, tokens
 
 CASES = [
@@ -39,6 +40,28 @@ def test_prediction_is_equal_to_the_ledger(build_model: Any, build_batch: Any, d
     mesh = mw.Mesh(**degrees)
     for predicted, counted in run_ranks(_predicted_and_counted, mesh, build_model, build_batch, mesh, options):
         assert counted == predicted
+
+
+def _tensor_calls(family: str, mesh: mw.Mesh, options: dict[str, Any]) -> tuple[str, str]:
+    build_model, build_batch = FAMILIES[family]
+    batch = build_batch()  # the same on every data rank: the prediction is for the example's shape
+    model = mw.parallelize(build_model(), mesh, example=batch, **options)
+    model.step(batch)
+    _, counted = model.ledger_step(batch)
+    return str(model.report.collectives), str(counted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [({"tp": 2}, {}), ({"tp": 2}, {"sequence_parallel": True}), ({"fsdp": 2, "tp": 2}, {}), ({"dp": 2, "tp": 2}, {})],
+    ids=str,
+)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("residual_net", "mixer")])
+def test_collectives_of_tp_are_predicted_for_every_family(family: str, degrees: Any, options: Any) -> None:
+    mesh = mw.Mesh(**degrees)
+    predicted, counted = run_ranks(_tensor_calls, mesh, family, mesh, options)[0]  # others may hold other heads
+    assert counted == predicted
 
 
 def test_zero_three_gathers_grow_with_micro_batches_and_zero_one_does_not() -> None:
