@@ -1,7 +1,8 @@
 """A step of one llama dealt over two ranks: ours, torch's DTensor plan, transformers' own tp, DeepSpeed's AutoTP.
 
 All contenders train the same 6-layer, 512-wide llama on the same batch, in one set of processes, in turn. One that
-does not run here is named with its error. Also: what wrapping without `tp` costs.
+does not run here is named with its error. Also: what wrapping without `tp` costs, and the peak memory of a step, as
+the process's allocator counted it, against what the report predicted.
 `python -m benchmarks.tensor [--json] [--rounds N]`
 """
 
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import meshwright as mw
 from benchmarks.loops import batch_of, build_llama, deepspeed_step, our_step
+from benchmarks.memory import measured_peak_bytes
 from benchmarks.timing import alternate, noise_of, ratio_of
 from meshwright.parallel.ranks import RankPool
 
@@ -103,11 +105,25 @@ def _alone(rounds: int) -> dict[str, list[float]]:
     return alternate(contenders, rounds=rounds, steps=2)
 
 
+def _memory(options: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory of a step on two ranks: predicted by the report, and measured on this one."""
+    batch = batch_of(0, samples=4, length=128, vocabulary=_VOCABULARY)
+    model = mw.parallelize(_llama(), mw.Mesh(tp=_RANKS), example=batch, predict_memory=True, **options)
+    measured_bytes = measured_peak_bytes(model.module, lambda: model.step(batch))
+    memory = model.report.memory
+    assert memory is not None, model.report.notes
+    return {"predicted_bytes": memory.peak_bytes, "measured_bytes": measured_bytes}
+
+
 def _result(rounds: int) -> dict[str, Any]:
     pool = RankPool()
     try:
         with tempfile.TemporaryDirectory(prefix="meshwright-bench-") as folder:
             found = pool.run(measure, _RANKS, (rounds, folder), timeout_s=1800.0)[0]
+        memory = {
+            name: pool.run(_memory, _RANKS, (options,), timeout_s=600.0)
+            for name, options in (("tp", {}), ("tp, dealt sequence", {"sequence_parallel": True}))
+        }
         alone = pool.run(_alone, 1, (rounds,), timeout_s=1800.0)[0]
     finally:
         pool.close()
@@ -122,6 +138,10 @@ def _result(rounds: int) -> dict[str, Any]:
         "noise": noise_of(times["ours"], times["ours again"]),
         "wrapper_overhead": ratio_of(alone["wrapped"], alone["bare"]).median,
         "wrapper_noise": noise_of(alone["bare"], alone["bare again"]),
+        "memory": memory,
+        "worst_memory_error": max(
+            abs(each["predicted_bytes"] / each["measured_bytes"] - 1) for ranks in memory.values() for each in ranks
+        ),
         "not_run": found["missing"],
     }
 
@@ -142,6 +162,10 @@ def main() -> None:
         sys.stdout.write(f"ours / {name:<12} {ratio:.3f}\n")
     sys.stdout.write(f"noise {result['noise']:.3f}   wrapper without tp {result['wrapper_overhead']:.3f}")
     sys.stdout.write(f" (noise {result['wrapper_noise']:.3f})\n")
+    for name, ranks in result["memory"].items():
+        for rank, each in enumerate(ranks):
+            predicted_mb, measured_mb = each["predicted_bytes"] / 1e6, each["measured_bytes"] / 1e6
+            sys.stdout.write(f"memory, {name}, rank {rank}: predicted {predicted_mb:.1f} MB, {measured_mb:.1f} MB\n")
     for name, error in result["not_run"].items():
         sys.stdout.write(f"not run: {name}: {error}\n")
 

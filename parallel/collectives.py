@@ -17,7 +17,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from meshwright.parallel.errors import MeshError
 from meshwright.parallel.mesh import AXES, Mesh
 
-__all__ = ["Groups", "Pending", "ProcessAxis", "World", "gather_integers", "start_ranks", "stop_ranks", "world"]
+__all__ = [
+    "Groups",
+    "PaperAxis",
+    "Pending",
+    "ProcessAxis",
+    "World",
+    "gather_integers",
+    "start_ranks",
+    "stop_ranks",
+    "world",
+]
 
 
 @dataclass(frozen=True)
@@ -116,19 +126,19 @@ class ProcessAxis:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums over the axis in place."""
-        dist.all_reduce(tensor, group=self.group)
+        self._all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def largest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Element-wise maximum over the axis in place."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        self._all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, tensor: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
         """Joins the shares of all ranks along `dim`; shares are padded to the largest while they travel."""
         mine = _padded(tensor, max(sizes), dim).movedim(dim, 0).contiguous()
         parts = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
-        dist.all_gather_into_tensor(parts, mine, group=self.group)
+        self._all_gather(parts, mine)
         shares = [part[:size] for part, size in zip(parts.split(max(sizes)), sizes, strict=True)]
         joined = parts if len(set(sizes)) == 1 else torch.cat(shares)
         return joined.movedim(0, dim).contiguous()
@@ -138,8 +148,30 @@ class ProcessAxis:
         shares = [_padded(share, max(sizes), dim).movedim(dim, 0) for share in tensor.split(sizes, dim)]
         whole = torch.cat(shares).contiguous()
         mine = whole.new_empty((max(sizes), *whole.shape[1:]))
-        dist.reduce_scatter_tensor(mine, whole, group=self.group)
+        self._reduce_scatter(mine, whole)
         return mine[: sizes[self.rank]].movedim(0, dim).contiguous()
+
+    def _all_reduce(self, tensor: torch.Tensor, kind: Any) -> None:
+        dist.all_reduce(tensor, op=kind, group=self.group)
+
+    def _all_gather(self, parts: torch.Tensor, mine: torch.Tensor) -> None:
+        dist.all_gather_into_tensor(parts, mine, group=self.group)
+
+    def _reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
+        dist.reduce_scatter_tensor(mine, whole, group=self.group)
+
+
+class PaperAxis(ProcessAxis):
+    """An axis whose other ranks are not there: everything but the sending is done, for runs without values."""
+
+    def _all_reduce(self, tensor: torch.Tensor, kind: Any) -> None:
+        """Sends nothing."""
+
+    def _all_gather(self, parts: torch.Tensor, mine: torch.Tensor) -> None:
+        """Sends nothing."""
+
+    def _reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
+        """Sends nothing."""
 
 
 def _padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:

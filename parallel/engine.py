@@ -56,6 +56,17 @@ class Engine:
         Raises:
             LossError: when no micro-batch of any rank holds an item.
         """
+        stats = self.accumulate(batch)
+        if stats.items == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
+            raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
+        if not self._buffers_checked:
+            check_buffers(self.data.module, self._groups)
+            self._buffers_checked = True
+        self.num_steps += 1
+        return stats
+
+    def accumulate(self, batch: Any) -> StepStats:
+        """A step that asks no tensor for its value, so that it also runs where tensors have none."""
         parts = split(batch, self.options.num_microbatches)
         self.data.begin()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # losses times items, items
@@ -71,13 +82,7 @@ class Engine:
             losses.append(loss.detach().double())
         self.data.launch()
         summed.wait()
-        if sums[1] == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
-            raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
         self.data.finish()
-        if not self._buffers_checked:
-            check_buffers(self.data.module, self._groups)
-            self._buffers_checked = True
-        self.num_steps += 1
         return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""Runs on the meta device of models that ask their tensors questions (`if mask.all():`)."""
+"""Runs without values of models that ask their tensors questions (`if mask.all():`)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -31,6 +32,6 @@ class MetaAnswers(TorchFunctionMode):
         if func in (Tensor.__bool__, Tensor.item) and args[0] in self._answers:
             return self._answers[args[0]]
         result = func(*args, **(kwargs or {}))
-        if func in _ANSWERS and isinstance(result, Tensor) and result.is_meta:
+        if func in _ANSWERS and isinstance(result, Tensor) and (result.is_meta or isinstance(result, FakeTensor)):
             self._answers[result] = _ANSWERS[func]
         return result

@@ -31,6 +31,7 @@ class OptionKeywords(TypedDict, total=False):
     sequence_parallel: bool
     tensor_plan: Mapping[str, str] | TensorPlan | None
     example: Any
+    predict_memory: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Options:
         tensor_plan: module pattern -> "column", "row", "vocabulary" or "replicate", before what the model and rules
             say; or a plan made earlier.
         example: one micro-batch, looked at once to make the tensor plan; models of `transformers` bring their own.
+        predict_memory: run a step on `example` without values first, to have its peak memory in the report.
 
     Raises:
         WrapError: for values that do not exist.
@@ -68,6 +70,7 @@ class Options:
     sequence_parallel: bool = False
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
     example: Any = None
+    predict_memory: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("data_engine", get_args(DataEngineKind)), ("offload", ("none", "cpu"))):

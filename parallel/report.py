@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.dealt import summed_elements
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.footprint import Footprint, footprint
 from meshwright.parallel.ledger import Call, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
@@ -32,6 +34,7 @@ class WrapReport:
         parameters_per_rank: largest number of elements a rank keeps between steps (padding included).
         collectives: predicted calls of one step, equal to what the ledger counts; those of `tp` for micro-batches
             shaped like the example.
+        memory: of the first rank, if `predict_memory` asked for it and it can be told.
         table: module, placement and reason, where the mesh has `tp`.
     """
 
@@ -42,6 +45,7 @@ class WrapReport:
     parameters_per_rank: int
     collectives: LedgerSummary | None
     table: str = ""
+    memory: Footprint | None = None
 
     def as_dict(self) -> dict[str, object]:
         """A JSON-able copy."""
@@ -51,6 +55,7 @@ class WrapReport:
             "notes": list(self.notes),
             "num_parameters": self.num_parameters,
             "parameters_per_rank": self.parameters_per_rank,
+            "memory": None if self.memory is None else asdict(self.memory),
             "collectives_per_step": None if self.collectives is None else self.collectives.as_dict(),
         }
 
@@ -61,6 +66,12 @@ class WrapReport:
             *(f"  note: {note}" for note in self.notes),
             *(f"  {row}" for row in self.table.splitlines()),
         ]
+        if self.memory is not None:
+            states_mb, peak_mb = (each / 1e6 for each in (self.memory.states_bytes, self.memory.peak_bytes))
+            lines.append(
+                f"memory of one rank (predicted, without optimizer states): {peak_mb:,.1f} MB at most in a step, "
+                f"{states_mb:,.1f} MB between steps"
+            )
         if self.collectives is not None:
             lines += [
                 "collectives of one step (predicted):",
@@ -75,16 +86,29 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
     mine = model if plan is None else first_shares(model, plan)
     kept = sum(_padded(each.shape, mesh.fsdp) // mesh.fsdp for each in mine.parameters())
     known = options.data_engine == "torch"
+    memory, unknown = _memory(model, mesh, options, plan)
     calls = [*predicted_calls(mine, mesh, options), *_tensor_calls(mine, mesh, options, plan)] if known else None
     return WrapReport(
         mesh=str(mesh),
         axes=tuple(_axes(model, mesh, options, plan)),
-        notes=tuple(_notes(model)),
+        notes=(*_notes(model), *unknown),
         num_parameters=whole,
         parameters_per_rank=kept,
         collectives=None if calls is None else LedgerSummary.of(calls),
         table="" if plan is None else plan.table(),
+        memory=memory,
     )
+
+
+def _memory(
+    model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None
+) -> tuple[Footprint | None, tuple[str, ...]]:
+    if not options.predict_memory:
+        return None, ()
+    try:
+        return footprint(model, mesh, options, plan or TensorPlan(degree=1)), ()
+    except WrapError as error:
+        return None, (f"peak memory is not predicted: {error}",)
 
 
 def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import Function
 from torch.nn import functional
 
@@ -56,7 +58,11 @@ class DealtScores(Tensor):
     @classmethod
     def of(cls, columns: Tensor, axis: Axis, vocabulary: int) -> "DealtScores":
         """Wraps a rank's columns."""
-        scores: DealtScores = columns.as_subclass(cls)
+        if isinstance(columns, FakeTensor):  # a subclass already, which torch makes no other one of
+            scores: DealtScores = columns.view_as(columns)  # type: ignore[assignment]
+            scores.__class__ = _FakeScores
+        else:
+            scores = columns.as_subclass(cls)
         scores.axis, scores.vocabulary = axis, vocabulary
         return scores
 
@@ -64,11 +70,13 @@ class DealtScores(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Works on the columns where that is the same, and on the joined scores elsewhere."""
         keywords = kwargs or {}
-        scores = args[0] if args and isinstance(args[0], cls) else None
+        scores = args[0] if args and isinstance(args[0], DealtScores) else None
         with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(func, OpOverload):  # below the functions that a model calls
+                return func(*args, **keywords)
             if scores is None:
                 scores = keywords.get("input")
-            if isinstance(scores, cls) and not _others(args[1:], keywords):
+            if isinstance(scores, DealtScores) and not _others(args[1:], keywords):
                 work = _WORK.get(func)
                 if work is not None:
                     done = work(scores, func, args[1:], {key: each for key, each in keywords.items() if key != "input"})
@@ -84,6 +92,10 @@ class DealtScores(Tensor):
     def full_shape(self) -> torch.Size:
         """The shape of all scores."""
         return torch.Size([*self.columns().shape[:-1], self.vocabulary])
+
+
+class _FakeScores(DealtScores, FakeTensor):
+    """Columns of scores without values."""
 
 
 def _others(args: Any, keywords: dict[str, Any]) -> bool:

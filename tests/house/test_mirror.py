@@ -23,6 +23,7 @@ THROUGH_OTHERS = {
     "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
     "meshwright.parallel.exchange": "tests/parallel/test_matrix.py: every pair of collectives, forward and backward",
     "meshwright.parallel.meta": "tests/parallel/test_tensor_planner.py plans a model on the meta device",
+    "meshwright.parallel.paper": "tests/parallel/test_footprint.py runs steps on it",
     "meshwright.parallel.part": "tests/parallel/test_dealt.py saves and resumes on other meshes",
     "meshwright.parallel.prove": "tests/parallel/test_tensor_planner.py and test_matrix.py",
     "meshwright.parallel.tensor": "tests/parallel/test_matrix.py runs it on every family",
