@@ -14,14 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["measured_peak_bytes"]
 
 
+_FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+
+
 class _Mallinfo2(ctypes.Structure):
     """`struct mallinfo2` of glibc: all fields are size_t."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")  # the last: bytes in mappings of their own
-        + ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")  # uordblks: bytes in use in arenas
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
 
 
 def _in_use_bytes(mallinfo2: Any) -> int:

@@ -70,18 +70,15 @@ class DealtScores(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Works on the columns where that is the same, and on the joined scores elsewhere."""
         keywords = kwargs or {}
-        scores = args[0] if args and isinstance(args[0], DealtScores) else None
+        scores = next((each for each in args[:1] if isinstance(each, DealtScores)), keywords.get("input"))
         with torch._C.DisableTorchFunctionSubclass():
             if isinstance(func, OpOverload):  # below the functions that a model calls
                 return func(*args, **keywords)
-            if scores is None:
-                scores = keywords.get("input")
-            if isinstance(scores, DealtScores) and not _others(args[1:], keywords):
-                work = _WORK.get(func)
-                if work is not None:
-                    done = work(scores, func, args[1:], {key: each for key, each in keywords.items() if key != "input"})
-                    if done is not NotImplemented:
-                        return done
+            work = _WORK.get(func)
+            if work is not None and isinstance(scores, DealtScores) and not _others(args[1:], keywords):
+                done = work(scores, func, args[1:], {key: each for key, each in keywords.items() if key != "input"})
+                if done is not NotImplemented:
+                    return done
             return func(*[_joined(each) for each in args], **{key: _joined(each) for key, each in keywords.items()})
 
     def columns(self) -> Tensor:

@@ -26,14 +26,9 @@ def with_vocabulary(
         if refused or not names or not (tables or asked):
             continue
         split = Split.even(0, sight.matrices[path].outputs, plan.degree)
-        scored: list[tuple[str, int]] = []
-        for entering, _ in sight.elements[path]:
-            rows = entering // sight.matrices[path].inputs
-            scored += [("all_reduce", each) for each in (entering, rows, 2 * rows)]  # hidden; largest; sums
-        looked_up = {each: tuple(("all_reduce", made) for _, made in sight.elements[each]) for each in tables}
         plan = replace(
             plan,
-            calls={**plan.calls, **looked_up, path: tuple(scored)},
+            calls={**plan.calls, **_calls(sight, path, tables)},
             splits={**plan.splits, **dict.fromkeys(names, split)},
             heads=(*plan.heads, path),
             lookups=(*plan.lookups, *(each for each in tables if each not in plan.lookups)),
@@ -42,6 +37,16 @@ def with_vocabulary(
         decisions.append(Decision(path, "vocabulary", reason))
         decisions += [Decision(each, "vocabulary", f"as many rows as {path} has scores") for each in tables]
     return plan, decisions
+
+
+def _calls(sight: Sight, head: str, tables: list[str]) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Collectives of a head and its embeddings in one forward and backward pass."""
+    scored: list[tuple[str, int]] = []
+    for entering, _ in sight.elements[head]:
+        rows = entering // sight.matrices[head].inputs
+        scored += [("all_reduce", each) for each in (entering, rows, 2 * rows)]  # hidden; largest; sums
+    looked_up = {each: tuple(("all_reduce", made) for _, made in sight.elements[each]) for each in tables}
+    return {**looked_up, head: tuple(scored)}
 
 
 def _names_of(model: nn.Module, sight: Sight, paths: tuple[str, ...]) -> list[str]:
