@@ -10,6 +10,7 @@ __all__ = [
     "MeshError",
     "MeshwrightError",
     "RankError",
+    "ScheduleError",
     "WeightsError",
     "WrapError",
     "nearest",
@@ -42,6 +43,10 @@ class BatchError(MeshwrightError):
 
 class LossError(MeshwrightError):
     """A loss that breaks the stated contract (mean over tokens, over samples, or a sum)."""
+
+
+class ScheduleError(MeshwrightError):
+    """A schedule that cannot be run, or a pipeline that cannot be cut as asked."""
 
 
 class RankError(MeshwrightError):

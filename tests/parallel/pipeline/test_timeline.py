@@ -1,0 +1,70 @@
+"""Times on paper are the closed forms of the literature."""
+
+import pytest
+
+from meshwright.parallel.pipeline.lower import lowered
+from meshwright.parallel.pipeline.orders import breadth_first, one_forward_one_backward
+from meshwright.parallel.pipeline.timeline import Costs, timeline
+
+
+def _closed_form(ranks: int, microbatches: int, loops: int, costs: Costs) -> float:
+    """Breadth-first with a latency that only spare micro-batches hide."""
+    waits = [
+        loops * microbatches * time
+        + (ranks - 1) * (time + costs.latency)
+        + (loops - 1) * max(0, ranks * (time + costs.latency) - microbatches * time)
+        for time in (costs.forward, costs.backward)
+    ]
+    return sum(waits)
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.25, 1.0, 3.0])
+@pytest.mark.parametrize("loops", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_breadth_first_takes_the_closed_form_with_latency(ranks: int, loops: int, latency: float) -> None:
+    homes = [stage % ranks for stage in range(ranks * loops)]
+    costs = Costs(1, 2, latency=latency)
+    for microbatches in range(ranks, 2 * ranks + 4):
+        found = timeline(breadth_first(homes, microbatches), costs).makespan
+        assert found == pytest.approx(_closed_form(ranks, microbatches, loops, costs))
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "latency", "percent", "interleaved_percent"),
+    [(16, 0.25, 6.4, 13.7), (16, 1, 9.1, 38.3), (8, 0.25, 27.3, 27.3), (9, 0.25, 14.6, None), (10, 0.25, 10.2, None)],
+)
+def test_a_few_more_micro_batches_than_ranks_hide_latency(
+    microbatches: int, latency: float, percent: float, interleaved_percent: float | None
+) -> None:
+    homes = [stage % 8 for stage in range(64)]
+    costs = Costs(1, 2, latency=latency)
+    assert 100 * timeline(breadth_first(homes, microbatches), costs).bubble == pytest.approx(percent, abs=0.05)
+    if interleaved_percent is not None:
+        found = timeline(one_forward_one_backward(homes, microbatches), costs).bubble
+        assert 100 * found == pytest.approx(interleaved_percent, abs=0.05)
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.5])
+def test_sends_and_receives_take_no_more_time_than_the_dependences_they_stand_for(latency: float) -> None:
+    for order in (breadth_first([0, 1, 2, 0, 1, 2], 5), one_forward_one_backward([0, 1, 2], 5)):
+        plain = timeline(order, Costs(latency=latency))
+        assert timeline(lowered(order, zero_stage=3), Costs(latency=latency)).makespan == pytest.approx(plain.makespan)
+
+
+def test_larger_stages_take_longer() -> None:
+    found = timeline(breadth_first([0, 1], 3), Costs(1, 2, stages={1: 2.0}))
+    assert found.busy == (9.0, 18.0)
+    assert found.bubble == pytest.approx((1 + 18 + 2) / 18 - 1)
+
+
+def test_reductions_begin_through_the_whole_backward() -> None:
+    """Fractions of the makespan at which the gradients of each stage of rank 0 are complete."""
+
+    def fractions(make: object) -> list[float]:
+        assert callable(make)
+        found = timeline(make([s % 4 for s in range(16)], 8))
+        ends = {span.action.stage: span.end for span in found.spans if span.rank == 0 and span.action.kind == "B"}
+        return [round(end / found.makespan, 2) for _, end in sorted(ends.items(), reverse=True)]
+
+    assert fractions(breadth_first) == [0.54, 0.70, 0.85, 1.0]
+    assert fractions(one_forward_one_backward) == [0.77, 0.85, 0.92, 1.0]
