@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from meshwright.parallel.errors import ScheduleError
@@ -82,7 +83,7 @@ def walk(
         moved = False
         for rank in range(schedule.num_ranks):
             while (action := current[rank]) is not None and done.issuperset(needs_in(schedule, action)):
-                taker = _other_end(action, _SENDS) if transport == "blocking" and action.kind in _SENDS else None
+                taker = _taker(action) if transport == "blocking" else None
                 if taker is not None and current[schedule.homes[taker.stage]] != taker:
                     break
                 run(rank, action)
@@ -140,21 +141,31 @@ def _is_lowered(schedule: Schedule) -> bool:
     return schedule.has(Kind.SEND_ACTIVATION) or schedule.has(Kind.RECEIVE_ACTIVATION)
 
 
+def _taker(action: Action) -> Action | None:
+    """The receive that a send waits for."""
+    return _other_end(action, _SENDS) if action.kind in _SENDS else None
+
+
 def _check_complete(schedule: Schedule) -> None:
+    counted = _counted(schedule)
+    for stage, microbatch in product(range(schedule.num_stages), range(schedule.num_microbatches)):
+        missing = [str(each) for each in _wanted(schedule, stage, microbatch) if each not in counted]
+        if missing:
+            raise ScheduleError(f"schedule {schedule.name} lacks {', '.join(missing)}")
+    for action in counted:
+        other = _other_end(action, _SENDS | _RECEIVES) if action.kind in _SENDS | _RECEIVES else action
+        if other not in counted:
+            raise ScheduleError(f"schedule {schedule.name}: {action} has no {other}")
+
+
+def _counted(schedule: Schedule) -> Counter[Action]:
+    """How often everything is done that is done for a micro-batch; nothing but recomputing may be done twice."""
     given = [action for row in schedule.ranks for action in row if action.microbatch is not None]
     counted = Counter(each for action in given for each in (halves_of(action) or (action,)))
     twice = [str(action) for action, number in counted.items() if number > 1 and action.kind is not Kind.RECOMPUTE]
     if twice:
         raise ScheduleError(f"schedule {schedule.name} does {', '.join(twice[:4])} more than once")
-    for stage in range(schedule.num_stages):
-        for microbatch in range(schedule.num_microbatches):
-            missing = [str(each) for each in _wanted(schedule, stage, microbatch) if each not in counted]
-            if missing:
-                raise ScheduleError(f"schedule {schedule.name} lacks {', '.join(missing)}")
-    for action in counted:
-        for table in (_SENDS, _RECEIVES):
-            if action.kind in table and _other_end(action, table) not in counted:
-                raise ScheduleError(f"schedule {schedule.name}: {action} has no {_other_end(action, table)}")
+    return counted
 
 
 def _wanted(schedule: Schedule, stage: int, microbatch: int) -> Iterable[Action]:

@@ -70,11 +70,16 @@ def one_forward_one_backward(homes: Homes, num_microbatches: int, *, group: int 
     num_ranks = max(homes, default=0) + 1
     size = num_ranks if group is None else group
     _check(homes, num_microbatches, size)
+    groups = _groups(num_microbatches, size)
+    if len(groups) > 1 and len(groups[-1]) < size:  # a small group would leave the pipeline half empty
+        groups[-2:] = [range(groups[-2].start, num_microbatches)]
     forwards, backwards, warmups = [], [], []
     for rank in range(num_ranks):
         mine = _stages(homes, rank)
-        forwards.append(_grouped(mine, num_microbatches, size, Kind.FORWARD))
-        backwards.append(_grouped(mine[::-1], num_microbatches, size, Kind.BACKWARD))
+        forwards.append([Action(stage, Kind.FORWARD, each) for group in groups for stage in mine for each in group])
+        backwards.append(
+            [Action(stage, Kind.BACKWARD, each) for group in groups for stage in mine[::-1] for each in group]
+        )
         behind = num_ranks - rank - 1
         warmups.append(behind if len(mine) == 1 else 2 * behind + (len(mine) - 1) * size)
     while True:
@@ -85,13 +90,6 @@ def one_forward_one_backward(homes: Homes, num_microbatches: int, *, group: int 
             return schedule
         for rank in waiting:
             warmups[rank] += 1
-
-
-def _grouped(stages: Sequence[int], num_microbatches: int, size: int, kind: Kind) -> list[Action]:
-    groups = _groups(num_microbatches, size)
-    if len(groups) > 1 and len(groups[-1]) < size:  # a small group would leave the pipeline half empty
-        groups[-2:] = [range(groups[-2].start, num_microbatches)]
-    return [Action(stage, kind, each) for group in groups for stage in stages for each in group]
 
 
 def _groups(num_microbatches: int, size: int) -> list[range]:
