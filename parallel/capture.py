@@ -1,12 +1,12 @@
 """A model's own forward as a coroutine that stops before every call of a block.
 
 Blocks get a class whose `__call__` hands control back to whoever runs the flow, so that neither the model's code nor
-hooks on the blocks notice: the block itself runs inside the coroutine when the flow is resumed. State that torch keeps
-for the thread (gradient mode, autocast, function modes, random generators) belongs to the flow and is exchanged
-whenever it stops.
+hooks on the blocks notice: the block itself runs inside the coroutine when the flow is resumed. What torch keeps for
+the thread (gradient mode, autocast, function modes, random generators) belongs to the flow and is exchanged whenever
+it stops.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,28 @@ _FLOWS: dict[greenlet, "Flow"] = {}
 class Flow:
     """One forward pass.
 
+    Args:
+        run: the pass; what it returns becomes `result`.
+
     Attributes:
         waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
-        result: what it returned.
-        borders: (name, sequence number) where each piece of the autograd graph begins: blocks by their name, what lies
-            between them by "". A node belongs to the last piece that began at or before its number.
+        borders: (block, sequence number) where each piece of the autograd graph begins; what lies between two blocks
+            is counted to none (""). A node belongs to the last piece that began at or before its number.
+        origins: leaf made at a border -> the edge of the graph that it continues.
+
+    >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    >>> flow = Flow(lambda: layers[1](layers[0](torch.ones(1, 2))).sum())
+    >>> with captured({"first": layers[0], "second": layers[1]}):
+    ...     flow.resume()
+    ...     print(flow.waits)
+    ...     flow.resume()
+    ...     print(flow.waits)
+    ...     flow.resume()
+    first
+    second
+    >>> flow.ended, [block for block, _ in flow.borders]
+    (True, ['', 'first', '', 'second', ''])
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
@@ -41,14 +57,14 @@ class Flow:
         self.borders: list[tuple[str, int]] = []
         self.origins: Any = WeakTensorKeyDictionary()
         self._state = _ThreadState()
-        self._coroutine = greenlet(self._run)
         self._work = run
+        self._coroutine = greenlet(self._run)
 
     def resume(self) -> None:
         """Runs to the next call of a block, or to the end."""
         outside = _ThreadState()
+        self._coroutine.parent = getcurrent()
         self._state.enter()
-        self._begin("" if self.waits is None else self.waits)
         try:
             self._coroutine.switch()
         finally:
@@ -57,66 +73,117 @@ class Flow:
 
     def close(self) -> None:
         """Ends a pass that is not wanted any more."""
-        if not self._coroutine.dead:
+        if self._coroutine and not self.ended:
             self._coroutine.throw()
 
-    def pause(self, block: str) -> None:
-        """Called inside: stops before a block."""
+    def call(self, block: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called inside, for a block: stops, and runs it when resumed."""
         self.waits = block
         assert self._coroutine.parent is not None, block
         self._coroutine.parent.switch()
-
-    def cut(self, values: Any) -> Any:
-        """The same values, those with a history as new leaves whose origin is remembered; the same one stays the same."""
-        made: dict[int, Tensor] = {}
-
-        def change(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.grad_fn is None or not torch.is_grad_enabled():
-                return value
-            if id(value) not in made:
-                leaf = value.detach().requires_grad_()
-                self.origins[leaf] = get_gradient_edge(value)
-                made[id(value)] = _Fresh.apply(leaf)
-            return made[id(value)]
-
-        return tree_map(change, values)
-
-    def leave(self) -> None:
-        """Called inside: a block is done, what lies between blocks goes on."""
+        self._begin(block)
+        given: list[tuple[Tensor, Tensor]] = []
+        args = self._cut(args, given, kept=(list, dict))
+        kwargs = {name: self._cut(each, given, kept=(list, dict)) for name, each in kwargs.items()}
+        versions = [fresh._version for _, fresh in given]
+        output = work(*args, **kwargs)
         self._begin("")
-
-    def _begin(self, name: str) -> None:
-        self.borders.append((name, torch._C._autograd._get_sequence_nr()))
+        for (value, fresh), version in zip(given, versions, strict=True):
+            if fresh._version != version:  # the block changed what it was given, which others may hold too
+                _Rebased.apply(value, self._leaf(fresh))  # type: ignore[no-untyped-call]
+        return self._cut(output, [])
 
     def _run(self) -> None:
         _FLOWS[getcurrent()] = self
         try:
+            self._begin("")
             self.result = self._work()
         finally:
             del _FLOWS[getcurrent()]
             self.ended, self.waits = True, None
 
+    def _begin(self, block: str) -> None:
+        self.borders.append((block, torch._C._autograd._get_sequence_nr()))
+
+    def _cut(self, values: Any, made: list[tuple[Tensor, Tensor]], kept: tuple[type, ...] = ()) -> Any:
+        """The same values, those with a history as new leaves.
+
+        Args:
+            values: of any structure.
+            made: pairs of an old and a new value, so that one in two places stays one; grows.
+            kept: containers that stay as they are, since a block may add to them; the graph tells what comes from them.
+        """
+
+        def change(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.grad_fn is None or not torch.is_grad_enabled():
+                return value
+            for old, new in made:
+                if old is value:
+                    return new
+            made.append((value, _Fresh.apply(self._leaf(value))))  # type: ignore[no-untyped-call]
+            return made[-1][1]
+
+        return tree_map(change, values, is_leaf=lambda value: isinstance(value, kept))
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        leaf = value.detach().requires_grad_()
+        self.origins[leaf] = get_gradient_edge(value)
+        return leaf
+
+
+class _Fresh(Function):
+    """A leaf's value as a tensor that may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        del ctx
+        return inputs[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        del ctx
+        return gradients[0]
+
+
+class _Rebased(Function):
+    """A value whose memory was changed elsewhere takes over the history of that change, given by a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.mark_dirty(inputs[0])
+        return inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        del ctx
+        return None, gradients[0]
+
 
 class _ThreadState:
-    """What torch keeps for a thread, taken off now."""
+    """What torch keeps for a thread, as it is now."""
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
         self._random = torch.get_rng_state()
-        self._autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
-        self._functions = [torch._C._get_function_stack_at(each) for each in range(torch._C._len_torch_function_stack())]
+        self._cuda_random = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        }
+        number = torch._C._len_torch_function_stack()
+        self._modes = [torch._C._get_function_stack_at(place) for place in range(number)]
 
     def enter(self) -> None:
         """Puts it back."""
         torch.set_grad_enabled(self._grad)
         torch.set_rng_state(self._random)
-        enabled, dtype, cache = self._autocast
-        torch.set_autocast_enabled("cpu", enabled)
-        torch.set_autocast_dtype("cpu", dtype)
-        torch.set_autocast_cache_enabled(cache)
+        if self._cuda_random is not None:
+            torch.cuda.set_rng_state(self._cuda_random)
+        for device, (enabled, dtype) in self._autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
         while torch._C._len_torch_function_stack():
             torch._C._pop_torch_function_stack()
-        for mode in self._functions:
+        for mode in self._modes:
             torch._C._push_on_torch_function_stack(mode)
 
 
@@ -138,22 +205,7 @@ def _stopping(kind: type[nn.Module], name: str) -> type[nn.Module]:
         flow = _FLOWS.get(getcurrent())
         if flow is None:
             return kind.__call__(self, *args, **kwargs)
-        flow.pause(name)
-        args, kwargs = flow.cut((args, kwargs))
-        output = kind.__call__(self, *args, **kwargs)
-        flow.leave()
-        return flow.cut(output)
+        return flow.call(name, lambda *args, **kwargs: kind.__call__(self, *args, **kwargs), args, kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
-
-
-class _Fresh(Function):
-    """A leaf's value as a tensor that may be changed in place."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        return inputs[0].detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    told = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), told)

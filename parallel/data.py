@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.deferred import allocate
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
@@ -41,6 +42,10 @@ class DataEngine(Protocol):
 
     def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
+        ...
+
+    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
+        """What a loss counts where its gradients reach parameters without `backward`, all losses being known."""
         ...
 
     def launch(self) -> None:
@@ -91,6 +96,10 @@ class LocalStates:
         allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._ask_scale: AskScale = lambda: torch.ones(())
+
+    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
+        """What a loss counts where its gradients reach parameters without `backward`."""
+        raise WrapError(f"{type(self).__name__} goes back through whole losses only; use schedule='accumulate'")
 
     def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
         """Trained parameters and the part of their gradients that this rank holds."""

@@ -70,6 +70,10 @@ class DeepSpeedStates:
         self._ask_scale = ask_scale or self._ask_scale
         self._engine.backward(torch.where(items > 0, loss, 0.0) * (items * self._num_ranks), scale_wrt_gas=False)
 
+    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
+        """DeepSpeed takes whole losses only."""
+        raise WrapError("data_engine='deepspeed' goes back through whole losses only; use schedule='accumulate'")
+
     def launch(self) -> None:
         """DeepSpeed reduced at the last micro-batch; what is left to say is which parameters were used."""
         self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)

@@ -6,18 +6,23 @@ its backward.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers
+from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.capture import captured
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import AskScale, DataEngine
-from meshwright.parallel.errors import LossError
+from meshwright.parallel.errors import LossError, WrapError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
+from meshwright.parallel.pipeline.orders import breadth_first
+from meshwright.parallel.pipeline.runtime import Pass, execute
 from meshwright.parallel.randomness import keyed
 
 __all__ = ["Engine", "StepStats"]
@@ -42,6 +47,10 @@ class Engine:
         self._buffers_checked = False
         self._groups = groups
         self._contract = options.contract
+        self._blocks = find_blocks(data.module) if options.schedule == "layered" else {}
+        self._stages = {name: stage for stage, name in enumerate(self._blocks)}
+        if options.schedule == "layered" and not self._blocks:
+            raise WrapError("schedule='layered' goes block by block, but the model has no list of repeated blocks")
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -69,6 +78,12 @@ class Engine:
         """A step that asks no tensor for its value, so that it also runs where tensors have none."""
         parts = split(batch, self.options.num_microbatches)
         self.data.begin()
+        stats = self._layered(parts) if self._stages else self._in_turn(parts)
+        self.data.finish()
+        return stats
+
+    def _in_turn(self, parts: list[Any]) -> StepStats:
+        """One micro-batch after the other, forward and backward."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # losses times items, items
         losses: list[Tensor] = []
         for index, part in enumerate(parts):
@@ -82,8 +97,35 @@ class Engine:
             losses.append(loss.detach().double())
         self.data.launch()
         summed.wait()
-        self.data.finish()
         return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
+
+    def _layered(self, parts: list[Any]) -> StepStats:
+        """All micro-batches through a block before the next block (arXiv 2106.02679)."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        passes = [Pass(partial(self._forward, part, index), self._stages) for index, part in enumerate(parts)]
+        summed = Pending(None)
+
+        def turn() -> None:
+            nonlocal summed
+            for loss, items in (each.result for each in passes):
+                sums.add_(torch.stack([_weighted(loss, items), items]))
+            summed = self._groups.all_reduce(sums, *DATA_AXES)
+            for each in passes:
+                loss, items = each.result
+                each.seed(self.data.weigh(items.to(loss.dtype), _ask_scale(sums, summed)))
+
+        schedule = breadth_first([0] * len(self._stages), len(parts))
+        last = len(parts) - 1
+        with captured(self._blocks):
+            execute(
+                schedule.ranks[0],
+                passes,
+                turn=turn,
+                before_backward=lambda action: self.data.prepare(action.microbatch == last),
+            )
+        self.data.launch()
+        summed.wait()
+        return StepStats(sums[0] / sums[1], sums[1], torch.stack([each.result[0].detach().double() for each in passes]))
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""

@@ -11,9 +11,10 @@ from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["DataEngineKind", "OptionKeywords", "Options"]
+__all__ = ["DataEngineKind", "OptionKeywords", "Options", "ScheduleKind"]
 
 DataEngineKind = Literal["torch", "deepspeed"]
+ScheduleKind = Literal["accumulate", "layered"]
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -31,6 +32,7 @@ class OptionKeywords(TypedDict, total=False):
     sequence_parallel: bool
     tensor_plan: Mapping[str, str] | TensorPlan | None
     example: Any
+    schedule: ScheduleKind
     predict_memory: bool
 
 
@@ -52,6 +54,8 @@ class Options:
         tensor_plan: module pattern -> "column", "row", "vocabulary" or "replicate", before what the model and rules
             say; or a plan made earlier.
         example: one micro-batch, looked at once to make the tensor plan; models of `transformers` bring their own.
+        schedule: "accumulate" takes one micro-batch after the other through the model, "layered" all of them through
+            a block before the next one: their gradients leave during the whole backward.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
 
     Raises:
@@ -70,10 +74,15 @@ class Options:
     sequence_parallel: bool = False
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
     example: Any = None
+    schedule: ScheduleKind = "accumulate"
     predict_memory: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("data_engine", get_args(DataEngineKind)), ("offload", ("none", "cpu"))):
+        for name, choices in (
+            ("data_engine", get_args(DataEngineKind)),
+            ("offload", ("none", "cpu")),
+            ("schedule", get_args(ScheduleKind)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise WrapError(f"{name}={value!r} does not exist; {nearest(str(value), choices)}")
@@ -121,6 +130,11 @@ class Options:
                 )
         if self.sequence_parallel and mesh.tp == 1:
             raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
+        if self.schedule == "layered" and (mesh.fsdp > 1 or self.data_engine != "torch" or self.sequence_parallel):
+            raise WrapError(
+                "schedule='layered' takes the axes dp and tp by now, without fsdp, data_engine='deepspeed' and "
+                f"sequence_parallel; nearest legal: schedule='accumulate', or {Mesh.of(_unsharded(mesh))}"
+            )
         self._check_deepspeed(mesh)
         if self.offload == "cpu" and self.data_engine == "torch" and mesh.fsdp == 1:
             raise WrapError(
@@ -140,3 +154,7 @@ class Options:
                 f"data_engine='deepspeed' shards over all data ranks, so it takes dp or fsdp, not {mesh}; "
                 f"nearest legal layout: fsdp={mesh.data_degree}"
             )
+
+
+def _unsharded(mesh: Mesh) -> dict[str, int]:
+    return {**mesh.degrees(), "fsdp": 1, "dp": mesh.data_degree}

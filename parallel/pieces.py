@@ -1,13 +1,14 @@
 """Backward piece by piece: the autograd graph of one forward pass, cut where its pieces meet.
 
-Every node belongs to the piece in which it was made, told by its sequence number. Going back through a piece stops at
-edges into earlier ones: their gradients are kept until all later pieces have been gone through. So values that
-several pieces use (skips, encoder states, router logits that a model collects on the side) need no mark, no value is
-detached, and each node runs once.
+A piece is a block, or what lies between two blocks. Values that enter or leave a block are new leaves with a remembered
+origin (see `capture`). A node of the graph belongs to the piece in which it was made, told by its sequence number, so
+values that a model hands on besides (skips between blocks, router logits collected on the side) need no mark: going
+back through a piece stops at edges into earlier ones, whose gradients are kept until their piece is gone through.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,78 +20,96 @@ __all__ = ["Pieces"]
 _Edge = tuple[Any, int]
 
 
+@dataclass
+class _Piece:
+    """What going back through a piece needs: where it begins, and what it reaches."""
+
+    roots: dict[_Edge, Tensor] = field(default_factory=dict)
+    leaves: dict[Any, None] = field(default_factory=dict)
+    edges: dict[_Edge, None] = field(default_factory=dict)
+
+
 class Pieces:
     """The graph behind a loss.
 
     Args:
         borders: sequence number at which each piece begins, ascending.
+        origins: leaf made at a border -> the edge that it continues.
         loss: 0-dim.
-        weight: gradient of the loss itself.
+        weight: gradient of the loss itself (0-dim).
     """
 
-    def __init__(self, borders: list[int], origins: Mapping[Tensor, GradientEdge], loss: Tensor, weight: Tensor) -> None:
+    def __init__(
+        self, borders: Sequence[int], origins: Mapping[Tensor, GradientEdge], loss: Tensor, weight: Tensor
+    ) -> None:
         self._borders = borders
         self._origins = origins
-        self._kept: list[dict[_Edge, Tensor]] = [{} for _ in borders]
-        edge = get_gradient_edge(loss)
-        self._keep((edge.node, edge.output_nr), weight)
+        self._pieces = [_Piece() for _ in borders]
+        self._first: dict[Any, int] = {}
+        self._partial: dict[Any, Tensor] = {}
+        if loss.requires_grad:
+            edge = get_gradient_edge(loss)
+            self._keep((edge.node, edge.output_nr), weight)
+            self._look(edge.node)
 
     def backward(self, piece: int) -> None:
-        """Adds the gradients of a piece to its parameters; later pieces must be done."""
-        roots = self._kept[piece]
-        self._kept[piece] = {}
-        if not roots:
+        """Adds the gradients of a piece to its parameters, as torch itself does; later pieces must be done.
+
+        A parameter that several pieces use gets the sum of their gradients with the first of them.
+        """
+        mine, self._pieces[piece] = self._pieces[piece], _Piece()
+        if mine.roots and (mine.leaves or mine.edges):
+            targets = [GradientEdge(*edge) for edge in (*((node, 0) for node in mine.leaves), *mine.edges)]
+            roots = [GradientEdge(*edge) for edge in mine.roots]
+            found = iter(torch.autograd.grad(roots, targets, list(mine.roots.values()), allow_unused=True))
+            for node, gradient in zip(mine.leaves, found, strict=False):
+                self._take(node, gradient)
+            for edge, gradient in zip(mine.edges, found, strict=True):
+                if gradient is not None:
+                    self._keep(edge, gradient)
+        for node in [node for node in self._partial if self._first[node] == piece]:
+            node(self._partial.pop(node))  # adds to .grad and calls the hooks that wait for it
+
+    def _take(self, node: Any, gradient: Tensor | None) -> None:
+        if gradient is None:
             return
-        leaves, edges = self._targets(roots, self._borders[piece])
-        if not leaves and not edges:
-            return
-        found = torch.autograd.grad(
-            [GradientEdge(*edge) for edge in roots],
-            [*leaves, *(GradientEdge(*edge) for edge in edges)],
-            list(roots.values()),
-            allow_unused=True,
-        )
-        for leaf, gradient in zip(leaves, found, strict=False):
-            if gradient is None:
-                continue
-            if leaf in self._origins:
-                origin = self._origins[leaf]
-                self._keep((origin.node, origin.output_nr), gradient)
-            else:
-                _accumulate(leaf, gradient)
-        for edge, gradient in zip(edges, found[len(leaves) :], strict=True):
-            if gradient is not None:
-                self._keep(edge, gradient)
+        origin = self._origins.get(node.variable)
+        if origin is None:
+            self._partial[node] = self._partial[node] + gradient if node in self._partial else gradient
+        else:
+            self._keep((origin.node, origin.output_nr), gradient)
 
     def _keep(self, edge: _Edge, gradient: Tensor) -> None:
-        home = bisect_right(self._borders, edge[0]._sequence_nr()) - 1
-        kept = self._kept[home]
-        kept[edge] = kept[edge] + gradient if edge in kept else gradient
+        roots = self._pieces[self._home(edge[0])].roots
+        roots[edge] = roots[edge] + gradient if edge in roots else gradient
 
-    def _targets(self, roots: dict[_Edge, Tensor], start: int) -> tuple[list[Tensor], list[_Edge]]:
-        leaves: dict[int, Tensor] = {}
-        edges: dict[_Edge, None] = {}
-        seen: set[Any] = set()
-        todo = [node for node, _ in roots]
+    def _home(self, node: Any) -> int:
+        return bisect_right(self._borders, node._sequence_nr()) - 1
+
+    def _look(self, root: Any) -> None:
+        """Goes through the whole graph once and notes what each piece reaches."""
+        seen = {root}
+        todo = [root]
         while todo:
             node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
+            home = self._home(node)
             for after, number in node.next_functions:
                 if after is None:
                     continue
-                if hasattr(after, "variable"):
-                    leaves[id(after.variable)] = after.variable
-                elif after._sequence_nr() < start:
-                    edges[after, number] = None
-                else:
-                    todo.append(after)
-        return list(leaves.values()), list(edges)
+                following = self._reached(home, after, number)
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    todo.append(following)
 
-
-def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    if leaf.grad is None:
-        leaf.grad = gradient.clone() if gradient._is_view() else gradient
-    else:
-        leaf.grad.add_(gradient)
+    def _reached(self, home: int, node: Any, number: int) -> Any:
+        """Notes an edge that leaves a node of piece `home`; returns the node where the graph goes on."""
+        if not hasattr(node, "variable"):
+            if self._home(node) < home:
+                self._pieces[home].edges[node, number] = None
+            return node
+        self._pieces[home].leaves[node] = None
+        origin = self._origins.get(node.variable)
+        if origin is not None:
+            return origin.node
+        self._first[node] = min(home, self._first.get(node, home))
+        return None

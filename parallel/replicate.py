@@ -94,6 +94,11 @@ class Replicate(LocalStates):
             items = items * scale
         loss.backward(gradient=items)
 
+    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
+        """The items; divided by all items at once, or in the buckets, where the other ranks' need not be waited for."""
+        self._ask_scale = ask_scale
+        return items if self._buckets else items * ask_scale().to(items.dtype)
+
     def launch(self) -> None:
         """Sends the buckets that backward did not fill; their missing gradients count as zero."""
         for bucket in self._buckets:

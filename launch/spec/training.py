@@ -85,8 +85,9 @@ class Parallel(Axes):
     """The mesh, and how a step runs on it."""
 
     num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
-    schedule: Literal["accumulate"] = Field(
-        default="accumulate", description="Order of micro-batches: accumulate runs them one after the other."
+    schedule: Literal["accumulate", "layered"] = Field(
+        default="accumulate",
+        description="Order of micro-batches: accumulate runs them one after the other, layered block by block.",
     )
     loss: Literal["token_mean", "sample_mean", "sum"] = Field(
         default="token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."

@@ -1,0 +1,161 @@
+"""Layer-major micro-batches give the plain run's gradients on models nobody wrote for it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright as mw
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.microbatch import share, split
+from meshwright.parallel.options import Options
+from meshwright.testing import run_ranks
+from tests.parallel.families import FAMILIES
+
+_TIED = ("gpt2", "gemma3", "bert", "t5", "whisper", "modernbert")
+
+
+def _gradients(family: str, schedule: str) -> dict[str, Tensor]:
+    build_model, build_batch = FAMILIES[family]
+    batch = share(build_batch(), 0, 2)  # five samples
+    batch = split(batch, 5)[:4]
+    # weights of 1/4 for each of four samples: powers of two are exact wherever they are multiplied
+    model = mw.parallelize(build_model(), mw.Mesh(), schedule=schedule, num_microbatches=4, loss="sample_mean")
+    model.step(batch)
+    return {name: each.clone() for name, each in model.full_gradients().items() if each is not None}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in _TIED])
+def test_gradients_are_those_of_plain_accumulation_bit_for_bit(family: str) -> None:
+    layered, plain = (_gradients(family, schedule) for schedule in ("layered", "accumulate"))
+    assert layered.keys() == plain.keys()
+    assert [name for name in plain if not torch.equal(layered[name], plain[name])] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("degrees", [{}, {"dp": 2}], ids=str)
+def test_every_family_is_equal_to_the_plain_run(family: str, degrees: dict[str, int]) -> None:
+    build_model, build_batch = FAMILIES[family]
+    mesh = mw.Mesh(**degrees)
+    report = mw.verify(build_model, build_batch, mesh, schedule="layered", num_microbatches=2)
+    assert report.ok, report
+    assert report.max_relative_gradient_error < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bert", "t5"])
+def test_tensor_parallel_blocks_are_equal_to_the_plain_run(family: str) -> None:
+    build_model, build_batch = FAMILIES[family]
+    example = build_batch()
+    report = mw.verify(build_model, build_batch, mw.Mesh(tp=2), schedule="layered", num_microbatches=2, example=example)
+    assert report.ok, report
+
+
+def _order(mesh: mw.Mesh) -> list[str]:
+    build_model, build_batch = FAMILIES["llama"]
+    plain = build_model()
+    seen: list[str] = []
+    for number, layer in enumerate(plain.model.layers):  # type: ignore[union-attr, arg-type]
+        layer.register_forward_hook(lambda *_, number=number: seen.append(f"F{number}"))
+        layer.register_full_backward_pre_hook(lambda *_, number=number: seen.append(f"B{number}"))
+    mw.parallelize(plain, mesh, schedule="layered", num_microbatches=2).step(build_batch())
+    return seen
+
+
+def test_all_micro_batches_go_through_a_block_before_the_next() -> None:
+    assert _order(mw.Mesh()) == ["F0", "F0", "F1", "F1", "B1", "B1", "B0", "B0"]
+
+
+def _launches(mesh: mw.Mesh) -> list[str]:
+    from meshwright.parallel.collectives import Groups
+
+    build_model, build_batch = FAMILIES["llama"]
+    model = mw.parallelize(build_model(), mesh, schedule="layered", num_microbatches=2, bucket_bytes=1 << 12)
+    seen: list[str] = []
+    for layer in model.module.model.layers:  # type: ignore[union-attr]
+        layer.register_full_backward_pre_hook(lambda *_: seen.append("B"))
+    before = Groups.all_reduce
+
+    def noting(self: Groups, tensor: Tensor, *axes: str) -> Any:
+        seen.append("reduce" if axes == ("dp",) else "sums")
+        return before(self, tensor, *axes)
+
+    Groups.all_reduce = noting  # type: ignore[method-assign]
+    try:
+        model.step(build_batch())
+    finally:
+        Groups.all_reduce = before  # type: ignore[method-assign]
+    return seen
+
+
+def test_gradients_of_a_block_leave_before_the_block_before_it_goes_back() -> None:
+    seen = run_ranks(_launches, mw.Mesh(dp=2), mw.Mesh(dp=2))[0]
+    first, *_, last = [place for place, each in enumerate(seen) if each == "B"]
+    assert seen.count("B") == 4
+    assert "reduce" in seen[first + 1 : last]
+
+
+class _Skipping(nn.Module):
+    """A skip over all blocks, a block called twice, a value collected on the side, a change in place, odd outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(7, 8))
+        self.layers = nn.ModuleList(_Odd() for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = start = self.table[ids]
+        side: list[Tensor] = []
+        for layer in (*self.layers, self.layers[1]):
+            stream, extra = layer(stream, collected=side)["out"], side[-1]
+            stream = stream + 0.1 * extra.mean()
+        scores = (stream + start.tanh()) @ self.table.T
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) + 0 * torch.stack(side).sum()
+
+
+class _Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Linear(8, 8)
+
+    def forward(self, stream: Tensor, *, collected: list[Tensor]) -> dict[str, Any]:
+        hidden = self.matrix(stream.clone()).tanh()
+        collected.append(hidden.square().mean(-1))
+        stream += hidden  # in place, as some models do
+        return {"out": stream, "none": None, "name": "odd"}
+
+
+def _odd_batch() -> dict[str, Tensor]:
+    ids = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(1))
+    return {"ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("degrees", [{}, {"dp": 2}], ids=str)
+def test_skips_side_channels_repeated_blocks_and_changes_in_place_are_equal_to_the_plain_run(degrees: Any) -> None:
+    report = mw.verify(_Skipping, _odd_batch, mw.Mesh(**degrees), schedule="layered", num_microbatches=2)
+    assert report.ok, report
+    assert report.max_relative_gradient_error < 1e-12
+
+
+def test_a_model_without_blocks_and_axes_it_does_not_take_are_refused() -> None:
+    with pytest.raises(WrapError, match="no list of repeated blocks"):
+        mw.parallelize(nn.Linear(2, 2), mw.Mesh(), schedule="layered")
+    for options, mesh in (({}, mw.Mesh(fsdp=2)), ({"data_engine": "deepspeed"}, mw.Mesh(dp=2))):
+        with pytest.raises(WrapError, match="nearest legal: schedule='accumulate'"):
+            Options.of(schedule="layered", **options).check(mesh)
+    with pytest.raises(WrapError, match="layerd"):
+        Options.of(schedule="layerd")
+
+
+def test_an_error_in_one_micro_batch_leaves_the_model_as_it_was() -> None:
+    build_model, build_batch = FAMILIES["llama"]
+    model = mw.parallelize(build_model(), mw.Mesh(), schedule="layered", num_microbatches=2)
+    batch = build_batch()
+    kinds = [type(each) for each in model.module.modules()]
+    with pytest.raises(IndexError):
+        model.step({**batch, "input_ids": batch["input_ids"] + 10**6})
+    assert [type(each) for each in model.module.modules()] == kinds
+    assert torch.is_grad_enabled()
+    assert model.step(batch).isfinite()
