@@ -130,15 +130,18 @@ class Options:
                 )
         if self.sequence_parallel and mesh.tp == 1:
             raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
-        if self.schedule == "layered" and (mesh.fsdp > 1 or self.data_engine != "torch" or self.sequence_parallel):
-            raise WrapError(
-                "schedule='layered' takes the axes dp and tp by now, without fsdp, data_engine='deepspeed' and "
-                f"sequence_parallel; nearest legal: schedule='accumulate', or {Mesh.of(_unsharded(mesh))}"
-            )
+        self._check_layered(mesh)
         self._check_deepspeed(mesh)
         if self.offload == "cpu" and self.data_engine == "torch" and mesh.fsdp == 1:
             raise WrapError(
                 "offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'"
+            )
+
+    def _check_layered(self, mesh: Mesh) -> None:
+        if self.schedule == "layered" and (mesh.fsdp > 1 or self.data_engine != "torch" or self.sequence_parallel):
+            raise WrapError(
+                "schedule='layered' takes the axes dp and tp by now, without fsdp, data_engine='deepspeed' and "
+                f"sequence_parallel; nearest legal: schedule='accumulate', or {Mesh.of(_unsharded(mesh))}"
             )
 
     def _check_deepspeed(self, mesh: Mesh) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from meshwright.parallel.errors import WrapError
+
 __all__ = ["Pieces"]
 
 _Edge = tuple[Any, int]
@@ -51,6 +53,7 @@ class Pieces:
             edge = get_gradient_edge(loss)
             self._keep((edge.node, edge.output_nr), weight)
             self._look(edge.node)
+            self._check()
 
     def backward(self, piece: int) -> None:
         """Adds the gradients of a piece to its parameters, as torch itself does; later pieces must be done.
@@ -100,6 +103,18 @@ class Pieces:
                 if following is not None and following not in seen:
                     seen.add(following)
                     todo.append(following)
+
+    def _check(self) -> None:
+        """Refuses a parameter that torch would reach in two ways from one piece, one of them through another piece."""
+        beyond: list[set[Any]] = []  # parameters in pieces that a piece is joined to without a border between them
+        for number, piece in enumerate(self._pieces):
+            joined = {self._home(node) for node, _ in piece.edges}
+            beyond.append(set().union(*(beyond[home] | self._pieces[home].leaves.keys() for home in joined)))
+            for node in beyond[number] & piece.leaves.keys():
+                raise WrapError(
+                    f"schedule='layered': a parameter of shape {tuple(node.variable.shape)} is used before and after "
+                    "blocks, and a value made with it passes them by; use schedule='accumulate', or untie it"
+                )
 
     def _reached(self, home: int, node: Any, number: int) -> Any:
         """Notes an edge that leaves a node of piece `home`; returns the node where the graph goes on."""

@@ -104,6 +104,7 @@ class _Skipping(nn.Module):
         torch.manual_seed(0)
         self.table = nn.Parameter(torch.randn(7, 8))
         self.layers = nn.ModuleList(_Odd() for _ in range(3))
+        self.head = nn.Linear(8, 7)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         stream = start = self.table[ids]
@@ -111,8 +112,14 @@ class _Skipping(nn.Module):
         for layer in (*self.layers, self.layers[1]):
             stream, extra = layer(stream, collected=side)["out"], side[-1]
             stream = stream + 0.1 * extra.mean()
-        scores = (stream + start.tanh()) @ self.table.T
+        scores = self.head(stream + start.tanh())
         return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) + 0 * torch.stack(side).sum()
+
+
+class _TiedSkip(_Skipping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.table
 
 
 class _Odd(nn.Module):
@@ -147,6 +154,12 @@ def test_a_model_without_blocks_and_axes_it_does_not_take_are_refused() -> None:
             Options.of(schedule="layered", **options).check(mesh)
     with pytest.raises(WrapError, match="layerd"):
         Options.of(schedule="layerd")
+
+
+def test_a_tied_parameter_whose_values_pass_the_blocks_by_is_refused_and_not_counted_twice() -> None:
+    model = mw.parallelize(_TiedSkip(), mw.Mesh(), schedule="layered", num_microbatches=2)
+    with pytest.raises(WrapError, match=r"shape \(7, 8\) is used before and after blocks"):
+        model.step(_odd_batch())
 
 
 def test_an_error_in_one_micro_batch_leaves_the_model_as_it_was() -> None:
