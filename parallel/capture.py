@@ -2,8 +2,8 @@
 
 Blocks get a class whose `__call__` hands control back to whoever runs the flow, so that neither the model's code nor
 hooks on the blocks notice: the block itself runs inside the coroutine when the flow is resumed. What torch keeps for
-the thread (gradient mode, autocast, function modes, random generators) belongs to the flow and is exchanged whenever
-it stops.
+the thread (gradient mode, autocast, function modes, hooks on saved tensors, random generators) belongs to the flow and
+is exchanged whenever it stops.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -62,19 +62,12 @@ class Flow:
 
     def resume(self) -> None:
         """Runs to the next call of a block, or to the end."""
-        outside = _ThreadState()
-        self._coroutine.parent = getcurrent()
-        self._state.enter()
-        try:
-            self._coroutine.switch()
-        finally:
-            self._state = _ThreadState()
-            outside.enter()
+        self._enter(self._coroutine.switch)
 
     def close(self) -> None:
         """Ends a pass that is not wanted any more."""
         if self._coroutine and not self.ended:
-            self._coroutine.throw()
+            self._enter(self._coroutine.throw)
 
     def call(self, block: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called inside, for a block: stops, and runs it when resumed."""
@@ -92,6 +85,16 @@ class Flow:
             if fresh._version != version:  # the block changed what it was given, which others may hold too
                 _Rebased.apply(value, self._leaf(fresh))  # type: ignore[no-untyped-call]
         return self._cut(output, [])
+
+    def _enter(self, how: Callable[[], Any]) -> None:
+        outside = _ThreadState()
+        self._coroutine.parent = getcurrent()
+        self._state.enter()
+        try:
+            how()
+        finally:
+            self._state = _ThreadState()
+            outside.enter()
 
     def _run(self) -> None:
         _FLOWS[getcurrent()] = self
@@ -171,6 +174,8 @@ class _ThreadState:
         }
         number = torch._C._len_torch_function_stack()
         self._modes = [torch._C._get_function_stack_at(place) for place in range(number)]
+        self._hooks = _taken_hooks()
+        _put_hooks(self._hooks)
 
     def enter(self) -> None:
         """Puts it back."""
@@ -185,6 +190,23 @@ class _ThreadState:
             torch._C._pop_torch_function_stack()
         for mode in self._modes:
             torch._C._push_on_torch_function_stack(mode)
+        _taken_hooks()
+        _put_hooks(self._hooks)
+
+
+def _taken_hooks() -> list[Any]:
+    """Takes the hooks on saved tensors (recompute, offload) off, the innermost first."""
+    autograd: Any = torch._C._autograd
+    hooks = []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    return hooks
+
+
+def _put_hooks(hooks: list[Any]) -> None:
+    for pack, unpack in reversed(hooks):
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextmanager

@@ -50,7 +50,10 @@ class Engine:
         self._blocks = find_blocks(data.module) if options.schedule == "layered" else {}
         self._stages = {name: stage for stage, name in enumerate(self._blocks)}
         if options.schedule == "layered" and not self._blocks:
-            raise WrapError("schedule='layered' goes block by block, but the model has no list of repeated blocks")
+            raise WrapError(
+                "schedule='layered' goes block by block, but the model has no list of repeated blocks; "
+                "use schedule='accumulate'"
+            )
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":

@@ -20,6 +20,7 @@ from meshwright.parallel.errors import WrapError
 __all__ = ["Pieces"]
 
 _Edge = tuple[Any, int]
+_FUNCTIONS: Any = torch._C._functions
 
 
 @dataclass
@@ -105,20 +106,22 @@ class Pieces:
                     todo.append(following)
 
     def _check(self) -> None:
-        """Refuses a parameter that torch would reach in two ways from one piece, one of them through another piece."""
-        beyond: list[set[Any]] = []  # parameters in pieces that a piece is joined to without a border between them
-        for number, piece in enumerate(self._pieces):
-            joined = {self._home(node) for node, _ in piece.edges}
-            beyond.append(set().union(*(beyond[home] | self._pieces[home].leaves.keys() for home in joined)))
-            for node in beyond[number] & piece.leaves.keys():
+        """Refuses what torch would go through twice: from a piece's edge into an earlier one to another of its targets.
+
+        Raises:
+            WrapError: naming the operation.
+        """
+        for piece in self._pieces:
+            passing = {node for node, _ in piece.edges}
+            for node in _beyond(passing) & {*passing, *piece.leaves}:
                 raise WrapError(
-                    f"schedule='layered': a parameter of shape {tuple(node.variable.shape)} is used before and after "
-                    "blocks, and a value made with it passes them by; use schedule='accumulate', or untie it"
+                    f"schedule='layered': what {node.name()} gives passes blocks by in two ways, one made from the "
+                    "other; use schedule='accumulate'"
                 )
 
     def _reached(self, home: int, node: Any, number: int) -> Any:
         """Notes an edge that leaves a node of piece `home`; returns the node where the graph goes on."""
-        if not hasattr(node, "variable"):
+        if not isinstance(node, _FUNCTIONS.AccumulateGrad):
             if self._home(node) < home:
                 self._pieces[home].edges[node, number] = None
             return node
@@ -128,3 +131,15 @@ class Pieces:
             return origin.node
         self._first[node] = min(home, self._first.get(node, home))
         return None
+
+
+def _beyond(nodes: set[Any]) -> set[Any]:
+    """Every node that going back from `nodes` comes to, up to the next leaves."""
+    seen: set[Any] = set()
+    todo = list(nodes)
+    while todo:
+        for after, _ in todo.pop().next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                todo.append(after)
+    return seen

@@ -9,13 +9,28 @@ from typing import Literal
 from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 
-__all__ = ["Facts", "Transport", "check", "halves_of", "needs_in", "needs_of", "stuck_at", "walk"]
+__all__ = ["Facts", "Transport", "check", "halves_of", "needs_in", "needs_of", "other_end", "stuck_at", "walk"]
 
 Transport = Literal["posted", "blocking"]
 """How a send ends: "posted" at once (the receiver finds it by its name), "blocking" when the receiver takes it."""
 
-_SENDS = {Kind.SEND_ACTIVATION: (1, Kind.RECEIVE_ACTIVATION), Kind.SEND_GRADIENT: (-1, Kind.RECEIVE_GRADIENT)}
-_RECEIVES = {Kind.RECEIVE_ACTIVATION: (-1, Kind.SEND_ACTIVATION), Kind.RECEIVE_GRADIENT: (1, Kind.SEND_GRADIENT)}
+_SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
+_RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
+_OTHER_ENDS = {
+    Kind.SEND_ACTIVATION: (1, Kind.RECEIVE_ACTIVATION),
+    Kind.RECEIVE_ACTIVATION: (-1, Kind.SEND_ACTIVATION),
+    Kind.SEND_GRADIENT: (-1, Kind.RECEIVE_GRADIENT),
+    Kind.RECEIVE_GRADIENT: (1, Kind.SEND_GRADIENT),
+}
+
+
+_WITH_PARAMETERS = (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.INPUT_GRADIENT)
+_MADE_BY = {
+    Kind.SEND_ACTIVATION: Kind.FORWARD,
+    Kind.SEND_GRADIENT: Kind.INPUT_GRADIENT,
+    Kind.WEIGHT_GRADIENT: Kind.INPUT_GRADIENT,
+    Kind.RECOMPUTE: Kind.FORWARD,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ def check(schedule: Schedule, transport: Transport = "posted") -> Facts:
     _check_complete(schedule)
     for actions in schedule.ranks:
         _check_gathered(actions)
+        _check_reduced(actions)
     stuck = stuck_at(schedule, transport)
     if stuck:
         shown = "; ".join(f"rank {rank} at {action}" for rank, action in stuck.items())
@@ -108,19 +124,20 @@ def needs_of(homes: Sequence[int], action: Action, *, travels: bool = False) -> 
         return made
 
     if action.kind in _RECEIVES:
-        yield _other_end(action, _RECEIVES)
+        yield other_end(action)
+    if action.kind in _MADE_BY:
+        yield Action(action.stage, _MADE_BY[action.kind], action.microbatch)
     if action.kind is Kind.FORWARD and action.stage > 0:
         yield arrived(Action(action.stage - 1, Kind.FORWARD, action.microbatch), Kind.RECEIVE_ACTIVATION)
     if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
         yield Action(action.stage, Kind.FORWARD, action.microbatch)
         if action.stage < len(homes) - 1:
             yield arrived(Action(action.stage + 1, Kind.INPUT_GRADIENT, action.microbatch), Kind.RECEIVE_GRADIENT)
-    if action.kind is Kind.WEIGHT_GRADIENT:
-        yield Action(action.stage, Kind.INPUT_GRADIENT, action.microbatch)
 
 
-def _other_end(action: Action, table: dict[Kind, tuple[int, Kind]]) -> Action:
-    distance, kind = table[action.kind]
+def other_end(action: Action) -> Action:
+    """The receive of a send, the send of a receive."""
+    distance, kind = _OTHER_ENDS[action.kind]
     return Action(action.stage + distance, kind, action.microbatch)
 
 
@@ -143,7 +160,7 @@ def _is_lowered(schedule: Schedule) -> bool:
 
 def _taker(action: Action) -> Action | None:
     """The receive that a send waits for."""
-    return _other_end(action, _SENDS) if action.kind in _SENDS else None
+    return other_end(action) if action.kind in _SENDS else None
 
 
 def _check_complete(schedule: Schedule) -> None:
@@ -153,7 +170,7 @@ def _check_complete(schedule: Schedule) -> None:
         if missing:
             raise ScheduleError(f"schedule {schedule.name} lacks {', '.join(missing)}")
     for action in counted:
-        other = _other_end(action, _SENDS | _RECEIVES) if action.kind in _SENDS | _RECEIVES else action
+        other = other_end(action) if action.kind in _OTHER_ENDS else action
         if other not in counted:
             raise ScheduleError(f"schedule {schedule.name}: {action} has no {other}")
 
@@ -188,8 +205,22 @@ def _check_gathered(actions: tuple[Action, ...]) -> None:
             whole.add(action.stage)
         elif action.kind is Kind.FREE:
             whole.discard(action.stage)
-        elif action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT) and action.stage not in whole:
+        elif action.kind in _WITH_PARAMETERS and action.stage not in whole:
             raise ScheduleError(f"{action} finds the parameters of stage {action.stage} not gathered")
+
+
+def _check_reduced(actions: tuple[Action, ...]) -> None:
+    """Where a rank reduces at all, nothing may be added to gradients after their last reduction."""
+    if not any(action.kind is Kind.REDUCE for action in actions):
+        return
+    added: set[int] = set()
+    for action in actions:
+        if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT):
+            added.add(action.stage)
+        elif action.kind is Kind.REDUCE:
+            added.discard(action.stage)
+    if added:
+        raise ScheduleError(f"gradients of stages {sorted(added)} are not reduced after the last backward")
 
 
 def _keeps(action: Action) -> int:

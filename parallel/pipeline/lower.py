@@ -9,7 +9,7 @@ from itertools import groupby
 
 from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
-from meshwright.parallel.pipeline.check import Transport, walk
+from meshwright.parallel.pipeline.check import Transport, other_end, walk
 
 __all__ = ["lowered", "with_gathers", "with_recompute", "with_reductions", "with_transfers"]
 
@@ -105,18 +105,12 @@ def with_transfers(schedule: Schedule, transport: Transport = "posted") -> Sched
     def visit(rank: int, action: Action) -> None:
         rows[rank].append(action)
         for sent in _sent(schedule, action):
+            taker = other_end(sent)
             rows[rank].append(sent)
-            step, kind = _WAYS[sent.kind]
-            rows[schedule.homes[sent.stage + step]].append(Action(sent.stage + step, kind, sent.microbatch))
+            rows[schedule.homes[taker.stage]].append(taker)
 
     walk(schedule, visit)
     return replace(schedule, ranks=tuple(map(tuple, rows)))
-
-
-_WAYS = {
-    Kind.SEND_ACTIVATION: (1, Kind.RECEIVE_ACTIVATION),
-    Kind.SEND_GRADIENT: (-1, Kind.RECEIVE_GRADIENT),
-}
 
 
 def _received(schedule: Schedule, action: Action) -> Iterator[Action]:

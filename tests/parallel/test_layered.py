@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import meshwright as mw
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.loss import LossItems
 from meshwright.parallel.microbatch import share, split
 from meshwright.parallel.options import Options
 from meshwright.testing import run_ranks
@@ -122,6 +124,32 @@ class _TiedSkip(_Skipping):
         self.head.weight = self.table
 
 
+class _TwoSkips(_Skipping):
+    """Two values pass the blocks by, one made from the other, without an operation that would notice a second visit."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        start = self.table[ids]
+        stream = shifted = start + 1
+        for layer in self.layers:
+            stream = layer(stream.clone(), collected=[])["out"]
+        return nn.functional.cross_entropy(self.head(stream + shifted + 2 * start).flatten(0, 1), labels.flatten())
+
+
+class _Recomputed(_Skipping):
+    """Blocks are called inside hooks on saved tensors, and called again during backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in self.layers:
+            dropped = nn.functional.dropout(stream, 0.3)
+            stream = stream + checkpoint(layer, dropped.tanh(), use_reentrant=False)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
 class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -139,9 +167,12 @@ def _odd_batch() -> dict[str, Tensor]:
     return {"ids": ids, "labels": ids}
 
 
+@pytest.mark.parametrize("build_model", [_Skipping, _Recomputed])
 @pytest.mark.parametrize("degrees", [{}, {"dp": 2}], ids=str)
-def test_skips_side_channels_repeated_blocks_and_changes_in_place_are_equal_to_the_plain_run(degrees: Any) -> None:
-    report = mw.verify(_Skipping, _odd_batch, mw.Mesh(**degrees), schedule="layered", num_microbatches=2)
+def test_skips_side_channels_repeats_changes_in_place_and_recomputing_are_equal_to_the_plain_run(
+    build_model: Any, degrees: Any
+) -> None:
+    report = mw.verify(build_model, _odd_batch, mw.Mesh(**degrees), schedule="layered", num_microbatches=2)
     assert report.ok, report
     assert report.max_relative_gradient_error < 1e-12
 
@@ -156,9 +187,10 @@ def test_a_model_without_blocks_and_axes_it_does_not_take_are_refused() -> None:
         Options.of(schedule="layerd")
 
 
-def test_a_tied_parameter_whose_values_pass_the_blocks_by_is_refused_and_not_counted_twice() -> None:
-    model = mw.parallelize(_TiedSkip(), mw.Mesh(), schedule="layered", num_microbatches=2)
-    with pytest.raises(WrapError, match=r"shape \(7, 8\) is used before and after blocks"):
+@pytest.mark.parametrize("build_model", [_TiedSkip, _TwoSkips])
+def test_values_that_pass_the_blocks_by_in_two_ways_are_refused_and_not_counted_twice(build_model: Any) -> None:
+    model = mw.parallelize(build_model(), mw.Mesh(), schedule="layered", num_microbatches=2)
+    with pytest.raises(WrapError, match="passes blocks by in two ways"):
         model.step(_odd_batch())
 
 
@@ -172,3 +204,43 @@ def test_an_error_in_one_micro_batch_leaves_the_model_as_it_was() -> None:
     assert [type(each) for each in model.module.modules()] == kinds
     assert torch.is_grad_enabled()
     assert model.step(batch).isfinite()
+
+
+class _Failing(_Skipping):
+    """Fails in the last block of the second micro-batch, while the first one waits in the middle of its pass."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(ids, labels)
+        if int(ids[0, 0]) == 3:
+            raise ArithmeticError("planted")
+        return loss
+
+
+def test_an_error_while_other_passes_wait_leaves_modes_and_generators_as_they_were() -> None:
+    batch = _odd_batch()
+    ids = batch["ids"].clone()
+    ids[:, 0] = torch.tensor([0, 0, 3, 0])
+    model = mw.parallelize(_Failing(), mw.Mesh(), schedule="layered", num_microbatches=4)
+    before = torch.get_rng_state()
+    with LossItems() as counted, pytest.raises(ArithmeticError, match="planted"):
+        model.step({"ids": ids, "labels": batch["labels"]})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert counted is not None
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_collectives_and_memory_are_predicted_as_for_plain_accumulation() -> None:
+    for predicted, counted in run_ranks(_predicted, mw.Mesh(dp=2), mw.Mesh(dp=2)):
+        assert predicted == counted
+
+
+def _predicted(mesh: mw.Mesh) -> tuple[str, str]:
+    build_model, build_batch = FAMILIES["llama"]
+    batch = build_batch()
+    model = mw.parallelize(
+        build_model(), mesh, schedule="layered", num_microbatches=2, example=batch, predict_memory=True
+    )
+    assert model.report.memory is not None, model.report.notes
+    model.step(batch)
+    _, counted = model.ledger_step(batch)
+    return str(model.report.collectives), str(counted)

@@ -35,6 +35,10 @@ def test_a_deadlock_of_blocking_sends_is_found_where_posted_ones_run() -> None:
         ("0F0,0UNSHARD,0B0\n1F0,1B0", "0F0 finds the parameters of stage 0 not gathered"),
         ("0B0,0F0\n1F0,1B0", "stuck"),
         ("0F0,0W0,0I0\n1F0,1B0", "stuck"),
+        ("0SEND_F0,0F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0", "stuck"),
+        ("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1SEND_B0,1B0", "stuck"),
+        ("0F0,0F1,0B0,0REDUCE_GRAD,0B1", r"stages \[0\] are not reduced"),
+        ("0UNSHARD,0F0,0RESHARD,0RECOMPUTE0,0UNSHARD,0B0", "0RECOMPUTE0 finds the parameters"),
     ],
 )
 def test_what_is_missing_twice_or_out_of_order_is_named(text: str, why: str) -> None:
