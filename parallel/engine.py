@@ -21,7 +21,7 @@ from meshwright.parallel.errors import LossError, WrapError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.orders import breadth_first
+from meshwright.parallel.pipeline.orders import local_order
 from meshwright.parallel.pipeline.runtime import Pass, execute
 from meshwright.parallel.randomness import keyed
 
@@ -117,7 +117,7 @@ class Engine:
                 loss, items = each.result
                 each.seed(self.data.weigh(items.to(loss.dtype), _ask_scale(sums, summed)))
 
-        schedule = breadth_first([0] * len(self._stages), len(parts))
+        schedule = local_order("layered", len(self._stages), len(parts))
         last = len(parts) - 1
         with captured(self._blocks):
             execute(

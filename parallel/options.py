@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, get_args
 from torch import Tensor
 
 from meshwright.parallel.errors import WrapError, nearest
+from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.tensor_plan import TensorPlan
@@ -121,43 +122,4 @@ class Options:
         Raises:
             WrapError: naming the axis and the nearest legal layout.
         """
-        for axis in ("pp", "cp", "ep"):
-            if mesh.degree(axis) > 1:
-                legal = {**mesh.degrees(), axis: 1, "dp": mesh.dp * mesh.degree(axis)}
-                raise WrapError(
-                    f"mesh axis {axis}={mesh.degree(axis)} cannot be wrapped by this version; "
-                    f"nearest legal layout: {Mesh.of(legal)}"
-                )
-        if self.sequence_parallel and mesh.tp == 1:
-            raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
-        self._check_layered(mesh)
-        self._check_deepspeed(mesh)
-        if self.offload == "cpu" and self.data_engine == "torch" and mesh.fsdp == 1:
-            raise WrapError(
-                "offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'"
-            )
-
-    def _check_layered(self, mesh: Mesh) -> None:
-        if self.schedule == "layered" and (mesh.fsdp > 1 or self.data_engine != "torch" or self.sequence_parallel):
-            raise WrapError(
-                "schedule='layered' takes the axes dp and tp by now, without fsdp, data_engine='deepspeed' and "
-                f"sequence_parallel; nearest legal: schedule='accumulate', or {Mesh.of(_unsharded(mesh))}"
-            )
-
-    def _check_deepspeed(self, mesh: Mesh) -> None:
-        if self.data_engine != "deepspeed":
-            return
-        if mesh.tp > 1:
-            raise WrapError(
-                f"data_engine='deepspeed' does not take the axis tp={mesh.tp}; use data_engine='torch' with "
-                f"nearest legal layout: fsdp={mesh.data_degree} x tp={mesh.tp}"
-            )
-        if mesh.fsdp > 1 and mesh.dp > 1:
-            raise WrapError(
-                f"data_engine='deepspeed' shards over all data ranks, so it takes dp or fsdp, not {mesh}; "
-                f"nearest legal layout: fsdp={mesh.data_degree}"
-            )
-
-
-def _unsharded(mesh: Mesh) -> dict[str, int]:
-    return {**mesh.degrees(), "fsdp": 1, "dp": mesh.data_degree}
+        check_layout(mesh, self)

@@ -32,6 +32,7 @@ class WrapReport:
         notes: what a user may not expect: ties, replicated parts, frozen parameters.
         num_parameters: of the whole model.
         parameters_per_rank: largest number of elements a rank keeps between steps (padding included).
+        bytes_per_rank: of them.
         collectives: predicted calls of one step, equal to what the ledger counts; those of `tp` for micro-batches
             shaped like the example.
         memory: of the first rank, if `predict_memory` asked for it and it can be told.
@@ -43,6 +44,7 @@ class WrapReport:
     notes: tuple[str, ...]
     num_parameters: int
     parameters_per_rank: int
+    bytes_per_rank: int
     collectives: LedgerSummary | None
     table: str = ""
     memory: Footprint | None = None
@@ -55,13 +57,15 @@ class WrapReport:
             "notes": list(self.notes),
             "num_parameters": self.num_parameters,
             "parameters_per_rank": self.parameters_per_rank,
+            "bytes_per_rank": self.bytes_per_rank,
             "memory": None if self.memory is None else asdict(self.memory),
             "collectives_per_step": None if self.collectives is None else self.collectives.as_dict(),
         }
 
     def __str__(self) -> str:
         lines = [
-            f"mesh {self.mesh}: {self.num_parameters:,} parameters, {self.parameters_per_rank:,} kept by one rank",
+            f"mesh {self.mesh}: {self.num_parameters:,} parameters, {self.parameters_per_rank:,} "
+            f"({self.bytes_per_rank:,} bytes) kept by one rank",
             *(f"  {axis:<5} {done}" for axis, done in self.axes),
             *(f"  note: {note}" for note in self.notes),
             *(f"  {row}" for row in self.table.splitlines()),
@@ -84,16 +88,17 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
     """Says what wrapping `model` on `mesh` will do, before it is done; `plan` is needed where the mesh has `tp`."""
     whole = sum(each.numel() for each in model.parameters())
     mine = model if plan is None else first_shares(model, plan)
-    kept = sum(_padded(each.shape, mesh.fsdp) // mesh.fsdp for each in mine.parameters())
+    kept = {each: _padded(each.shape, mesh.fsdp) // mesh.fsdp for each in mine.parameters()}
     known = options.data_engine == "torch"
     memory, unknown = _memory(model, mesh, options, plan)
     calls = [*predicted_calls(mine, mesh, options), *_tensor_calls(mine, mesh, options, plan)] if known else None
     return WrapReport(
         mesh=str(mesh),
         axes=tuple(_axes(model, mesh, options, plan)),
-        notes=(*_notes(model), *unknown),
+        notes=(*_notes(model), *_padding(mine, mesh), *unknown),
         num_parameters=whole,
-        parameters_per_rank=kept,
+        parameters_per_rank=sum(kept.values()),
+        bytes_per_rank=sum(number * each.element_size() for each, number in kept.items()),
         collectives=None if calls is None else LedgerSummary.of(calls),
         table="" if plan is None else plan.table(),
         memory=memory,
@@ -220,6 +225,14 @@ def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | Non
             f"ZeRO {options.zero_stage}: {sharded[options.zero_stage]} sharded over {mesh.fsdp} ranks, "
             f"{len(blocks) + 1} units ({len(blocks)} blocks and the rest)",
         )
+
+
+def _padding(model: nn.Module, mesh: Mesh) -> Iterable[str]:
+    """What `fsdp` adds to parameters whose dim 0 it does not divide."""
+    added = {name: _padded(each.shape, mesh.fsdp) - each.numel() for name, each in model.named_parameters()}
+    padded = [name for name, number in added.items() if number]
+    if padded:
+        yield f"padded along fsdp: {len(padded)} parameters by {sum(added.values()):,} elements, first {padded[0]}"
 
 
 def _notes(model: nn.Module) -> Iterable[str]:

@@ -9,11 +9,14 @@ import typer
 
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.rehearse import report_on_meta
+from meshwright.parallel.pipeline.draw import drawn
+from meshwright.parallel.pipeline.orders import local_order
+from meshwright.parallel.pipeline.timeline import timeline
 
 if TYPE_CHECKING:
-    from meshwright.parallel.report import WrapReport
+    from torch import nn
 
-__all__ = ["draw_accumulation", "show"]
+__all__ = ["show"]
 
 
 def show(
@@ -23,7 +26,7 @@ def show(
 ) -> None:
     """Print the mesh, the wrap report, the order of a step and its predicted collectives."""
     loaded = load_job(job, overrides or ())
-    report = _report(loaded) if loaded.job.model is not None else None
+    model, report = report_on_meta(loaded) if loaded.job.model is not None else (None, None)
     if as_json:
         shown: dict[str, Any] = {
             "name": loaded.job.name,
@@ -34,19 +37,15 @@ def show(
         sys.stdout.write(json.dumps(shown) + "\n")
         return
     sys.stdout.write(f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.mesh.world_size} ranks\n")
-    if report is not None:
-        sys.stdout.write(f"{report}\norder of one step on every rank:\n")
-        sys.stdout.write(f"  {draw_accumulation(loaded.job.parallel.num_microbatches)}\n")
+    if model is not None:
+        sys.stdout.write(f"{report}\norder of one step on every rank (blocks of one size, backward twice a forward):\n")
+        sys.stdout.write(f"{_order(loaded, model)}\n")
 
 
-def draw_accumulation(num_microbatches: int) -> str:
-    """One rank's actions in one step: F forward, B backward, with the micro-batch; R the end of the reduction.
+def _order(loaded: LoadedJob, model: "nn.Module") -> str:
+    """The schedule of a step, drawn; a model without blocks is one stage."""
+    from meshwright.parallel.blocks import find_blocks
 
-    >>> draw_accumulation(2)
-    'F0 B0 F1 B1 R'
-    """
-    return " ".join([*(f"F{index} B{index}" for index in range(num_microbatches)), "R"])
-
-
-def _report(loaded: LoadedJob) -> "WrapReport":
-    return report_on_meta(loaded)[1]
+    parallel = loaded.job.parallel
+    num_stages = max(1, len(find_blocks(model)))
+    return drawn(timeline(local_order(parallel.schedule, num_stages, parallel.num_microbatches)), width=72)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from meshwright.launch.spec.machines import NodeRange
-from meshwright.parallel.errors import MeshError
+from meshwright.parallel.errors import MeshError, WrapError
+from meshwright.parallel.legal import check_layout
 
 if TYPE_CHECKING:
     from meshwright.launch.spec.job import Job
@@ -145,6 +146,18 @@ def _step(job: "Job") -> Iterator[Broken]:
         yield "train.validate_every_steps", "nothing to validate on: data.validation_fraction is 0"
 
 
+def _layout(job: "Job") -> Iterator[Broken]:
+    """What the built-in program could not wrap; a program of the user may do with its mesh what it likes."""
+    if job.model is None:
+        return
+    try:
+        check_layout(job.mesh, job.parallel)
+    except MeshError:
+        return  # said by another rule
+    except WrapError as error:
+        yield "parallel", str(error)
+
+
 def _environment(job: "Job") -> Iterator[Broken]:
     for key in [*(f"env.{name}" for name in job.env), *(f"secrets.{name}" for name in job.secrets)]:
         name = key.partition(".")[2]
@@ -183,6 +196,7 @@ _RULES: tuple[Callable[["Job"], Iterator[Broken]], ...] = (
     _nodes,
     _ranks,
     _step,
+    _layout,
     _environment,
     _secrets,
     _ranges,

@@ -21,6 +21,7 @@ THEMES = {
 
 # modules without a test file of their own that no test names either: reached through their users
 THROUGH_OTHERS = {
+    "meshwright.parallel.legal": "tests/launch/test_commands.py and tests/parallel/test_layered.py are refused by it",
     "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
     "meshwright.parallel.exchange": "tests/parallel/test_matrix.py: every pair of collectives, forward and backward",
     "meshwright.parallel.meta": "tests/parallel/test_tensor_planner.py plans a model on the meta device",

@@ -23,9 +23,33 @@ def test_show_prints_mesh_report_and_order(tmp_path: Path, capsys: pytest.Captur
     text = capsys.readouterr().out
     assert "fsdp=2, 2 ranks" in text
     assert "reduce_scatter" in text
-    assert "F0 B0 F1 B1 R" in text
+    assert "rank 0  " + "0" * 12 + "A" * 24 + "1" * 12 + "B" * 24 in text
     assert main(["show", job, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ranks"] == 2
+
+
+def test_show_draws_the_order_that_a_step_will_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{dp: 2, num_microbatches: 2, schedule: layered}"))
+    assert main(["show", job]) == 0
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rank 0"))
+    assert first.count("01") > 1
+    assert first.index("B") < first.rindex("A")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "why"),
+    [
+        ("{pp: 2}", "pp=2 cannot be wrapped by this version; nearest legal layout: dp=2"),
+        ("{dp: 2, sequence_parallel: true}", "give the mesh tp=2 or more"),
+        ("{fsdp: 2, schedule: layered}", "schedule='layered' takes the axes dp and tp by now"),
+        ("{tp: 2, data_engine: deepspeed}", "does not take the axis tp=2"),
+    ],
+)
+def test_a_layout_that_cannot_be_had_is_refused_before_any_rank_starts(
+    parallel: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", str(written(tmp_path, parallel=parallel)), "--dry-run"]) != 0
+    assert why in capsys.readouterr().err
 
 
 def test_simulate_predicts_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

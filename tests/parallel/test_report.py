@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 import meshwright as mw
 from meshwright.parallel.microbatch import share
@@ -93,3 +94,12 @@ def test_the_report_says_what_was_tied_and_frozen() -> None:
     assert [axis for axis, _ in report.axes] == ["dp", "fsdp"]
     assert report.as_dict()["mesh"] == "dp=2 x fsdp=2"
     assert "collectives of one step" in str(report)
+
+
+def test_bytes_and_padding_are_said() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 4, dtype=torch.float64))
+    report = describe(model, mw.Mesh(fsdp=2), Options())
+    assert report.parameters_per_rank == (16 + 4 + 12 + 4) // 2  # 3 rows are padded to 4
+    assert report.bytes_per_rank == (20 * 4 + 16 * 8) // 2
+    assert "padded along fsdp: 2 parameters by 5 elements, first 0.weight" in report.notes
+    assert report.as_dict()["bytes_per_rank"] == report.bytes_per_rank

@@ -1,0 +1,78 @@
+"""Which meshes and options go together: asked before any rank starts, so without torch."""
+
+from typing import Protocol
+
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.mesh import Mesh
+
+__all__ = ["LayoutSettings", "check_layout"]
+
+
+class LayoutSettings(Protocol):
+    """What `Options` and the `parallel:` block of a job have in common here."""
+
+    @property
+    def data_engine(self) -> str:
+        """Who replicates and shards."""
+        ...
+
+    @property
+    def offload(self) -> str:
+        """Where sharded states rest."""
+        ...
+
+    @property
+    def schedule(self) -> str:
+        """Order of micro-batches."""
+        ...
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether the sequence is dealt over `tp`."""
+        ...
+
+
+def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
+    """Refuses meshes that cannot be had.
+
+    Raises:
+        WrapError: naming the axis and the nearest legal layout.
+    """
+    for axis in ("pp", "cp", "ep"):
+        if mesh.degree(axis) > 1:
+            legal = {**mesh.degrees(), axis: 1, "dp": mesh.dp * mesh.degree(axis)}
+            raise WrapError(
+                f"mesh axis {axis}={mesh.degree(axis)} cannot be wrapped by this version; "
+                f"nearest legal layout: {Mesh.of(legal)}"
+            )
+    if settings.sequence_parallel and mesh.tp == 1:
+        raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
+    _check_layered(mesh, settings)
+    _check_deepspeed(mesh, settings)
+    if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
+        raise WrapError("offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'")
+
+
+def _check_layered(mesh: Mesh, settings: LayoutSettings) -> None:
+    taken = mesh.fsdp == 1 and settings.data_engine == "torch" and not settings.sequence_parallel
+    if settings.schedule == "layered" and not taken:
+        unsharded = Mesh.of({**mesh.degrees(), "fsdp": 1, "dp": mesh.data_degree})
+        raise WrapError(
+            "schedule='layered' takes the axes dp and tp by now, without fsdp, data_engine='deepspeed' and "
+            f"sequence_parallel; nearest legal: schedule='accumulate', or layered on {unsharded} without them"
+        )
+
+
+def _check_deepspeed(mesh: Mesh, settings: LayoutSettings) -> None:
+    if settings.data_engine != "deepspeed":
+        return
+    if mesh.tp > 1:
+        raise WrapError(
+            f"data_engine='deepspeed' does not take the axis tp={mesh.tp}; use data_engine='torch' with "
+            f"nearest legal layout: fsdp={mesh.data_degree} x tp={mesh.tp}"
+        )
+    if mesh.fsdp > 1 and mesh.dp > 1:
+        raise WrapError(
+            f"data_engine='deepspeed' shards over all data ranks, so it takes dp or fsdp, not {mesh}; "
+            f"nearest legal layout: fsdp={mesh.data_degree}"
+        )
