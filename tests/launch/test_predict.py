@@ -9,7 +9,6 @@ import meshwright as mw
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.rehearse import rehearse
-from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.testing import run_ranks
 from tests.launch.test_rehearse import LARGE, written
@@ -53,7 +52,7 @@ def test_a_job_of_any_size_is_predicted_here(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_predicted_says_why(tmp_path: Path) -> None:
-    with pytest.raises(WrapError, match="nearest legal layout"):
+    with pytest.raises(JobError, match=r"job\.yaml:\d+:1: parallel: mesh axis pp=2 .*nearest legal layout"):
         mw.simulate(written(tmp_path, parallel="{pp: 2}"))
     path = tmp_path / "job.yaml"
     path.write_text("name: plain\ncommand: [echo, hi]\n")
