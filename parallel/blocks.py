@@ -5,11 +5,11 @@ where they nest. Its items are the units that are gathered, recomputed or moved 
 them is glue.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["find_blocks", "own_blocks"]
+__all__ = ["find_blocks", "own_blocks", "own_parameters"]
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -42,6 +42,26 @@ def own_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if all(len(owners[id(parameter)]) == 1 for parameter in block.parameters())
         and any(True for _ in block.parameters())
     }
+
+
+def own_parameters(model: nn.Module, blocks: Mapping[str, nn.Module]) -> tuple[list[list[str]], list[str]]:
+    """Names of the parameters of each block that nothing outside of it holds, and of all others.
+
+    >>> shared = nn.Linear(2, 2, bias=False)
+    >>> model = nn.Sequential(shared, nn.Linear(2, 2), shared)
+    >>> own_parameters(model, find_blocks(model))
+    ([[], ['1.weight', '1.bias'], []], ['0.weight'])
+    """
+    holders: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        home = next((block for block in blocks if name.startswith(block + ".")), "")
+        holders.setdefault(id(parameter), set()).add(home)
+    own: dict[str, list[str]] = {block: [] for block in blocks}
+    rest: list[str] = []
+    for name, parameter in model.named_parameters():
+        held = holders[id(parameter)]
+        (own[next(iter(held))] if len(held) == 1 and held != {""} else rest).append(name)
+    return list(own.values()), rest
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -240,6 +240,14 @@ class Groups:
         group = self.group(*axes)
         return Pending(None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
 
+    def gather_into(self, whole: torch.Tensor, mine: torch.Tensor, axis: str) -> Pending:
+        """Starts filling `whole` with every rank's `mine` along an axis of degree above one (1-dim, in order)."""
+        return Pending(dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True))
+
+    def reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor, axis: str) -> Pending:
+        """Starts summing `whole` over an axis of degree above one, of which `mine` gets this rank's part (1-dim)."""
+        return Pending(dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True))
+
     def axis(self, name: str) -> "ProcessAxis":
         """The ranks along one axis of degree above one."""
         group = self.group(name)

@@ -48,6 +48,22 @@ class DataEngine(Protocol):
         """What a loss counts where its gradients reach parameters without `backward`, all losses being known."""
         ...
 
+    def gather(self, stage: int) -> None:
+        """Starts making the parameters of a stage whole."""
+        ...
+
+    def need(self, stage: int) -> None:
+        """Waits until they are."""
+        ...
+
+    def free(self, stage: int) -> None:
+        """Gives their memory back."""
+        ...
+
+    def reduce(self, stage: int) -> None:
+        """Starts the reduction of a stage's gradients."""
+        ...
+
     def launch(self) -> None:
         """Starts the reductions that backward did not."""
         ...
@@ -100,6 +116,21 @@ class LocalStates:
     def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
         """What a loss counts where its gradients reach parameters without `backward`."""
         raise WrapError(f"{type(self).__name__} goes back through whole losses only; use schedule='accumulate'")
+
+    def prepare(self, last: bool) -> None:
+        """Nothing depends on it."""
+
+    def gather(self, stage: int) -> None:
+        """Nothing to do where parameters are always whole."""
+
+    def need(self, stage: int) -> None:
+        """Nothing to wait for."""
+
+    def free(self, stage: int) -> None:
+        """Nothing to give back."""
+
+    def reduce(self, stage: int) -> None:
+        """Gradients leave by themselves."""
 
     def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
         """Trained parameters and the part of their gradients that this rank holds."""
@@ -212,6 +243,10 @@ def _replicate(module: nn.Module, groups: Groups, options: Options, dealt: Dealt
 
 
 def _shard(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
+    if options.schedule == "layered":
+        from meshwright.parallel.rotate import Rotate
+
+        return Rotate(module, groups, dealt, zero_stage=options.zero_stage)
     from meshwright.parallel.shard import Shard
 
     return Shard(module, groups, dealt, zero_stage=options.zero_stage, offload=options.offload == "cpu")

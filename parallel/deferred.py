@@ -22,7 +22,7 @@ from meshwright.parallel.meta import MetaAnswers
 from meshwright.parallel.part import Chunk
 from meshwright.parallel.tape import Tape, View
 
-__all__ = ["allocate", "deferred", "device_of", "materialise", "on_shapes", "recipe_text"]
+__all__ = ["allocate", "deferred", "device_of", "like", "materialise", "on_shapes", "recipe_text"]
 
 
 T = TypeVar("T")
@@ -204,10 +204,11 @@ def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
         )
     else:
         fresh = torch.empty_like(tensor, device=device)
-    return _like(tensor, fresh)
+    made: Tensor = like(tensor, fresh)
+    return made
 
 
-def _like(tensor: Tensor, fresh: Tensor) -> Tensor:
+def like(tensor: Tensor, fresh: Tensor) -> Any:
     """`fresh` as a parameter where `tensor` is one, with what a user hung on it."""
     if isinstance(tensor, nn.Parameter):
         fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)

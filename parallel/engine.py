@@ -21,7 +21,7 @@ from meshwright.parallel.errors import LossError, WrapError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.orders import local_order
+from meshwright.parallel.pipeline.lower import local_schedule
 from meshwright.parallel.pipeline.runtime import Pass, execute
 from meshwright.parallel.randomness import keyed
 
@@ -54,6 +54,13 @@ class Engine:
                 "schedule='layered' goes block by block, but the model has no list of repeated blocks; "
                 "use schedule='accumulate'"
             )
+        self._schedule = local_schedule(
+            options.schedule,
+            max(len(self._blocks), 1),
+            options.num_microbatches,
+            zero_stage=options.zero_stage if groups.mesh.fsdp > 1 else 0,
+            num_buffers=options.num_buffers,
+        )
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -117,15 +124,8 @@ class Engine:
                 loss, items = each.result
                 each.seed(self.data.weigh(items.to(loss.dtype), _ask_scale(sums, summed)))
 
-        schedule = local_order("layered", len(self._stages), len(parts))
-        last = len(parts) - 1
         with captured(self._blocks):
-            execute(
-                schedule.ranks[0],
-                passes,
-                turn=turn,
-                before_backward=lambda action: self.data.prepare(action.microbatch == last),
-            )
+            execute(self._schedule.ranks[0], passes, self.data, turn)
         self.data.launch()
         summed.wait()
         return StepStats(sums[0] / sums[1], sums[1], torch.stack([each.result[0].detach().double() for each in passes]))

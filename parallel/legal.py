@@ -47,20 +47,26 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
             )
     if settings.sequence_parallel and mesh.tp == 1:
         raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
-    _check_layered(mesh, settings)
     _check_deepspeed(mesh, settings)
+    _check_layered(mesh, settings)
     if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
         raise WrapError("offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'")
 
 
 def _check_layered(mesh: Mesh, settings: LayoutSettings) -> None:
-    taken = mesh.fsdp == 1 and settings.data_engine == "torch" and not settings.sequence_parallel
-    if settings.schedule == "layered" and not taken:
-        unsharded = Mesh.of({**mesh.degrees(), "fsdp": 1, "dp": mesh.data_degree})
-        raise WrapError(
-            "schedule='layered' takes the axes dp and tp by now, without fsdp, data_engine='deepspeed' and "
-            f"sequence_parallel; nearest legal: schedule='accumulate', or layered on {unsharded} without them"
-        )
+    if settings.schedule != "layered":
+        return
+    refused = {
+        "data_engine='deepspeed'": settings.data_engine == "deepspeed",
+        "sequence_parallel": settings.sequence_parallel,
+        "offload='cpu'": settings.offload == "cpu",
+    }
+    for name, given in refused.items():
+        if given:
+            raise WrapError(
+                f"schedule='layered' does not go with {name} by now; nearest legal: schedule='accumulate', "
+                f"or layered on {mesh} without it"
+            )
 
 
 def _check_deepspeed(mesh: Mesh, settings: LayoutSettings) -> None:

@@ -34,6 +34,7 @@ class OptionKeywords(TypedDict, total=False):
     tensor_plan: Mapping[str, str] | TensorPlan | None
     example: Any
     schedule: ScheduleKind
+    num_buffers: int
     predict_memory: bool
 
 
@@ -57,6 +58,7 @@ class Options:
         example: one micro-batch, looked at once to make the tensor plan; models of `transformers` bring their own.
         schedule: "accumulate" takes one micro-batch after the other through the model, "layered" all of them through
             a block before the next one: their gradients leave during the whole backward.
+        num_buffers: blocks whose parameters are whole at once, where a layered step shards them.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
 
     Raises:
@@ -76,6 +78,7 @@ class Options:
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
     example: Any = None
     schedule: ScheduleKind = "accumulate"
+    num_buffers: int = 2
     predict_memory: bool = False
 
     def __post_init__(self) -> None:
@@ -87,10 +90,9 @@ class Options:
             value = getattr(self, name)
             if value not in choices:
                 raise WrapError(f"{name}={value!r} does not exist; {nearest(str(value), choices)}")
-        if self.num_microbatches < 1 or self.bucket_bytes < 1:
-            raise WrapError(
-                f"num_microbatches={self.num_microbatches} and bucket_bytes={self.bucket_bytes} must be at least 1"
-            )
+        for name in ("num_microbatches", "bucket_bytes", "num_buffers"):
+            if getattr(self, name) < 1:
+                raise WrapError(f"{name}={getattr(self, name)} must be at least 1")
         stages = (0, 1, 2, 3) if self.data_engine == "deepspeed" else (1, 2, 3)
         if self.zero_stage not in stages:
             raise WrapError(

@@ -17,17 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, LocalStates, SharedFlags
+from meshwright.parallel.data import AskScale, SharedFlags
 from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.sharded import ShardedStates
 
 __all__ = ["Shard"]
 
 
-class Shard(LocalStates):
+class Shard(ShardedStates):
     """Data engine for sharded states.
 
     Args:
@@ -98,29 +98,6 @@ class Shard(LocalStates):
         for unit in self._units:
             cast(FSDPModule, unit).reshard()
 
-    def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
-        """Trained parameters and the local shard of their gradients."""
-        found: dict[str, tuple[nn.Parameter, Tensor | None]] = {}
-        for name, parameter in self._trained.items():
-            gradient = parameter.grad
-            found[name] = (parameter, _local(gradient) if gradient is not None else None)
-        return found
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        """The full tensor behind a parameter, gradient or state of this engine; every rank must ask."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
-        """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
-        like = self._trained[name]
-        if self._dealt.is_dealt(name) and isinstance(like, DTensor) and tensor.shape == like.to_local().shape:
-            return self._dealt.part(name, like, tensor)
-        if not isinstance(like, DTensor) or tensor.shape != like.to_local().shape:
-            return tensor
-        return DTensor.from_local(
-            tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-
     def _watch_gradients(self, unit: nn.Module, args: Any) -> None:
         """Runs at a unit's first forward, when its whole parameters exist: notes which ones receive gradients."""
         del args
@@ -137,10 +114,6 @@ class Shard(LocalStates):
             self._used.add(name)
 
         return on_gradient
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard_units(module: nn.Module, shard: Callable[..., Any], zero_stage: int) -> dict[nn.Module, Sequence[str]]:

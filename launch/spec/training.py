@@ -89,6 +89,9 @@ class Parallel(Axes):
         default="accumulate",
         description="Order of micro-batches: accumulate runs them one after the other, layered block by block.",
     )
+    num_buffers: Count = Field(
+        default=2, description="Blocks whose parameters are whole at once, where a layered step shards them."
+    )
     loss: Literal["token_mean", "sample_mean", "sum"] = Field(
         default="token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."
     )

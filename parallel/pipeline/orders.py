@@ -11,15 +11,9 @@ from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import stuck_at
 
-__all__ = ["accumulation", "breadth_first", "hybrid", "local_order", "one_forward_one_backward"]
+__all__ = ["accumulation", "breadth_first", "hybrid", "one_forward_one_backward"]
 
 Homes = Sequence[int]
-
-
-def local_order(name: str, num_stages: int, num_microbatches: int) -> Schedule:
-    """What one rank does with all stages of a model; `name` as `schedule=` takes it: "accumulate" or "layered"."""
-    make = {"accumulate": accumulation, "layered": breadth_first}[name]
-    return make([0] * num_stages, num_microbatches)
 
 
 def breadth_first(homes: Homes, num_microbatches: int) -> Schedule:

@@ -1,6 +1,7 @@
 """Executes the list of one rank: forwards and backwards of an unmodified model's blocks in the order of a schedule."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from meshwright.parallel.capture import Flow
 from meshwright.parallel.pieces import Pieces
 from meshwright.parallel.pipeline.actions import Action, Kind
 
-__all__ = ["Pass", "execute"]
+__all__ = ["Pass", "States", "execute"]
 
 
 class Pass:
@@ -56,32 +57,55 @@ class Pass:
             self._pieces.backward(len(self._homes))
 
 
-def execute(
-    actions: Iterable[Action],
-    passes: Sequence[Pass],
-    *,
-    turn: Callable[[], None],
-    before_backward: Callable[[Action], None],
-) -> None:
-    """Runs all forwards, then all backwards, in the order of `actions`.
+class States(Protocol):
+    """What holds parameters and gradients, by stage."""
+
+    def gather(self, stage: int) -> None:
+        """Starts making parameters whole."""
+        ...
+
+    def need(self, stage: int) -> None:
+        """Waits until they are."""
+        ...
+
+    def free(self, stage: int) -> None:
+        """Gives their memory back."""
+        ...
+
+    def reduce(self, stage: int) -> None:
+        """Starts summing gradients over data ranks."""
+        ...
+
+    def prepare(self, last: bool) -> None:
+        """Says whether the next backward is the last one that adds to the gradients of its stage."""
+        ...
+
+
+def execute(actions: Sequence[Action], passes: Sequence[Pass], states: States, turn: Callable[[], None]) -> None:
+    """Runs the list of one rank.
 
     Args:
-        actions: of one rank.
+        actions: what to do, all forwards before the first backward.
         passes: micro-batch -> its pass.
+        states: of the stages.
         turn: called once all losses are known, before the first backward; seeds the passes.
-        before_backward: called before each backward.
     """
+    of_states = {Kind.GATHER: states.gather, Kind.FREE: states.free, Kind.REDUCE: states.reduce}
+    last = {action.stage: action for action in actions if action.kind is Kind.BACKWARD}
     turned = False
     try:
         for action in actions:
-            assert action.microbatch is not None, action
+            if action.microbatch is None:
+                of_states[action.kind](action.stage)
+                continue
+            states.need(action.stage)
             if action.kind is Kind.FORWARD:
                 passes[action.microbatch].forward(action.stage)
                 continue
             if not turned:
                 turn()
                 turned = True
-            before_backward(action)
+            states.prepare(action == last[action.stage])
             passes[action.microbatch].backward(action.stage)
     finally:
         for each in passes:

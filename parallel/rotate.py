@@ -1,0 +1,149 @@
+"""The axis `fsdp` in a layered step: few stages are whole at a time, and each is reduced once (ZeRO, arXiv 1910.02054).
+
+For L blocks, B of them whole at once, whatever the number of micro-batches:
+
+  stage   parameters between uses   gradients                       gathers per step   reductions per step
+  1, 2    whole for the step        of one or two blocks are whole  L                  L
+  3       sharded                   the same                        2 L - B            L
+
+and one of each for the rest of the model, which is whole for the step. When, the schedule says; the sum of a block's
+gradients is under way while the block before it goes back.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.blocks import find_blocks, own_parameters
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.data import AskScale, SharedFlags
+from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.sharded import ShardedStates
+from meshwright.parallel.units import Unit, shard_parameters
+
+__all__ = ["Rotate"]
+
+
+class Rotate(ShardedStates):
+    """Data engine for sharded states that follow a schedule.
+
+    Args:
+        module: the model, whole on every rank; it is sharded in place.
+        groups: process groups of `dp` and `fsdp`.
+        dealt: what `tp` adds.
+        zero_stage: 1, 2 or 3.
+    """
+
+    def __init__(self, module: nn.Module, groups: Groups, dealt: DealtStates, *, zero_stage: int) -> None:
+        shard_parameters(module, groups)
+        super().__init__(module, groups, norm_axes=("fsdp",), dealt=dealt)
+        blocks = find_blocks(module)
+        self._names = list(blocks)
+        own, rest = own_parameters(module, blocks)
+        self._units = [Unit(module, names, groups) for names in own]
+        self._rest = Unit(module, rest, groups)
+        self._used: set[str] = set()
+        self._reducing: Unit | None = None
+        self._flags: SharedFlags | None = None
+        self._stays = zero_stage < 3
+        self._stepping = False
+        for block, unit in zip([*blocks.values(), module], [*self._units, self._rest], strict=True):
+            self._serve(block, unit)
+
+    @property
+    def num_whole(self) -> int:
+        """How many blocks are whole on this rank now."""
+        return sum(unit.is_whole for unit in self._units)
+
+    def begin(self) -> None:
+        """Forgets the gradients of the step before; starts gathering what stays whole for the step."""
+        self.release()
+        self._used.clear()
+        for unit in self._all():
+            unit.forget()
+        self._stepping = True
+        self._rest.gather()
+        for unit in self._units if self._stays else ():
+            unit.gather()
+
+    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
+        """The items; gradients are divided when they leave."""
+        self._ask_scale = ask_scale
+        return items
+
+    def gather(self, stage: int) -> None:
+        """Starts making a stage whole."""
+        self._units[stage].gather()
+
+    def need(self, stage: int) -> None:
+        """Waits until a stage may compute."""
+        self._rest.need()
+        self._units[stage].need()
+
+    def free(self, stage: int) -> None:
+        """Gives back the memory of whole parameters."""
+        self._units[stage].free()
+
+    def reduce(self, stage: int) -> None:
+        """Starts summing the gradients of a stage."""
+        self._reduce(self._units[stage])
+
+    def launch(self) -> None:
+        """Starts the last sums, and says which parameters were used."""
+        self._reduce(self._rest)
+        self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
+
+    def finish(self) -> None:
+        """Waits for the sums; parameters no rank used keep no gradient."""
+        assert self._flags is not None, "launch comes first"
+        for unit in self._all():
+            unit.finish()
+        self._reducing = None
+        for parameter, has_gradient in zip(self._trained.values(), self._flags.read(), strict=True):
+            if not has_gradient:
+                parameter.grad = None
+        self.release()
+        self._dealt.sum_gradients(self.local())
+
+    def release(self) -> None:
+        """Frees everything whole."""
+        self._stepping = False
+        self._reducing = None
+        for unit in self._all():
+            unit.free()
+
+    def _reduce(self, unit: Unit) -> None:
+        """One sum is under way at a time: waiting here for the one before costs nothing that it would not cost later."""
+        if self._reducing is not None:
+            self._reducing.sum_over_replicas()
+        self._used.update(unit.reduce(self._ask_scale))
+        self._reducing = unit
+
+    def _all(self) -> Iterator[Unit]:
+        yield from self._units
+        yield self._rest
+
+    def _serve(self, block: nn.Module, unit: Unit) -> None:
+        """Makes a module whole while it runs outside of steps, as in evaluation."""
+
+        def before(module: nn.Module, args: object) -> None:
+            del module, args
+            if self._stepping:
+                return
+            if torch.is_grad_enabled():
+                raise WrapError(
+                    "a model whose states are sharded runs with gradients in step() only; "
+                    "call it under torch.no_grad(), or evaluate()"
+                )
+            unit.gather()
+            unit.need()
+
+        def after(module: nn.Module, args: object, output: object) -> None:
+            del module, args, output
+            if not self._stepping:
+                unit.free()
+
+        block.register_forward_pre_hook(before)
+        block.register_forward_hook(after, always_call=True)
