@@ -80,7 +80,8 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
     from meshwright.launch.worker.example import example_batch
     from meshwright.parallel.options import Options
     from meshwright.parallel.plan import make_plan
-    from meshwright.parallel.report import describe, first_shares
+    from meshwright.parallel.predicted import first_shares
+    from meshwright.parallel.report import describe
 
     job = loaded.job
     options = Options.of(**job.options, example=example_batch(job, device="meta"))

@@ -17,7 +17,7 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
 from meshwright.parallel.weights import alias_groups, boxes_of
 
-__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "build_data_engine"]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "Unscheduled", "build_data_engine"]
 
 
 AskScale = Callable[[], Tensor]
@@ -101,17 +101,8 @@ class DataEngine(Protocol):
         ...
 
 
-class LocalStates:
-    """What the engines share whose parameters and gradients are tensors on the module itself."""
-
-    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...], dealt: DealtStates) -> None:
-        self.module = module
-        self._groups = groups
-        self._norm_axes = (*norm_axes, "tp")
-        self._dealt = dealt
-        allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
-        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        self._ask_scale: AskScale = lambda: torch.ones(())
+class Unscheduled:
+    """Answers to a schedule of engines whose parameters are whole at every use without it."""
 
     def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
         """What a loss counts where its gradients reach parameters without `backward`."""
@@ -131,6 +122,19 @@ class LocalStates:
 
     def reduce(self, stage: int) -> None:
         """Gradients leave by themselves."""
+
+
+class LocalStates(Unscheduled):
+    """What the engines share whose parameters and gradients are tensors on the module itself."""
+
+    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...], dealt: DealtStates) -> None:
+        self.module = module
+        self._groups = groups
+        self._norm_axes = (*norm_axes, "tp")
+        self._dealt = dealt
+        allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
+        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self._ask_scale: AskScale = lambda: torch.ones(())
 
     def local(self) -> dict[str, tuple[nn.Parameter, Tensor | None]]:
         """Trained parameters and the part of their gradients that this rank holds."""

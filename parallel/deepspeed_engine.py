@@ -22,7 +22,7 @@ from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, grouped
 __all__ = ["DeepSpeedStates"]
 
 
-class DeepSpeedStates:
+class DeepSpeedStates(Unscheduled):
     """Data engine on `deepspeed.initialize`; all data ranks are one group.
 
     Args:

@@ -21,7 +21,6 @@ from meshwright.parallel.errors import LossError, WrapError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.lower import local_schedule
 from meshwright.parallel.pipeline.runtime import Pass, execute
 from meshwright.parallel.randomness import keyed
 
@@ -54,13 +53,7 @@ class Engine:
                 "schedule='layered' goes block by block, but the model has no list of repeated blocks; "
                 "use schedule='accumulate'"
             )
-        self._schedule = local_schedule(
-            options.schedule,
-            max(len(self._blocks), 1),
-            options.num_microbatches,
-            zero_stage=options.zero_stage if groups.mesh.fsdp > 1 else 0,
-            num_buffers=options.num_buffers,
-        )
+        self._schedule = options.local_schedule(groups.mesh, max(len(self._blocks), 1))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":

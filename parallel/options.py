@@ -10,6 +10,8 @@ from meshwright.parallel.errors import WrapError, nearest
 from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.lower import local_schedule
 from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["DataEngineKind", "OptionKeywords", "Options", "ScheduleKind"]
@@ -117,6 +119,16 @@ class Options:
     def contract(self) -> LossContract:
         """The loss contract these options state."""
         return LossContract(self.loss, self.loss_items, self.loss_fn)
+
+    def local_schedule(self, mesh: Mesh, num_stages: int) -> Schedule:
+        """What a rank does in one step with the stages of a model, where it runs all of them."""
+        return local_schedule(
+            self.schedule,
+            num_stages,
+            self.num_microbatches,
+            zero_stage=self.zero_stage if mesh.fsdp > 1 else 0,
+            num_buffers=self.num_buffers,
+        )
 
     def check(self, mesh: Mesh) -> None:
         """Refuses meshes that cannot be had, before any rank starts.

@@ -49,8 +49,10 @@ class Rotate(ShardedStates):
         self._flags: SharedFlags | None = None
         self._stays = zero_stage < 3
         self._stepping = False
-        for block, unit in zip([*blocks.values(), module], [*self._units, self._rest], strict=True):
-            self._serve(block, unit)
+        self._turn = 0
+        for stage, block in enumerate(blocks.values()):
+            self._serve(block, self._units[stage], stage)
+        self._serve(module, self._rest, None)
 
     @property
     def num_whole(self) -> int:
@@ -68,6 +70,10 @@ class Rotate(ShardedStates):
         for unit in self._units if self._stays else ():
             unit.gather()
 
+    def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
+        """Whole losses would need the whole model."""
+        raise WrapError(f"{type(self).__name__} goes back block by block; use schedule='layered'")
+
     def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
         """The items; gradients are divided when they leave."""
         self._ask_scale = ask_scale
@@ -79,6 +85,7 @@ class Rotate(ShardedStates):
 
     def need(self, stage: int) -> None:
         """Waits until a stage may compute."""
+        self._turn = stage
         self._rest.need()
         self._units[stage].need()
 
@@ -115,7 +122,7 @@ class Rotate(ShardedStates):
             unit.free()
 
     def _reduce(self, unit: Unit) -> None:
-        """One sum is under way at a time: waiting here for the one before costs nothing that it would not cost later."""
+        """One sum is under way at a time: waiting for the one before costs nothing that it would not cost later."""
         if self._reducing is not None:
             self._reducing.sum_over_replicas()
         self._used.update(unit.reduce(self._ask_scale))
@@ -125,12 +132,17 @@ class Rotate(ShardedStates):
         yield from self._units
         yield self._rest
 
-    def _serve(self, block: nn.Module, unit: Unit) -> None:
+    def _serve(self, block: nn.Module, unit: Unit, stage: int | None) -> None:
         """Makes a module whole while it runs outside of steps, as in evaluation."""
 
         def before(module: nn.Module, args: object) -> None:
             del module, args
             if self._stepping:
+                if stage not in (None, self._turn) and not self._stays:
+                    raise WrapError(
+                        f"block {self._names[stage]} is called again after {self._names[self._turn]}, when its "
+                        "parameters are sharded; use zero_stage=2, or schedule='accumulate'"
+                    )
                 return
             if torch.is_grad_enabled():
                 raise WrapError(

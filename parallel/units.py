@@ -20,6 +20,7 @@ from meshwright.parallel.errors import WrapError
 
 __all__ = ["Unit", "padded_rows", "shard_parameters"]
 
+_same_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 _Places = list[tuple[nn.Module, str]]
 
 
@@ -59,7 +60,7 @@ def shard_parameters(module: nn.Module, groups: Groups) -> None:
         )
         fresh = like(parameter, sharded)
         for owner, leaf in places:
-            owner._parameters[leaf] = fresh  # type: ignore[assignment]
+            owner._parameters[leaf] = fresh
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class Unit:
             size_bytes = self._shard_numel(each) * each.whole.itemsize
             rows = parts.view(self._degree, -1)[:, offset : offset + size_bytes].view(each.whole.dtype)
             each.whole.untyped_storage().resize_(each.whole.numel() * each.whole.itemsize)
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(each.whole):
+            with torch.no_grad(), _same_version(each.whole):
                 _copy_rows(rows, each.whole)
             offset += size_bytes
             _hold(each.places, each.whole)

@@ -65,7 +65,16 @@ class Job(Conduct, Placement, Training, Program):
     @property
     def options(self) -> dict[str, Any]:
         """The keywords of `parallelize` that `parallel:` and `train.seed` state."""
-        names = ("loss", "loss_items", "num_microbatches", "zero_stage", "data_engine", "offload", "schedule", "num_buffers")
+        names = (
+            "loss",
+            "loss_items",
+            "num_microbatches",
+            "zero_stage",
+            "data_engine",
+            "offload",
+            "schedule",
+            "num_buffers",
+        )
         dealt = ("sequence_parallel", "tensor_plan")
         stated = {name: getattr(self.parallel, name) for name in (*names, *dealt)}
         return {**stated, "seed": self.train.seed if self.train else 0}

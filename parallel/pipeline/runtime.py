@@ -46,7 +46,7 @@ class Pass:
         self._pieces = Pieces(borders, self.flow.origins, self.result[0], weight)
         home = 0
         for block, _ in self.flow.borders:
-            home = self._stages.get(block, home)  # what follows a block is done with it
+            home = max(home, self._stages.get(block, 0))  # what follows a block is done with it, repeats too
             self._homes.append(home)
 
     def backward(self, stage: int) -> None:

@@ -1,0 +1,127 @@
+"""Which collectives one step runs, by formula: equal to what the ledger counts."""
+
+from collections import Counter
+from collections.abc import Iterable
+from copy import deepcopy
+from math import prod
+
+import torch
+from torch import nn
+
+from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
+from meshwright.parallel.dealt import summed_elements
+from meshwright.parallel.ledger import Call
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.options import Options
+from meshwright.parallel.pipeline.actions import Kind
+from meshwright.parallel.replicate import cut_buckets
+from meshwright.parallel.tensor import keep_shares
+from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.units import padded_rows
+
+__all__ = ["first_shares", "padded_elements", "predicted_calls", "tensor_calls"]
+
+
+def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
+    """The collectives of the data axes in one step by formula (see `shard` and `replicate`), in no particular order."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    calls: list[Call] = []
+    if mesh.data_degree > 1:
+        axis = "+".join(axis for axis in ("dp", "fsdp") if mesh.degree(axis) > 1)
+        calls.append(Call(axis, "all_reduce", mesh.data_degree, 16))  # loss and items
+        if mesh.fsdp > 1:
+            calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * len(trained)))  # use
+    if mesh.fsdp > 1:
+        of_units = _rotate_calls if options.schedule == "layered" else _shard_calls
+        return calls + of_units(model, mesh, options)
+    if mesh.dp > 1:
+        calls += _replicate_calls(trained, mesh, options)
+    return calls
+
+
+def tensor_calls(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[Call]:
+    """The collectives of `tp`: those of each unit as its proof counted them on the example, and one sum at the end."""
+    if plan is None or plan.degree == 1:
+        return
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    size_bytes = next(iter(trained.values())).element_size()
+    for calls in plan.calls.values():
+        for kind, elements in calls:
+            yield from [Call("tp", kind, mesh.tp, elements * size_bytes)] * options.num_microbatches
+    summed = summed_elements(plan, {name: tuple(each.shape) for name, each in trained.items()}, mesh.fsdp)
+    if summed:
+        yield Call("tp", "all_reduce", mesh.tp, summed * size_bytes)
+
+
+def first_shares(model: nn.Module, plan: TensorPlan) -> nn.Module:
+    """The model as the first rank of `tp` holds it, without memory."""
+    if plan.degree == 1:
+        return model
+    memo: dict[int, object] = {}
+    for each in model.parameters():
+        memo[id(each)] = nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
+    memo.update({id(each): torch.empty_like(each, device="meta") for each in model.buffers()})
+    shares = deepcopy(model, memo)
+    keep_shares(shares, plan.splits, 0)
+    return shares
+
+
+def _replicate_calls(trained: list[nn.Parameter], mesh: Mesh, options: Options) -> list[Call]:
+    calls: list[Call] = []
+    backwards = list(reversed(trained))
+    for dtype in dict.fromkeys(each.dtype for each in backwards):
+        sizes = [each.numel() * dtype.itemsize for each in backwards if each.dtype == dtype]
+        for bucket in cut_buckets(sizes, min(options.bucket_bytes, 1 << 20), options.bucket_bytes):
+            calls.append(Call("dp", "all_reduce", mesh.dp, sum(sizes[index] + dtype.itemsize for index in bucket)))
+    return calls
+
+
+def _rotate_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
+    found = find_blocks(model)
+    names, rest = own_parameters(model, found)
+    schedule = options.local_schedule(mesh, len(found))
+    gathers = Counter(each.stage for each in schedule.ranks[0] if each.kind is Kind.GATHER)
+    held = dict(model.named_parameters())
+    calls: list[Call] = []
+    for stage, unit in enumerate([*names, rest]):
+        members = [held[name] for name in unit]
+        widest = max((each.itemsize for each in members), default=1)
+        shards = -(-_unit_bytes(members, mesh.fsdp) // (mesh.fsdp * widest)) * widest
+        calls += [Call("fsdp", "all_gather", mesh.fsdp, shards * mesh.fsdp)] * (gathers[stage] or 1 if shards else 0)
+        for dtype in dict.fromkeys(each.dtype for each in members):
+            reduced = _unit_bytes([each for each in members if each.requires_grad and each.dtype is dtype], mesh.fsdp)
+            if reduced:
+                calls.append(Call("fsdp", "reduce_scatter", mesh.fsdp, reduced))
+                calls += [Call("dp", "all_reduce", mesh.dp, reduced // mesh.fsdp)] * (mesh.dp > 1)
+    return calls
+
+
+def _shard_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
+    blocks = [list(block.parameters()) for block in own_blocks(model).values()]
+    claimed = {id(each) for block in blocks for each in block}
+    root = [each for each in model.parameters() if id(each) not in claimed]
+    calls: list[Call] = []
+    for position, unit in enumerate([*blocks, root]):
+        held = position >= len(blocks) - 1  # the last block and the root stay whole until backward
+        num_gathers = options.num_microbatches * (1 if held else 2) if options.zero_stage == 3 else 1
+        num_reductions = 1 if options.zero_stage == 1 else options.num_microbatches
+        gathered = _unit_bytes(unit, mesh.fsdp)
+        reduced = _unit_bytes([each for each in unit if each.requires_grad], mesh.fsdp)
+        calls += [Call("fsdp", "all_gather", mesh.fsdp, gathered)] * (num_gathers if gathered else 0)
+        calls += [Call("fsdp", "reduce_scatter", mesh.fsdp, reduced)] * (num_reductions if reduced else 0)
+        if mesh.dp > 1 and reduced:
+            calls.append(Call("dp", "all_reduce", mesh.dp, reduced // mesh.fsdp))
+    return calls
+
+
+def _unit_bytes(parameters: Iterable[nn.Parameter], degree: int) -> int:
+    return sum(padded_elements(each.shape, degree) * each.element_size() for each in parameters)
+
+
+def padded_elements(shape: tuple[int, ...], degree: int) -> int:
+    """Elements of a parameter once its dim 0 is rounded up to a multiple of `degree`.
+
+    >>> padded_elements((5, 3), 2)
+    18
+    """
+    return padded_rows(shape, degree) * degree * prod(shape[1:]) if shape and degree > 1 else prod(shape)
