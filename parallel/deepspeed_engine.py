@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, SharedFlags
+from meshwright.parallel.data import AskScale, SharedFlags, Unscheduled
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, grouped
 
@@ -69,10 +69,6 @@ class DeepSpeedStates(Unscheduled):
         """Adds `items` times the gradient of `loss` to DeepSpeed's partitions."""
         self._ask_scale = ask_scale or self._ask_scale
         self._engine.backward(torch.where(items > 0, loss, 0.0) * (items * self._num_ranks), scale_wrt_gas=False)
-
-    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
-        """DeepSpeed takes whole losses only."""
-        raise WrapError("data_engine='deepspeed' goes back through whole losses only; use schedule='accumulate'")
 
     def launch(self) -> None:
         """DeepSpeed reduced at the last micro-batch; what is left to say is which parameters were used."""
