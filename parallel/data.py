@@ -15,6 +15,7 @@ from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
+from meshwright.parallel.pipeline.runtime import States
 from meshwright.parallel.weights import alias_groups, boxes_of
 
 __all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "Unscheduled", "build_data_engine"]
@@ -24,7 +25,7 @@ AskScale = Callable[[], Tensor]
 """Asks for the number (0-dim) that multiplies a step's gradients; waits for the other ranks, so it is called late."""
 
 
-class DataEngine(Protocol):
+class DataEngine(States, Protocol):
     """Turns gradients of local micro-batches into global ones and holds what the optimizer owns.
 
     One step is begin, (prepare, backward) per micro-batch, launch, finish.
@@ -36,32 +37,12 @@ class DataEngine(Protocol):
         """Forgets the gradients of the step before."""
         ...
 
-    def prepare(self, last: bool) -> None:
-        """Says whether the next micro-batch is the last of its step."""
-        ...
-
     def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
 
     def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
         """What a loss counts where its gradients reach parameters without `backward`, all losses being known."""
-        ...
-
-    def gather(self, stage: int) -> None:
-        """Starts making the parameters of a stage whole."""
-        ...
-
-    def need(self, stage: int) -> None:
-        """Waits until they are."""
-        ...
-
-    def free(self, stage: int) -> None:
-        """Gives their memory back."""
-        ...
-
-    def reduce(self, stage: int) -> None:
-        """Starts the reduction of a stage's gradients."""
         ...
 
     def launch(self) -> None:

@@ -81,8 +81,12 @@ class Engine:
         """A step that asks no tensor for its value, so that it also runs where tensors have none."""
         parts = split(batch, self.options.num_microbatches)
         self.data.begin()
-        stats = self._layered(parts) if self._stages else self._in_turn(parts)
-        self.data.finish()
+        try:
+            stats = self._layered(parts) if self._stages else self._in_turn(parts)
+            self.data.finish()
+        except BaseException:
+            self.data.release()
+            raise
         return stats
 
     def _in_turn(self, parts: list[Any]) -> StepStats:

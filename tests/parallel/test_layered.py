@@ -104,7 +104,7 @@ def test_gradients_of_a_block_leave_before_the_block_before_it_goes_back() -> No
     assert "reduce" in seen[first + 1 : last]
 
 
-class _Skipping(nn.Module):
+class Skipping(nn.Module):
     """A skip over all blocks, a block called twice, a value collected on the side, a change in place, odd outputs."""
 
     def __init__(self) -> None:
@@ -124,13 +124,13 @@ class _Skipping(nn.Module):
         return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) + 0 * torch.stack(side).sum()
 
 
-class _TiedSkip(_Skipping):
+class _TiedSkip(Skipping):
     def __init__(self) -> None:
         super().__init__()
         self.head.weight = self.table
 
 
-class _TwoSkips(_Skipping):
+class _TwoSkips(Skipping):
     """Two values pass the blocks by, one made from the other, without an operation that would notice a second visit."""
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class _TwoSkips(_Skipping):
         return nn.functional.cross_entropy(self.head(stream + shifted + 2 * start).flatten(0, 1), labels.flatten())
 
 
-class _Recomputed(_Skipping):
+class _Recomputed(Skipping):
     """Blocks are called inside hooks on saved tensors, and called again during backward."""
 
     def __init__(self) -> None:
@@ -168,17 +168,17 @@ class _Odd(nn.Module):
         return {"out": stream, "none": None, "name": "odd"}
 
 
-def _odd_batch() -> dict[str, Tensor]:
+def odd_batch() -> dict[str, Tensor]:
     ids = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(1))
     return {"ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("build_model", [_Skipping, _Recomputed])
+@pytest.mark.parametrize("build_model", [Skipping, _Recomputed])
 @pytest.mark.parametrize("degrees", [{}, {"dp": 2}], ids=str)
 def test_skips_side_channels_repeats_changes_in_place_and_recomputing_are_equal_to_the_plain_run(
     build_model: Any, degrees: Any
 ) -> None:
-    report = mw.verify(build_model, _odd_batch, mw.Mesh(**degrees), schedule="layered", num_microbatches=2)
+    report = mw.verify(build_model, odd_batch, mw.Mesh(**degrees), schedule="layered", num_microbatches=2)
     assert report.ok, report
     assert report.max_relative_gradient_error < 1e-12
 
@@ -186,7 +186,11 @@ def test_skips_side_channels_repeats_changes_in_place_and_recomputing_are_equal_
 def test_a_model_without_blocks_and_axes_it_does_not_take_are_refused() -> None:
     with pytest.raises(WrapError, match="no list of repeated blocks"):
         mw.parallelize(nn.Linear(2, 2), mw.Mesh(), schedule="layered")
-    for options, mesh in (({}, mw.Mesh(fsdp=2)), ({"data_engine": "deepspeed"}, mw.Mesh(dp=2))):
+    for options, mesh in (
+        ({"offload": "cpu"}, mw.Mesh(fsdp=2)),
+        ({"data_engine": "deepspeed"}, mw.Mesh(dp=2)),
+        ({"sequence_parallel": True}, mw.Mesh(tp=2)),
+    ):
         with pytest.raises(WrapError, match="nearest legal: schedule='accumulate'"):
             Options.of(schedule="layered", **options).check(mesh)
     with pytest.raises(WrapError, match="layerd"):
@@ -197,7 +201,7 @@ def test_a_model_without_blocks_and_axes_it_does_not_take_are_refused() -> None:
 def test_values_that_pass_the_blocks_by_in_two_ways_are_refused_and_not_counted_twice(build_model: Any) -> None:
     model = mw.parallelize(build_model(), mw.Mesh(), schedule="layered", num_microbatches=2)
     with pytest.raises(WrapError, match="passes blocks by in two ways"):
-        model.step(_odd_batch())
+        model.step(odd_batch())
 
 
 def test_an_error_in_one_micro_batch_leaves_the_model_as_it_was() -> None:
@@ -212,7 +216,7 @@ def test_an_error_in_one_micro_batch_leaves_the_model_as_it_was() -> None:
     assert model.step(batch).isfinite()
 
 
-class _Failing(_Skipping):
+class _Failing(Skipping):
     """Fails in the last block of the second micro-batch, while the first one waits in the middle of its pass."""
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -223,7 +227,7 @@ class _Failing(_Skipping):
 
 
 def test_an_error_while_other_passes_wait_leaves_modes_and_generators_as_they_were() -> None:
-    batch = _odd_batch()
+    batch = odd_batch()
     ids = batch["ids"].clone()
     ids[:, 0] = torch.tensor([0, 0, 3, 0])
     model = mw.parallelize(_Failing(), mw.Mesh(), schedule="layered", num_microbatches=4)
