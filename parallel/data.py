@@ -231,7 +231,7 @@ def _shard(module: nn.Module, groups: Groups, options: Options, dealt: DealtStat
     if options.schedule == "layered":
         from meshwright.parallel.rotate import Rotate
 
-        return Rotate(module, groups, dealt, zero_stage=options.zero_stage)
+        return Rotate(module, groups, dealt, zero_stage=options.zero_stage, num_buffers=options.num_buffers)
     from meshwright.parallel.shard import Shard
 
     return Shard(module, groups, dealt, zero_stage=options.zero_stage, offload=options.offload == "cpu")

@@ -10,6 +10,7 @@ and one of each for the rest of the model, which is whole for the step. When, th
 gradients is under way while the block before it goes back.
 """
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -34,9 +35,12 @@ class Rotate(ShardedStates):
         groups: process groups of `dp` and `fsdp`.
         dealt: what `tp` adds.
         zero_stage: 1, 2 or 3.
+        num_buffers: sums of gradients under way at once; the schedule says how many blocks are whole.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, dealt: DealtStates, *, zero_stage: int) -> None:
+    def __init__(
+        self, module: nn.Module, groups: Groups, dealt: DealtStates, *, zero_stage: int, num_buffers: int
+    ) -> None:
         shard_parameters(module, groups)
         super().__init__(module, groups, norm_axes=("fsdp",), dealt=dealt)
         blocks = find_blocks(module)
@@ -45,7 +49,8 @@ class Rotate(ShardedStates):
         self._units = [Unit(module, names, groups) for names in own]
         self._rest = Unit(module, rest, groups)
         self._used: set[str] = set()
-        self._reducing: Unit | None = None
+        self._reducing: deque[Unit] = deque()
+        self._num_buffers = num_buffers
         self._flags: SharedFlags | None = None
         self._stays = zero_stage < 3
         self._stepping = False
@@ -107,7 +112,6 @@ class Rotate(ShardedStates):
         assert self._flags is not None, "launch comes first"
         for unit in self._all():
             unit.finish()
-        self._reducing = None
         for parameter, has_gradient in zip(self._trained.values(), self._flags.read(), strict=True):
             if not has_gradient:
                 parameter.grad = None
@@ -117,16 +121,16 @@ class Rotate(ShardedStates):
     def release(self) -> None:
         """Frees everything whole."""
         self._stepping = False
-        self._reducing = None
+        self._reducing.clear()
         for unit in self._all():
             unit.free()
 
     def _reduce(self, unit: Unit) -> None:
-        """One sum is under way at a time: waiting for the one before costs nothing that it would not cost later."""
-        if self._reducing is not None:
-            self._reducing.sum_over_replicas()
+        """Starts a sum; no more are under way than there are buffers, so that gradients do not pile up."""
+        if len(self._reducing) == self._num_buffers:
+            self._reducing.popleft().sum_over_replicas()
         self._used.update(unit.reduce(self._ask_scale))
-        self._reducing = unit
+        self._reducing.append(unit)
 
     def _all(self) -> Iterator[Unit]:
         yield from self._units

@@ -129,8 +129,8 @@ def test_no_more_blocks_are_whole_than_there_are_buffers(num_buffers: int) -> No
         assert all(held)
 
 
-def _events() -> list[str]:
-    model = mw.parallelize(llama()(), mw.Mesh(fsdp=2), **LAYERED)
+def _events(num_buffers: int) -> list[str]:
+    model = mw.parallelize(llama()(), mw.Mesh(fsdp=2), num_buffers=num_buffers, **LAYERED)
     seen: list[str] = []
     for number, layer in enumerate(model.module.model.layers):  # type: ignore[union-attr, arg-type]
         layer.register_full_backward_pre_hook(lambda *_, number=number: seen.append(f"B{number}"))
@@ -151,9 +151,15 @@ def _events() -> list[str]:
     return seen
 
 
-def test_the_gradients_of_a_block_travel_while_the_block_before_it_goes_back() -> None:
-    order = "B2 B2 sent B1 B1 waited sent B0 B0 waited sent waited sent waited"
-    assert run_ranks(_events, mw.Mesh(fsdp=2))[0] == order.split()
+@pytest.mark.parametrize(
+    ("num_buffers", "order"),
+    [
+        (1, "B2 B2 sent B1 B1 waited sent B0 B0 waited sent waited sent waited"),
+        (2, "B2 B2 sent B1 B1 sent B0 B0 waited sent waited sent waited waited"),
+    ],
+)
+def test_the_gradients_of_a_block_travel_while_those_before_it_go_back(num_buffers: int, order: str) -> None:
+    assert run_ranks(_events, mw.Mesh(fsdp=2), num_buffers)[0] == order.split()
 
 
 def _goes_on(folder: str, mesh: mw.Mesh, options: dict[str, Any], save: bool) -> float:
