@@ -41,7 +41,7 @@ def test_show_draws_the_order_that_a_step_will_have(tmp_path: Path, capsys: pyte
     [
         ("{pp: 2}", "pp=2 cannot be wrapped by this version; nearest legal layout: dp=2"),
         ("{dp: 2, sequence_parallel: true}", "give the mesh tp=2 or more"),
-        ("{fsdp: 2, schedule: layered}", "schedule='layered' takes the axes dp and tp by now"),
+        ("{fsdp: 2, schedule: layered, offload: cpu}", "schedule=.layered. does not go with offload"),
         ("{tp: 2, data_engine: deepspeed}", "does not take the axis tp=2"),
     ],
 )
