@@ -44,24 +44,24 @@ def own_blocks(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def own_parameters(model: nn.Module, blocks: Mapping[str, nn.Module]) -> tuple[list[list[str]], list[str]]:
-    """Names of the parameters of each block that nothing outside of it holds, and of all others.
+def own_parameters(model: nn.Module, stage_of: Mapping[str, int]) -> tuple[dict[int, list[str]], list[str]]:
+    """Names of the parameters that the blocks of one stage hold and nothing else does, by stage; and of all others.
 
     >>> shared = nn.Linear(2, 2, bias=False)
-    >>> model = nn.Sequential(shared, nn.Linear(2, 2), shared)
-    >>> own_parameters(model, find_blocks(model))
-    ([[], ['1.weight', '1.bias'], []], ['0.weight'])
+    >>> own_parameters(nn.Sequential(shared, nn.Linear(2, 2), shared), {"0": 0, "1": 1, "2": 2})
+    ({0: [], 1: ['1.weight', '1.bias'], 2: []}, ['0.weight'])
     """
-    holders: dict[int, set[str]] = {}
+    holders: dict[int, set[int | None]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        home = next((block for block in blocks if name.startswith(block + ".")), "")
-        holders.setdefault(id(parameter), set()).add(home)
-    own: dict[str, list[str]] = {block: [] for block in blocks}
+        stage = next((stage for block, stage in stage_of.items() if name.startswith(block + ".")), None)
+        holders.setdefault(id(parameter), set()).add(stage)
+    own: dict[int, list[str]] = {stage: [] for stage in stage_of.values()}
     rest: list[str] = []
     for name, parameter in model.named_parameters():
         held = holders[id(parameter)]
-        (own[next(iter(held))] if len(held) == 1 and held != {""} else rest).append(name)
-    return list(own.values()), rest
+        stage = next(iter(held))
+        (rest if len(held) > 1 or stage is None else own[stage]).append(name)
+    return own, rest
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Flow", "captured"]
+__all__ = ["Flow", "captured", "fresh"]
 
 _FLOWS: dict[greenlet, "Flow"] = {}
 
@@ -32,6 +32,8 @@ class Flow:
     Attributes:
         waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
+        arguments: positional and keyword arguments of the call that waits; what they are replaced by is used.
+        output: what the last block that ran gave, as the model goes on with it.
         borders: (block, sequence number) where each piece of the autograd graph begins; what lies between two blocks
             is counted to none (""). A node belongs to the last piece that began at or before its number.
         origins: leaf made at a border -> the edge of the graph that it continues.
@@ -54,6 +56,9 @@ class Flow:
         self.waits: str | None = None
         self.ended = False
         self.result: Any = None
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.output: Any = None
+        self._instead: list[Any] = []
         self.borders: list[tuple[str, int]] = []
         self.origins: Any = WeakTensorKeyDictionary()
         self._state = _ThreadState()
@@ -64,6 +69,11 @@ class Flow:
         """Runs to the next call of a block, or to the end."""
         self._enter(self._coroutine.switch)
 
+    def skip(self, output: Any) -> None:
+        """Lets the block that waits give `output` without running it, and goes on."""
+        self._instead.append(output)
+        self.resume()
+
     def close(self) -> None:
         """Ends a pass that is not wanted any more."""
         if self._coroutine and not self.ended:
@@ -71,10 +81,14 @@ class Flow:
 
     def call(self, block: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called inside, for a block: stops, and runs it when resumed."""
-        self.waits = block
+        self.waits, self.arguments = block, (args, kwargs)
         assert self._coroutine.parent is not None, block
         self._coroutine.parent.switch()
+        args, kwargs = self.arguments
+        self.arguments = (), {}
         self._begin(block)
+        if self._instead:
+            return self._instead.pop()
         given: list[tuple[Tensor, Tensor]] = []
         args = self._cut(args, given, kept=(list, dict))
         kwargs = {name: self._cut(each, given, kept=(list, dict)) for name, each in kwargs.items()}
@@ -84,7 +98,8 @@ class Flow:
         for (value, fresh), version in zip(given, versions, strict=True):
             if fresh._version != version:  # the block changed what it was given, which others may hold too
                 _Rebased.apply(value, self._leaf(fresh))  # type: ignore[no-untyped-call]
-        return self._cut(output, [])
+        self.output = self._cut(output, [])
+        return self.output
 
     def _enter(self, how: Callable[[], Any]) -> None:
         outside = _ThreadState()
@@ -123,7 +138,7 @@ class Flow:
             for old, new in made:
                 if old is value:
                     return new
-            made.append((value, _Fresh.apply(self._leaf(value))))  # type: ignore[no-untyped-call]
+            made.append((value, fresh(self._leaf(value))))
             return made[-1][1]
 
         return tree_map(change, values, is_leaf=lambda value: isinstance(value, kept))
@@ -132,6 +147,12 @@ class Flow:
         leaf = value.detach().requires_grad_()
         self.origins[leaf] = get_gradient_edge(value)
         return leaf
+
+
+def fresh(leaf: Tensor) -> Tensor:
+    """A leaf's value as a tensor that may be changed in place; its gradient goes to the leaf."""
+    made: Tensor = _Fresh.apply(leaf)  # type: ignore[no-untyped-call]
+    return made
 
 
 class _Fresh(Function):

@@ -248,6 +248,28 @@ class Groups:
         """Starts summing `whole` over an axis of degree above one, of which `mine` gets this rank's part (1-dim)."""
         return Pending(dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True))
 
+    def _wide(self, axis: str) -> Any:
+        group = self.group(axis)
+        assert group is not None, f"axis {axis} has one rank"
+        return group
+
+    def send(self, tensor: torch.Tensor, axis: str, to: int, tag: int) -> Pending:
+        """Starts sending to the rank at position `to` along an axis of degree above one."""
+        group = self._wide(axis)
+        return Pending(dist.isend(tensor, dist.get_global_rank(group, to), group=group, tag=tag))
+
+    def receive(self, tensor: torch.Tensor, axis: str, source: int, tag: int) -> Pending:
+        """Starts receiving from the rank at position `source` along an axis of degree above one."""
+        group = self._wide(axis)
+        return Pending(dist.irecv(tensor, dist.get_global_rank(group, source), group=group, tag=tag))
+
+    def tell(self, value: Any, axis: str, source: int) -> Any:
+        """The object that the rank at position `source` along an axis gives; every rank must ask."""
+        group = self._wide(axis)
+        told = [value]
+        dist.broadcast_object_list(told, dist.get_global_rank(group, source), group=group, device=torch.device("cpu"))
+        return told[0]
+
     def axis(self, name: str) -> "ProcessAxis":
         """The ranks along one axis of degree above one."""
         group = self.group(name)

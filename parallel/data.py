@@ -1,6 +1,7 @@
 """What every data engine must do, and the choice between them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,21 @@ from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimize
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
 from meshwright.parallel.pipeline.runtime import States
-from meshwright.parallel.weights import alias_groups, boxes_of
+from meshwright.parallel.staged import StagedStates
+from meshwright.parallel.stages import Stages, stages_of
+from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.weights import boxes_of
 
-__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "Unscheduled", "build_data_engine"]
+__all__ = [
+    "AskScale",
+    "DataEngine",
+    "LocalStates",
+    "SharedFlags",
+    "Spread",
+    "Unscheduled",
+    "build_data_engine",
+    "spread_over",
+]
 
 
 AskScale = Callable[[], Tensor]
@@ -31,8 +44,6 @@ class DataEngine(States, Protocol):
     One step is begin, (prepare, backward) per micro-batch, launch, finish.
     """
 
-    module: nn.Module
-
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
         ...
@@ -41,8 +52,8 @@ class DataEngine(States, Protocol):
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
 
-    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
-        """What a loss counts where its gradients reach parameters without `backward`, all losses being known."""
+    def divide_by(self, ask_scale: AskScale) -> None:
+        """Says, where gradients reach parameters without `backward`, what multiplies them before they are reduced."""
         ...
 
     def launch(self) -> None:
@@ -82,12 +93,30 @@ class DataEngine(States, Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """How states are spread besides the data axes.
+
+    Args:
+        dealt: over `tp`.
+        staged: over `pp`.
+        stages: what `staged` follows.
+    """
+
+    dealt: DealtStates
+    staged: StagedStates
+    stages: Stages
+
+
 class Unscheduled:
     """Answers to a schedule of engines whose parameters are whole at every use without it."""
 
-    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
-        """What a loss counts where its gradients reach parameters without `backward`."""
+    def divide_by(self, ask_scale: AskScale) -> None:
+        """Says, where gradients reach parameters without `backward`, what multiplies them before they are reduced."""
         raise WrapError(f"{type(self).__name__} goes back through whole losses only; use schedule='accumulate'")
+
+    def open(self) -> None:
+        """Nothing to do where parameters are always whole."""
 
     def prepare(self, last: bool) -> None:
         """Nothing depends on it."""
@@ -108,11 +137,12 @@ class Unscheduled:
 class LocalStates(Unscheduled):
     """What the engines share whose parameters and gradients are tensors on the module itself."""
 
-    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...], dealt: DealtStates) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, norm_axes: tuple[str, ...], spread: Spread) -> None:
         self.module = module
         self._groups = groups
-        self._norm_axes = (*norm_axes, "tp")
-        self._dealt = dealt
+        self._norm_axes = (*norm_axes, "tp", "pp")
+        self._dealt = spread.dealt
+        self._staged = spread.staged
         allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._ask_scale: AskScale = lambda: torch.ones(())
@@ -139,7 +169,7 @@ class LocalStates(Unscheduled):
         """Scales gradients to a global L2 norm of at most `max_norm`; returns the norm before (0-dim, float64)."""
         local = self.local()
         gradients = [gradient for _, gradient in local.values() if gradient is not None]
-        counted = self._dealt.counted(local)
+        counted = self._dealt.counted(self._staged.counted(local))
         device = torch.device(self._groups.device_type)
         norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
         square = torch.stack([norm.double() for norm in norms]).square().sum()
@@ -151,22 +181,36 @@ class LocalStates(Unscheduled):
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole trained parameters by name; every rank must ask."""
-        return {name: self._dealt.whole(name, self.whole(each.detach())) for name, each in self._trained.items()}
+        mine = {name: self._dealt.whole(name, self.whole(each.detach())) for name, each in self._trained.items()}
+        return self._staged.gathered(mine)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Whole gradients by name, None where no rank computed one; every rank must ask."""
-        return {
+        mine = {
             name: None if each.grad is None else self._dealt.whole(name, self.whole(each.grad))
             for name, each in self._trained.items()
         }
+        return self._staged.gathered(mine)
 
     def whole_states(self) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters and buffers, tied ones once; every rank must take them all."""
         held = dict(self.module.named_parameters(remove_duplicate=False))
         saved = self.module.state_dict()
-        for name, *_ in alias_groups(self.module):
+
+        def whole(name: str) -> Tensor:
             parameter = held.get(name)
-            yield name, saved[name] if parameter is None else self._dealt.whole(name, self.whole(parameter.detach()))
+            if parameter is None:
+                values: Tensor = saved[name]
+                return values
+            return self._dealt.whole(name, self.whole(parameter.detach()))
+
+        return self._staged.wholes(whole)
+
+    def _sum_over_copies(self) -> None:
+        """Sums gradients of what ranks of `tp` or `pp` hold several times, or in parts that add up."""
+        self._staged.fill(self._trained)
+        self._dealt.sum_gradients(self.local())
+        self._staged.sum_gradients(self.local(), self._trained)
 
     def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
         """Builds an ordinary torch optimizer on the local parts."""
@@ -208,37 +252,43 @@ class SharedFlags:
         return flags
 
 
-def build_data_engine(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
-    """Picks the data engine that a mesh and options ask for and hands it the model, dealt over `tp` already."""
-    makers: dict[str, Callable[[nn.Module, Groups, Options, DealtStates], DataEngine]] = {
+def spread_over(module: nn.Module, groups: Groups, options: Options, plan: TensorPlan) -> Spread:
+    """Cuts a model, dealt over `tp` already, into stages and keeps those of this rank."""
+    stages = stages_of(module, groups.mesh, groups.rank, options)
+    return Spread(DealtStates(plan, groups), StagedStates(module, stages.homes, groups), stages)
+
+
+def build_data_engine(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:
+    """Picks the data engine that a mesh and options ask for and hands it the model, spread already."""
+    makers: dict[str, Callable[[nn.Module, Groups, Options, Spread], DataEngine]] = {
         "deepspeed": _deepspeed,
         "torch": _shard if groups.mesh.fsdp > 1 else _replicate,
     }
-    return makers[options.data_engine](module, groups, options, dealt)
+    return makers[options.data_engine](module, groups, options, spread)
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _replicate(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
+def _replicate(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:
     from meshwright.parallel.replicate import Replicate
 
-    return Replicate(module, groups, dealt, bucket_bytes=options.bucket_bytes)
+    return Replicate(module, groups, spread, bucket_bytes=options.bucket_bytes)
 
 
-def _shard(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
+def _shard(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:
     if options.schedule == "layered":
         from meshwright.parallel.rotate import Rotate
 
-        return Rotate(module, groups, dealt, zero_stage=options.zero_stage, num_buffers=options.num_buffers)
+        return Rotate(module, groups, spread, zero_stage=options.zero_stage, num_buffers=options.num_buffers)
     from meshwright.parallel.shard import Shard
 
-    return Shard(module, groups, dealt, zero_stage=options.zero_stage, offload=options.offload == "cpu")
+    return Shard(module, groups, spread, zero_stage=options.zero_stage, offload=options.offload == "cpu")
 
 
-def _deepspeed(module: nn.Module, groups: Groups, options: Options, dealt: DealtStates) -> DataEngine:
-    del dealt  # refused together with tp
+def _deepspeed(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:
+    del spread  # refused together with tp and pp
     from meshwright.parallel.deepspeed_engine import DeepSpeedStates
 
     return DeepSpeedStates(module, groups, zero_stage=options.zero_stage, offload=options.offload == "cpu")

@@ -5,6 +5,7 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,16 +14,21 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers
-from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import captured
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import AskScale, DataEngine
-from meshwright.parallel.errors import LossError, WrapError
+from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.runtime import Pass, execute
+from meshwright.parallel.pipeline.actions import Action
+from meshwright.parallel.pipeline.passes import Pass, Route
+from meshwright.parallel.pipeline.probe import key_of, probe
+from meshwright.parallel.pipeline.runtime import execute
+from meshwright.parallel.pipeline.transfers import Transfers
+from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.randomness import keyed
+from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
 
@@ -39,21 +45,17 @@ class StepStats:
 class Engine:
     """Runs steps of one wrapped model on one rank."""
 
-    def __init__(self, data: DataEngine, groups: Groups, options: Options) -> None:
+    def __init__(self, data: DataEngine, groups: Groups, options: Options, stages: Stages) -> None:
         self.data = data
         self.options = options
         self.num_steps = 0
         self._buffers_checked = False
         self._groups = groups
         self._contract = options.contract
-        self._blocks = find_blocks(data.module) if options.schedule == "layered" else {}
-        self._stages = {name: stage for stage, name in enumerate(self._blocks)}
-        if options.schedule == "layered" and not self._blocks:
-            raise WrapError(
-                "schedule='layered' goes block by block, but the model has no list of repeated blocks; "
-                "use schedule='accumulate'"
-            )
-        self._schedule = options.local_schedule(groups.mesh, max(len(self._blocks), 1))
+        self._stages = stages
+        self._routes: dict[Hashable, Route] = {}
+        self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
+        self._has_loss = stages.schedule.homes[-1] == stages.rank
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -82,7 +84,7 @@ class Engine:
         parts = split(batch, self.options.num_microbatches)
         self.data.begin()
         try:
-            stats = self._layered(parts) if self._stages else self._in_turn(parts)
+            stats = self._scheduled(parts) if self._stages.blocks else self._in_turn(parts)
             self.data.finish()
         except BaseException:
             self.data.release()
@@ -106,35 +108,97 @@ class Engine:
         summed.wait()
         return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
 
-    def _layered(self, parts: list[Any]) -> StepStats:
-        """All micro-batches through a block before the next block (arXiv 2106.02679)."""
+    def _scheduled(self, parts: list[Any]) -> StepStats:
+        """Block by block, in the order of the schedule."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        passes = [Pass(partial(self._forward, part, index), self._stages) for index, part in enumerate(parts)]
+        losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
         summed = Pending(None)
 
-        def turn() -> None:
+        def forwarded() -> None:
             nonlocal summed
-            for loss, items in (each.result for each in passes):
-                sums.add_(torch.stack([_weighted(loss, items), items]))
-            summed = self._groups.all_reduce(sums, *DATA_AXES)
-            for each in passes:
+            for number, each in enumerate(passes if self._has_loss else ()):
                 loss, items = each.result
-                each.seed(self.data.weigh(items.to(loss.dtype), _ask_scale(sums, summed)))
+                sums.add_(torch.stack([_weighted(loss, items), items]))
+                losses[number] = loss.detach()
+            summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
 
-        with captured(self._blocks):
-            execute(self._schedule.ranks[0], passes, self.data, turn)
+        def ask_scale() -> Tensor:
+            summed.wait()
+            return sums[1].reciprocal()
+
+        def weight(microbatch: int) -> Tensor | None:
+            if not self._has_loss:
+                return None
+            loss, items = passes[microbatch].result
+            return items.to(loss.dtype)
+
+        self.data.divide_by(ask_scale)
+        with captured(self._stages.blocks):
+            passes, routes = self._passes(parts)
+            transfers = self._transfers(self._stages.actions, routes)
+            self.data.open()
+            execute(self._stages.actions, passes, self.data, transfers, forwarded=forwarded, weight=weight)
         self.data.launch()
         summed.wait()
-        return StepStats(sums[0] / sums[1], sums[1], torch.stack([each.result[0].detach().double() for each in passes]))
+        self._groups.all_reduce(losses, "pp").wait()
+        if self._wire is not None:
+            self._wire.flush()
+        return StepStats(sums[0] / sums[1], sums[1], losses)
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         with torch.no_grad():
-            loss, items = self._forward(batch, 0)
-            sums = torch.stack([_weighted(loss, items), items])
-            self._groups.all_reduce(sums, *DATA_AXES).wait()
+            found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
+            if found is not None:
+                sums += torch.stack([_weighted(*found), found[1]])
+            self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
         self.data.release()
         return sums[0], sums[1]
+
+    def _forward_across(self, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """Forward of one batch through all stages; the rank of the last one gets loss and items."""
+        actions = self._stages.forward_actions
+        with captured(self._stages.blocks):
+            passes, routes = self._passes([batch])
+            transfers = self._transfers(actions, routes)
+            self.data.open()
+            execute(actions, passes, self.data, transfers, forwarded=lambda: None, weight=lambda _: None)
+        if self._wire is not None:
+            self._wire.flush()
+        return passes[0].result if self._has_loss else None
+
+    def _passes(self, parts: list[Any]) -> tuple[list[Pass], list[Route]]:
+        """A pass for each micro-batch, and their routes."""
+        routes = [self._route(part) for part in parts] if self._wire is not None else []
+        mine = sorted(set(self._stages.mine.values()))
+        passes = [
+            Pass(
+                partial(self._forward, part, index),
+                self._stages.stage_of,
+                mine,
+                routes[index] if routes else None,
+                self._device,
+            )
+            for index, part in enumerate(parts)
+        ]
+        return passes, routes
+
+    def _route(self, part: Any) -> Route:
+        """The route of a micro-batch, looked for where none of its shape came before."""
+        assert self._wire is not None, "one rank has all stages"
+        key = key_of(self.data.module, part)
+        if key not in self._routes:
+            run = partial(self._forward, part, 0)
+            homes = self._stages.schedule.homes
+            self.data.open()
+            self._routes[key] = probe(run, self._stages.stage_of, homes, self.data, self._wire)
+        return self._routes[key]
+
+    def _transfers(self, actions: Sequence[Action], routes: list[Route]) -> Transfers | None:
+        if self._wire is None:
+            return None
+        return Transfers(actions, self._stages.schedule.homes, routes, self._wire)
 
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""

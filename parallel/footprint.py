@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from meshwright.parallel.data import build_data_engine
-from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.data import build_data_engine, spread_over
 from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine
 from meshwright.parallel.errors import WrapError
@@ -50,7 +49,7 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
     """
     if options.example is None:
         raise WrapError("no example was given")
-    if mesh.fsdp > 1 or options.data_engine != "torch":
+    if mesh.fsdp > 1 or mesh.pp > 1 or options.data_engine != "torch":
         raise WrapError("the memory of sharded states is not known before they are sharded")
     groups: Any = PaperGroups(mesh, device_of(model).type)
     counted = replace(options, loss="sum", loss_items=None)  # counting items would ask for values
@@ -59,7 +58,8 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
             mine = _without_values(model, groups.device_type)
             example = tree_map(lambda leaf: _faked(leaf, fakes, groups.device_type), options.example)
             deal_model(mine, plan, groups.axis("tp"))
-            engine = Engine(build_data_engine(mine, groups, options, DealtStates(plan, groups)), groups, counted)
+            spread = spread_over(mine, groups, options, plan)
+            engine = Engine(build_data_engine(mine, groups, options, spread), groups, counted, spread.stages)
             gc.collect()  # shares were taken from whole parameters, which hooks may hold in cycles
             live.peak_bytes = states_bytes = live.now_bytes
             engine.accumulate([example] * options.num_microbatches)

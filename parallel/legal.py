@@ -4,6 +4,7 @@ from typing import Protocol
 
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.pipeline.choose import ACROSS_RANKS, ON_ONE_RANK
 
 __all__ = ["LayoutSettings", "check_layout"]
 
@@ -38,7 +39,7 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     Raises:
         WrapError: naming the axis and the nearest legal layout.
     """
-    for axis in ("pp", "cp", "ep"):
+    for axis in ("cp", "ep"):
         if mesh.degree(axis) > 1:
             legal = {**mesh.degrees(), axis: 1, "dp": mesh.dp * mesh.degree(axis)}
             raise WrapError(
@@ -48,13 +49,20 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     if settings.sequence_parallel and mesh.tp == 1:
         raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
     _check_deepspeed(mesh, settings)
-    _check_layered(mesh, settings)
+    _check_schedule(mesh, settings)
     if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
         raise WrapError("offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'")
 
 
-def _check_layered(mesh: Mesh, settings: LayoutSettings) -> None:
-    if settings.schedule != "layered":
+def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
+    fitting = ACROSS_RANKS if mesh.pp > 1 else ON_ONE_RANK
+    if settings.schedule not in fitting:
+        nearest = "modular" if mesh.pp > 1 else "layered"
+        raise WrapError(
+            f"schedule={settings.schedule!r} does not go with pp={mesh.pp}; nearest legal: schedule={nearest!r} "
+            f"(choose from: {', '.join(fitting)})"
+        )
+    if settings.schedule == "accumulate":
         return
     refused = {
         "data_engine='deepspeed'": settings.data_engine == "deepspeed",
@@ -63,9 +71,10 @@ def _check_layered(mesh: Mesh, settings: LayoutSettings) -> None:
     }
     for name, given in refused.items():
         if given:
+            other = "accumulate" if mesh.pp == 1 else settings.schedule
             raise WrapError(
-                f"schedule='layered' does not go with {name} by now; nearest legal: schedule='accumulate', "
-                f"or layered on {mesh} without it"
+                f"schedule={settings.schedule!r} does not go with {name} by now; nearest legal: "
+                f"schedule={other!r} on {mesh} without it"
             )
 
 

@@ -11,13 +11,14 @@ from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline.actions import Schedule
-from meshwright.parallel.pipeline.lower import local_schedule
+from meshwright.parallel.pipeline.choose import chosen
+from meshwright.parallel.pipeline.placements import Placement
 from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["DataEngineKind", "OptionKeywords", "Options", "ScheduleKind"]
 
 DataEngineKind = Literal["torch", "deepspeed"]
-ScheduleKind = Literal["accumulate", "layered"]
+ScheduleKind = Literal["accumulate", "layered", "gpipe", "1f1b", "interleaved", "modular"]
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -37,6 +38,7 @@ class OptionKeywords(TypedDict, total=False):
     example: Any
     schedule: ScheduleKind
     num_buffers: int
+    num_loops: int | None
     predict_memory: bool
 
 
@@ -59,8 +61,10 @@ class Options:
             say; or a plan made earlier.
         example: one micro-batch, looked at once to make the tensor plan; models of `transformers` bring their own.
         schedule: "accumulate" takes one micro-batch after the other through the model, "layered" all of them through
-            a block before the next one: their gradients leave during the whole backward.
-        num_buffers: blocks whose parameters are whole at once, where a layered step shards them.
+            a block before the next one: their gradients leave during the whole backward. With the axis `pp`: "gpipe",
+            "1f1b", "interleaved" (1F1B with several stages on each rank) or "modular" (layered, blocks dealt in turn).
+        num_loops: stages of each rank, for "interleaved" (2 by default) and "modular" (one for each block by default).
+        num_buffers: stages whose parameters are whole at once, where a layered step shards them.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
 
     Raises:
@@ -81,6 +85,7 @@ class Options:
     example: Any = None
     schedule: ScheduleKind = "accumulate"
     num_buffers: int = 2
+    num_loops: int | None = None
     predict_memory: bool = False
 
     def __post_init__(self) -> None:
@@ -120,12 +125,14 @@ class Options:
         """The loss contract these options state."""
         return LossContract(self.loss, self.loss_items, self.loss_fn)
 
-    def local_schedule(self, mesh: Mesh, num_stages: int) -> Schedule:
-        """What a rank does in one step with the stages of a model, where it runs all of them."""
-        return local_schedule(
+    def chosen(self, mesh: Mesh, num_blocks: int) -> tuple[Placement, Schedule]:
+        """Which rank holds which blocks of a model, and what ranks do in one step."""
+        return chosen(
             self.schedule,
-            num_stages,
+            num_blocks,
+            mesh.pp,
             self.num_microbatches,
+            num_loops=self.num_loops,
             zero_stage=self.zero_stage if mesh.fsdp > 1 else 0,
             num_buffers=self.num_buffers,
         )

@@ -7,7 +7,7 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,28 +33,30 @@ class _Piece:
 
 
 class Pieces:
-    """The graph behind a loss.
+    """The graph behind some values.
 
     Args:
         borders: sequence number at which each piece begins, ascending.
         origins: leaf made at a border -> the edge that it continues.
-        loss: 0-dim.
-        weight: gradient of the loss itself (0-dim).
+        ends: values whose gradients will be given: the loss, or what other ranks go on with.
     """
 
-    def __init__(
-        self, borders: Sequence[int], origins: Mapping[Tensor, GradientEdge], loss: Tensor, weight: Tensor
-    ) -> None:
+    def __init__(self, borders: Sequence[int], origins: Mapping[Tensor, GradientEdge], ends: Sequence[Tensor]) -> None:
         self._borders = borders
         self._origins = origins
         self._pieces = [_Piece() for _ in borders]
         self._first: dict[Any, int] = {}
         self._partial: dict[Any, Tensor] = {}
-        if loss.requires_grad:
-            edge = get_gradient_edge(loss)
-            self._keep((edge.node, edge.output_nr), weight)
-            self._look(edge.node)
+        roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
+        if roots:
+            self._look(roots)
             self._check()
+
+    def give(self, value: Tensor, gradient: Tensor) -> None:
+        """Adds to the gradient of one of the ends, before its piece is gone through."""
+        if value.grad_fn is not None:
+            edge = get_gradient_edge(value)
+            self._keep((edge.node, edge.output_nr), gradient)
 
     def backward(self, piece: int) -> None:
         """Adds the gradients of a piece to its parameters, as torch itself does; later pieces must be done.
@@ -90,10 +92,10 @@ class Pieces:
     def _home(self, node: Any) -> int:
         return bisect_right(self._borders, node._sequence_nr()) - 1
 
-    def _look(self, root: Any) -> None:
+    def _look(self, roots: Iterable[Any]) -> None:
         """Goes through the whole graph once and notes what each piece reaches."""
-        seen = {root}
-        todo = [root]
+        seen = set(roots)
+        todo = list(seen)
         while todo:
             node = todo.pop()
             home = self._home(node)

@@ -78,12 +78,12 @@ def _replicate_calls(trained: list[nn.Parameter], mesh: Mesh, options: Options) 
 
 def _rotate_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
     found = find_blocks(model)
-    names, rest = own_parameters(model, found)
-    schedule = options.local_schedule(mesh, len(found))
+    own, rest = own_parameters(model, {name: stage for stage, name in enumerate(found)})
+    _, schedule = options.chosen(mesh, len(found))
     gathers = Counter(each.stage for each in schedule.ranks[0] if each.kind is Kind.GATHER)
     held = dict(model.named_parameters())
     calls: list[Call] = []
-    for stage, unit in enumerate([*names, rest]):
+    for stage, unit in enumerate([*own.values(), rest]):
         members = [held[name] for name in unit]
         widest = max((each.itemsize for each in members), default=1)
         shards = -(-_unit_bytes(members, mesh.fsdp) // (mesh.fsdp * widest)) * widest

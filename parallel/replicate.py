@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups, Pending
-from meshwright.parallel.data import AskScale, LocalStates
-from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.data import AskScale, LocalStates, Spread
 from meshwright.parallel.errors import WrapError
 
 __all__ = ["Replicate", "cut_buckets"]
@@ -55,14 +54,15 @@ class Replicate(LocalStates):
     Args:
         module: the model, the same on every rank.
         groups: process groups; gradients are summed along `dp`.
-        dealt: what `tp` adds.
+        spread: what `tp` and `pp` add.
         bucket_bytes: size of one all-reduce.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, dealt: DealtStates, *, bucket_bytes: int) -> None:
-        super().__init__(module, groups, norm_axes=(), dealt=dealt)
+    def __init__(self, module: nn.Module, groups: Groups, spread: Spread, *, bucket_bytes: int) -> None:
+        super().__init__(module, groups, norm_axes=(), spread=spread)
         self._last = True
         self._scale: Tensor | None = None
+        self._divides = False
         self._buckets: list[_Bucket] = []
         self._home: dict[str, _Bucket] = {}
         self._next = 0
@@ -94,10 +94,10 @@ class Replicate(LocalStates):
             items = items * scale
         loss.backward(gradient=items)
 
-    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
-        """The items; divided by all items at once, or in the buckets, where the other ranks' need not be waited for."""
+    def divide_by(self, ask_scale: AskScale) -> None:
+        """Gradients are divided in their buckets, or at the end."""
         self._ask_scale = ask_scale
-        return items if self._buckets else items * ask_scale().to(items.dtype)
+        self._divides = not self._buckets
 
     def launch(self) -> None:
         """Sends the buckets that backward did not fill; their missing gradients count as zero."""
@@ -109,6 +109,10 @@ class Replicate(LocalStates):
 
     def finish(self) -> None:
         """Waits for the sums; parameters no rank used keep no gradient."""
+        if self._divides:
+            held = [each.grad for each in self._trained.values() if each.grad is not None]
+            if held:
+                torch._foreach_mul_(held, self._ask_scale())
         for bucket in self._buckets:
             assert bucket.pending is not None, bucket.names
             bucket.pending.wait()
@@ -117,7 +121,7 @@ class Replicate(LocalStates):
                 used = {name for name, flag in zip(bucket.names, bucket.flags.tolist(), strict=True) if flag > 0}
             for name in bucket.names:
                 self._trained[name].grad = bucket.views[name] if name in used else None
-        self._dealt.sum_gradients(self.local())
+        self._sum_over_copies()
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
         names = list(reversed(self._trained))  # backward reaches the last layers first

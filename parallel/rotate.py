@@ -16,10 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from meshwright.parallel.blocks import find_blocks, own_parameters
+from meshwright.parallel.blocks import own_parameters
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, SharedFlags
-from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.data import AskScale, SharedFlags, Spread
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.sharded import ShardedStates
 from meshwright.parallel.units import Unit, shard_parameters
@@ -33,20 +32,17 @@ class Rotate(ShardedStates):
     Args:
         module: the model, whole on every rank; it is sharded in place.
         groups: process groups of `dp` and `fsdp`.
-        dealt: what `tp` adds.
+        spread: what `tp` and `pp` add.
         zero_stage: 1, 2 or 3.
         num_buffers: sums of gradients under way at once; the schedule says how many blocks are whole.
     """
 
-    def __init__(
-        self, module: nn.Module, groups: Groups, dealt: DealtStates, *, zero_stage: int, num_buffers: int
-    ) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, spread: Spread, *, zero_stage: int, num_buffers: int) -> None:
         shard_parameters(module, groups)
-        super().__init__(module, groups, norm_axes=("fsdp",), dealt=dealt)
-        blocks = find_blocks(module)
-        self._names = list(blocks)
-        own, rest = own_parameters(module, blocks)
-        self._units = [Unit(module, names, groups) for names in own]
+        super().__init__(module, groups, norm_axes=("fsdp",), spread=spread)
+        stages = spread.stages
+        own, rest = own_parameters(module, stages.mine)
+        self._units = {stage: Unit(module, names, groups) for stage, names in own.items()}
         self._rest = Unit(module, rest, groups)
         self._used: set[str] = set()
         self._reducing: deque[Unit] = deque()
@@ -55,34 +51,37 @@ class Rotate(ShardedStates):
         self._stays = zero_stage < 3
         self._stepping = False
         self._turn = 0
-        for stage, block in enumerate(blocks.values()):
-            self._serve(block, self._units[stage], stage)
-        self._serve(module, self._rest, None)
+        for name, stage in stages.mine.items():
+            self._serve(stages.blocks[name], self._units[stage], name, stage)
+        self._serve(module, self._rest, "", None)
 
     @property
     def num_whole(self) -> int:
-        """How many blocks are whole on this rank now."""
-        return sum(unit.is_whole for unit in self._units)
+        """How many stages are whole on this rank now."""
+        return sum(unit.is_whole for unit in self._units.values())
 
     def begin(self) -> None:
-        """Forgets the gradients of the step before; starts gathering what stays whole for the step."""
+        """Forgets the gradients of the step before."""
         self.release()
         self._used.clear()
         for unit in self._all():
             unit.forget()
+
+    def open(self) -> None:
+        """Starts gathering what stays whole for the pass."""
+        self.release()
         self._stepping = True
         self._rest.gather()
-        for unit in self._units if self._stays else ():
+        for unit in self._units.values() if self._stays else ():
             unit.gather()
 
     def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Whole losses would need the whole model."""
         raise WrapError(f"{type(self).__name__} goes back block by block; use schedule='layered'")
 
-    def weigh(self, items: Tensor, ask_scale: AskScale) -> Tensor:
-        """The items; gradients are divided when they leave."""
+    def divide_by(self, ask_scale: AskScale) -> None:
+        """Gradients are divided when they leave."""
         self._ask_scale = ask_scale
-        return items
 
     def gather(self, stage: int) -> None:
         """Starts making a stage whole."""
@@ -116,7 +115,7 @@ class Rotate(ShardedStates):
             if not has_gradient:
                 parameter.grad = None
         self.release()
-        self._dealt.sum_gradients(self.local())
+        self._sum_over_copies()
 
     def release(self) -> None:
         """Frees everything whole."""
@@ -133,10 +132,10 @@ class Rotate(ShardedStates):
         self._reducing.append(unit)
 
     def _all(self) -> Iterator[Unit]:
-        yield from self._units
+        yield from self._units.values()
         yield self._rest
 
-    def _serve(self, block: nn.Module, unit: Unit, stage: int | None) -> None:
+    def _serve(self, block: nn.Module, unit: Unit, name: str, stage: int | None) -> None:
         """Makes a module whole while it runs outside of steps, as in evaluation."""
 
         def before(module: nn.Module, args: object) -> None:
@@ -144,8 +143,8 @@ class Rotate(ShardedStates):
             if self._stepping:
                 if stage not in (None, self._turn) and not self._stays:
                     raise WrapError(
-                        f"block {self._names[stage]} is called again after {self._names[self._turn]}, when its "
-                        "parameters are sharded; use zero_stage=2, or schedule='accumulate'"
+                        f"block {name} is called again in stage {self._turn}, when its parameters are sharded; "
+                        "use zero_stage=2, or schedule='accumulate'"
                     )
                 return
             if torch.is_grad_enabled():

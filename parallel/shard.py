@@ -20,8 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, SharedFlags
-from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.data import AskScale, SharedFlags, Spread
 from meshwright.parallel.sharded import ShardedStates
 
 __all__ = ["Shard"]
@@ -33,13 +32,13 @@ class Shard(ShardedStates):
     Args:
         module: the model, whole on every rank; it is sharded in place.
         groups: process groups of `dp` and `fsdp`.
-        dealt: what `tp` adds.
+        spread: what `tp` and `pp` add.
         zero_stage: 1, 2 or 3.
         offload: keep shards in host memory between uses.
     """
 
     def __init__(
-        self, module: nn.Module, groups: Groups, dealt: DealtStates, *, zero_stage: int, offload: bool = False
+        self, module: nn.Module, groups: Groups, spread: Spread, *, zero_stage: int, offload: bool = False
     ) -> None:
         self.zero_stage = zero_stage
         self._used: set[str] = set()
@@ -50,7 +49,7 @@ class Shard(ShardedStates):
             module, partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy), zero_stage
         )
         self._root = cast(FSDPModule, module)
-        super().__init__(module, groups, norm_axes=("fsdp",), dealt=dealt)
+        super().__init__(module, groups, norm_axes=("fsdp",), spread=spread)
         module._apply(lambda tensor: tensor)  # FSDP2 looks at its parameters anew: deferred ones have memory by now
         self._watch = [unit.register_forward_pre_hook(self._watch_gradients) for unit in self._units]
 
@@ -91,7 +90,7 @@ class Shard(ShardedStates):
         held = [gradient for _, gradient in self.local().values() if gradient is not None]
         if held:
             torch._foreach_mul_(held, self._ask_scale().to(held[0].device))
-        self._dealt.sum_gradients(self.local())
+        self._sum_over_copies()
 
     def release(self) -> None:
         """Frees whole parameters that a forward pass without backward left behind."""

@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import DataEngine, LocalStates, build_data_engine
-from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.data import LocalStates, build_data_engine, spread_over
 from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
@@ -50,19 +49,20 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     report = describe(model, mesh, chosen, plan)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
-    data = build_data_engine(model, groups, chosen, DealtStates(plan, groups))
-    return ParallelModel(data, groups, chosen, report)
+    spread = spread_over(model, groups, chosen, plan)
+    data = build_data_engine(model, groups, chosen, spread)
+    return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report)
 
 
 class ParallelModel:
     """A model on a mesh: `step` leaves the plain run's gradients in its parameters."""
 
-    def __init__(self, data: DataEngine, groups: Groups, options: Options, report: WrapReport) -> None:
+    def __init__(self, engine: Engine, groups: Groups, report: WrapReport) -> None:
         self.mesh = groups.mesh
         self.rank = groups.rank
         self.report = report
         self.last_step: StepStats | None = None
-        self._engine = Engine(data, groups, options)
+        self._engine = engine
         self._owned: StepOptimizer | None = None
 
     @property

@@ -9,8 +9,8 @@ import typer
 
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.rehearse import report_on_meta
+from meshwright.parallel.pipeline.choose import chosen
 from meshwright.parallel.pipeline.draw import drawn
-from meshwright.parallel.pipeline.lower import local_schedule
 from meshwright.parallel.pipeline.timeline import timeline
 
 if TYPE_CHECKING:
@@ -48,4 +48,7 @@ def _order(loaded: LoadedJob, model: "nn.Module") -> str:
 
     parallel = loaded.job.parallel
     num_stages = max(1, len(find_blocks(model)))
-    return drawn(timeline(local_schedule(parallel.schedule, num_stages, parallel.num_microbatches)), width=72)
+    _, schedule = chosen(
+        parallel.schedule, num_stages, parallel.pp, parallel.num_microbatches, num_loops=parallel.num_loops
+    )
+    return drawn(timeline(schedule), width=72)

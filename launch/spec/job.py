@@ -74,6 +74,7 @@ class Job(Conduct, Placement, Training, Program):
             "offload",
             "schedule",
             "num_buffers",
+            "num_loops",
         )
         dealt = ("sequence_parallel", "tensor_plan")
         stated = {name: getattr(self.parallel, name) for name in (*names, *dealt)}

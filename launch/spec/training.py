@@ -85,9 +85,13 @@ class Parallel(Axes):
     """The mesh, and how a step runs on it."""
 
     num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
-    schedule: Literal["accumulate", "layered"] = Field(
+    schedule: Literal["accumulate", "layered", "gpipe", "1f1b", "interleaved", "modular"] = Field(
         default="accumulate",
-        description="Order of micro-batches: accumulate runs them one after the other, layered block by block.",
+        description="Order of micro-batches: accumulate runs them one after the other, layered block by block; "
+        "with pp one of gpipe, 1f1b, interleaved, modular.",
+    )
+    num_loops: Count | None = Field(
+        default=None, description="Stages of each rank, for interleaved (2) and modular (one for each block)."
     )
     num_buffers: Count = Field(
         default=2, description="Blocks whose parameters are whole at once, where a layered step shards them."

@@ -10,9 +10,8 @@ from itertools import groupby
 from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import Transport, other_end, walk
-from meshwright.parallel.pipeline.orders import accumulation, breadth_first
 
-__all__ = ["local_schedule", "lowered", "with_gathers", "with_recompute", "with_reductions", "with_transfers"]
+__all__ = ["lowered", "only_forward", "with_gathers", "with_recompute", "with_reductions", "with_transfers"]
 
 _BACKWARDS = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
 _LAST = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
@@ -43,16 +42,15 @@ def lowered(
     return with_transfers(with_all, transport)
 
 
-def local_schedule(
-    name: str, num_stages: int, num_microbatches: int, *, zero_stage: int = 0, num_buffers: int = 2
-) -> Schedule:
-    """All that one rank does with every stage of a model; `name` as `schedule=` takes it.
+def only_forward(schedule: Schedule) -> Schedule:
+    """The order in which one micro-batch goes forward, as evaluation does it.
 
-    >>> print(local_schedule("layered", 2, 2, zero_stage=3, num_buffers=1).write(), end="")
-    0UNSHARD,0F0,0F1,0RESHARD,1UNSHARD,1F0,1F1,1B0,1B1,1REDUCE_GRAD,1RESHARD,0UNSHARD,0B0,0B1,0REDUCE_GRAD,0RESHARD
+    >>> print(only_forward(Schedule.read("0F0,0F1,0B0,0B1")).write(), end="")
+    0F0
     """
-    order = {"accumulate": accumulation, "layered": breadth_first}[name]([0] * num_stages, num_microbatches)
-    return lowered(order, zero_stage=zero_stage, num_buffers=num_buffers)
+    first = schedule.only(Kind.FORWARD)
+    rows = tuple(tuple(action for action in row if action.microbatch == 0) for row in first.ranks)
+    return replace(first, num_microbatches=1, ranks=rows)
 
 
 def with_recompute(schedule: Schedule) -> Schedule:

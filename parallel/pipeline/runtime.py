@@ -1,64 +1,25 @@
 """Executes the list of one rank: forwards and backwards of an unmodified model's blocks in the order of a schedule."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from meshwright.parallel.capture import Flow
-from meshwright.parallel.pieces import Pieces
 from meshwright.parallel.pipeline.actions import Action, Kind
+from meshwright.parallel.pipeline.passes import Pass
+from meshwright.parallel.pipeline.transfers import Transfers
 
-__all__ = ["Pass", "States", "execute"]
-
-
-class Pass:
-    """One micro-batch through all blocks and back.
-
-    Args:
-        run: the model's forward; returns the loss (0-dim) and its number of items (0-dim).
-        stages: block -> stage.
-    """
-
-    def __init__(self, run: Callable[[], tuple[Tensor, Tensor]], stages: Mapping[str, int]) -> None:
-        self.flow = Flow(run)
-        self._stages = stages
-        self._pieces: Pieces | None = None
-        self._homes: list[int] = []
-
-    @property
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Loss and items, once forward is through."""
-        assert self.flow.ended, f"forward waits at {self.flow.waits}"
-        loss, items = self.flow.result
-        return loss, items
-
-    def forward(self, stage: int) -> None:
-        """Runs until a block of a later stage is called, or to the end after the last stage."""
-        if self.flow.waits is None and not self.flow.ended:
-            self.flow.resume()
-        while self.flow.waits is not None and self._stages[self.flow.waits] <= stage:
-            self.flow.resume()
-
-    def seed(self, weight: Tensor) -> None:
-        """Says what the loss counts, before the first backward."""
-        borders = [start for _, start in self.flow.borders]
-        self._pieces = Pieces(borders, self.flow.origins, self.result[0], weight)
-        home = 0
-        for block, _ in self.flow.borders:
-            home = max(home, self._stages.get(block, 0))  # what follows a block is done with it, repeats too
-            self._homes.append(home)
-
-    def backward(self, stage: int) -> None:
-        """Goes back through all pieces of this stage and of later ones that are not done."""
-        assert self._pieces is not None, "backward before seed"
-        while self._homes and self._homes[-1] >= stage:
-            self._homes.pop()
-            self._pieces.backward(len(self._homes))
+__all__ = ["States", "execute"]
 
 
 class States(Protocol):
     """What holds parameters and gradients, by stage."""
+
+    module: nn.Module
+
+    def open(self) -> None:
+        """Starts making whole what stays whole for the pass."""
+        ...
 
     def gather(self, stage: int) -> None:
         """Starts making parameters whole."""
@@ -81,32 +42,53 @@ class States(Protocol):
         ...
 
 
-def execute(actions: Sequence[Action], passes: Sequence[Pass], states: States, turn: Callable[[], None]) -> None:
+def execute(
+    actions: Sequence[Action],
+    passes: Sequence[Pass],
+    states: States,
+    transfers: Transfers | None,
+    *,
+    forwarded: Callable[[], None],
+    weight: Callable[[int], Tensor | None],
+) -> None:
     """Runs the list of one rank.
 
     Args:
-        actions: what to do, all forwards before the first backward.
+        actions: what to do.
         passes: micro-batch -> its pass.
         states: of the stages.
-        turn: called once all losses are known, before the first backward; seeds the passes.
+        transfers: to and from other ranks; None where one rank has all stages.
+        forwarded: called once, after the last forward.
+        weight: micro-batch -> what its loss counts (0-dim), None where another rank has it; asked before its first
+            backward.
     """
     of_states = {Kind.GATHER: states.gather, Kind.FREE: states.free, Kind.REDUCE: states.reduce}
     last = {action.stage: action for action in actions if action.kind is Kind.BACKWARD}
-    turned = False
+    forwards = sum(action.kind is Kind.FORWARD for action in actions)
+    seeded: set[int] = set()
     try:
         for action in actions:
             if action.microbatch is None:
                 of_states[action.kind](action.stage)
                 continue
-            states.need(action.stage)
+            each = passes[action.microbatch]
             if action.kind is Kind.FORWARD:
-                passes[action.microbatch].forward(action.stage)
+                states.need(action.stage)
+                each.forward(action.stage)
+                forwards -= 1
+                if not forwards:
+                    forwarded()
                 continue
-            if not turned:
-                turn()
-                turned = True
-            states.prepare(action == last[action.stage])
-            passes[action.microbatch].backward(action.stage)
+            if action.kind in (Kind.BACKWARD, Kind.RECEIVE_GRADIENT) and action.microbatch not in seeded:
+                seeded.add(action.microbatch)
+                each.seed(weight(action.microbatch))
+            if action.kind is Kind.BACKWARD:
+                states.need(action.stage)
+                states.prepare(action == last[action.stage])
+                each.backward(action.stage)
+            else:
+                assert transfers is not None, action
+                transfers.do(action, each)
     finally:
         for each in passes:
             each.flow.close()

@@ -39,9 +39,10 @@ def test_show_draws_the_order_that_a_step_will_have(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("parallel", "why"),
     [
-        ("{pp: 2}", "pp=2 cannot be wrapped by this version; nearest legal layout: dp=2"),
+        ("{cp: 2}", "cp=2 cannot be wrapped by this version; nearest legal layout: dp=2"),
+        ("{pp: 2}", "schedule='modular'"),
         ("{dp: 2, sequence_parallel: true}", "give the mesh tp=2 or more"),
-        ("{fsdp: 2, schedule: layered, offload: cpu}", "schedule=.layered. does not go with offload"),
+        ("{fsdp: 2, schedule: layered, offload: cpu}", "schedule='layered' does not go with offload='cpu'"),
         ("{tp: 2, data_engine: deepspeed}", "does not take the axis tp=2"),
     ],
 )

@@ -1,0 +1,95 @@
+"""Tensors of another rank: shape, dtype and device without values.
+
+A pipeline's rank runs a model's own code between blocks that it does not hold. What those blocks would give is absent
+there, and so is everything made from it; asking for a value is an error, never a wrong number.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from meshwright.parallel.errors import WrapError
+
+__all__ = ["Absent"]
+
+
+class Absent(Tensor):
+    """A tensor whose values are elsewhere.
+
+    >>> absent = Absent.of(torch.Size([2, 3]), torch.float32, torch.device("cpu"))
+    >>> (absent @ torch.ones(3, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    stand_in: Tensor
+
+    @classmethod
+    def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
+        """One of this shape."""
+        with _fakes():
+            return cls._around(torch.empty(shape, dtype=dtype, device=device))
+
+    @classmethod
+    def _around(cls, stand_in: Tensor) -> "Absent":
+        absent: Absent = Tensor._make_wrapper_subclass(
+            cls, stand_in.shape, strides=stand_in.stride(), dtype=stand_in.dtype, device=stand_in.device
+        )
+        absent.stand_in = stand_in
+        return absent
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Absent({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Works out shapes.
+
+        Raises:
+            WrapError: when values are asked for, or put into a tensor that has some.
+        """
+        keywords = kwargs or {}
+        _refuse_writes(func, args)
+        held = {id(each.stand_in): each for each in tree_flatten((args, keywords))[0] if isinstance(each, Absent)}
+        bare_args, bare_keywords = tree_map(
+            lambda each: each.stand_in if isinstance(each, Absent) else each, (args, keywords)
+        )
+        try:
+            with _fakes():
+                made = func(*bare_args, **bare_keywords)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise WrapError(
+                f"between its blocks the model asks for a value ({func}) that another rank of the pipeline holds; "
+                "pipelines take models that decide such things inside blocks, or from the batch alone"
+            ) from error
+
+        def wrapped(each: Any) -> Any:
+            if not isinstance(each, Tensor):
+                return each
+            return held[id(each)] if id(each) in held else cls._around(each)
+
+        return tree_map(wrapped, made)
+
+
+def _bare(value: Any) -> Any:
+    return value.stand_in if isinstance(value, Absent) else value
+
+
+def _refuse_writes(func: Any, args: Any) -> None:
+    for argument, given in zip(func._schema.arguments, args, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(given, Tensor) and not isinstance(given, Absent):
+            raise WrapError(
+                f"between its blocks the model writes what another rank of the pipeline holds into a tensor ({func}); "
+                "pipelines carry values to blocks through the blocks' inputs only"
+            )
+
+
+@cache
+def _fakes() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,0 +1,128 @@
+"""How micro-batches go through a pipeline, found by sending one through it: rank after rank, without overlap.
+
+Done once for every shape of micro-batch. All ranks call the same blocks in the same order, and tell each other what
+their blocks give and which inputs they lack.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.pipeline.passes import Border, Call, Pass, Route, Shape, inputs_of, shapes_in
+from meshwright.parallel.pipeline.runtime import States
+from meshwright.parallel.pipeline.wire import Wire
+
+__all__ = ["key_of", "probe"]
+
+
+def key_of(module: nn.Module, batch: Any) -> Hashable:
+    """What micro-batches that take the same route have in common."""
+    leaves, structure = tree_flatten(batch)
+    shapes = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else repr(each) for each in leaves)
+    return shapes, str(structure), module.training, torch.is_grad_enabled()
+
+
+def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int], states: States, wire: Wire) -> Route:
+    """Finds the route of micro-batches like the one that `run` takes.
+
+    Args:
+        run: the model's forward; returns its loss and number of items.
+        stages: block -> stage.
+        homes: stage -> rank of the pipeline.
+        states: of the stages; buffers are left as they were.
+        wire: to the other ranks of the pipeline.
+
+    Raises:
+        WrapError: for a model whose blocks are not called stage after stage.
+    """
+    route = Route()
+    mine = [stage for stage, home in enumerate(homes) if home == wire.rank]
+    each = Pass(run, stages, mine, route, wire.device)
+    probing = _Probe(each, route, stages, homes, states, wire)
+    with _buffers_kept(states.module):
+        try:
+            each.flow.resume()
+            while probing.through_call():
+                pass
+        finally:
+            each.flow.close()
+    missing = sorted(set(range(len(homes))) - {call.stage for call in route.calls})
+    if missing:
+        raise WrapError(
+            f"no block of stages {missing} was called (is there layer drop?); a pipeline needs each stage in every "
+            "micro-batch"
+        )
+    return route
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    each: Pass
+    route: Route
+    stages: Mapping[str, int]
+    homes: Sequence[int]
+    states: States
+    wire: Wire
+
+    def through_call(self) -> bool:
+        """Through one call on all ranks; returns whether there is another."""
+        block = self.each.flow.waits
+        if block is None:
+            raise WrapError("the model calls none of its blocks; a pipeline has nothing to deal")
+        stage, home = self.stages[block], self.homes[self.stages[block]]
+        before = self.route.calls[-1].stage if self.route.calls else 0
+        if not before <= stage <= before + 1:
+            raise WrapError(
+                f"block {block} of stage {stage} is called after stage {before}; a pipeline takes models that call "
+                "their blocks in order, each stage once"
+            )
+        if stage > before and home != self.homes[before]:
+            self._cross(stage, self.homes[before], home)
+        told = self._run(stage) if home == self.wire.rank else None
+        output, goes_on = self.wire.tell(told, home)
+        self.route.calls.append(Call(block, stage, output))
+        if home == self.wire.rank:
+            self.each.count()
+        elif goes_on:
+            self.each.through()
+        return bool(goes_on)
+
+    def _run(self, stage: int) -> tuple[Any, bool]:
+        """Runs the block that waits; returns what it gave, and whether another block waits now."""
+        self.states.gather(stage)
+        self.states.need(stage)
+        self.each.run()
+        self.states.free(stage)
+        return shapes_in(self.each.flow.output), self.each.flow.waits is not None
+
+    def _cross(self, stage: int, sender: int, receiver: int) -> None:
+        """The first block of a stage says what it lacks and gets it from the rank of the stage before."""
+        each, wire = self.each, self.wire
+        places = wire.tell(each.lacking() if wire.rank == receiver else None, receiver)
+        inputs = inputs_of(each.flow.arguments)
+        values = [each.present(inputs[place]) for place in places] if wire.rank == sender else []
+        border = Border(tuple(places), wire.tell(tuple(Shape.of(value) for value in values), sender))
+        self.route.borders[stage] = border
+        tag = (stage, 0, "forward")
+        if wire.rank == sender:
+            wire.send(values, receiver, tag)
+        if wire.rank == receiver:
+            each.take(border, stage, wire.receive(border.shapes, sender, tag)())
+        wire.flush()
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)

@@ -1,0 +1,70 @@
+"""Between the ranks of a pipeline: values, gradients, and what they tell each other once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.parallel.collectives import Groups, Pending
+from meshwright.parallel.pipeline.passes import Shape
+
+__all__ = ["Tag", "Wire"]
+
+Tag = tuple[int, int, str]
+"""Stage that receives a value (or sends its gradient), micro-batch, "forward" or "backward"."""
+
+_MOST_VALUES = 64
+
+
+class Wire:
+    """The pipeline axis as this rank sees it.
+
+    Args:
+        groups: process groups of the mesh.
+        num_microbatches: of one step, which tell messages apart.
+    """
+
+    def __init__(self, groups: Groups, num_microbatches: int) -> None:
+        self._groups = groups
+        self._num_microbatches = num_microbatches
+        self._running: list[tuple[Tensor, Pending]] = []
+        self.rank = groups.mesh.coordinates(groups.rank)["pp"]
+        self.device = torch.device(groups.device_type)
+        if groups.device_type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def tell(self, value: Any, source: int) -> Any:
+        """What rank `source` of the pipeline says; every rank must ask."""
+        return self._groups.tell(value, "pp", source)
+
+    def send(self, values: Sequence[Tensor], to: int, tag: Tag) -> None:
+        """Starts sending; the receiver finds the values by their tag."""
+        for number, value in enumerate(values):
+            held = value.detach().contiguous()
+            self._running.append((held, self._groups.send(held, "pp", to, self._number(tag, number))))
+
+    def receive(self, shapes: Sequence[Shape], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
+        """Starts receiving; what it returns waits for the values."""
+        values = [shape.empty(self.device) for shape in shapes]
+        running = [
+            self._groups.receive(value, "pp", source, self._number(tag, number)) for number, value in enumerate(values)
+        ]
+
+        def wait() -> list[Tensor]:
+            for each in running:
+                each.wait()
+            return values
+
+        return wait
+
+    def flush(self) -> None:
+        """Waits until all that was sent has left."""
+        for _, each in self._running:
+            each.wait()
+        self._running.clear()
+
+    def _number(self, tag: Tag, number: int) -> int:
+        stage, microbatch, way = tag
+        assert number < _MOST_VALUES, tag
+        return ((stage * self._num_microbatches + microbatch) * 2 + (way == "backward")) * _MOST_VALUES + number

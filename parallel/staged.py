@@ -1,0 +1,112 @@
+"""States of a model whose blocks are dealt over `pp`: who holds what, and one copy of everything that several hold.
+
+A rank keeps the parameters of its own blocks and of what stands around blocks (embeddings, norms, head): the model's
+own code there may run on any rank, so gradients of these are summed over `pp`, ties included.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.weights import alias_groups
+
+__all__ = ["StagedStates"]
+
+T = TypeVar("T")
+_Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
+
+
+class StagedStates:
+    """Takes the blocks of other ranks out of a model.
+
+    Args:
+        module: the whole model, memory or not; changed in place.
+        homes: block -> rank of the pipeline.
+        groups: process groups of the mesh.
+    """
+
+    def __init__(self, module: nn.Module, homes: Mapping[str, int], groups: Groups) -> None:
+        self._groups = groups
+        self._rank = groups.mesh.coordinates(groups.rank)["pp"]
+        self._degree = groups.mesh.pp
+        self.aliases = alias_groups(module)
+        self._home = {names[0]: _home(names, homes) for names in self.aliases}
+        self._unused: set[str] = set()
+        self._trained = [name for name, each in module.named_parameters() if each.requires_grad]
+        for names in self.aliases:
+            if self._home[names[0]] not in (None, self._rank):
+                for name in names:
+                    _take_out(module, name)
+
+    def fill(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Gives parameters that several ranks hold a gradient, so that all ranks sum the same ones."""
+        if self._degree > 1:
+            for name in self._shared(trained):
+                if trained[name].grad is None:
+                    trained[name].grad = torch.zeros_like(trained[name])
+                    self._unused.add(name)
+
+    def sum_gradients(self, local: _Local, trained: Mapping[str, nn.Parameter]) -> None:
+        """Sums gradients of what several ranks hold; none is left where no rank had one."""
+        if self._degree == 1:
+            return
+        shared = self._shared(trained)
+        pieces = {name: local[name][1] for name in shared}
+        for dtype in dict.fromkeys(each.dtype for each in pieces.values() if each is not None):
+            same = {name: each for name, each in pieces.items() if each is not None and each.dtype is dtype}
+            used = [float(name not in self._unused) for name in same]
+            flags = torch.tensor(used, dtype=dtype, device=self._groups.device_type)
+            flat = torch.cat([*(each.reshape(-1) for each in same.values()), flags])
+            self._groups.all_reduce(flat, "pp").wait()
+            *parts, flags = flat.split([*(each.numel() for each in same.values()), len(used)])
+            for (name, each), part, flag in zip(same.items(), parts, flags.tolist(), strict=True):
+                each.copy_(part.view_as(each))
+                if not flag:
+                    trained[name].grad = None
+        self._unused.clear()
+
+    def counted(self, local: _Local) -> _Local:
+        """What this rank counts in a norm: every parameter is counted by one rank of `pp`."""
+        if self._rank == 0:
+            return local
+        shared = set(self._shared(local))
+        return {name: held for name, held in local.items() if name not in shared}
+
+    def gathered(self, mine: Mapping[str, T]) -> dict[str, T]:
+        """What all ranks have by parameter name, in the model's order; every rank must ask."""
+        if self._degree == 1:
+            return dict(mine)
+        found = {name: mine[name] for name in self._shared(mine)}
+        for rank in range(self._degree):
+            own = {name: each for name, each in mine.items() if self._home[name] == rank}
+            found |= self._groups.tell(own, "pp", rank)
+        return {name: found[name] for name in self._trained}
+
+    def wholes(self, of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every saved tensor, tied ones once; `of` gives those that this rank holds; every rank must take them all."""
+        for name, *_ in self.aliases:
+            home = self._home[name]
+            if home is None:
+                yield name, of(name)
+            else:
+                yield name, self._groups.tell(of(name) if home == self._rank else None, "pp", home)
+
+    def _shared(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self._home[name] is None]
+
+
+def _home(names: Sequence[str], homes: Mapping[str, int]) -> int | None:
+    """The one rank whose blocks hold a tensor, or None."""
+    found = {next((home for block, home in homes.items() if name.startswith(block + ".")), None) for name in names}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _take_out(module: nn.Module, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    for kind in (owner._parameters, owner._buffers):
+        if leaf in kind:
+            kind[leaf] = None

@@ -1,0 +1,74 @@
+"""The stages of a model on a mesh: which blocks each holds, which rank runs it, and what this rank does in a step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.options import Options
+from meshwright.parallel.pipeline.actions import Action, Schedule
+from meshwright.parallel.pipeline.lower import lowered, only_forward
+
+__all__ = ["Stages", "stages_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """A model cut into stages.
+
+    Args:
+        blocks: name -> module; none where the model is stepped as a whole.
+        stage_of: block -> stage.
+        schedule: of one step, all ranks of the pipeline.
+        forward: of one micro-batch without gradients.
+        rank: of this process in the pipeline.
+    """
+
+    blocks: Mapping[str, nn.Module]
+    stage_of: Mapping[str, int]
+    schedule: Schedule
+    forward: Schedule
+    rank: int
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """What this rank does."""
+        return self.schedule.ranks[self.rank]
+
+    @property
+    def forward_actions(self) -> tuple[Action, ...]:
+        """What this rank does for one micro-batch without gradients."""
+        return self.forward.ranks[self.rank]
+
+    @property
+    def homes(self) -> dict[str, int]:
+        """Block -> rank of the pipeline."""
+        return {block: self.schedule.homes[stage] for block, stage in self.stage_of.items()}
+
+    @property
+    def mine(self) -> dict[str, int]:
+        """Block -> stage, of this rank's stages."""
+        return {block: stage for block, stage in self.stage_of.items() if self.schedule.homes[stage] == self.rank}
+
+
+def stages_of(module: nn.Module, mesh: Mesh, rank: int, options: Options) -> Stages:
+    """Cuts a model as the options ask.
+
+    Raises:
+        WrapError: when the model has no list of repeated blocks, and needs one.
+        ScheduleError: when it has too few.
+    """
+    blocks = {} if options.schedule == "accumulate" else find_blocks(module)
+    if options.schedule != "accumulate" and not blocks:
+        way_out = "pp=1" if mesh.pp > 1 else "schedule='accumulate'"
+        raise WrapError(
+            f"schedule={options.schedule!r} goes block by block, but the model has no list of repeated blocks; "
+            f"use {way_out}"
+        )
+    placement, schedule = options.chosen(mesh, max(len(blocks), 1))
+    stage_of = {name: placement.stage_of(number) for number, name in enumerate(blocks)}
+    forward = lowered(only_forward(schedule), zero_stage=options.zero_stage, num_buffers=options.num_buffers)
+    return Stages(blocks, stage_of, schedule, forward, mesh.coordinates(rank)["pp"])
