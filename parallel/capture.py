@@ -18,6 +18,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from meshwright.parallel.randomness import skip_block
+
 __all__ = ["Flow", "captured", "fresh"]
 
 _FLOWS: dict[greenlet, "Flow"] = {}
@@ -88,6 +90,7 @@ class Flow:
         self.arguments = (), {}
         self._begin(block)
         if self._instead:
+            skip_block(block)
             return self._instead.pop()
         given: list[tuple[Tensor, Tensor]] = []
         args = self._cut(args, given, kept=(list, dict))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers
+from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import captured
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import AskScale, DataEngine
@@ -27,7 +28,7 @@ from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.runtime import execute
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
-from meshwright.parallel.randomness import keyed
+from meshwright.parallel.randomness import draw_by_block, keyed
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
@@ -56,6 +57,7 @@ class Engine:
         self._routes: dict[Hashable, Route] = {}
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         self._has_loss = stages.schedule.homes[-1] == stages.rank
+        draw_by_block(find_blocks(data.module))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.deferred import materialise
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, num_samples, share, split
@@ -15,7 +16,7 @@ from meshwright.parallel.optimizer import BuildOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.parity import Outcome
 from meshwright.parallel.promote import Promote
-from meshwright.parallel.randomness import keyed
+from meshwright.parallel.randomness import draw_by_block, keyed
 
 __all__ = ["Trial", "plain_outcome"]
 
@@ -57,6 +58,7 @@ class Trial:
 def plain_outcome(trial: Trial) -> Outcome:
     """Runs the step on the unwrapped model; the reference of every comparison."""
     model = materialise(trial.model())
+    draw_by_block(find_blocks(model))
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     shares: list[dict[str, Tensor]] = []
     losses: list[list[float]] = []

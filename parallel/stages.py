@@ -70,5 +70,6 @@ def stages_of(module: nn.Module, mesh: Mesh, rank: int, options: Options) -> Sta
         )
     placement, schedule = options.chosen(mesh, max(len(blocks), 1))
     stage_of = {name: placement.stage_of(number) for number, name in enumerate(blocks)}
-    forward = lowered(only_forward(schedule), zero_stage=options.zero_stage, num_buffers=options.num_buffers)
+    zero_stage = options.zero_stage if mesh.fsdp > 1 else 0
+    forward = lowered(only_forward(schedule), zero_stage=zero_stage, num_buffers=options.num_buffers)
     return Stages(blocks, stage_of, schedule, forward, mesh.coordinates(rank)["pp"])

@@ -76,7 +76,7 @@ def with_reductions(schedule: Schedule, *, sharded: bool) -> Schedule:
         adding = [place for place, action in enumerate(actions) if action.kind in _LAST]
         leaving = {
             place
-            for place, after in zip(adding, [*adding[1:], None], strict=True)
+            for place, after in zip(adding, [*adding[1:], None][: len(adding)], strict=True)
             if after is None or actions[after].stage != actions[place].stage
         }
         ends = leaving if sharded else set(last.values())
