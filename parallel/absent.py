@@ -55,6 +55,9 @@ class Absent(Tensor):
         """
         keywords = kwargs or {}
         _refuse_writes(func, args)
+        if torch.Tag.nondeterministic_seeded in func.tags:  # draws as many numbers as the rank that has the values
+            args_with_memory, keywords_with_memory = tree_map(_with_memory, (args, keywords))
+            func(*args_with_memory, **keywords_with_memory)
         held = {id(each.stand_in): each for each in tree_flatten((args, keywords))[0] if isinstance(each, Absent)}
         bare_args, bare_keywords = tree_map(
             lambda each: each.stand_in if isinstance(each, Absent) else each, (args, keywords)
@@ -78,6 +81,12 @@ class Absent(Tensor):
 
 def _bare(value: Any) -> Any:
     return value.stand_in if isinstance(value, Absent) else value
+
+
+def _with_memory(value: Any) -> Any:
+    if not isinstance(value, Absent):
+        return value
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
 
 
 def _refuse_writes(func: Any, args: Any) -> None:

@@ -278,7 +278,7 @@ def _replicate(module: nn.Module, groups: Groups, options: Options, spread: Spre
 
 
 def _shard(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:
-    if options.schedule == "layered":
+    if options.schedule != "accumulate":
         from meshwright.parallel.rotate import Rotate
 
         return Rotate(module, groups, spread, zero_stage=options.zero_stage, num_buffers=options.num_buffers)

@@ -32,7 +32,7 @@ def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call
         if mesh.fsdp > 1:
             calls.append(Call(axis, "all_reduce", mesh.data_degree, 8 * len(trained)))  # use
     if mesh.fsdp > 1:
-        of_units = _rotate_calls if options.schedule == "layered" else _shard_calls
+        of_units = _shard_calls if options.schedule == "accumulate" else _rotate_calls
         return calls + of_units(model, mesh, options)
     if mesh.dp > 1:
         calls += _replicate_calls(trained, mesh, options)
