@@ -56,6 +56,7 @@ class Engine:
         self._stages = stages
         self._routes: dict[Hashable, Route] = {}
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
+        groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         self._has_loss = stages.schedule.homes[-1] == stages.rank
         draw_by_block(find_blocks(data.module))
         self._data_rank = groups.mesh.data_rank(groups.rank)
@@ -172,7 +173,7 @@ class Engine:
 
     def _passes(self, parts: list[Any]) -> tuple[list[Pass], list[Route]]:
         """A pass for each micro-batch, and their routes."""
-        routes = [self._route(part) for part in parts] if self._wire is not None else []
+        routes = self._find_routes(parts) if self._wire is not None else []
         mine = sorted(set(self._stages.mine.values()))
         passes = [
             Pass(
@@ -186,16 +187,25 @@ class Engine:
         ]
         return passes, routes
 
-    def _route(self, part: Any) -> Route:
-        """The route of a micro-batch, looked for where none of its shape came before."""
+    def _find_routes(self, parts: list[Any]) -> list[Route]:
+        """The route of each micro-batch, looked for where none of its shape came before.
+
+        Ranks that share parameters look at the same time, whatever the shapes of their own micro-batches.
+        """
+        keys = [key_of(self.data.module, part) for part in parts]
+        first = [key not in self._routes and key not in keys[:index] for index, key in enumerate(keys)]
+        unknown = torch.tensor(first, dtype=torch.float32, device=self._device)
+        self._groups.all_reduce(unknown, "fsdp").wait()
+        for index, wanted in enumerate(unknown.tolist()):
+            if wanted:
+                self._routes[keys[index]] = self._probe(parts[index])
+        return [self._routes[key] for key in keys]
+
+    def _probe(self, part: Any) -> Route:
         assert self._wire is not None, "one rank has all stages"
-        key = key_of(self.data.module, part)
-        if key not in self._routes:
-            run = partial(self._forward, part, 0)
-            homes = self._stages.schedule.homes
-            self.data.open()
-            self._routes[key] = probe(run, self._stages.stage_of, homes, self.data, self._wire)
-        return self._routes[key]
+        self.data.open()
+        homes = self._stages.schedule.homes
+        return probe(partial(self._forward, part, 0), self._stages.stage_of, homes, self.data, self._wire)
 
     def _transfers(self, actions: Sequence[Action], routes: list[Route]) -> Transfers | None:
         if self._wire is None:

@@ -141,7 +141,9 @@ class Rotate(ShardedStates):
         def before(module: nn.Module, args: object) -> None:
             del module, args
             if self._stepping:
-                if stage not in (None, self._turn) and not self._stays:
+                if stage is None:
+                    unit.need()
+                elif stage != self._turn and not self._stays:
                     raise WrapError(
                         f"block {name} is called again in stage {self._turn}, when its parameters are sharded; "
                         "use zero_stage=2, or schedule='accumulate'"
