@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.errors import MeshwrightError, WrapError
+from meshwright.parallel.pipeline.leftovers import Leftovers, watched
 from meshwright.parallel.pipeline.passes import Border, Call, Pass, Route, Shape, inputs_of, shapes_in
 from meshwright.parallel.pipeline.runtime import States
 from meshwright.parallel.pipeline.wire import Wire
@@ -44,8 +45,9 @@ def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int
     route = Route()
     mine = [stage for stage, home in enumerate(homes) if home == wire.rank]
     each = Pass(run, stages, mine, route, wire.device)
-    probing = _Probe(each, route, stages, homes, states, wire)
-    with _buffers_kept(states.module):
+    own = {block: states.module.get_submodule(block) for block, stage in stages.items() if stage in mine}
+    with _buffers_kept(states.module), watched(own) as leftovers:
+        probing = _Probe(each, route, stages, homes, states, wire, leftovers)
         try:
             each.flow.resume()
             while probing.through_call():
@@ -69,6 +71,7 @@ class _Probe:
     homes: Sequence[int]
     states: States
     wire: Wire
+    leftovers: Leftovers
 
     def through_call(self) -> bool:
         """Through one call on all ranks; returns whether there is another."""
@@ -90,15 +93,33 @@ class _Probe:
         if home == self.wire.rank:
             self.each.count()
         elif goes_on:
-            self.each.through()
+            self._skip(block)
         return bool(goes_on)
+
+    def _skip(self, block: str) -> None:
+        try:
+            self.each.through()
+        except MeshwrightError:
+            raise
+        except Exception as error:
+            raise WrapError(
+                f"the model's code behind block {block} fails where the block is another rank's: "
+                f"{type(error).__name__}: {error}; does it use more of the block than what the block gives?"
+            ) from error
 
     def _run(self, stage: int) -> tuple[Any, bool]:
         """Runs the block that waits; returns what it gave, and whether another block waits now."""
         self.states.gather(stage)
         self.states.need(stage)
+        block = self.each.flow.waits
         self.each.run()
         self.states.free(stage)
+        for left in self.leftovers.found():
+            raise WrapError(
+                f"block {block} leaves values outside of what it gives (shape {tuple(left.shape)}), which other ranks "
+                "of a pipeline would miss; let it return them, switch off what collects them (use_cache=False for a "
+                "cache, output_router_logits=False), or wrap this model without pp"
+            )
         return shapes_in(self.each.flow.output), self.each.flow.waits is not None
 
     def _cross(self, stage: int, sender: int, receiver: int) -> None:

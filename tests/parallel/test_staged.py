@@ -1,6 +1,6 @@
 """Pipelines over ranks: the plain run's gradients and states, for every schedule and beside every other axis."""
 
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_other_stages_and_without(tmp_path: Path) -> None:
     first = mw.Mesh(pp=2)
     expected = run_ranks(_goes_on, first, str(tmp_path), first, _MODULAR, True)[0]
     for mesh, options in (
-        (mw.Mesh(pp=3), {**_MODULAR, "schedule": "1f1b"}),
+        (mw.Mesh(pp=2), {**_MODULAR, "schedule": "1f1b"}),
         (mw.Mesh(pp=2, fsdp=2), _MODULAR),
         (mw.Mesh(dp=2), {}),
         (mw.Mesh(pp=2, tp=2), _MODULAR),
@@ -153,9 +153,7 @@ def _held() -> tuple[list[str], list[int]]:
         told.append(-1)
         assert model.step(batch).isfinite()
     steps = [place for place, each in enumerate(told) if each == -1] + [len(told)]
-    return [name for name, _ in model.module.named_parameters()], [
-        stop - start - 1 for start, stop in zip(steps, steps[1:], strict=False)
-    ]
+    return [name for name, _ in model.module.named_parameters()], [stop - start - 1 for start, stop in pairwise(steps)]
 
 
 def test_a_rank_holds_its_own_blocks_and_routes_are_looked_for_once_per_shape() -> None:
@@ -188,8 +186,18 @@ class _SkippingPast(Skipping):
         for layer in self.layers:
             stream = layer(stream, collected=[])["out"]
             kept.append(stream)
-        scores = self.head(stream + kept[0])
+        scores = self.head(stream + kept[1])
         return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+class _Repeating(Skipping):
+    """Goes through its blocks twice."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in (*self.layers, *self.layers):
+            stream = layer(stream, collected=[])["out"]
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
 
 
 class _Deciding(Skipping):
@@ -207,9 +215,10 @@ class _Deciding(Skipping):
 @pytest.mark.parametrize(
     ("build_model", "why"),
     [
-        (_SkippingPast, "made from values of other ranks"),
+        (_SkippingPast, "another rank of the pipeline holds"),
         (_Deciding, "asks for a value"),
-        (Skipping, "a pipeline takes models that call their blocks in order"),
+        (Skipping, "leaves values outside of what it gives"),
+        (_Repeating, "a pipeline takes models that call their blocks in order"),
         (_Collecting, "leaves values outside of what it gives"),
     ],
 )
@@ -219,10 +228,10 @@ def test_values_that_pass_blocks_by_are_refused_and_not_lost(build_model: Any, w
 
 
 def test_more_ranks_than_blocks_and_models_without_blocks_are_refused() -> None:
-    with pytest.raises(ScheduleError, match="3 blocks cannot make 4 stages.*nearest legal: pp=3"):
+    with pytest.raises(ScheduleError, match=r"3 blocks cannot make 4 stages.*nearest legal: pp=3"):
         mw.verify(llama(), tokens(8), mw.Mesh(pp=4), **_MODULAR)
-    with pytest.raises(WrapError, match="no list of repeated blocks; use pp=1"):
-        mw.verify(partial(nn.Linear, 2, 2), tokens(8), mw.Mesh(pp=2), **_MODULAR)
+    with pytest.raises(WrapError, match="no list of repeated blocks; use schedule='accumulate'"):
+        mw.parallelize(nn.Linear(2, 2), mw.Mesh(), schedule="layered")
     with pytest.raises(
         WrapError, match="schedule='accumulate' does not go with pp=2; nearest legal: schedule='modular'"
     ):
