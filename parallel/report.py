@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from meshwright.parallel.blocks import find_blocks, own_blocks
+from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.footprint import Footprint, footprint
 from meshwright.parallel.ledger import LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.predicted import first_shares, padded_elements, predicted_calls, tensor_calls
+from meshwright.parallel.stages import stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["WrapReport", "describe"]
@@ -83,8 +84,8 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
     """Says what wrapping `model` on `mesh` will do, before it is done; `plan` is needed where the mesh has `tp`."""
     whole = sum(each.numel() for each in model.parameters())
     mine = model if plan is None else first_shares(model, plan)
-    kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in mine.parameters()}
-    known = options.data_engine == "torch"
+    kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in _most_held(mine, mesh, options)}
+    known = options.data_engine == "torch" and mesh.pp == 1
     memory, unknown = _memory(model, mesh, options, plan)
     calls = [*predicted_calls(mine, mesh, options), *tensor_calls(mine, mesh, options, plan)] if known else None
     return WrapReport(
@@ -100,6 +101,14 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
     )
 
 
+def _most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Parameter]:
+    """Parameters of the rank of the pipeline that holds most of them."""
+    held = dict(model.named_parameters())
+    own, rest = own_parameters(model, stages_of(model, mesh, 0, options).homes)
+    names = max(own.values(), key=lambda names: sum(held[name].numel() for name in names), default=[])
+    return [held[name] for name in (*names, *rest)]
+
+
 def _memory(
     model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None
 ) -> tuple[Footprint | None, tuple[str, ...]]:
@@ -112,6 +121,13 @@ def _memory(
 
 
 def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[tuple[str, str]]:
+    if mesh.pp > 1:
+        placement, schedule = options.chosen(mesh, len(find_blocks(model)))
+        yield (
+            "pp",
+            f"{options.schedule}: {placement.num_blocks} blocks in {schedule.num_stages} stages on {mesh.pp} ranks, "
+            "what stands around blocks on all of them",
+        )
     if plan is not None and plan.degree > 1:
         yield "tp", plan.summary()
     if options.data_engine == "deepspeed":
@@ -131,7 +147,7 @@ def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | Non
             2: "optimizer states and gradients",
             3: "parameters, gradients, optimizer states",
         }
-        layered = options.schedule == "layered"
+        layered = options.schedule != "accumulate"
         number = len(find_blocks(model) if layered else own_blocks(model))
         whole = (
             f", at most {min(number, options.num_buffers)} blocks whole" if layered and options.zero_stage == 3 else ""
