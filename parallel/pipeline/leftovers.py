@@ -4,6 +4,7 @@ Ranks that skip the block would miss them without a word, so a pipeline refuses 
 """
 
 import gc
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["Leftovers", "watched"]
 
+_WAITS_S = (0.0, 0.01, 0.1, 0.5)
+
 
 @dataclass
 class Leftovers:
@@ -26,7 +29,10 @@ class Leftovers:
 
     def found(self) -> list[Tensor]:
         """Differentiable tensors made inside the block that somebody still holds."""
-        if self._alive():
+        for wait_s in _WAITS_S:  # threads of collectives let go of their tensors a moment later
+            if not self._alive():
+                return []
+            time.sleep(wait_s)
             gc.collect()
         return self._alive()
 
