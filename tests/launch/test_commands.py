@@ -75,7 +75,7 @@ def test_show_and_simulate_know_how_a_model_is_dealt(tmp_path: Path, capsys: pyt
 def test_a_mesh_that_cannot_be_had_is_one_line_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert main([command, str(written(tmp_path, parallel="{pp: 2}"))]) == 65
+    assert main([command, str(written(tmp_path, parallel="{cp: 2}"))]) == 65
     error = capsys.readouterr().err
-    assert "mesh axis pp=2 cannot be wrapped by this version; nearest legal layout: dp=2" in error
+    assert "mesh axis cp=2 cannot be wrapped by this version; nearest legal layout: dp=2" in error
     assert "Traceback" not in error
