@@ -5,12 +5,14 @@ own code there may run on any rank, so gradients of these are summed over `pp`, 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.weights import alias_groups
 
 __all__ = ["StagedStates"]
@@ -40,6 +42,9 @@ class StagedStates:
             if self._home[names[0]] not in (None, self._rank):
                 for name in names:
                     _take_out(module, name)
+        for block, home in homes.items():
+            if home != self._rank:
+                module.get_submodule(block).register_forward_pre_hook(partial(_refuse, block, home))
 
     def fill(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Gives parameters that several ranks hold a gradient, so that all ranks sum the same ones."""
@@ -102,6 +107,14 @@ def _home(names: Sequence[str], homes: Mapping[str, int]) -> int | None:
     """The one rank whose blocks hold a tensor, or None."""
     found = {next((home for block, home in homes.items() if name.startswith(block + ".")), None) for name in names}
     return next(iter(found)) if len(found) == 1 else None
+
+
+def _refuse(block: str, home: int, module: nn.Module, args: object) -> None:
+    del module, args
+    raise WrapError(
+        f"block {block} is held by rank {home} of the pipeline, so the model cannot be called as a whole; "
+        "use step() and evaluate()"
+    )
 
 
 def _take_out(module: nn.Module, name: str) -> None:

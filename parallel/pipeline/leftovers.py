@@ -84,7 +84,7 @@ class _Noting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._made += [
-            ref(each) for each in tree_leaves(result) if isinstance(each, Tensor) and id(each) not in self._given
-        ]
+        # arguments too: what a Function of the user's gave is seen when it is used
+        seen = tree_leaves((result, args, kwargs))
+        self._made += [ref(each) for each in seen if isinstance(each, Tensor) and id(each) not in self._given]
         return result

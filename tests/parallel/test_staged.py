@@ -237,3 +237,61 @@ def test_more_ranks_than_blocks_and_models_without_blocks_are_refused() -> None:
         WrapError, match="schedule='accumulate' does not go with pp=2; nearest legal: schedule='modular'"
     ):
         mw.verify(llama(), tokens(8), mw.Mesh(pp=2))
+
+
+def _called_as_a_whole() -> tuple[str, bool]:
+    model = mw.parallelize(llama()(), mw.Mesh(pp=2), **_MODULAR)
+    batch = tokens(8)()
+    with pytest.raises(WrapError) as caught, torch.no_grad():
+        model.module(**batch)
+    return str(caught.value), bool(model.step(batch).isfinite())
+
+
+def test_a_model_in_stages_cannot_be_called_as_a_whole() -> None:
+    for message, stepped in run_ranks(_called_as_a_whole, mw.Mesh(pp=2)):
+        assert "of the pipeline, so the model cannot be called as a whole; use step() and evaluate()" in message
+        assert stepped
+
+
+class _HeldByFunction(Skipping):
+    """A block keeps what a function of the user's gave, where no operation of torch's is seen to make it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Keeping() for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in self.layers:
+            stream = layer(stream)
+        scores = self.head(stream)
+        kept = sum(layer.kept.mean() for layer in self.layers if layer.kept is not None)  # type: ignore[union-attr]
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) + kept
+
+
+class _Keeping(nn.Module):
+    kept: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Linear(8, 8)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        self.kept = _Square.apply(self.matrix(stream))  # type: ignore[no-untyped-call]
+        return stream + self.kept
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return inputs[0].square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+def test_values_of_custom_functions_that_a_block_keeps_are_found() -> None:
+    with pytest.raises(Exception, match="leaves values outside of what it gives"):
+        mw.verify(_HeldByFunction, odd_batch, mw.Mesh(pp=2), **_MODULAR)
