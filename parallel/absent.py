@@ -26,6 +26,8 @@ class Absent(Tensor):
     """
 
     stand_in: Tensor
+    value: Tensor | None = None
+    """What it is, once this rank has received it; the model's code then computes with that."""
 
     @classmethod
     def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
@@ -43,6 +45,14 @@ class Absent(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Absent({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Puts values in the place of tensors that have been received."""
+        del types
+        given_args, given_keywords = tree_map(_received, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*given_args, **given_keywords)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -81,6 +91,10 @@ class Absent(Tensor):
 
 def _bare(value: Any) -> Any:
     return value.stand_in if isinstance(value, Absent) else value
+
+
+def _received(value: Any) -> Any:
+    return value.value if isinstance(value, Absent) and value.value is not None else value
 
 
 def _with_memory(value: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from meshwright.parallel.absent import Absent
 from meshwright.parallel.capture import Flow, fresh
@@ -103,7 +102,6 @@ class Pass:
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
         self._sent: dict[int, list[Tensor]] = {}
-        self._known: Any = WeakTensorKeyDictionary()
         self._pieces: Pieces | None = None
         self._homes: list[int] = []
 
@@ -180,7 +178,7 @@ class Pass:
         lacked: list[Tensor] = []
         places = []
         for place, value in enumerate(inputs_of(self.flow.arguments)):
-            if isinstance(value, Absent) and value not in self._known and all(value is not each for each in lacked):
+            if isinstance(value, Absent) and value.value is None and all(value is not each for each in lacked):
                 lacked.append(value)
                 places.append(place)
         return places
@@ -209,8 +207,8 @@ class Pass:
         Raises:
             WrapError: when another rank has them.
         """
-        found: Any = self._known.get(value, value) if isinstance(value, Absent) else value
-        if not isinstance(found, Tensor) or isinstance(found, Absent):
+        found: Any = value.value if isinstance(value, Absent) else value
+        if not isinstance(found, Tensor):
             raise WrapError(
                 f"block {self.flow.waits} takes a value that the rank before it in the pipeline does not hold; "
                 "values travel from stage to stage through blocks' inputs only"
@@ -240,7 +238,7 @@ class Pass:
         def change(value: Any) -> Any:
             if not isinstance(value, Absent):
                 return value
-            if value not in self._known:
+            if value.value is None:
                 if not self._unused:
                     raise WrapError(
                         f"block {self.flow.waits} takes a value of shape {tuple(value.shape)} that another rank of the "
@@ -248,8 +246,8 @@ class Pass:
                         "wrap this model without pp"
                     )
                 leaf = self._unused.pop(0)
-                self._known[value] = fresh(leaf) if leaf.requires_grad else leaf
-            return self._known[value]
+                value.value = fresh(leaf) if leaf.requires_grad else leaf
+            return value.value
 
         return replaced(self.flow.arguments, change)
 

@@ -295,3 +295,24 @@ class _Square(torch.autograd.Function):
 def test_values_of_custom_functions_that_a_block_keeps_are_found() -> None:
     with pytest.raises(Exception, match="leaves values outside of what it gives"):
         mw.verify(_HeldByFunction, odd_batch, mw.Mesh(pp=2), **_MODULAR)
+
+
+class _Around(Skipping):
+    """The stream goes around blocks, in code between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2)) for _ in range(5))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = nn.functional.dropout(self.table[ids], 0.1)
+        for layer in self.layers:
+            stream = stream + layer(stream) * 0.5
+            stream = nn.functional.dropout(stream - stream.mean(-1, keepdim=True), 0.1)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("degrees", [{"pp": 2}, {"pp": 3}, {"pp": 2, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize("schedule", ["modular", "1f1b"])
+def test_a_stream_may_go_around_blocks(degrees: dict[str, int], schedule: str) -> None:
+    _equal(_Around, odd_batch, degrees, schedule=schedule)

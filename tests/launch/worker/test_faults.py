@@ -72,7 +72,13 @@ def _kill_once(job: Path, run_id: str, generator: random.Random, *, in_save: boo
 
 @pytest.mark.parametrize(
     ("parallel", "kills"),
-    [("{dp: 2}", 2), ("{fsdp: 2, num_microbatches: 2}", 1), ("{dp: 4}", 1), ("{fsdp: 4}", 1)],
+    [
+        ("{dp: 2}", 2),
+        ("{fsdp: 2, num_microbatches: 2}", 1),
+        ("{dp: 4}", 1),
+        ("{fsdp: 4}", 1),
+        ("{pp: 2, schedule: modular, num_microbatches: 2}", 1),
+    ],
 )
 def test_a_killed_and_resumed_training_ends_with_the_same_bits(tmp_path: Path, parallel: str, kills: int) -> None:
     plain = write_job(tmp_path / "plain", parallel=parallel, steps=STEPS)
