@@ -52,8 +52,8 @@ def test_a_job_of_any_size_is_predicted_here(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_predicted_says_why(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"job\.yaml:\d+:1: parallel: mesh axis pp=2 .*nearest legal layout"):
-        mw.simulate(written(tmp_path, parallel="{pp: 2}"))
+    with pytest.raises(JobError, match=r"job\.yaml:\d+:1: parallel: mesh axis cp=2 .*nearest legal layout"):
+        mw.simulate(written(tmp_path, parallel="{cp: 2}"))
     path = tmp_path / "job.yaml"
     path.write_text("name: plain\ncommand: [echo, hi]\n")
     with pytest.raises(JobError, match=r"job\.yaml:1:1: model: the job runs a command"):
