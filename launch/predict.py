@@ -69,6 +69,8 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         WrapError: when its mesh cannot be had.
     """
     from meshwright.launch.rehearse import report_on_meta
+    from meshwright.parallel.options import Options
+    from meshwright.parallel.report import most_held
 
     loaded = job if isinstance(job, LoadedJob) else load_job(job, overrides)
     if loaded.job.model is None:
@@ -76,7 +78,7 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         raise JobError([Problem(loaded.where("model"), "model", text)])
     mesh = loaded.job.mesh
     model, report = report_on_meta(loaded)
-    kept = _kept_bytes(model.parameters(), mesh.fsdp)
+    kept = _kept_bytes(most_held(model, mesh, Options.of(**loaded.job.options)), mesh.fsdp)
     known = report.collectives
     return Prediction(
         mesh=str(mesh),

@@ -15,7 +15,7 @@ from meshwright.parallel.predicted import first_shares, padded_elements, predict
 from meshwright.parallel.stages import stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["WrapReport", "describe"]
+__all__ = ["WrapReport", "describe", "most_held"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
     """Says what wrapping `model` on `mesh` will do, before it is done; `plan` is needed where the mesh has `tp`."""
     whole = sum(each.numel() for each in model.parameters())
     mine = model if plan is None else first_shares(model, plan)
-    kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in _most_held(mine, mesh, options)}
+    kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in most_held(mine, mesh, options)}
     known = options.data_engine == "torch" and mesh.pp == 1
     memory, unknown = _memory(model, mesh, options, plan)
     calls = [*predicted_calls(mine, mesh, options), *tensor_calls(mine, mesh, options, plan)] if known else None
@@ -101,7 +101,7 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
     )
 
 
-def _most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Parameter]:
+def most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Parameter]:
     """Parameters of the rank of the pipeline that holds most of them."""
     held = dict(model.named_parameters())
     own, rest = own_parameters(model, stages_of(model, mesh, 0, options).homes)

@@ -51,6 +51,13 @@ def test_a_job_of_any_size_is_predicted_here(tmp_path: Path) -> None:
     assert "activations and time" in str(large)
 
 
+def test_a_rank_of_a_pipeline_keeps_its_own_blocks(tmp_path: Path) -> None:
+    whole = mw.simulate(written(tmp_path, config=LARGE))
+    staged = mw.simulate(written(tmp_path, config=LARGE, parallel="{pp: 2, schedule: modular, num_microbatches: 2}"))
+    assert whole.parameter_bytes / 2 < staged.parameter_bytes < 0.75 * whole.parameter_bytes
+    assert staged.num_parameters == whole.num_parameters
+
+
 def test_what_cannot_be_predicted_says_why(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"job\.yaml:\d+:1: parallel: mesh axis cp=2 .*nearest legal layout"):
         mw.simulate(written(tmp_path, parallel="{cp: 2}"))
