@@ -186,7 +186,7 @@ class _SkippingPast(Skipping):
         stream, kept = self.table[ids], []
         for layer in self.layers:
             stream = layer(stream, collected=[])["out"]
-            kept.append(stream)
+            kept.append(stream.sin())
         scores = self.head(stream + kept[1])
         return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
 
