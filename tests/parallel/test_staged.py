@@ -186,9 +186,25 @@ class _SkippingPast(Skipping):
         stream, kept = self.table[ids], []
         for layer in self.layers:
             stream = layer(stream, collected=[])["out"]
-            kept.append(stream.sin())
+            kept.append(stream.clone().sin())
         scores = self.head(stream + kept[1])
         return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+class _KeepingInputs(Skipping):
+    """What the last rank adds at the end is what its last block was given, and changed in place."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream, kept = self.table[ids], []
+        for layer in self.layers:
+            stream = layer(stream, collected=[])["out"]
+            kept.append(stream)
+        scores = self.head(stream + kept[1].sin())
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+def test_what_a_block_was_given_is_at_hand_afterwards() -> None:
+    _equal(_KeepingInputs, odd_batch, {"pp": 2}, schedule="modular")
 
 
 class _Repeating(Skipping):
