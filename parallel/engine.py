@@ -5,7 +5,7 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,7 +105,7 @@ class Engine:
             sums += torch.stack([_weighted(loss, items), items])
             if last:
                 summed = self._groups.all_reduce(sums, *DATA_AXES)
-            self.data.backward(loss, items.to(loss.dtype), _ask_scale(sums, summed) if last else None)
+            self.data.backward(loss, items.to(loss.dtype), _ask_scale(sums, summed.wait) if last else None)
             losses.append(loss.detach().double())
         self.data.launch()
         summed.wait()
@@ -125,9 +125,8 @@ class Engine:
                 losses[number] = loss.detach()
             summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
 
-        def ask_scale() -> Tensor:
+        def wait() -> None:
             summed.wait()
-            return sums[1].reciprocal()
 
         def weight(microbatch: int) -> Tensor | None:
             if not self._has_loss:
@@ -135,7 +134,7 @@ class Engine:
             loss, items = passes[microbatch].result
             return items.to(loss.dtype)
 
-        self.data.divide_by(ask_scale)
+        self.data.divide_by(_ask_scale(sums, wait))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.actions, routes)
@@ -151,12 +150,14 @@ class Engine:
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        with torch.no_grad():
-            found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
-            if found is not None:
-                sums += torch.stack([_weighted(*found), found[1]])
-            self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
-        self.data.release()
+        try:
+            with torch.no_grad():
+                found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
+                if found is not None:
+                    sums += torch.stack([_weighted(*found), found[1]])
+                self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
+        finally:
+            self.data.release()
         return sums[0], sums[1]
 
     def _forward_across(self, batch: Any) -> tuple[Tensor, Tensor] | None:
@@ -223,11 +224,11 @@ class Engine:
             return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
 
 
-def _ask_scale(sums: Tensor, summed: Pending) -> AskScale:
+def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:
     """All losses are known before the last backward, so its gradients can leave divided; asking waits for the sum."""
 
     def ask() -> Tensor:
-        summed.wait()
+        wait()
         return sums[1].reciprocal()
 
     return ask

@@ -100,6 +100,8 @@ class Options:
         for name in ("num_microbatches", "bucket_bytes", "num_buffers"):
             if getattr(self, name) < 1:
                 raise WrapError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_loops is not None and self.num_loops < 1:
+            raise WrapError(f"num_loops={self.num_loops} must be at least 1")
         stages = (0, 1, 2, 3) if self.data_engine == "deepspeed" else (1, 2, 3)
         if self.zero_stage not in stages:
             raise WrapError(

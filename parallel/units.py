@@ -49,14 +49,14 @@ def shard_parameters(module: nn.Module, groups: Groups) -> None:
         if not parameter.dim():
             raise WrapError(f"parameter {name} is a single number, which has no rows to shard; give it the shape (1,)")
         rows = padded_rows(parameter.shape, degree)
-        mine = parameter.detach()[rank * rows : (rank + 1) * rows].clone()
+        mine = parameter.detach()[rank * rows : (rank + 1) * rows].clone(memory_format=torch.contiguous_format)
         sharded = DTensor.from_local(
             mine,
             groups.device_mesh(*axes),
             placements,
             run_check=False,
             shape=parameter.shape,
-            stride=parameter.stride(),
+            stride=torch.empty(parameter.shape, device="meta").stride(),  # shards lie row by row
         )
         fresh = like(parameter, sharded)
         for owner, leaf in places:
@@ -218,6 +218,8 @@ def _copy_rows(parts: Tensor, whole: Tensor, scale: Tensor | None = None) -> Non
     """
     each = parts.shape[1]
     flat = whole.reshape(-1) if scale is not None else whole.view(-1)
+    if not flat.numel():
+        return
     full, rest = divmod(flat.numel(), each)
     pairs = [(parts[:full], flat[: full * each].view(full, each))]
     if rest:

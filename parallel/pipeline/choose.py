@@ -52,10 +52,10 @@ def chosen(
 
 
 def _placement(name: str, num_blocks: int, num_ranks: int, num_loops: int | None) -> Placement:
-    if name in ON_ONE_RANK or (name == "modular" and num_loops is None):
-        return modular(num_blocks, num_ranks)
-    if name in ("gpipe", "1f1b"):
-        if num_loops not in (None, 1):
-            raise ScheduleError(f"schedule {name!r} gives each rank one stage, not {num_loops}; use 'interleaved'")
-        return contiguous(num_blocks, num_ranks)
-    return looped(num_blocks, num_ranks, num_loops=num_loops or 2)
+    if name in ("interleaved", "modular"):
+        if name == "modular" and num_loops is None:
+            return modular(num_blocks, num_ranks)
+        return looped(num_blocks, num_ranks, num_loops=2 if num_loops is None else num_loops)
+    if num_loops is not None:
+        raise ScheduleError(f"schedule {name!r} takes no num_loops={num_loops}; use 'interleaved' or 'modular'")
+    return modular(num_blocks, 1) if name in ON_ONE_RANK else contiguous(num_blocks, num_ranks)

@@ -19,6 +19,8 @@ from meshwright.parallel.pieces import Pieces
 
 __all__ = ["Border", "Call", "Pass", "Route", "Shape", "inputs_of", "replaced", "shapes_in"]
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -157,7 +159,7 @@ class Pass:
         assert self._pieces is not None, "gradients before seed"
         assert self._route is not None, "one rank has all stages"
         shapes = self._route.borders[stage + 1].shapes
-        sent = [each for each, shape in zip(self._sent[stage + 1], shapes, strict=True) if shape.requires_grad]
+        sent = [each for each, shape in zip(self._sent.pop(stage + 1), shapes, strict=True) if shape.requires_grad]
         for value, gradient in zip(sent, gradients, strict=True):
             self._pieces.give(value, gradient)
 
@@ -186,8 +188,16 @@ class Pass:
     def through(self) -> None:
         """Through the call that waits: run if it is this rank's, else skipped."""
         call = self._expected()
-        if call is None or call.stage in self._mine:
+        if call is None:
             self.run()
+        elif call.stage in self._mine:
+            self.run()
+            given = shapes_in(self.flow.output, call.block)
+            if given != call.output:
+                raise WrapError(
+                    f"block {call.block} gave {given}, where it gave {call.output} for the first micro-batch of this "
+                    "shape; ranks of a pipeline that skip it rely on that"
+                )
         else:
             output = tree_map(lambda each: each.absent(self._device) if isinstance(each, Shape) else each, call.output)
             self.flow.skip(output)
@@ -285,9 +295,25 @@ def replaced(arguments: Arguments, change: Callable[[Any], Any]) -> Arguments:
     return changed, {name: tree_map(change, each, is_leaf=_is_kept) for name, each in kwargs.items()}
 
 
-def shapes_in(output: Any) -> Any:
-    """The same structure with a `Shape` for each tensor."""
-    return tree_map(lambda each: Shape.of(each) if isinstance(each, Tensor) else each, output)
+def shapes_in(output: Any, block: str) -> Any:
+    """What a block gave, with a `Shape` for each tensor.
+
+    Raises:
+        WrapError: for an object that may hold tensors which nobody sees.
+    """
+
+    def shape(each: Any) -> Any:
+        if isinstance(each, Tensor):
+            return Shape.of(each)
+        if each is None or isinstance(each, _PLAIN):
+            return each
+        raise WrapError(
+            f"block {block} gives an object of type {type(each).__name__}, of which other ranks of a pipeline would "
+            "have a copy that grows old; let it give tensors in tuples, lists, dicts or named tuples (use_cache=False "
+            "for a cache)"
+        )
+
+    return tree_map(shape, output)
 
 
 def _is_kept(value: Any) -> bool:

@@ -114,13 +114,14 @@ class _Probe:
         block = self.each.flow.waits
         self.each.run()
         self.states.free(stage)
+        given = shapes_in(self.each.flow.output, str(block))
         for left in self.leftovers.found():
             raise WrapError(
                 f"block {block} leaves values outside of what it gives (shape {tuple(left.shape)}), which other ranks "
                 "of a pipeline would miss; let it return them, switch off what collects them (use_cache=False for a "
                 "cache, output_router_logits=False), or wrap this model without pp"
             )
-        return shapes_in(self.each.flow.output), self.each.flow.waits is not None
+        return given, self.each.flow.waits is not None
 
     def _cross(self, stage: int, sender: int, receiver: int) -> None:
         """The first block of a stage says what it lacks and gets it from the rank of the stage before."""

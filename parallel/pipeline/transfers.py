@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -46,14 +47,12 @@ class Transfers:
                 each.take(self._route(action).borders[action.stage], action.stage, values)
             else:
                 each.give(action.stage, values)
+                if values:  # whoever sends gradients back has received
+                    self._wire.let_go(_tag(replace(action, kind=Kind.SEND_ACTIVATION)))
             return
         to = self._homes[other_end(action).stage]
         values = each.outgoing(action.stage) if action.kind is Kind.SEND_ACTIVATION else each.returned(action.stage)
         self._wire.send(values, to, _tag(action))
-
-    def flush(self) -> None:
-        """Waits until all that was sent has left."""
-        self._wire.flush()
 
     def _post(self) -> None:
         while self._coming and len(self._posted) < self._ahead:

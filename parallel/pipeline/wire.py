@@ -28,7 +28,7 @@ class Wire:
     def __init__(self, groups: Groups, num_microbatches: int) -> None:
         self._groups = groups
         self._num_microbatches = num_microbatches
-        self._running: list[tuple[Tensor, Pending]] = []
+        self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]
         self.device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -40,9 +40,10 @@ class Wire:
 
     def send(self, values: Sequence[Tensor], to: int, tag: Tag) -> None:
         """Starts sending; the receiver finds the values by their tag."""
+        running = self._running.setdefault(tag, [])
         for number, value in enumerate(values):
             held = value.detach().contiguous()
-            self._running.append((held, self._groups.send(held, "pp", to, self._number(tag, number))))
+            running.append((held, self._groups.send(held, "pp", to, self._number(tag, number))))
 
     def receive(self, shapes: Sequence[Shape], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
         """Starts receiving; what it returns waits for the values."""
@@ -58,11 +59,15 @@ class Wire:
 
         return wait
 
+    def let_go(self, tag: Tag) -> None:
+        """Forgets what was sent under a tag and has arrived."""
+        for _, each in self._running.pop(tag, ()):
+            each.wait()
+
     def flush(self) -> None:
         """Waits until all that was sent has left."""
-        for _, each in self._running:
-            each.wait()
-        self._running.clear()
+        for tag in list(self._running):
+            self.let_go(tag)
 
     def _number(self, tag: Tag, number: int) -> int:
         stage, microbatch, way = tag

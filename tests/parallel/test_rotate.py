@@ -162,17 +162,18 @@ def test_the_gradients_of_a_block_travel_while_those_before_it_go_back(num_buffe
     assert run_ranks(_events, mw.Mesh(fsdp=2), num_buffers)[0] == order.split()
 
 
-def _goes_on(folder: str, mesh: mw.Mesh, options: dict[str, Any], save: bool) -> float:
+def goes_on(folder: str, mesh: mw.Mesh, options: dict[str, Any], save: bool) -> float:
     with Promote():
-        model = mw.parallelize(llama()().double(), mesh, **options)
+        quiet = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        model = mw.parallelize(quiet().double(), mesh, **options)
         optimizer = model.make_optimizer(lambda each: torch.optim.AdamW(each, lr=1e-2))
         batch = share(tokens(8)(), model.data_rank, mesh.data_degree)
 
         def step() -> float:
             loss = model.step(batch)
-            model.clip_gradients(1.0)
+            norm = model.clip_gradients(1.0)
             optimizer.step()
-            return float(loss)
+            return float(loss + norm)
 
         state = model.state_dict(loading=True)
         if save:
@@ -188,9 +189,9 @@ def _goes_on(folder: str, mesh: mw.Mesh, options: dict[str, Any], save: bool) ->
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_goes_on_with_any_schedule_and_mesh(tmp_path: Path) -> None:
     fsdp = mw.Mesh(fsdp=3)
-    expected = run_ranks(_goes_on, fsdp, str(tmp_path), fsdp, LAYERED, True)[0]
+    expected = run_ranks(goes_on, fsdp, str(tmp_path), fsdp, LAYERED, True)[0]
     for mesh, options in ((mw.Mesh(fsdp=2), LAYERED), (mw.Mesh(fsdp=2), {}), (mw.Mesh(dp=2, fsdp=2), LAYERED)):
-        found = run_ranks(_goes_on, mesh, str(tmp_path), mesh, options, False)[0]
+        found = run_ranks(goes_on, mesh, str(tmp_path), mesh, options, False)[0]
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -205,6 +206,33 @@ def test_deferred_models_get_the_same_weights() -> None:
     for found, expected in run_ranks(_deferred_and_not, mw.Mesh(fsdp=2)):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class _Convolving(nn.Module):
+    """Weights that do not lie row by row, and parameters without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.Tanh()) for _ in range(3))
+        self.empty, self.narrow = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.zeros(3, 0))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        for block in self.blocks:
+            images = block(images)
+        return nn.functional.cross_entropy(images.mean((2, 3)), labels)
+
+
+def _images() -> dict[str, Tensor]:
+    images = torch.randn(5, 6, 4, 4, generator=torch.Generator().manual_seed(1))
+    return {"images": images, "labels": torch.arange(5)}
+
+
+@pytest.mark.parametrize("fsdp", [2, 4])
+def test_weights_in_any_memory_format_and_without_elements(fsdp: int) -> None:
+    report = mw.verify(_Convolving, _images, mw.Mesh(fsdp=fsdp), schedule="layered", num_microbatches=1)
+    assert report.ok, report
 
 
 def test_a_block_called_again_is_legal_while_it_is_whole_and_refused_when_it_is_not() -> None:

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 import meshwright as mw
-from meshwright.parallel.errors import ScheduleError, WrapError
-from meshwright.parallel.microbatch import share
-from meshwright.parallel.promote import Promote
 from meshwright.testing import run_ranks
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import gpt2, llama, tokens
-from tests.parallel.test_layered import Skipping, odd_batch
+from tests.parallel.test_layered import Recomputing, Skipping, odd_batch
+from tests.parallel.test_rotate import goes_on
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +59,11 @@ def test_any_number_of_blocks_ranks_and_micro_batches(
     _equal(build, tokens(8), {"pp": num_ranks}, schedule=schedule, num_microbatches=num_microbatches)
 
 
+@pytest.mark.parametrize("family", ["t5", "whisper", "translator"])
+def test_encoder_states_go_on_from_rank_to_rank(family: str) -> None:
+    _equal(*FAMILIES[family], {"pp": 4}, schedule="modular")
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_states_may_stay_whole_for_the_step(stage: int) -> None:
     _equal(*FAMILIES["t5"], {"pp": 2, "fsdp": 2}, schedule="modular", zero_stage=stage)
@@ -80,44 +82,20 @@ def test_frozen_and_unused_parameters_are_as_in_the_plain_run(degrees: dict[str,
     _equal(_frozen, tokens(8), degrees, schedule="modular")
 
 
-def _goes_on(folder: str, mesh: mw.Mesh, options: dict[str, Any], save: bool) -> float:
-    with Promote():
-        quiet = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = mw.parallelize(quiet().double(), mesh, **options)
-        optimizer = model.make_optimizer(lambda each: torch.optim.AdamW(each, lr=1e-2))
-        batch = share(tokens(8)(), model.data_rank, mesh.data_degree)
-
-        def step() -> float:
-            loss = model.step(batch)
-            norm = model.clip_gradients(1.0)
-            optimizer.step()
-            return float(loss + norm)
-
-        state = model.state_dict(loading=True)
-        if save:
-            step()
-            state_dict_saver.save(model.state_dict(), checkpoint_id=folder)
-        else:
-            state_dict_loader.load(state, checkpoint_id=folder)
-            model.load_state_dict(state)
-        loss_sum, items = model.evaluate(batch)
-        return step() + step() + float(loss_sum / items)
-
-
 _MODULAR = {"schedule": "modular", "num_microbatches": 2}
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_goes_on_with_other_stages_and_without(tmp_path: Path) -> None:
     first = mw.Mesh(pp=2)
-    expected = run_ranks(_goes_on, first, str(tmp_path), first, _MODULAR, True)[0]
+    expected = run_ranks(goes_on, first, str(tmp_path), first, _MODULAR, True)[0]
     for mesh, options in (
         (mw.Mesh(pp=2), {**_MODULAR, "schedule": "1f1b"}),
         (mw.Mesh(pp=2, fsdp=2), _MODULAR),
         (mw.Mesh(dp=2), {}),
         (mw.Mesh(pp=2, tp=2), _MODULAR),
     ):
-        for found in run_ranks(_goes_on, mesh, str(tmp_path), mesh, options, False):
+        for found in run_ranks(goes_on, mesh, str(tmp_path), mesh, options, False):
             assert found == pytest.approx(expected, rel=1e-12), mesh
 
 
@@ -167,150 +145,19 @@ def test_a_rank_holds_its_own_blocks_and_routes_are_looked_for_once_per_shape() 
         assert told[2] == told[0]
 
 
-class _Collecting(Skipping):
-    """Adds up values that blocks put on a list, which other ranks' blocks do not."""
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        stream = self.table[ids]
-        side: list[Tensor] = []
-        for layer in self.layers:
-            stream = layer(stream, collected=side)["out"]
-        scores = self.head(stream)
-        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) + torch.stack(side).sum()
+def _recomputed(recompute: bool, mesh: mw.Mesh, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = mw.parallelize(Recomputing(recompute), mesh, **options)
+    model.step(odd_batch())
+    return {name: each for name, each in model.full_gradients().items() if each is not None}
 
 
-class _SkippingPast(Skipping):
-    """What the last rank adds at the end was made from what another rank's block gave."""
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        stream, kept = self.table[ids], []
-        for layer in self.layers:
-            stream = layer(stream, collected=[])["out"]
-            kept.append(stream.clone().sin())
-        scores = self.head(stream + kept[1])
-        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
-
-
-class _KeepingInputs(Skipping):
-    """What the last rank adds at the end is what its last block was given, and changed in place."""
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        stream, kept = self.table[ids], []
-        for layer in self.layers:
-            stream = layer(stream, collected=[])["out"]
-            kept.append(stream)
-        scores = self.head(stream + kept[1].sin())
-        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
-
-
-def test_what_a_block_was_given_is_at_hand_afterwards() -> None:
-    _equal(_KeepingInputs, odd_batch, {"pp": 2}, schedule="modular")
-
-
-class _Repeating(Skipping):
-    """Goes through its blocks twice."""
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        stream = self.table[ids]
-        for layer in (*self.layers, *self.layers):
-            stream = layer(stream, collected=[])["out"]
-        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
-
-
-class _Deciding(Skipping):
-    """Asks between blocks for a value that another rank holds."""
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        stream = self.table[ids]
-        for layer in self.layers:
-            stream = layer(stream, collected=[])["out"]
-            if bool(stream.isnan().any()):
-                raise ValueError("not a number")
-        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
-
-
-@pytest.mark.parametrize(
-    ("build_model", "why"),
-    [
-        (_SkippingPast, "another rank of the pipeline holds"),
-        (_Deciding, "asks for a value"),
-        (Skipping, "leaves values outside of what it gives"),
-        (_Repeating, "a pipeline takes models that call their blocks in order"),
-        (_Collecting, "leaves values outside of what it gives"),
-    ],
-)
-def test_values_that_pass_blocks_by_are_refused_and_not_lost(build_model: Any, why: str) -> None:
-    with pytest.raises(Exception, match=why):
-        mw.verify(build_model, odd_batch, mw.Mesh(pp=2), **_MODULAR)
-
-
-def test_more_ranks_than_blocks_and_models_without_blocks_are_refused() -> None:
-    with pytest.raises(ScheduleError, match=r"3 blocks cannot make 4 stages.*nearest legal: pp=3"):
-        mw.verify(llama(), tokens(8), mw.Mesh(pp=4), **_MODULAR)
-    with pytest.raises(WrapError, match="no list of repeated blocks; use schedule='accumulate'"):
-        mw.parallelize(nn.Linear(2, 2), mw.Mesh(), schedule="layered")
-    with pytest.raises(
-        WrapError, match="schedule='accumulate' does not go with pp=2; nearest legal: schedule='modular'"
-    ):
-        mw.verify(llama(), tokens(8), mw.Mesh(pp=2))
-
-
-def _called_as_a_whole() -> tuple[str, bool]:
-    model = mw.parallelize(llama()(), mw.Mesh(pp=2), **_MODULAR)
-    batch = tokens(8)()
-    with pytest.raises(WrapError) as caught, torch.no_grad():
-        model.module(**batch)
-    return str(caught.value), bool(model.step(batch).isfinite())
-
-
-def test_a_model_in_stages_cannot_be_called_as_a_whole() -> None:
-    for message, stepped in run_ranks(_called_as_a_whole, mw.Mesh(pp=2)):
-        assert "of the pipeline, so the model cannot be called as a whole; use step() and evaluate()" in message
-        assert stepped
-
-
-class _HeldByFunction(Skipping):
-    """A block keeps what a function of the user's gave, where no operation of torch's is seen to make it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Keeping() for _ in range(3))
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        stream = self.table[ids]
-        for layer in self.layers:
-            stream = layer(stream)
-        scores = self.head(stream)
-        kept = sum(layer.kept.mean() for layer in self.layers if layer.kept is not None)  # type: ignore[union-attr]
-        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) + kept
-
-
-class _Keeping(nn.Module):
-    kept: Tensor | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Linear(8, 8)
-
-    def forward(self, stream: Tensor) -> Tensor:
-        self.kept = _Square.apply(self.matrix(stream))  # type: ignore[no-untyped-call]
-        return stream + self.kept
-
-
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return inputs[0].square()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * gradients[0]
-
-
-def test_values_of_custom_functions_that_a_block_keeps_are_found() -> None:
-    with pytest.raises(Exception, match="leaves values outside of what it gives"):
-        mw.verify(_HeldByFunction, odd_batch, mw.Mesh(pp=2), **_MODULAR)
+@pytest.mark.parametrize("schedule", ["modular", "1f1b"])
+def test_recomputed_blocks_draw_what_they_drew_before(schedule: str) -> None:
+    plain, staged = mw.Mesh(), mw.Mesh(pp=2)
+    expected = _recomputed(False, plain, {"num_microbatches": 2})
+    for found in run_ranks(_recomputed, staged, True, staged, {**_MODULAR, "schedule": schedule}):
+        for name, each in expected.items():
+            torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6)
 
 
 class _Around(Skipping):
@@ -332,3 +179,19 @@ class _Around(Skipping):
 @pytest.mark.parametrize("schedule", ["modular", "1f1b"])
 def test_a_stream_may_go_around_blocks(degrees: dict[str, int], schedule: str) -> None:
     _equal(_Around, odd_batch, degrees, schedule=schedule)
+
+
+class _KeepingInputs(Skipping):
+    """What the last rank adds at the end is what its last block was given, and changed in place."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream, kept = self.table[ids], []
+        for layer in self.layers:
+            stream = layer(stream, collected=[])["out"]
+            kept.append(stream)
+        scores = self.head(stream + kept[1].sin())
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+def test_what_a_block_was_given_is_at_hand_afterwards() -> None:
+    _equal(_KeepingInputs, odd_batch, {"pp": 2}, schedule="modular")

@@ -41,5 +41,6 @@ def test_the_bubble_is_divided_by_the_stages_of_a_rank() -> None:
 def test_loops_are_stages_of_each_rank() -> None:
     assert chosen("interleaved", 8, 2, 2)[0].homes == (0, 1, 0, 1)
     assert chosen("modular", 8, 2, 2, num_loops=1)[0].cuts == (0, 4, 8)
-    with pytest.raises(ScheduleError, match="use 'interleaved'"):
-        chosen("1f1b", 8, 2, 2, num_loops=2)
+    for name, num_ranks in (("1f1b", 2), ("gpipe", 2), ("layered", 1)):
+        with pytest.raises(ScheduleError, match="takes no num_loops=2; use 'interleaved' or 'modular'"):
+            chosen(name, 8, num_ranks, 2, num_loops=2)
