@@ -99,7 +99,9 @@ class Unit:
         if self.is_whole or self._gathering is not None or not self._members:
             return
         parts = self._shards.new_empty(self._degree * self._shards.numel())
-        self._gathering = parts, self._groups.gather_into(parts, self._shards, "fsdp")
+        travels = bool(parts.numel())  # nothing does where all parameters are without elements
+        pending = self._groups.gather_into(parts, self._shards, "fsdp") if travels else Pending(None)
+        self._gathering = parts, pending
 
     def need(self) -> None:
         """Waits until the parameters are whole, and lets the modules hold them."""
@@ -111,10 +113,11 @@ class Unit:
         offset = 0
         for each in self._members:
             size_bytes = self._shard_numel(each) * each.whole.itemsize
-            rows = parts.view(self._degree, -1)[:, offset : offset + size_bytes].view(each.whole.dtype)
             each.whole.untyped_storage().resize_(each.whole.numel() * each.whole.itemsize)
-            with torch.no_grad(), _same_version(each.whole):
-                _copy_rows(rows, each.whole)
+            if size_bytes:
+                rows = parts.view(self._degree, -1)[:, offset : offset + size_bytes].view(each.whole.dtype)
+                with torch.no_grad(), _same_version(each.whole):
+                    _copy_rows(rows, each.whole)
             offset += size_bytes
             _hold(each.places, each.whole)
         self.is_whole = True
@@ -185,7 +188,8 @@ class Unit:
                 _copy_rows(part, each.whole.grad, scale)
                 each.whole.grad = None
         sums = first.new_empty(sum(sizes))
-        self._scattering.append((trained, flat, sums, self._groups.reduce_scatter(sums, flat, "fsdp")))
+        pending = self._groups.reduce_scatter(sums, flat, "fsdp") if flat.numel() else Pending(None)
+        self._scattering.append((trained, flat, sums, pending))
 
     def _add(self, sharded: nn.Parameter, part: Tensor) -> None:
         local = _local(sharded)
