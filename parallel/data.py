@@ -48,6 +48,10 @@ class DataEngine(States, Protocol):
         """Forgets the gradients of the step before."""
         ...
 
+    def prepare(self, last: bool) -> None:
+        """Says whether the next whole backward is the last one of its step."""
+        ...
+
     def backward(self, loss: Tensor, items: Tensor, ask_scale: AskScale | None) -> None:
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
@@ -131,7 +135,7 @@ class Unscheduled:
         """Nothing to give back."""
 
     def reduce(self, stage: int) -> None:
-        """Gradients leave by themselves."""
+        """Nothing to sum."""
 
 
 class LocalStates(Unscheduled):

@@ -23,9 +23,10 @@ from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Action
-from meshwright.parallel.pipeline.passes import Pass, Route
+from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
-from meshwright.parallel.pipeline.runtime import execute
+from meshwright.parallel.pipeline.route import Route
+from meshwright.parallel.pipeline.runtime import Work, execute
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.randomness import draw_by_block, keyed
@@ -139,7 +140,7 @@ class Engine:
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.actions, routes)
             self.data.open()
-            execute(self._stages.actions, passes, self.data, transfers, forwarded=forwarded, weight=weight)
+            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight))
         self.data.launch()
         summed.wait()
         self._groups.all_reduce(losses, "pp").wait()
@@ -167,7 +168,7 @@ class Engine:
             passes, routes = self._passes([batch])
             transfers = self._transfers(actions, routes)
             self.data.open()
-            execute(actions, passes, self.data, transfers, forwarded=lambda: None, weight=lambda _: None)
+            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None))
         if self._wire is not None:
             self._wire.flush()
         return passes[0].result if self._has_loss else None

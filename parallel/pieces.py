@@ -7,6 +7,7 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.halves import Edge, Later, first_half, going_back
 
 __all__ = ["Pieces"]
 
-_Edge = tuple[Any, int]
 _FUNCTIONS: Any = torch._C._functions
 
 
@@ -27,9 +28,9 @@ _FUNCTIONS: Any = torch._C._functions
 class _Piece:
     """What going back through a piece needs: where it begins, and what it reaches."""
 
-    roots: dict[_Edge, Tensor] = field(default_factory=dict)
+    roots: dict[Edge, Tensor] = field(default_factory=dict)
     leaves: dict[Any, None] = field(default_factory=dict)
-    edges: dict[_Edge, None] = field(default_factory=dict)
+    edges: dict[Edge, None] = field(default_factory=dict)
 
 
 class Pieces:
@@ -45,8 +46,9 @@ class Pieces:
         self._borders = borders
         self._origins = origins
         self._pieces = [_Piece() for _ in borders]
-        self._first: dict[Any, int] = {}
+        self._num_users: Counter[Any] = Counter()
         self._partial: dict[Any, Tensor] = {}
+        self._late: dict[int, tuple[list[Any], dict[Any, Tensor], Later]] = {}
         roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
         if roots:
             self._look(roots)
@@ -61,31 +63,51 @@ class Pieces:
     def backward(self, piece: int) -> None:
         """Adds the gradients of a piece to its parameters, as torch itself does; later pieces must be done.
 
-        A parameter that several pieces use gets the sum of their gradients with the first of them.
+        A parameter that several pieces use gets the sum of their gradients with the last of them that is done.
         """
         mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        if mine.roots and (mine.leaves or mine.edges):
-            targets = [GradientEdge(*edge) for edge in (*((node, 0) for node in mine.leaves), *mine.edges)]
-            roots = [GradientEdge(*edge) for edge in mine.roots]
-            found = iter(torch.autograd.grad(roots, targets, list(mine.roots.values()), allow_unused=True))
-            for node, gradient in zip(mine.leaves, found, strict=False):
-                self._take(node, gradient)
-            for edge, gradient in zip(mine.edges, found, strict=True):
-                if gradient is not None:
-                    self._keep(edge, gradient)
-        for node in [node for node in self._partial if self._first[node] == piece]:
-            node(self._partial.pop(node))  # adds to .grad and calls the hooks that wait for it
+        inputs, weights = self._inputs_of(mine), self._weights_of(mine)
+        found = going_back(mine.roots, [*((node, 0) for node in weights), *inputs])
+        self._hand_on({edge: found[edge] for edge in inputs if edge in found})
+        self._add(weights, {node: found[node, 0] for node in weights if (node, 0) in found})
 
-    def _take(self, node: Any, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
-        origin = self._origins.get(node.variable)
-        if origin is None:
-            self._partial[node] = self._partial[node] + gradient if node in self._partial else gradient
-        else:
-            self._keep((origin.node, origin.output_nr), gradient)
+    def backward_inputs(self, piece: int) -> None:
+        """The first half of `backward`: what earlier pieces wait for."""
+        mine, self._pieces[piece] = self._pieces[piece], _Piece()
+        weights = self._weights_of(mine)
+        inputs, early, later = first_half(
+            mine.roots, self._inputs_of(mine), weights, follow=lambda node: self._home(node) == piece
+        )
+        self._hand_on(inputs)
+        self._late[piece] = weights, early, later
 
-    def _keep(self, edge: _Edge, gradient: Tensor) -> None:
+    def backward_weights(self, piece: int) -> None:
+        """The second half: adds the gradients of a piece to its parameters."""
+        weights, early, later = self._late.pop(piece)
+        self._add(weights, {**early, **later.gradients()})
+
+    def _inputs_of(self, mine: _Piece) -> list[Edge]:
+        return [*((node, 0) for node in mine.leaves if node.variable in self._origins), *mine.edges]
+
+    def _weights_of(self, mine: _Piece) -> list[Any]:
+        return [node for node in mine.leaves if node.variable not in self._origins]
+
+    def _hand_on(self, gradients: Mapping[Edge, Tensor]) -> None:
+        """Keeps gradients for the pieces that the values came from."""
+        for (node, number), gradient in gradients.items():
+            origin = self._origins.get(node.variable) if isinstance(node, _FUNCTIONS.AccumulateGrad) else None
+            self._keep((node, number) if origin is None else (origin.node, origin.output_nr), gradient)
+
+    def _add(self, weights: Iterable[Any], gradients: Mapping[Any, Tensor]) -> None:
+        for node in weights:
+            if node in gradients:
+                known, gradient = self._partial.get(node), gradients[node]
+                self._partial[node] = gradient if known is None else known + gradient
+            self._num_users[node] -= 1
+            if not self._num_users[node] and node in self._partial:
+                node(self._partial.pop(node))  # adds to .grad and calls the hooks that wait for it
+
+    def _keep(self, edge: Edge, gradient: Tensor) -> None:
         roots = self._pieces[self._home(edge[0])].roots
         roots[edge] = roots[edge] + gradient if edge in roots else gradient
 
@@ -127,12 +149,11 @@ class Pieces:
             if self._home(node) < home:
                 self._pieces[home].edges[node, number] = None
             return node
-        self._pieces[home].leaves[node] = None
+        if node not in self._pieces[home].leaves:
+            self._pieces[home].leaves[node] = None
+            self._num_users[node] += 1
         origin = self._origins.get(node.variable)
-        if origin is not None:
-            return origin.node
-        self._first[node] = min(home, self._first.get(node, home))
-        return None
+        return None if origin is None else origin.node
 
 
 def _beyond(nodes: set[Any]) -> set[Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.blocks import own_parameters
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import AskScale, LocalStates, Spread
 from meshwright.parallel.errors import WrapError
@@ -66,6 +67,7 @@ class Replicate(LocalStates):
         self._buckets: list[_Bucket] = []
         self._home: dict[str, _Bucket] = {}
         self._next = 0
+        self._own, _ = own_parameters(module, spread.stages.mine)
         if groups.group("dp") is not None:
             self._fill_buckets(bucket_bytes)
 
@@ -95,9 +97,17 @@ class Replicate(LocalStates):
         loss.backward(gradient=items)
 
     def divide_by(self, ask_scale: AskScale) -> None:
-        """Gradients are divided in their buckets, or at the end."""
+        """Gradients are divided in their buckets, or at the end; the schedule says when they leave."""
         self._ask_scale = ask_scale
         self._divides = not self._buckets
+        self._last = False
+
+    def reduce(self, stage: int) -> None:
+        """Puts the gradients of a stage into their buckets, and sends those that are full."""
+        for name in self._own.get(stage, ()):
+            if name in self._home:
+                self._take(self._home[name], name, self._trained[name].grad)
+        self._send_ready()
 
     def launch(self) -> None:
         """Sends the buckets that backward did not fill; their missing gradients count as zero."""

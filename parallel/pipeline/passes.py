@@ -4,76 +4,20 @@ Every rank of a pipeline runs the model's own forward. Blocks of other ranks are
 `Absent`, except for the inputs of a rank's own blocks, which are received as leaves and whose gradients are sent back.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
 from meshwright.parallel.capture import Flow, fresh
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.pieces import Pieces
+from meshwright.parallel.pipeline.route import Arguments, Border, Call, Route, Shape, inputs_of, replaced, shapes_in
+from meshwright.parallel.pipeline.way_back import WayBack
 
-__all__ = ["Border", "Call", "Pass", "Route", "Shape", "inputs_of", "replaced", "shapes_in"]
-
-_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tensor without its values."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Shape":
-        """The shape of a tensor."""
-        return cls(tensor.shape, tensor.dtype, tensor.requires_grad)
-
-    def absent(self, device: torch.device) -> Absent:
-        """A tensor like it whose values are elsewhere."""
-        return Absent.of(self.shape, self.dtype, device)
-
-    def empty(self, device: torch.device) -> Tensor:
-        """Memory for one like it."""
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A block's call: whose it is, and what it gives, with a `Shape` for each tensor."""
-
-    block: str
-    stage: int
-    output: Any
-
-
-@dataclass(frozen=True)
-class Border:
-    """What travels into a stage that follows one of another rank: places among its first block's inputs, and shapes."""
-
-    places: tuple[int, ...]
-    shapes: tuple[Shape, ...]
-
-    @property
-    def returned(self) -> tuple[Shape, ...]:
-        """Those whose gradients travel back."""
-        return tuple(each for each in self.shapes if each.requires_grad)
-
-
-@dataclass
-class Route:
-    """How micro-batches of one shape go through the pipeline: calls in order, and borders by the stage behind them."""
-
-    calls: list[Call] = field(default_factory=list)
-    borders: dict[int, Border] = field(default_factory=dict)
+__all__ = ["Pass"]
 
 
 class Pass:
@@ -85,7 +29,12 @@ class Pass:
         mine: stages of this rank; None where it has all.
         route: needed where it has not.
         device: of the values.
+
+    Attributes:
+        back: the way back, once `seed` was called.
     """
+
+    back: WayBack
 
     def __init__(
         self,
@@ -104,8 +53,6 @@ class Pass:
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
         self._sent: dict[int, list[Tensor]] = {}
-        self._pieces: Pieces | None = None
-        self._homes: list[int] = []
 
     @property
     def result(self) -> tuple[Tensor, Tensor]:
@@ -145,30 +92,19 @@ class Pass:
 
     def seed(self, weight: Tensor | None) -> None:
         """Before the first backward: says what the loss counts (None where it is another rank's)."""
-        borders = [start for _, start in self.flow.borders]
         loss = [] if weight is None else [self.result[0]]
-        self._pieces = Pieces(
-            borders, self.flow.origins, [*loss, *(each for sent in self._sent.values() for each in sent)]
-        )
+        ends = [*loss, *(each for sent in self._sent.values() for each in sent)]
+        self.back = WayBack(self.flow, ends, self._stages, mine=self._mine)
         if weight is not None and loss[0].requires_grad:
-            self._pieces.give(loss[0], weight)
-        self._homes = list(self._homes_of_pieces())
+            self.back.give(loss[0], weight)
 
     def give(self, stage: int, gradients: Sequence[Tensor]) -> None:
         """Hands over what the next stage, on another rank, sent back."""
-        assert self._pieces is not None, "gradients before seed"
         assert self._route is not None, "one rank has all stages"
         shapes = self._route.borders[stage + 1].shapes
         sent = [each for each, shape in zip(self._sent.pop(stage + 1), shapes, strict=True) if shape.requires_grad]
         for value, gradient in zip(sent, gradients, strict=True):
-            self._pieces.give(value, gradient)
-
-    def backward(self, stage: int) -> None:
-        """Goes back through all pieces of this stage and of later ones that are not done."""
-        assert self._pieces is not None, "backward before seed"
-        while self._homes and self._homes[-1] >= stage:
-            self._homes.pop()
-            self._pieces.backward(len(self._homes))
+            self.back.give(value, gradient)
 
     def returned(self, stage: int) -> list[Tensor]:
         """Gradients of what was received for a stage."""
@@ -269,52 +205,3 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
-
-    def _homes_of_pieces(self) -> Iterator[int]:
-        """Stage with which each piece goes back.
-
-        What follows an own block is done with it, repeats too; what follows another's, with the next own one.
-        """
-        home = self._mine[0]
-        for block, _ in self.flow.borders:
-            stage = self._stages.get(block, home)
-            home = max(home, next((own for own in self._mine if own >= stage), self._mine[-1]))
-            yield home
-
-
-def inputs_of(arguments: Arguments) -> list[Any]:
-    """Leaves of a block's arguments in order; lists and dicts inside stay whole, since blocks may add to them."""
-    args, kwargs = arguments
-    return [leaf for each in (*args, *kwargs.values()) for leaf in tree_leaves(each, is_leaf=_is_kept)]
-
-
-def replaced(arguments: Arguments, change: Callable[[Any], Any]) -> Arguments:
-    """The same arguments with changed leaves."""
-    args, kwargs = arguments
-    changed = tuple(tree_map(change, each, is_leaf=_is_kept) for each in args)
-    return changed, {name: tree_map(change, each, is_leaf=_is_kept) for name, each in kwargs.items()}
-
-
-def shapes_in(output: Any, block: str) -> Any:
-    """What a block gave, with a `Shape` for each tensor.
-
-    Raises:
-        WrapError: for an object that may hold tensors which nobody sees.
-    """
-
-    def shape(each: Any) -> Any:
-        if isinstance(each, Tensor):
-            return Shape.of(each)
-        if each is None or isinstance(each, _PLAIN):
-            return each
-        raise WrapError(
-            f"block {block} gives an object of type {type(each).__name__}, of which other ranks of a pipeline would "
-            "have a copy that grows old; let it give tensors in tuples, lists, dicts or named tuples (use_cache=False "
-            "for a cache)"
-        )
-
-    return tree_map(shape, output)
-
-
-def _is_kept(value: Any) -> bool:
-    return isinstance(value, (list, dict))

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten
 
 from meshwright.parallel.errors import MeshwrightError, WrapError
 from meshwright.parallel.pipeline.leftovers import Leftovers, watched
-from meshwright.parallel.pipeline.passes import Border, Call, Pass, Route, Shape, inputs_of, shapes_in
+from meshwright.parallel.pipeline.passes import Pass
+from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, shapes_in
 from meshwright.parallel.pipeline.runtime import States
 from meshwright.parallel.pipeline.wire import Wire
 

@@ -1,6 +1,8 @@
 """Executes the list of one rank: forwards and backwards of an unmodified model's blocks in the order of a schedule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.transfers import Transfers
 
-__all__ = ["States", "execute"]
+__all__ = ["Phase", "States", "Watch", "Work", "execute"]
 
 
 class States(Protocol):
@@ -37,58 +39,107 @@ class States(Protocol):
         """Starts summing gradients over data ranks."""
         ...
 
-    def prepare(self, last: bool) -> None:
-        """Says whether the next backward is the last one that adds to the gradients of its stage."""
-        ...
+
+class Phase(Enum):
+    """How far an action is."""
+
+    WAITS = "waits"
+    RUNS = "runs"
+    DONE = "done"
 
 
-def execute(
-    actions: Sequence[Action],
-    passes: Sequence[Pass],
-    states: States,
-    transfers: Transfers | None,
-    *,
-    forwarded: Callable[[], None],
-    weight: Callable[[int], Tensor | None],
-) -> None:
-    """Runs the list of one rank.
+Watch = Callable[[Action, Phase], None]
+"""Told what a rank is at: an action waits (for parameters, or another rank), runs, is done."""
+
+
+def _nobody(action: Action, phase: Phase) -> None:
+    del action, phase
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the actions of one rank are done with.
 
     Args:
-        actions: what to do.
         passes: micro-batch -> its pass.
         states: of the stages.
         transfers: to and from other ranks; None where one rank has all stages.
         forwarded: called once, after the last forward.
         weight: micro-batch -> what its loss counts (0-dim), None where another rank has it; asked before its first
             backward.
+        watch: told of every action.
     """
-    of_states = {Kind.GATHER: states.gather, Kind.FREE: states.free, Kind.REDUCE: states.reduce}
-    last = {action.stage: action for action in actions if action.kind is Kind.BACKWARD}
-    forwards = sum(action.kind is Kind.FORWARD for action in actions)
-    seeded: set[int] = set()
+
+    passes: Sequence[Pass]
+    states: States
+    transfers: Transfers | None
+    forwarded: Callable[[], None]
+    weight: Callable[[int], Tensor | None]
+    watch: Watch = _nobody
+
+
+def execute(actions: Sequence[Action], work: Work) -> None:
+    """Runs the list of one rank."""
+    run = _Run(actions, work)
     try:
         for action in actions:
-            if action.microbatch is None:
-                of_states[action.kind](action.stage)
-                continue
-            each = passes[action.microbatch]
-            if action.kind is Kind.FORWARD:
-                states.need(action.stage)
-                each.forward(action.stage)
-                forwards -= 1
-                if not forwards:
-                    forwarded()
-                continue
-            if action.kind in (Kind.BACKWARD, Kind.RECEIVE_GRADIENT) and action.microbatch not in seeded:
-                seeded.add(action.microbatch)
-                each.seed(weight(action.microbatch))
-            if action.kind is Kind.BACKWARD:
-                states.need(action.stage)
-                states.prepare(action == last[action.stage])
-                each.backward(action.stage)
-            else:
-                assert transfers is not None, action
-                transfers.do(action, each)
+            run.do(action)
     finally:
-        for each in passes:
+        for each in work.passes:
             each.flow.close()
+
+
+class _Run:
+    """A list on its way."""
+
+    def __init__(self, actions: Sequence[Action], work: Work) -> None:
+        self._work = work
+        self._watch = work.watch
+        self._forwards = sum(action.kind is Kind.FORWARD for action in actions)
+        self._seeded: set[int] = set()
+        self._of_stage: Mapping[Kind, Callable[[int], None]] = {
+            Kind.GATHER: work.states.gather,
+            Kind.FREE: work.states.free,
+            Kind.REDUCE: work.states.reduce,
+        }
+        self._of_pass: Mapping[Kind, Callable[[Pass, int], None]] = {
+            Kind.FORWARD: Pass.forward,
+            Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
+            Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
+            Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
+        }
+
+    def do(self, action: Action) -> None:
+        """Does one action."""
+        if action.microbatch is None:
+            self._watch(action, Phase.RUNS)
+            self._of_stage[action.kind](action.stage)
+        elif action.kind in self._of_pass:
+            self._compute(action, action.microbatch)
+        else:
+            self._transfer(action, action.microbatch)
+        self._watch(action, Phase.DONE)
+
+    def _compute(self, action: Action, microbatch: int) -> None:
+        if action.kind is not Kind.FORWARD:
+            self._seed(microbatch)
+        self._watch(action, Phase.WAITS)
+        self._work.states.need(action.stage)
+        self._watch(action, Phase.RUNS)
+        self._of_pass[action.kind](self._work.passes[microbatch], action.stage)
+        if action.kind is Kind.FORWARD:
+            self._forwards -= 1
+            if not self._forwards:
+                self._work.forwarded()
+
+    def _transfer(self, action: Action, microbatch: int) -> None:
+        assert self._work.transfers is not None, action
+        if action.kind is Kind.RECEIVE_GRADIENT:
+            self._seed(microbatch)
+        self._watch(action, Phase.WAITS)
+        self._work.transfers.do(action, self._work.passes[microbatch])
+
+    def _seed(self, microbatch: int) -> None:
+        if microbatch not in self._seeded:
+            self._seeded.add(microbatch)
+            self._work.passes[microbatch].seed(self._work.weight(microbatch))

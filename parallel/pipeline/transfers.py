@@ -8,7 +8,8 @@ from torch import Tensor
 
 from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.check import other_end
-from meshwright.parallel.pipeline.passes import Pass, Route, Shape
+from meshwright.parallel.pipeline.passes import Pass
+from meshwright.parallel.pipeline.route import Route, Shape
 from meshwright.parallel.pipeline.wire import Tag, Wire
 
 __all__ = ["Transfers"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.collectives import Groups, Pending
-from meshwright.parallel.pipeline.passes import Shape
+from meshwright.parallel.pipeline.route import Shape
 
 __all__ = ["Tag", "Wire"]
 

@@ -33,6 +33,8 @@ THROUGH_OTHERS = {
     "meshwright.parallel.stages": "tests/parallel/test_staged.py cuts models in every way",
     "meshwright.parallel.pipeline.leftovers": "tests/parallel/test_staged.py: blocks that collect are refused",
     "meshwright.parallel.pipeline.passes": "tests/parallel/test_layered.py and test_staged.py run every family on it",
+    "meshwright.parallel.pipeline.route": "tests/parallel/test_staged.py: every family takes one",
+    "meshwright.parallel.pipeline.way_back": "tests/parallel/test_layered.py goes back through every family",
     "meshwright.parallel.pipeline.transfers": "tests/parallel/test_staged.py sends and receives by every schedule",
     "meshwright.parallel.pipeline.wire": "tests/parallel/test_staged.py sends and receives by every schedule",
     "meshwright.parallel.predicted": "tests/parallel/test_report.py and test_rotate.py compare it with the ledger",

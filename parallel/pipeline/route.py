@@ -1,0 +1,108 @@
+"""How a micro-batch goes through a pipeline: which blocks are called, what they give, what travels between ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from meshwright.parallel.absent import Absent
+from meshwright.parallel.errors import WrapError
+
+__all__ = ["Arguments", "Border", "Call", "Route", "Shape", "inputs_of", "replaced", "shapes_in"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor without its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Shape":
+        """The shape of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.requires_grad)
+
+    def absent(self, device: torch.device) -> Absent:
+        """A tensor like it whose values are elsewhere."""
+        return Absent.of(self.shape, self.dtype, device)
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Memory for one like it."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A block's call: whose it is, and what it gives, with a `Shape` for each tensor."""
+
+    block: str
+    stage: int
+    output: Any
+
+
+@dataclass(frozen=True)
+class Border:
+    """What travels into a stage that follows one of another rank: places among its first block's inputs, and shapes."""
+
+    places: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def returned(self) -> tuple[Shape, ...]:
+        """Those whose gradients travel back."""
+        return tuple(each for each in self.shapes if each.requires_grad)
+
+
+@dataclass
+class Route:
+    """How micro-batches of one shape go through the pipeline: calls in order, and borders by the stage behind them."""
+
+    calls: list[Call] = field(default_factory=list)
+    borders: dict[int, Border] = field(default_factory=dict)
+
+
+def inputs_of(arguments: Arguments) -> list[Any]:
+    """Leaves of a block's arguments in order; lists and dicts inside stay whole, since blocks may add to them."""
+    args, kwargs = arguments
+    return [leaf for each in (*args, *kwargs.values()) for leaf in tree_leaves(each, is_leaf=_is_kept)]
+
+
+def replaced(arguments: Arguments, change: Callable[[Any], Any]) -> Arguments:
+    """The same arguments with changed leaves."""
+    args, kwargs = arguments
+    changed = tuple(tree_map(change, each, is_leaf=_is_kept) for each in args)
+    return changed, {name: tree_map(change, each, is_leaf=_is_kept) for name, each in kwargs.items()}
+
+
+def shapes_in(output: Any, block: str) -> Any:
+    """What a block gave, with a `Shape` for each tensor.
+
+    Raises:
+        WrapError: for an object that may hold tensors which nobody sees.
+    """
+
+    def shape(each: Any) -> Any:
+        if isinstance(each, Tensor):
+            return Shape.of(each)
+        if each is None or isinstance(each, _PLAIN):
+            return each
+        raise WrapError(
+            f"block {block} gives an object of type {type(each).__name__}, of which other ranks of a pipeline would "
+            "have a copy that grows old; let it give tensors in tuples, lists, dicts or named tuples (use_cache=False "
+            "for a cache)"
+        )
+
+    return tree_map(shape, output)
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, (list, dict))

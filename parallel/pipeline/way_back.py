@@ -1,0 +1,65 @@
+"""Going back through one micro-batch, a stage at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from meshwright.parallel.capture import Flow
+from meshwright.parallel.pieces import Pieces
+
+__all__ = ["WayBack"]
+
+
+class WayBack:
+    """The pieces of a forward pass by the stage with which they go back.
+
+    Args:
+        flow: the pass, as far as this rank needs it.
+        ends: values whose gradients will be given.
+        stages: block -> stage.
+        mine: stages of this rank, ascending.
+    """
+
+    def __init__(self, flow: Flow, ends: Sequence[Tensor], stages: Mapping[str, int], *, mine: Sequence[int]) -> None:
+        self._pieces = Pieces([start for _, start in flow.borders], flow.origins, ends)
+        self._homes = list(_homes([block for block, _ in flow.borders], stages, mine))
+        self._late: dict[int, list[int]] = {}
+
+    def give(self, value: Tensor, gradient: Tensor) -> None:
+        """Adds to the gradient of one of the ends."""
+        self._pieces.give(value, gradient)
+
+    def whole(self, stage: int) -> None:
+        """Goes back through all pieces of this stage and of later ones that are not done."""
+        for piece in self._left(stage):
+            self._pieces.backward(piece)
+
+    def inputs(self, stage: int) -> None:
+        """The first half of that: what earlier stages wait for."""
+        self._late[stage] = self._left(stage)
+        for piece in self._late[stage]:
+            self._pieces.backward_inputs(piece)
+
+    def weights(self, stage: int) -> None:
+        """The second half."""
+        for piece in self._late.pop(stage):
+            self._pieces.backward_weights(piece)
+
+    def _left(self, stage: int) -> list[int]:
+        """Takes the pieces that are not done, the last first."""
+        first = next((piece for piece, home in enumerate(self._homes) if home >= stage), len(self._homes))
+        taken = list(range(first, len(self._homes)))
+        del self._homes[first:]
+        return taken[::-1]
+
+
+def _homes(blocks: Sequence[str], stages: Mapping[str, int], mine: Sequence[int]) -> Iterator[int]:
+    """Stage with which each piece goes back.
+
+    What follows an own block is done with it, repeats too; what follows another's, with the next own one.
+    """
+    home = mine[0]
+    for block in blocks:
+        stage = stages.get(block, home)
+        home = max(home, next((own for own in mine if own >= stage), mine[-1]))
+        yield home
