@@ -56,8 +56,13 @@ class DataEngine(States, Protocol):
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
 
-    def divide_by(self, ask_scale: AskScale) -> None:
-        """Says, where gradients reach parameters without `backward`, what multiplies them before they are reduced."""
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
+        """Says that a schedule makes the gradients of this step, without `backward`.
+
+        Args:
+            ask_scale: what multiplies them before they are reduced.
+            num_microbatches: that each add at most once to a parameter's gradient.
+        """
         ...
 
     def launch(self) -> None:
@@ -115,8 +120,8 @@ class Spread:
 class Unscheduled:
     """Answers to a schedule of engines whose parameters are whole at every use without it."""
 
-    def divide_by(self, ask_scale: AskScale) -> None:
-        """Says, where gradients reach parameters without `backward`, what multiplies them before they are reduced."""
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
+        """Says that a schedule makes the gradients of this step, without `backward`."""
         raise WrapError(f"{type(self).__name__} goes back through whole losses only; use schedule='accumulate'")
 
     def open(self) -> None:

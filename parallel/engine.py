@@ -135,7 +135,7 @@ class Engine:
             loss, items = passes[microbatch].result
             return items.to(loss.dtype)
 
-        self.data.divide_by(_ask_scale(sums, wait))
+        self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.actions, routes)

@@ -79,8 +79,9 @@ class Rotate(ShardedStates):
         """Whole losses would need the whole model."""
         raise WrapError(f"{type(self).__name__} goes back block by block; use schedule='layered'")
 
-    def divide_by(self, ask_scale: AskScale) -> None:
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
         """Gradients are divided when they leave."""
+        del num_microbatches
         self._ask_scale = ask_scale
 
     def gather(self, stage: int) -> None:
