@@ -181,9 +181,9 @@ class Engine:
             Pass(
                 partial(self._forward, part, index),
                 self._stages.stage_of,
-                mine,
-                routes[index] if routes else None,
-                self._device,
+                mine=mine,
+                route=routes[index] if routes else None,
+                device=self._device,
             )
             for index, part in enumerate(parts)
         ]

@@ -52,6 +52,10 @@ Watch = Callable[[Action, Phase], None]
 """Told what a rank is at: an action waits (for parameters, or another rank), runs, is done."""
 
 
+_GOING_BACK = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+_DONE_WITH = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+
+
 def _nobody(action: Action, phase: Phase) -> None:
     del action, phase
 
@@ -104,6 +108,9 @@ class _Run:
         }
         self._of_pass: Mapping[Kind, Callable[[Pass, int], None]] = {
             Kind.FORWARD: Pass.forward,
+            Kind.RECOMPUTE: Pass.recompute,
+            Kind.OFFLOAD: Pass.offload,
+            Kind.FETCH: Pass.fetch,
             Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
             Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
             Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
@@ -121,12 +128,17 @@ class _Run:
         self._watch(action, Phase.DONE)
 
     def _compute(self, action: Action, microbatch: int) -> None:
-        if action.kind is not Kind.FORWARD:
+        if action.kind in _GOING_BACK:
             self._seed(microbatch)
         self._watch(action, Phase.WAITS)
         self._work.states.need(action.stage)
         self._watch(action, Phase.RUNS)
-        self._of_pass[action.kind](self._work.passes[microbatch], action.stage)
+        each = self._work.passes[microbatch]
+        if action.kind in _GOING_BACK:
+            each.recompute(action.stage)
+        self._of_pass[action.kind](each, action.stage)
+        if action.kind in _DONE_WITH:
+            each.forget(action.stage)
         if action.kind is Kind.FORWARD:
             self._forwards -= 1
             if not self._forwards:
