@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.parallel.mesh import AXES, Mesh
+from meshwright.parallel.pipeline.files import is_file
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from meshwright.parallel.options import Options
     from meshwright.parallel.parity import ParityReport
     from meshwright.parallel.report import WrapReport
 
-__all__ = ["Rehearsal", "model_on_meta", "rehearse", "shrunk_mesh"]
+__all__ = ["Rehearsal", "model_on_meta", "rehearse", "report_on_meta", "settled_on_meta", "shrunk_mesh"]
 
 _MAX_RANKS = 8
 _MAX_PARAMETERS = 50_000_000
@@ -61,13 +63,14 @@ def rehearse(loaded: LoadedJob) -> Rehearsal:
     config, cut = _shrunk_config(loaded)
     spec = {**job.as_dict()["model"], "config": config}
     data = job.as_dict()["data"]
+    options, dropped = _fitting_options(loaded, mesh, is_cut=bool(cut))
     num_samples = 2 * mesh.data_degree * job.parallel.num_microbatches + 1  # one more than divides: uneven shares
     return Rehearsal(
         build_model=partial(_build_model, spec, data, job.train.seed if job.train else 0),
         build_batch=partial(_build_batch, data, num_samples),
         mesh=mesh,
-        options=loaded.job.options,
-        notes=(*notes, *cut),
+        options=options,
+        notes=(*notes, *cut, *dropped),
     )
 
 
@@ -77,18 +80,24 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
     Raises:
         WrapError: when the mesh cannot be had.
     """
-    from meshwright.launch.worker.example import example_batch
-    from meshwright.parallel.options import Options
     from meshwright.parallel.plan import make_plan
     from meshwright.parallel.predicted import first_shares
     from meshwright.parallel.report import describe
 
-    job = loaded.job
-    options = Options.of(**job.options, example=example_batch(job, device="meta"))
-    options.check(job.mesh)
-    model = model_on_meta(loaded)
-    plan = make_plan(model, job.mesh, options)
-    return first_shares(model, plan), describe(model, job.mesh, options, plan)
+    mesh, model = loaded.job.mesh, model_on_meta(loaded)
+    options = settled_on_meta(loaded, model)
+    options.check(mesh)
+    plan = make_plan(model, mesh, options)
+    return first_shares(model, plan), describe(model, mesh, options, plan)
+
+
+def settled_on_meta(loaded: LoadedJob, model: "nn.Module") -> "Options":
+    """The job's options of `parallelize`, with what is counted on a whole model as numbers."""
+    from meshwright.launch.worker.example import example_batch
+    from meshwright.parallel.costs import settled
+    from meshwright.parallel.options import Options
+
+    return settled(Options.of(**loaded.job.options, example=example_batch(loaded.job, device="meta")), model)
 
 
 def model_on_meta(loaded: LoadedJob) -> "nn.Module":
@@ -134,6 +143,19 @@ def _shrunk_config(loaded: LoadedJob) -> tuple[dict[str, Any], tuple[str, ...]]:
     cut = {name: value for name, value in small.items() if getattr(config, name, None) is not None}
     shown = ", ".join(f"{name} {getattr(config, name)} -> {value}" for name, value in cut.items())
     return {**written, **cut}, (f"{whole:,} parameters are too many to rehearse; cut down: {shown}",)
+
+
+def _fitting_options(loaded: LoadedJob, mesh: Mesh, *, is_cut: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The job's options, without what holds for the whole mesh or model only where those were cut down."""
+    options = dict(loaded.job.options)
+    if mesh.pp == loaded.job.mesh.pp and not is_cut:
+        return options, ()
+    dropped = [name for name in ("placement", "stage_costs") if options[name] not in (None, "parameters", "flops")]
+    options.update(dict.fromkeys(dropped))
+    if is_file(options["schedule"]):
+        dropped.append("schedule")
+        options["schedule"] = "1f1b" if mesh.pp > 1 else "layered"
+    return options, tuple(f"parallel.{name} is for all ranks and blocks; rehearsed without it" for name in dropped)
 
 
 def _build_model(spec: dict[str, Any], data: dict[str, Any], seed: int) -> "nn.Module":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.blocks import candidates, find_blocks
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
@@ -55,18 +55,18 @@ class Stages:
 
 
 def stages_of(module: nn.Module, mesh: Mesh, rank: int, options: Options) -> Stages:
-    """Cuts a model as the options ask.
+    """Cuts a model as the options ask; their costs are numbers by now.
 
     Raises:
-        WrapError: when the model has no list of repeated blocks, and needs one.
-        ScheduleError: when it has too few.
+        WrapError: when the model has no blocks that repeat or that `options.blocks` names, and needs them.
+        ScheduleError: when it has too few, or what is asked for does not fit it.
     """
-    blocks = {} if options.schedule == "accumulate" else find_blocks(module)
-    if options.schedule != "accumulate" and not blocks:
+    blocks = {} if options.order == "accumulate" else find_blocks(module, options.blocks)
+    if options.order != "accumulate" and not blocks:
         way_out = "pp=1" if mesh.pp > 1 else "schedule='accumulate'"
         raise WrapError(
-            f"schedule={options.schedule!r} goes block by block, but the model has no list of repeated blocks; "
-            f"use {way_out}"
+            f"schedule={options.schedule_name!r} goes block by block, but the model has no list of repeated blocks; "
+            f"name them with blocks=, such as blocks={candidates(module)}, or use {way_out}"
         )
     placement, schedule = options.chosen(mesh, max(len(blocks), 1))
     stage_of = {name: placement.stage_of(number) for number, name in enumerate(blocks)}
