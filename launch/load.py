@@ -134,7 +134,9 @@ def _with_schedule(root: Table, path: Path) -> Table:
     if not isinstance(parallel, Table) or not isinstance(written, Scalar) or not is_file(written.value):
         return root
     found = replace(written, value=str((path.parent / written.text).absolute()))
-    return replace(root, nodes={**root.nodes, "parallel": replace(parallel, nodes={**parallel.nodes, "schedule": found})})
+    return replace(
+        root, nodes={**root.nodes, "parallel": replace(parallel, nodes={**parallel.nodes, "schedule": found})}
+    )
 
 
 def _with_cluster(root: Table, path: Path, clusters_file: Path | str | None) -> tuple[Table, list[Found]]:

@@ -3,14 +3,16 @@
 Meshes of more than eight ranks and models of more than fifty million parameters are cut down; what was cut is said.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
+from meshwright.parallel.errors import ScheduleError, WrapError
 from meshwright.parallel.mesh import AXES, Mesh
 from meshwright.parallel.pipeline.files import is_file
 
@@ -38,14 +40,18 @@ class Rehearsal:
     mesh: Mesh
     options: Mapping[str, Any]
     notes: tuple[str, ...]
+    where: str = ""
 
     def run(self) -> "ParityReport":
-        """Starts the ranks and compares the step with the plain run."""
-        from dataclasses import replace
+        """Starts the ranks and compares the step with the plain run.
 
+        Raises:
+            JobError: when the mesh cannot be had.
+        """
         from meshwright.parallel.verify import verify
 
-        report = verify(self.build_model, self.build_batch, self.mesh, **self.options)
+        with _said_of(self.where):
+            report = verify(self.build_model, self.build_batch, self.mesh, **self.options)
         return replace(report, notes=(*self.notes, *report.notes))
 
 
@@ -71,6 +77,7 @@ def rehearse(loaded: LoadedJob) -> Rehearsal:
         mesh=mesh,
         options=options,
         notes=(*notes, *cut, *dropped),
+        where=loaded.where("parallel"),
     )
 
 
@@ -78,17 +85,18 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
     """The job's model as the first rank of `tp` would hold it, and the wrap report, without weights or ranks.
 
     Raises:
-        WrapError: when the mesh cannot be had.
+        JobError: when the mesh cannot be had.
     """
     from meshwright.parallel.plan import make_plan
     from meshwright.parallel.predicted import first_shares
     from meshwright.parallel.report import describe
 
     mesh, model = loaded.job.mesh, model_on_meta(loaded)
-    options = settled_on_meta(loaded, model)
-    options.check(mesh)
-    plan = make_plan(model, mesh, options)
-    return first_shares(model, plan), describe(model, mesh, options, plan)
+    with _said_of(loaded.where("parallel")):
+        options = settled_on_meta(loaded, model)
+        options.check(mesh)
+        plan = make_plan(model, mesh, options)
+        return first_shares(model, plan), describe(model, mesh, options, plan)
 
 
 def settled_on_meta(loaded: LoadedJob, model: "nn.Module") -> "Options":
@@ -98,6 +106,15 @@ def settled_on_meta(loaded: LoadedJob, model: "nn.Module") -> "Options":
     from meshwright.parallel.options import Options
 
     return settled(Options.of(**loaded.job.options, example=example_batch(loaded.job, device="meta")), model)
+
+
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Says of the job's `parallel:` what turns out when its model is looked at."""
+    try:
+        yield
+    except (ScheduleError, WrapError) as error:
+        raise JobError([Problem(where, "parallel", str(error))]) from error
 
 
 def model_on_meta(loaded: LoadedJob) -> "nn.Module":

@@ -135,5 +135,5 @@ class Options(StageOptions):
             ScheduleError: naming the options that do not fit together.
         """
         check_layout(mesh, self)
-        for _, text in complaints(self.order, mesh.pp, self.num_microbatches, self.asked):
+        for _, text in complaints(self.order, mesh.pp, num_microbatches=self.num_microbatches, asked=self.asked):
             raise ScheduleError(text)

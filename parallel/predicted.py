@@ -87,11 +87,17 @@ def _rotate_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
         calls += [Call("fsdp", "all_gather", mesh.fsdp, shards * mesh.fsdp)] * (gathers[stage] or 1 if shards else 0)
         for dtype in dict.fromkeys(each.dtype for each in members):
             reduced = _unit_bytes([each for each in members if each.requires_grad and each.dtype is dtype], mesh.fsdp)
-            if reduced:
-                times = reductions[stage] or 1  # what stands around blocks is no stage
-                calls += [Call("fsdp", "reduce_scatter", mesh.fsdp, reduced)] * times
-                calls += [Call("dp", "all_reduce", mesh.dp, reduced // mesh.fsdp)] * (times if mesh.dp > 1 else 0)
+            times = reductions[stage] or 1  # what stands around blocks is no stage
+            calls += _sums_of(mesh, reduced) * times
     return calls
+
+
+def _sums_of(mesh: Mesh, reduced_bytes: int) -> list[Call]:
+    """One reduction of the gradients of a unit: over its shards, then over their replicas."""
+    if not reduced_bytes:
+        return []
+    over_replicas = [Call("dp", "all_reduce", mesh.dp, reduced_bytes // mesh.fsdp)] if mesh.dp > 1 else []
+    return [Call("fsdp", "reduce_scatter", mesh.fsdp, reduced_bytes), *over_replicas]
 
 
 def _shard_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:

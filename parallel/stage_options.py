@@ -95,6 +95,12 @@ class StageOptions:
         return self.schedule
 
     @property
+    def cuts_by_hand(self) -> bool:
+        """Whether the user says of stages what only a look at the model can find to be wrong."""
+        given = (self.blocks, self.placement, self.stage_costs)
+        return isinstance(self.schedule, Schedule) or any(each is not None for each in given)
+
+    @property
     def asked(self) -> Asked:
         """What is asked for besides a schedule."""
         return Asked(

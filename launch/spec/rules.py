@@ -162,7 +162,7 @@ def _stages(job: "Job") -> Iterator[Broken]:
     except ScheduleError as error:
         yield "parallel.schedule", str(error)
         return
-    for key, text in complaints(order, parallel.pp, parallel.num_microbatches, asked):
+    for key, text in complaints(order, parallel.pp, num_microbatches=parallel.num_microbatches, asked=asked):
         yield f"parallel.{key}", text
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field, Tag, WithJsonSchema
 
 from meshwright.launch.spec.block import BY_KIND, Block, Count, Duration, Line, Listed, Share, Size, whole
 from meshwright.launch.values import check_line
@@ -13,10 +13,23 @@ from meshwright.parallel.pipeline.choose import ACROSS_RANKS, ON_ONE_RANK, Asked
 from meshwright.parallel.pipeline.files import is_file, read_schedule
 from meshwright.parallel.pipeline.placements import Placement
 
+__all__ = [
+    "Adamw",
+    "Axes",
+    "Bpe",
+    "Data",
+    "Decay",
+    "Model",
+    "Parallel",
+    "Staged",
+    "Stages",
+    "Tokenizer",
+    "Train",
+    "Training",
+]
+
 SCHEDULES = (*ON_ONE_RANK, *ACROSS_RANKS)
-
-__all__ = ["Adamw", "Axes", "Bpe", "Data", "Decay", "Model", "Parallel", "Stages", "Tokenizer", "Train", "Training"]
-
+_SCHEDULE_SCHEMA = {"anyOf": [{"enum": list(SCHEDULES), "type": "string"}, {"type": "string", "pattern": r"\.csv$"}]}
 Precision = Literal["float32", "bfloat16", "float64"]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -104,21 +117,22 @@ class Stages(Block):
     homes: Listed[Annotated[int, Field(ge=0)]] = Field(description="Stage by stage, the rank that runs it.")
 
 
-class Parallel(Axes):
-    """The mesh, and how a step runs on it."""
+class Staged(Axes):
+    """The mesh, and how a model is cut into stages on it."""
 
-    num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
-    schedule: Annotated[str, AfterValidator(_schedule)] = Field(
+    schedule: Annotated[str, AfterValidator(_schedule), WithJsonSchema(_SCHEDULE_SCHEMA)] = Field(
         default="accumulate",
         description="Order of micro-batches: accumulate runs them one after the other, layered block by block; "
         "with pp one of gpipe, 1f1b, interleaved, modular, zb-h1, zbv. Or a file that ends in .csv, beside the job, "
         "with a line of actions for each rank.",
     )
     blocks: Annotated[Listed[Line], Field(min_length=1)] | None = Field(
-        default=None, description="Patterns of the paths of the repeated blocks; by default they are found by structure."
+        default=None,
+        description="Patterns of the paths of the repeated blocks; by default they are found by structure.",
     )
     placement: Stages | None = Field(
-        default=None, description="Which blocks make a stage, and which rank runs it; by default as the schedule has it."
+        default=None,
+        description="Which blocks make a stage, and which rank runs it; by default as the schedule has it.",
     )
     stage_costs: (
         Annotated[
@@ -129,8 +143,8 @@ class Parallel(Axes):
         | None
     ) = Field(
         default=None,
-        description="What to cut stages evenly by: parameters, flops, or a number for each block; by default the number "
-        "of blocks.",
+        description="What to cut stages evenly by: parameters, flops, or a number for each block; by default the "
+        "number of blocks.",
     )
     group_size: Count | None = Field(
         default=None,
@@ -142,26 +156,6 @@ class Parallel(Axes):
     )
     num_buffers: Count = Field(
         default=2, description="Blocks whose parameters are whole at once, where a layered step shards them."
-    )
-    loss: Literal["token_mean", "sample_mean", "sum"] = Field(
-        default="token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."
-    )
-    loss_items: Line | None = Field(
-        default=None,
-        description="Key of the batch that counts the loss's items; by default the loss call is watched.",
-    )
-    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole)] = Field(
-        default=3,
-        description="What fsdp shards: 1 optimizer states, 2 and gradients, 3 and parameters; 0 with deepspeed only.",
-    )
-    data_engine: Literal["torch", "deepspeed"] = Field(default="torch", description="Who replicates and shards.")
-    offload: Literal["none", "cpu"] = Field(default="none", description="cpu keeps sharded states in host memory.")
-    sequence_parallel: bool = Field(
-        default=False, description="Deal the sequence over tp between the matrices of blocks."
-    )
-    tensor_plan: dict[Line, Literal["column", "row", "vocabulary", "replicate"]] | None = Field(
-        default=None,
-        description="Module pattern: how it is dealt over tp, before what the model and rules say.",
     )
 
     @property
@@ -184,6 +178,32 @@ class Parallel(Axes):
         return Asked(
             num_loops=self.num_loops, group_size=self.group_size, placement=placement, stage_costs=self.stage_costs
         )
+
+
+class Parallel(Staged):
+    """The mesh, and how a step runs on it."""
+
+    num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
+    loss: Literal["token_mean", "sample_mean", "sum"] = Field(
+        default="token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."
+    )
+    loss_items: Line | None = Field(
+        default=None,
+        description="Key of the batch that counts the loss's items; by default the loss call is watched.",
+    )
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole)] = Field(
+        default=3,
+        description="What fsdp shards: 1 optimizer states, 2 and gradients, 3 and parameters; 0 with deepspeed only.",
+    )
+    data_engine: Literal["torch", "deepspeed"] = Field(default="torch", description="Who replicates and shards.")
+    offload: Literal["none", "cpu"] = Field(default="none", description="cpu keeps sharded states in host memory.")
+    sequence_parallel: bool = Field(
+        default=False, description="Deal the sequence over tp between the matrices of blocks."
+    )
+    tensor_plan: dict[Line, Literal["column", "row", "vocabulary", "replicate"]] | None = Field(
+        default=None,
+        description="Module pattern: how it is dealt over tp, before what the model and rules say.",
+    )
 
 
 class Adamw(Block):

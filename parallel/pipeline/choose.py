@@ -77,22 +77,26 @@ def chosen(
     0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1
     1F0,1F1,3F0,3F1,3B0,3B1,1B0,1B1
     """
-    for _, text in complaints(schedule, num_ranks, num_microbatches, asked):
+    for _, text in complaints(schedule, num_ranks, num_microbatches=num_microbatches, asked=asked):
         raise ScheduleError(text)
     placement = _placement(schedule, num_blocks, num_ranks, asked)
-    order = _order(schedule, placement.homes, num_microbatches, asked.group_size)
+    order = _order(schedule, placement.homes, num_microbatches, group_size=asked.group_size)
     return placement, lowered(order, zero_stage=zero_stage, num_buffers=num_buffers)
 
 
 def complaints(
-    schedule: str | Schedule, num_ranks: int, num_microbatches: int, asked: Asked
+    schedule: str | Schedule, num_ranks: int, *, num_microbatches: int, asked: Asked
 ) -> Iterator[tuple[str, str]]:
     """What does not fit together whatever the model is: the option at fault, and a text about it.
 
-    >>> list(complaints("gpipe", 2, 4, Asked(group_size=2)))
+    >>> list(complaints("gpipe", 2, num_microbatches=4, asked=Asked(group_size=2)))
     [('group_size', "schedule 'gpipe' takes no group_size=2; use 'layered', 'interleaved' or 'modular'")]
     """
-    found = [*_of_numbers(schedule, num_microbatches, asked), *_of_cuts(schedule, num_ranks, asked)]
+    found = [
+        *_of_numbers(schedule, num_microbatches, asked),
+        *_of_ranks(schedule, num_ranks, asked.placement),
+        *_of_cuts(schedule, num_ranks, asked),
+    ]
     yield from found
     if found or (isinstance(schedule, str) and asked.placement is None):
         return
@@ -101,7 +105,7 @@ def complaints(
             check(schedule)
             _check_idle(schedule)
         elif asked.placement is not None:
-            _order(schedule, asked.placement.homes, num_microbatches, asked.group_size)
+            _order(schedule, asked.placement.homes, num_microbatches, group_size=asked.group_size)
     except ScheduleError as error:
         yield "schedule", str(error)
 
@@ -133,30 +137,16 @@ def _of_numbers(schedule: str | Schedule, num_microbatches: int, asked: Asked) -
         )
 
 
-def _of_cuts(schedule: str | Schedule, num_ranks: int, asked: Asked) -> Iterator[tuple[str, str]]:
+def _of_ranks(schedule: str | Schedule, num_ranks: int, placement: Placement | None) -> Iterator[tuple[str, str]]:
     """Complaints about which rank runs what."""
-    name, placement = name_of(schedule), asked.placement
-    for option in ("placement", "stage_costs"):
-        if getattr(asked, option) is not None and schedule == "accumulate":
-            way_out = "use 'layered'" if num_ranks == 1 else "use 'modular'"
-            yield option, f"schedule 'accumulate' steps the model as a whole and takes no {option}; {way_out}"
-    if asked.stage_costs is not None and placement is None and _each_block_is_a_stage(schedule, asked):
-        way_out = "give num_loops=2, or another schedule" if schedule == "modular" else "leave it out"
-        yield (
-            "stage_costs",
-            f"schedule {name!r} makes each block a stage, so stage_costs have nothing to cut; {way_out}",
-        )
     if isinstance(schedule, Schedule) and schedule.num_ranks != num_ranks:
         yield (
             "schedule",
-            f"schedule {name} is one of {schedule.num_ranks} ranks, but pp={num_ranks}; "
+            f"schedule {schedule.name} is one of {schedule.num_ranks} ranks, but pp={num_ranks}; "
             f"nearest legal: pp={schedule.num_ranks}",
         )
     if placement is None:
         return
-    for option, given in (("num_loops", asked.num_loops), ("stage_costs", asked.stage_costs)):
-        if given is not None:
-            yield "placement", f"placement says where stages begin and end, so {option}={given} cannot; leave out one"
     if placement.num_ranks != num_ranks:
         yield (
             "placement",
@@ -166,9 +156,27 @@ def _of_cuts(schedule: str | Schedule, num_ranks: int, asked: Asked) -> Iterator
     if isinstance(schedule, Schedule) and placement.homes != schedule.homes:
         yield (
             "placement",
-            f"placement has homes {list(placement.homes)}, but schedule {name} runs its stages on ranks "
+            f"placement has homes {list(placement.homes)}, but schedule {schedule.name} runs its stages on ranks "
             f"{list(schedule.homes)}; nearest legal: homes {list(schedule.homes)}",
         )
+
+
+def _of_cuts(schedule: str | Schedule, num_ranks: int, asked: Asked) -> Iterator[tuple[str, str]]:
+    """Complaints about where stages begin and end."""
+    if schedule == "accumulate":
+        way_out = "layered" if num_ranks == 1 else "modular"
+        for option in ("placement", "stage_costs"):
+            if getattr(asked, option) is not None:
+                yield option, f"schedule 'accumulate' steps the model as a whole, without {option}; use {way_out!r}"
+    elif asked.placement is not None:
+        for option in ("num_loops", "stage_costs"):
+            given = getattr(asked, option)
+            if given is not None:
+                text = f"placement says where stages begin and end, so {option}={given!r} cannot; leave out one"
+                yield "placement", text
+    elif asked.stage_costs is not None and _each_block_is_a_stage(schedule, asked):
+        way_out = "leave stage_costs out, or use 'modular' with num_loops=2, '1f1b' or 'gpipe'"
+        yield "stage_costs", f"schedule {schedule!r} makes each block a stage, so there is nothing to cut; {way_out}"
 
 
 def _each_block_is_a_stage(schedule: str | Schedule, asked: Asked) -> bool:
@@ -178,12 +186,12 @@ def _each_block_is_a_stage(schedule: str | Schedule, asked: Asked) -> bool:
 def _check_idle(schedule: Schedule) -> None:
     idle = sorted(set(range(schedule.num_ranks)) - set(schedule.homes))
     if idle:
-        raise ScheduleError(
-            f"schedule {schedule.name} gives ranks {idle} no stage; leave these ranks out"
-        )
+        raise ScheduleError(f"schedule {schedule.name} gives ranks {idle} no stage; leave these ranks out")
 
 
-def _order(schedule: str | Schedule, homes: Sequence[int], num_microbatches: int, group_size: int | None) -> Schedule:
+def _order(
+    schedule: str | Schedule, homes: Sequence[int], num_microbatches: int, *, group_size: int | None
+) -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule.only(*_COMPUTED)
     if group_size is None:
