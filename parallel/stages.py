@@ -64,9 +64,10 @@ def stages_of(module: nn.Module, mesh: Mesh, rank: int, options: Options) -> Sta
     blocks = {} if options.order == "accumulate" else find_blocks(module, options.blocks)
     if options.order != "accumulate" and not blocks:
         way_out = "pp=1" if mesh.pp > 1 else "schedule='accumulate'"
+        named = candidates(module)
         raise WrapError(
             f"schedule={options.schedule_name!r} goes block by block, but the model has no list of repeated blocks; "
-            f"name them with blocks=, such as blocks={candidates(module)}, or use {way_out}"
+            f"name them with blocks=[...]{f' (some of {named})' if named else ''}, or use {way_out}"
         )
     try:
         placement, schedule = options.chosen(mesh, max(len(blocks), 1))
