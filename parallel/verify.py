@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from meshwright.parallel.agreement import fingerprint
+from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.costs import settled
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import split
@@ -83,6 +84,7 @@ def _planned(trial: Trial) -> Trial:
     with trial.precision():
         model = trial.model()
         chosen = settled(options if options.example is not None else replace(options, example=first), model)
+        find_blocks(model, chosen.blocks)
         stages_of(model, mesh, 0, chosen)
         plan = make_plan(model, mesh, chosen) if mesh.tp > 1 else options.tensor_plan
     example = None if mesh.tp > 1 else options.example
