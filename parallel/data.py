@@ -293,7 +293,8 @@ def _shard(module: nn.Module, groups: Groups, options: Options, spread: Spread) 
         return Rotate(module, groups, spread, zero_stage=options.zero_stage, num_buffers=options.num_buffers)
     from meshwright.parallel.shard import Shard
 
-    return Shard(module, groups, spread, zero_stage=options.zero_stage, offload=options.offload == "cpu")
+    offload = options.offload == "cpu"
+    return Shard(module, groups, spread, zero_stage=options.zero_stage, offload=offload, blocks=options.blocks)
 
 
 def _deepspeed(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:

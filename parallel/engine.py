@@ -59,7 +59,7 @@ class Engine:
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         self._has_loss = stages.schedule.homes[-1] == stages.rank
-        draw_by_block(find_blocks(data.module))
+        draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":

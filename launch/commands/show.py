@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwright.launch.load import LoadedJob, load_job
-from meshwright.launch.rehearse import report_on_meta
-from meshwright.parallel.pipeline.choose import chosen
+from meshwright.launch.rehearse import report_on_meta, settled_on_meta
 from meshwright.parallel.pipeline.draw import drawn
 from meshwright.parallel.pipeline.timeline import timeline
 
@@ -46,9 +45,6 @@ def _order(loaded: LoadedJob, model: "nn.Module") -> str:
     """The schedule of a step, drawn; a model without blocks is one stage."""
     from meshwright.parallel.blocks import find_blocks
 
-    parallel = loaded.job.parallel
-    num_stages = max(1, len(find_blocks(model)))
-    _, schedule = chosen(
-        parallel.schedule, num_stages, parallel.pp, parallel.num_microbatches, num_loops=parallel.num_loops
-    )
+    options = settled_on_meta(loaded, model)
+    _, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model, options.blocks))))
     return drawn(timeline(schedule), width=72)

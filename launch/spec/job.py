@@ -75,9 +75,13 @@ class Job(Conduct, Placement, Training, Program):
             "schedule",
             "num_buffers",
             "num_loops",
+            "group_size",
+            "stage_costs",
+            "blocks",
         )
         dealt = ("sequence_parallel", "tensor_plan")
         stated = {name: getattr(self.parallel, name) for name in (*names, *dealt)}
+        stated["placement"] = self.parallel.asked.placement
         return {**stated, "seed": self.train.seed if self.train else 0}
 
     @property

@@ -98,6 +98,16 @@ def test_blocks_are_gathered_2l_minus_b_times_and_reduced_l_times(num_microbatch
         assert counted.count("reduce_scatter") == LAYERS + 1
 
 
+@pytest.mark.parametrize("degrees", [{"fsdp": 2}, {"dp": 2, "fsdp": 2}], ids=str)
+def test_groups_of_micro_batches_are_gathered_and_reduced_once_each(degrees: dict[str, int]) -> None:
+    options = {"schedule": "layered", "num_microbatches": 3, "group_size": 2, "num_buffers": 1}
+    mesh = mw.Mesh(**degrees)
+    for predicted, counted in run_ranks(_counted, mesh, mesh, llama(), options):
+        assert str(counted) == predicted
+        assert counted.count("all_gather") == 2 * 2 * (LAYERS - 1) + 1 + 1  # and the rest of the model, once
+        assert counted.count("reduce_scatter") == 2 * LAYERS + 1
+
+
 def test_a_step_sends_fewer_bytes_by_the_number_of_micro_batches() -> None:
     mesh = mw.Mesh(fsdp=2)
 

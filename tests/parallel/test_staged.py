@@ -69,6 +69,12 @@ def test_states_may_stay_whole_for_the_step(stage: int) -> None:
     _equal(*FAMILIES["t5"], {"pp": 2, "fsdp": 2}, schedule="modular", zero_stage=stage)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_leave_in_several_parts_are_divided_once_all_losses_are_known(stage: int) -> None:
+    build = llama(num_hidden_layers=4)
+    _equal(build, tokens(8), {"pp": 2, "fsdp": 2}, schedule="interleaved", num_microbatches=4, zero_stage=stage)
+
+
 def _frozen() -> nn.Module:
     model = gpt2()()
     model.transformer.wte.weight.requires_grad_(False)  # tied with the head
