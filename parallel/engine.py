@@ -184,6 +184,7 @@ class Engine:
                 mine=mine,
                 route=routes[index] if routes else None,
                 device=self._device,
+                recomputed=self._stages.recomputed,
             )
             for index, part in enumerate(parts)
         ]

@@ -29,6 +29,11 @@ class LayoutSettings(Protocol):
         ...
 
     @property
+    def recompute(self) -> object:
+        """Blocks of which only the inputs are kept."""
+        ...
+
+    @property
     def sequence_parallel(self) -> bool:
         """Whether the sequence is dealt over `tp`."""
         ...
@@ -67,6 +72,11 @@ def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
             f"(choose from: {', '.join(fitting)})"
         )
     if order == "accumulate":
+        if settings.recompute:
+            raise WrapError(
+                "recompute goes with schedules that go block by block; use schedule='layered', or the model's own "
+                "(gradient_checkpointing_enable() of transformers)"
+            )
         return
     refused = {
         "data_engine='deepspeed'": settings.data_engine == "deepspeed",

@@ -125,6 +125,8 @@ class Options(StageOptions):
             asked=self.asked,
             zero_stage=self.zero_stage if mesh.fsdp > 1 else 0,
             num_buffers=self.num_buffers,
+            recompute=bool(self.recompute),
+            offload=self.offload_inputs,
         )
 
     def check(self, mesh: Mesh) -> None:

@@ -41,11 +41,20 @@ class Pieces:
         borders: sequence number at which each piece begins, ascending.
         origins: leaf made at a border -> the edge that it continues.
         ends: values whose gradients will be given: the loss, or what other ranks go on with.
+        received: leaves without an origin here, whose gradients others wait for.
     """
 
-    def __init__(self, borders: Sequence[int], origins: Mapping[Tensor, GradientEdge], ends: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        borders: Sequence[int],
+        origins: Mapping[Tensor, GradientEdge],
+        ends: Sequence[Tensor],
+        *,
+        received: Sequence[Tensor] = (),
+    ) -> None:
         self._borders = borders
         self._origins = origins
+        self._received = {id(each): each for each in received}
         self._pieces = [_Piece() for _ in borders]
         self._num_users: Counter[Any] = Counter()
         self._shared: set[Any] = set()
@@ -108,16 +117,23 @@ class Pieces:
         self._add(weights, {**early, **later.gradients()})
 
     def _inputs_of(self, mine: _Piece) -> list[Edge]:
-        return [*((node, 0) for node in mine.leaves if node.variable in self._origins), *mine.edges]
+        return [*((node, 0) for node in mine.leaves if self._is_input(node)), *mine.edges]
 
     def _weights_of(self, mine: _Piece) -> list[Any]:
-        return [node for node in mine.leaves if node.variable not in self._origins]
+        return [node for node in mine.leaves if not self._is_input(node)]
+
+    def _is_input(self, node: Any) -> bool:
+        return node.variable in self._origins or id(node.variable) in self._received
 
     def _hand_on(self, gradients: Mapping[Edge, Tensor]) -> None:
-        """Keeps gradients for the pieces that the values came from."""
+        """Keeps gradients for the pieces that the values came from; adds those of received values to `.grad`."""
         for (node, number), gradient in gradients.items():
-            origin = self._origins.get(node.variable) if isinstance(node, _FUNCTIONS.AccumulateGrad) else None
-            self._keep((node, number) if origin is None else (origin.node, origin.output_nr), gradient)
+            if not isinstance(node, _FUNCTIONS.AccumulateGrad):
+                self._keep((node, number), gradient)
+            elif (origin := self._origins.get(node.variable)) is None:
+                node(gradient)
+            else:
+                self._keep((origin.node, origin.output_nr), gradient)
 
     def _add(self, weights: Iterable[Any], gradients: Mapping[Any, Tensor]) -> None:
         for node in weights:

@@ -28,6 +28,8 @@ class StageKeywords(TypedDict, total=False):
     num_loops: int | None
     group_size: int | None
     num_buffers: int
+    recompute: Literal["blocks"] | Sequence[str] | None
+    offload_inputs: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class StageOptions:
         group_size: micro-batches that go through a stage before the next stage, for "layered" and "modular" (all by
             default) and "interleaved" (as many as ranks by default).
         num_buffers: stages whose parameters are whole at once, where a layered step shards them.
+        recompute: blocks of which only the inputs are kept for backward: "blocks" (all) or patterns of their paths.
+        offload_inputs: keep these inputs in host memory until they are needed.
 
     Raises:
         WrapError: for values that do not exist.
@@ -62,6 +66,8 @@ class StageOptions:
     num_loops: int | None = None
     group_size: int | None = None
     num_buffers: int = 2
+    recompute: Literal["blocks"] | Sequence[str] | None = None
+    offload_inputs: bool = False
 
     def __post_init__(self) -> None:
         if is_file(self.schedule):
@@ -82,6 +88,7 @@ class StageOptions:
         if self.placement is not None and not isinstance(self.placement, Placement):
             raise WrapError(f"placement={self.placement!r} is none; write Placement(cuts, homes)")
         _check_costs(self.stage_costs)
+        _check_recompute(self.recompute, self.offload_inputs)
 
     @property
     def schedule_name(self) -> str:
@@ -109,6 +116,13 @@ class StageOptions:
             placement=self.placement,
             stage_costs=self.stage_costs,
         )
+
+
+def _check_recompute(recompute: str | Sequence[str] | None, offload_inputs: bool) -> None:
+    if isinstance(recompute, str) and recompute != "blocks":
+        raise WrapError(f"recompute={recompute!r} is one text; write 'blocks' for all, or a list: [{recompute!r}]")
+    if offload_inputs and not recompute:
+        raise WrapError("offload_inputs moves the inputs of recomputed blocks; name these with recompute='blocks'")
 
 
 def _check_costs(costs: str | Sequence[float] | None) -> None:

@@ -1,12 +1,13 @@
 """The stages of a model on a mesh: which blocks each holds, which rank runs it, and what this rank does in a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from meshwright.parallel.blocks import candidates, find_blocks
-from meshwright.parallel.errors import ScheduleError, WrapError
+from meshwright.parallel.errors import ScheduleError, WrapError, nearest
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Action, Schedule
@@ -25,6 +26,7 @@ class Stages:
         schedule: of one step, all ranks of the pipeline.
         forward: of one micro-batch without gradients.
         rank: of this process in the pipeline.
+        recomputed: names of blocks of which only the inputs are kept.
     """
 
     blocks: Mapping[str, nn.Module]
@@ -32,6 +34,7 @@ class Stages:
     schedule: Schedule
     forward: Schedule
     rank: int
+    recomputed: frozenset[str] = frozenset()
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -76,7 +79,18 @@ def stages_of(module: nn.Module, mesh: Mesh, rank: int, options: Options) -> Sta
     stage_of = {name: placement.stage_of(number) for number, name in enumerate(blocks)}
     zero_stage = options.zero_stage if mesh.fsdp > 1 else 0
     forward = lowered(only_forward(schedule), zero_stage=zero_stage, num_buffers=options.num_buffers)
-    return Stages(blocks, stage_of, schedule, forward, mesh.coordinates(rank)["pp"])
+    recomputed = frozenset(_recomputed(list(blocks), options.recompute))
+    return Stages(blocks, stage_of, schedule, forward, mesh.coordinates(rank)["pp"], recomputed)
+
+
+def _recomputed(blocks: Sequence[str], asked: str | Sequence[str] | None) -> Iterator[str]:
+    """Blocks that the option `recompute` names."""
+    patterns = ("*",) if asked == "blocks" else asked or ()
+    for pattern in patterns:
+        found = [block for block in blocks if fnmatchcase(block, pattern)]
+        if not found:
+            raise WrapError(f"recompute: no block fits {pattern!r}; {nearest(pattern, blocks)}")
+        yield from found
 
 
 def _shown(blocks: Sequence[str]) -> str:

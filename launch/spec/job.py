@@ -74,6 +74,8 @@ class Job(Conduct, Placement, Training, Program):
             "offload",
             "schedule",
             "num_buffers",
+            "recompute",
+            "offload_inputs",
             "num_loops",
             "group_size",
             "stage_costs",

@@ -157,6 +157,17 @@ class Staged(Axes):
     num_buffers: Count = Field(
         default=2, description="Blocks whose parameters are whole at once, where a layered step shards them."
     )
+    recompute: (
+        Annotated[
+            Annotated[Literal["blocks"], Tag("<text>")] | Annotated[Listed[Line], Field(min_length=1), Tag("<list>")],
+            BY_KIND,
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Blocks of which only the inputs are kept for backward: blocks (all), or patterns of their paths.",
+    )
+    offload_inputs: bool = Field(default=False, description="Keep these inputs in host memory until they are needed.")
 
     @property
     def order(self) -> str | Schedule:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Kind, Schedule
@@ -31,6 +32,15 @@ _ORDERS: dict[str, Callable[[Sequence[int], int], Schedule]] = {
 }
 
 
+class Lowering(TypedDict, total=False):
+    """Keyword arguments of `lowered`."""
+
+    zero_stage: int
+    num_buffers: int
+    recompute: bool
+    offload: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What is asked for besides a schedule.
@@ -56,8 +66,7 @@ def chosen(
     num_microbatches: int,
     *,
     asked: Asked = Asked(),
-    zero_stage: int = 0,
-    num_buffers: int = 2,
+    **how: Unpack[Lowering],
 ) -> tuple[Placement, Schedule]:
     """Placement and schedule of a model.
 
@@ -67,8 +76,7 @@ def chosen(
         num_ranks: degree of the pipeline.
         num_microbatches: of one step.
         asked: besides; costs as numbers.
-        zero_stage: what data-parallel ranks share (see `lowered`).
-        num_buffers: stages that a rank holds whole, where parameters are shared.
+        how: see `lowered`.
 
     Raises:
         ScheduleError: for what does not fit together, and for fewer blocks than stages.
@@ -81,7 +89,7 @@ def chosen(
         raise ScheduleError(text)
     placement = _placement(schedule, num_blocks, num_ranks, asked)
     order = _order(schedule, placement.homes, num_microbatches, group_size=asked.group_size)
-    return placement, lowered(order, zero_stage=zero_stage, num_buffers=num_buffers)
+    return placement, lowered(order, **how)
 
 
 def complaints(

@@ -96,7 +96,8 @@ class Pass:
         """Before the first backward: says what the loss counts (None where it is another rank's)."""
         loss = [] if weight is None else [self.result[0]]
         ends = [*loss, *(each for sent in self._sent.values() for each in sent)]
-        self.back = WayBack(self.flow, ends)
+        received = [leaf for leaves in self._taken.values() for leaf in leaves]
+        self.back = WayBack(self.flow, ends, received=received)
         if weight is not None and loss[0].requires_grad:
             self.back.give(loss[0], weight)
 

@@ -16,10 +16,11 @@ class WayBack:
     Args:
         flow: the pass, as far as this rank needs it.
         ends: values whose gradients will be given.
+        received: leaves whose gradients go to other ranks.
     """
 
-    def __init__(self, flow: Flow, ends: Sequence[Tensor]) -> None:
-        self._pieces = Pieces([start for _, start in flow.borders], flow.origins, ends)
+    def __init__(self, flow: Flow, ends: Sequence[Tensor], *, received: Sequence[Tensor] = ()) -> None:
+        self._pieces = Pieces([start for _, start in flow.borders], flow.origins, ends, received=received)
         self._homes = [stage for stage, _ in flow.borders]
         self._late: dict[int, list[int]] = {}
 
