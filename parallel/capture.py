@@ -9,7 +9,7 @@ whenever it stops.
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from meshwright.parallel.passing import note_passing
 from meshwright.parallel.randomness import skip_block
 from meshwright.parallel.recompute import Frame
 from meshwright.parallel.thread_state import ThreadState
@@ -108,50 +109,52 @@ class Flow:
         if self._coroutine and not self.ended:
             self._enter(self._coroutine.throw)
 
-    def call(self, block: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called inside, for a block."""
-        stage = self._guide.stages[block]
+    def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
+        """Called inside, for a block whose own class is `kind`."""
+        stage = self._guide.stages[name]
         if stage > self._limit:
-            self.waits, self.arguments = block, (args, kwargs)
-            assert self._coroutine.parent is not None, block
+            self.waits, self.arguments = name, arguments
+            assert self._coroutine.parent is not None, name
             self._coroutine.parent.switch()
             self.waits, self.arguments = None, ((), {})
-        if self._guide.passes_by(block):
-            skip_block(block)
-            return self._guide.instead(block)
+        if self._guide.passes_by(name):
+            note_passing(block, *arguments)
+            skip_block(name)
+            return self._guide.instead(name)
         self._rebase()
         first, self._stage = stage > self._stage, max(stage, self._stage)
-        remade = block in self._recomputed and torch.is_grad_enabled()
+        remade = name in self._recomputed and torch.is_grad_enabled()
         if first:
             self._begin()
-        args, kwargs = self._guide.completed(block, (args, kwargs))
+        args, kwargs = self._guide.completed(name, arguments)
         if remade:
             self._begin()
         if first or remade:
             self._given = []
             args = tuple(self._cut(each) for each in args)
-            kwargs = {name: self._cut(each) for name, each in kwargs.items()}
-        output = self._remade(block, work, args, kwargs) if remade else work(*args, **kwargs)
+            kwargs = {key: self._cut(each) for key, each in kwargs.items()}
+        work = partial(kind.__call__, block)
+        output = self._remade(name, work, args, kwargs) if remade else work(*args, **kwargs)
         self._rebase()
-        self._guide.gave(block, output)
+        self._guide.gave(name, output)
         return output
 
-    def _remade(self, block: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _remade(self, name: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a block of which only the inputs are kept."""
         leaves = {id(each.fresh): each.leaf for each in self._given}
-        frame = Frame(f"block {block}", work, args, kwargs, leaves=leaves)
+        frame = Frame(f"block {name}", work, args, kwargs, leaves=leaves)
         self.frames.setdefault(self._stage, []).append(frame)
         return frame.run()
 
     def _enter(self, how: Callable[[], Any]) -> None:
         outside = ThreadState()
         self._coroutine.parent = getcurrent()
-        self._state.enter()
+        self._state.enter(outside)
         try:
             how()
         finally:
             self._state = ThreadState()
-            outside.enter()
+            outside.enter(self._state)
 
     def _run(self) -> None:
         _FLOWS[getcurrent()] = self
@@ -247,7 +250,7 @@ def _stopping(kind: type[nn.Module], name: str) -> type[nn.Module]:
         flow = _FLOWS.get(getcurrent())
         if flow is None:
             return kind.__call__(self, *args, **kwargs)
-        return flow.call(name, lambda *args, **kwargs: kind.__call__(self, *args, **kwargs), args, kwargs)
+        return flow.call(name, self, kind, (args, kwargs))
 
     told = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), told)

@@ -253,14 +253,24 @@ class Groups:
         assert group is not None, f"axis {axis} has one rank"
         return group
 
-    def send(self, tensor: torch.Tensor, axis: str, to: int, tag: int) -> Pending:
+    def channels(self, axis: str) -> None:
+        """Makes what `send` and `receive` along an axis need; all ranks at once, before the first of them."""
+        if self.device_type == "cuda" and axis in self.active:
+            ranks = [list(group) for group in self.mesh.groups((axis,))]
+            self._made[axis, "down"] = dist.new_subgroups_by_enumeration(ranks)[0]
+
+    def _channel(self, axis: str, source: int, to: int) -> Any:
+        """A group for one direction: NCCL knows no tags, and messages of two ranks must not wait for each other."""
+        return self._made.get((axis, "down"), self._wide(axis)) if to < source else self._wide(axis)
+
+    def send(self, tensor: torch.Tensor, axis: str, to: int, *, tag: int) -> Pending:
         """Starts sending to the rank at position `to` along an axis of degree above one."""
-        group = self._wide(axis)
+        group = self._channel(axis, self.mesh.coordinates(self.rank)[axis], to)
         return Pending(dist.isend(tensor, dist.get_global_rank(group, to), group=group, tag=tag))
 
-    def receive(self, tensor: torch.Tensor, axis: str, source: int, tag: int) -> Pending:
+    def receive(self, tensor: torch.Tensor, axis: str, source: int, *, tag: int) -> Pending:
         """Starts receiving from the rank at position `source` along an axis of degree above one."""
-        group = self._wide(axis)
+        group = self._channel(axis, source, self.mesh.coordinates(self.rank)[axis])
         return Pending(dist.irecv(tensor, dist.get_global_rank(group, source), group=group, tag=tag))
 
     def tell(self, value: Any, axis: str, source: int) -> Any:

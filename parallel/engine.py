@@ -5,7 +5,7 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.actions import Action
+from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
@@ -58,6 +58,7 @@ class Engine:
         self._routes: dict[Hashable, Route] = {}
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
+        groups.channels("pp")
         self._has_loss = stages.schedule.homes[-1] == stages.rank
         draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
@@ -116,15 +117,17 @@ class Engine:
         """Block by block, in the order of the schedule."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
-        summed = Pending(None)
+        summed = told = Pending(None)
 
         def forwarded() -> None:
-            nonlocal summed
-            for number, each in enumerate(passes if self._has_loss else ()):
-                loss, items = each.result
-                sums.add_(torch.stack([_weighted(loss, items), items]))
-                losses[number] = loss.detach()
+            nonlocal summed, told
+            if self._has_loss:
+                found = [each.result for each in passes]
+                losses.copy_(torch.stack([loss.detach().double() for loss, _ in found]))
+                items = torch.stack([items for _, items in found])
+                sums.copy_(torch.stack([_weighted(losses, items).sum(), items.sum()]))
             summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
+            told = self._groups.all_reduce(losses, "pp")
 
         def wait() -> None:
             summed.wait()
@@ -138,12 +141,12 @@ class Engine:
         self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
-            transfers = self._transfers(self._stages.actions, routes)
+            transfers = self._transfers(self._stages.schedule, routes)
             self.data.open()
             execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight))
         self.data.launch()
         summed.wait()
-        self._groups.all_reduce(losses, "pp").wait()
+        told.wait()
         if self._wire is not None:
             self._wire.flush()
         return StepStats(sums[0] / sums[1], sums[1], losses)
@@ -166,7 +169,7 @@ class Engine:
         actions = self._stages.forward_actions
         with captured(self._stages.blocks):
             passes, routes = self._passes([batch])
-            transfers = self._transfers(actions, routes)
+            transfers = self._transfers(self._stages.forward, routes)
             self.data.open()
             execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None))
         if self._wire is not None:
@@ -210,10 +213,8 @@ class Engine:
         homes = self._stages.schedule.homes
         return probe(partial(self._forward, part, 0), self._stages.stage_of, homes, self.data, self._wire)
 
-    def _transfers(self, actions: Sequence[Action], routes: list[Route]) -> Transfers | None:
-        if self._wire is None:
-            return None
-        return Transfers(actions, self._stages.schedule.homes, routes, self._wire)
+    def _transfers(self, schedule: Schedule, routes: list[Route]) -> Transfers | None:
+        return None if self._wire is None else Transfers(schedule, routes, self._wire)
 
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""

@@ -80,7 +80,6 @@ def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
         return
     refused = {
         "data_engine='deepspeed'": settings.data_engine == "deepspeed",
-        "sequence_parallel": settings.sequence_parallel,
         "offload='cpu'": settings.offload == "cpu",
     }
     for option, given in refused.items():

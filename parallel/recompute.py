@@ -6,6 +6,7 @@ here it is an action of the schedule, done once, while the rank waits for what i
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class Frame:
         self._call: Any = args, kwargs
         self._given = tree_map(lambda each: _Input(leaves[id(each)]) if id(each) in leaves else each, (args, kwargs))
         self._leaves = list(leaves.values())
-        self._state = ThreadState()
+        self._state, self._context = ThreadState(), copy_context()
         self._places: list[_Place] = []
         self._found: list[Tensor] | None = None
         self._hosted: list[tuple[Tensor, Tensor]] = []
@@ -107,7 +108,7 @@ class Frame:
         try:
             args, kwargs = tree_map(_as_given, self._given)
             with saved_tensors_hooks(lambda tensor: found.append(tensor.detach()), lambda nothing: nothing):
-                self._work(*args, **kwargs)
+                self._context.run(self._work, *args, **kwargs)
         finally:
             outside.enter()
         self._check(found)

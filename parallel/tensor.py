@@ -5,6 +5,7 @@ and hooks put the collectives of `exchange` where a region begins and ends. The 
 """
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from copy import copy
 from typing import Any
 
@@ -15,18 +16,35 @@ from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis, cut, enter, gather, join, leave, scatter_sum
 from meshwright.parallel.layout import Split, deal
+from meshwright.parallel.passing import note_passing, on_passing
 from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["Length", "install", "keep_shares"]
 
 
 class Length:
-    """The dealt sequence of one list of blocks: how long the whole one is, and how wide."""
+    """The dealt sequence of one list of blocks: how long the whole one is, and how wide.
+
+    Each pass through the model has its own, also where several take turns: passes are contexts (`contextvars`).
+    """
 
     def __init__(self, axis: Axis, *, full: int = 0, width: int = 0) -> None:
         self.axis = axis
-        self.full = full
-        self.width = width
+        self._now: ContextVar[tuple[int, int]] = ContextVar("length", default=(full, width))
+
+    @property
+    def full(self) -> int:
+        """Positions of the whole sequence."""
+        return self._now.get()[0]
+
+    @property
+    def width(self) -> int:
+        """Features of the stream."""
+        return self._now.get()[1]
+
+    def open(self, stream: Tensor) -> None:
+        """Says which stream is dealt from here on ([..., positions, features])."""
+        self._now.set((stream.shape[-2], stream.shape[-1]))
 
     def is_share(self, tensor: Any) -> bool:
         """Whether a value is this rank's share of the stream."""
@@ -245,10 +263,11 @@ def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, L
         lengths.update(dict.fromkeys(stream.blocks, length))
 
         def before(module: nn.Module, args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> Any:
-            del module
-            given = args[key] if isinstance(key, int) else kwargs[key]
-            length.full, length.width = given.shape[-2], given.shape[-1]
+            note_passing(module, args, kwargs)
             return _changed(args, kwargs, (key,), lambda value: cut(value, axis, value.dim() - 2))
+
+        def opened(args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> None:
+            length.open(args[key] if isinstance(key, int) else kwargs[key])
 
         def after(module: nn.Module, args: Any, output: Any, length: Length = length) -> Any:
             del module, args
@@ -257,7 +276,9 @@ def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, L
                 lambda value: join(value, axis, value.dim() - 2, length.full) if length.is_share(value) else value,
             )
 
-        model.get_submodule(stream.blocks[0]).register_forward_pre_hook(before, with_kwargs=True)
+        first = model.get_submodule(stream.blocks[0])
+        on_passing(first, opened)
+        first.register_forward_pre_hook(before, with_kwargs=True)
         model.get_submodule(stream.blocks[-1]).register_forward_hook(after)
     return lengths
 

@@ -30,24 +30,32 @@ class ThreadState:
         number = torch._C._len_torch_function_stack()
         self._modes = [torch._C._get_function_stack_at(place) for place in range(number)]
         self._hooks = _taken_hooks()
-        _put_hooks(self._hooks)
+        if self._hooks:
+            _put_hooks(self._hooks)
 
-    def enter(self) -> None:
-        """Puts it back."""
+    def enter(self, now: "ThreadState | None" = None) -> None:
+        """Puts it back.
+
+        Args:
+            now: what is there, if that is known: what is the same stays.
+        """
         torch.set_grad_enabled(self._grad)
         torch.set_rng_state(self._random)
         if self._cuda_random is not None:
             torch.cuda.set_rng_state(self._cuda_random)
         torch.clear_autocast_cache()  # a cast made in one pass must not be used in another
-        for device, (enabled, dtype) in self._autocast.items():
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        while torch._C._len_torch_function_stack():
-            torch._C._pop_torch_function_stack()
-        for mode in self._modes:
-            torch._C._push_on_torch_function_stack(mode)
-        _taken_hooks()
-        _put_hooks(self._hooks)
+        if now is None or now._autocast != self._autocast:
+            for device, (enabled, dtype) in self._autocast.items():
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+        if now is None or now._modes or self._modes:
+            while torch._C._len_torch_function_stack():
+                torch._C._pop_torch_function_stack()
+            for mode in self._modes:
+                torch._C._push_on_torch_function_stack(mode)
+        if now is None or now._hooks or self._hooks:
+            _taken_hooks()
+            _put_hooks(self._hooks)
 
 
 def _taken_hooks() -> list[Any]:

@@ -43,13 +43,14 @@ class Wire:
         running = self._running.setdefault(tag, [])
         for number, value in enumerate(values):
             held = value.detach().contiguous()
-            running.append((held, self._groups.send(held, "pp", to, self._number(tag, number))))
+            running.append((held, self._groups.send(held, "pp", to, tag=self._number(tag, number))))
 
     def receive(self, shapes: Sequence[Shape], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
         """Starts receiving; what it returns waits for the values."""
         values = [shape.empty(self.device) for shape in shapes]
         running = [
-            self._groups.receive(value, "pp", source, self._number(tag, number)) for number, value in enumerate(values)
+            self._groups.receive(value, "pp", source, tag=self._number(tag, number))
+            for number, value in enumerate(values)
         ]
 
         def wait() -> list[Tensor]:
