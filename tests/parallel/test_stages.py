@@ -1,5 +1,6 @@
 """Models cut as their users say: blocks by name, stages by hand or by cost, schedules from files; at parity."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.parallel.errors import ScheduleError, WrapError
+from meshwright.parallel.microbatch import share
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.placements import Placement
 from meshwright.parallel.stages import Stages, stages_of
+from meshwright.testing import run_ranks
 from tests.parallel.models import llama, tokens
 
 TYPED = ["first", "second"]
@@ -96,6 +99,19 @@ def test_named_blocks_are_stepped_as_in_the_plain_run(
     build_model: Any, build_batch: Any, degrees: dict[str, int], options: dict[str, Any]
 ) -> None:
     _equal(build_model, build_batch, degrees, num_microbatches=2, **options)
+
+
+def _predicted_and_counted(mesh: mw.Mesh) -> tuple[str, str]:
+    model = mw.parallelize(Typed(), mesh, blocks=TYPED, loss="sample_mean", num_microbatches=2)
+    _, counted = model.ledger_step(share(pairs(), model.data_rank, 2))
+    return str(model.report.collectives), str(counted)
+
+
+@pytest.mark.slow
+def test_named_blocks_are_the_units_that_are_sharded() -> None:
+    for predicted, counted in run_ranks(_predicted_and_counted, mw.Mesh(fsdp=2), mw.Mesh(fsdp=2)):
+        assert predicted == counted
+        assert re.search(r"all_gather +8 ", counted), counted  # two units and the rest, twice in both micro-batches
 
 
 @pytest.mark.slow
