@@ -177,6 +177,7 @@ def serve(descriptor: int, parent: int) -> None:
     connection = Connection(descriptor)
     from meshwright.parallel.collectives import stop_ranks
 
+    num_modules = 0
     connection.send_bytes(b"ready")
     while True:
         try:
@@ -188,6 +189,9 @@ def serve(descriptor: int, parent: int) -> None:
             return
         del answer
         gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
+        if len(sys.modules) != num_modules:
+            num_modules = len(sys.modules)
+            gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
         with contextlib.suppress(RuntimeError):
             stop_ranks()
 
