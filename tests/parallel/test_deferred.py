@@ -11,6 +11,7 @@ import meshwright as mw
 from meshwright.parallel.deferred import deferred, device_of, materialise
 from meshwright.parallel.errors import DeferError, WrapError
 from meshwright.testing import run_ranks
+from tests.parallel.cells import alternating
 from tests.parallel.families import FAMILIES
 
 ENOUGH = 100  # values of one tensor to know a spread from; a bias of five elements is drawn twenty times
@@ -74,8 +75,7 @@ def test_values_of_a_deferred_model_are_distributed_as_the_constructor_says(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("degrees", MESHES, ids=lambda degrees: str(mw.Mesh(**degrees)))
+@pytest.mark.parametrize(("family", "degrees"), alternating(("llama", "gpt2", "t5"), MESHES), ids=str)
 def test_one_seed_gives_the_same_weights_on_every_mesh(family: str, degrees: dict[str, int]) -> None:
     whole = dict(materialise(_deferred(family)).named_parameters())
     for found in run_ranks(_weights, mw.Mesh(**degrees), family, degrees):
@@ -85,8 +85,13 @@ def test_one_seed_gives_the_same_weights_on_every_mesh(family: str, degrees: dic
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model cannot be run on shapes alone")  # mixtral loops over what it finds
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "vit", "translator", "mixtral"])
-@pytest.mark.parametrize("degrees", [{"dp": 2}, {"fsdp": 2}, {"fsdp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "degrees"),
+    alternating(
+        ("llama", "gpt2", "t5", "vit", "translator", "mixtral"), ({"dp": 2}, {"fsdp": 2, "tp": 2}, {"fsdp": 2}), every=3
+    ),
+    ids=str,
+)
 def test_a_step_of_a_deferred_model_equals_the_plain_one(family: str, degrees: dict[str, int]) -> None:
     build: Callable[[], nn.Module] = partial(_deferred, family)
     report = mw.verify(build, FAMILIES[family][1], mw.Mesh(**degrees))
