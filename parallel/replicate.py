@@ -8,6 +8,7 @@ parameter, so that the sum also says which parameters some rank used.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +145,11 @@ class Replicate(LocalStates):
         return _Bucket(names, flat, views, flags)
 
     def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
+        engine = ref(self)  # torch's collector does not see through these hooks: a cycle would keep groups for good
+
         def on_gradient(parameter: Tensor) -> None:
-            if not self._last:
+            self = engine()
+            if self is None or not self._last:
                 return
             if name in bucket.ready:
                 raise WrapError(
