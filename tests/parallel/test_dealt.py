@@ -16,7 +16,7 @@ from meshwright.parallel.promote import Promote
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.wrap import ParallelModel
 from meshwright.testing import run_ranks
-from tests.parallel.cells import alternating
+from tests.parallel.cells import alternating, beyond
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import tokens
 
@@ -59,7 +59,7 @@ def _resume(folder: str, family: str, degrees: dict[str, int]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["phi3", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["phi3", "gemma3", *beyond("qwen3")])
 def test_what_one_mesh_saved_any_other_goes_on_from(tmp_path: Path, family: str) -> None:
     first = dict(MESHES[0])
     expected = run_ranks(_save, mw.Mesh(**first), str(tmp_path), family, first)[0]
