@@ -9,6 +9,7 @@ parameter, so that the sum also says which parameters some rank used.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +159,12 @@ class Replicate(LocalStates):
         return _Bucket(names, flat, views, flags)
 
     def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
+        engine = ref(self)  # torch's collector does not see through these hooks: a cycle would keep groups for good
+
         def on_gradient(parameter: Tensor) -> None:
+            self = engine()
+            if self is None:
+                return
             self._num_added[name] += 1
             if not self._last if self._num_awaited is None else self._num_added[name] < self._num_awaited:
                 return

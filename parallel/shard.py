@@ -115,9 +115,11 @@ class Shard(ShardedStates):
         self._watch[list(self._units).index(unit)].remove()
 
     def _noting(self, name: str) -> Callable[[Tensor], None]:
+        used = self._used  # and not `self`: see the hooks of `Replicate`
+
         def on_gradient(parameter: Tensor) -> None:
             del parameter
-            self._used.add(name)
+            used.add(name)
 
         return on_gradient
 
