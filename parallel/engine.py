@@ -23,16 +23,21 @@ from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Action
+from meshwright.parallel.pipeline.observe import watch_progress
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
 from meshwright.parallel.pipeline.runtime import Work, execute
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
+from meshwright.parallel.progress import HERE, Words
 from meshwright.parallel.randomness import draw_by_block, keyed
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
+
+_FORWARD, _BACKWARD = Words("forward of micro-batch {}"), Words("backward of micro-batch {}")
+_GRADIENTS, _EVALUATES = Words("summing gradients and losses"), Words("forward without gradients")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Engine:
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         self._has_loss = stages.schedule.homes[-1] == stages.rank
         draw_by_block(find_blocks(data.module))
+        ranks = groups.mesh.group(groups.rank, "pp")
+        self._watch = watch_progress(HERE, stages.schedule.homes, ranks)
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -74,6 +81,7 @@ class Engine:
         Raises:
             LossError: when no micro-batch of any rank holds an item.
         """
+        HERE.begin(self.num_steps + 1)
         stats = self.accumulate(batch)
         if stats.items == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
@@ -81,6 +89,7 @@ class Engine:
             check_buffers(self.data.module, self._groups)
             self._buffers_checked = True
         self.num_steps += 1
+        HERE.end()
         return stats
 
     def accumulate(self, batch: Any) -> StepStats:
@@ -102,12 +111,15 @@ class Engine:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             self.data.prepare(last)
+            HERE.to(_FORWARD, index)
             loss, items = self._forward(part, index)
             sums += torch.stack([_weighted(loss, items), items])
             if last:
                 summed = self._groups.all_reduce(sums, *DATA_AXES)
+            HERE.to(_BACKWARD, index)
             self.data.backward(loss, items.to(loss.dtype), _ask_scale(sums, summed.wait) if last else None)
             losses.append(loss.detach().double())
+        HERE.to(_GRADIENTS)
         self.data.launch()
         summed.wait()
         return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
@@ -140,7 +152,8 @@ class Engine:
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.actions, routes)
             self.data.open()
-            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight))
+            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watch))
+        HERE.to(_GRADIENTS)
         self.data.launch()
         summed.wait()
         self._groups.all_reduce(losses, "pp").wait()
@@ -151,6 +164,7 @@ class Engine:
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        HERE.to(_EVALUATES)
         try:
             with torch.no_grad():
                 found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
@@ -168,7 +182,7 @@ class Engine:
             passes, routes = self._passes([batch])
             transfers = self._transfers(actions, routes)
             self.data.open()
-            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None))
+            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
         if self._wire is not None:
             self._wire.flush()
         return passes[0].result if self._has_loss else None
