@@ -184,7 +184,7 @@ def _named(rank: int, sights: Mapping[int, Sight]) -> str:
 
 def _not_answering(sight: Sight) -> str:
     state = f" ({sight.state})" if sight.state else ""
-    return f"has not answered for {sight.quiet_s:.0f} s{state}; it was last at {sight.note.where}"
+    return f"has not answered for {sight.quiet_s:.0f} s{state}; it was last heard of at {sight.note.where}"
 
 
 def _standing(sight: Sight) -> str:
