@@ -193,7 +193,7 @@ class Groups:
         """What waiting for such a collective is called."""
         found = self._calls.get((kind, *axes))
         if found is None:
-            shown = "x".join(axis for axis in self.active if axis in axes)
+            shown = " x ".join(axis for axis in self.active if axis in axes)
             others = tuple(rank for rank in self.mesh.group(self.rank, axes) if rank != self.rank)
             found = self._calls[kind, *axes] = Call(f"{kind} over {shown}", others)
         return found

@@ -27,7 +27,7 @@ class Note:
         age_s: how long.
         step: optimizer step, None outside of steps.
         waits_for: ranks without which it cannot go on.
-        together: whether these must come to the same call.
+        call: that all of these must come to; empty where they need not wait as well.
         inside: function of torch.distributed that it is in, though it did not say that it waits.
         patient: whether this may take long.
         left: whether it has left the others in peace.
@@ -39,7 +39,7 @@ class Note:
     age_s: float
     step: int | None = None
     waits_for: tuple[int, ...] = ()
-    together: bool = False
+    call: str = ""
     inside: str = ""
     patient: bool = False
     left: bool = False
@@ -49,8 +49,8 @@ class Note:
     @property
     def where(self) -> str:
         """What it is at, with the step."""
-        inside = f", inside {self.inside}" if self.inside else ""
-        return f"{self.words}{inside}" + ("" if self.step is None else f" of step {self.step}")
+        step = "" if self.step is None else f"step {self.step}, "
+        return step + self.words + (f", inside {self.inside}" if self.inside else "")
 
     @property
     def waits(self) -> bool:
@@ -102,7 +102,7 @@ def find_hang(sights: Mapping[int, Sight], limit_s: float) -> Hang | None:
 
     >>> stuck = {0: Sight(Note("1RECV_F0", 9.0, 3, waits_for=(1,))), 1: Sight(Note("0F0", 9.5, 3))}
     >>> print(find_hang(stuck, 5.0).line)
-    hang: rank 1 has been at 0F0 of step 3 for 10 s; rank 0 waits for rank 1 at 1RECV_F0 of step 3
+    hang: rank 1 has been at step 3, 0F0 for 10 s; rank 0 waits for rank 1 at step 3, 1RECV_F0
     >>> find_hang(stuck, 20.0) is None
     True
     """
@@ -124,12 +124,8 @@ def _edges(rank: int, sights: Mapping[int, Sight]) -> list[int]:
         return []
     if not note.waits_for and note.inside:
         return [other for other, each in sights.items() if other != rank and not each.note.waits]
-    here = (note.step, note.words)
-    return [
-        peer
-        for peer in note.waits_for
-        if peer in sights and not (note.together and (sights[peer].note.step, sights[peer].note.words) == here)
-    ]
+    met = {other for other, each in sights.items() if note.call and each.note.call == note.call}
+    return [peer for peer in note.waits_for if peer in sights and peer not in met]
 
 
 def _running(sights: Mapping[int, Sight], edges: Mapping[int, list[int]]) -> list[int]:

@@ -20,12 +20,12 @@ class Doing:
     Attributes:
         words: for people.
         waits_for: ranks without which it cannot go on.
-        together: whether these must do the same at the same time (a collective).
+        call: the collective that all of these must come to; empty where they need not wait as well.
     """
 
     words: str
     waits_for: tuple[int, ...] = ()
-    together: bool = False
+    call: str = ""
 
 
 class Spoken(Protocol):
@@ -79,8 +79,11 @@ class Call:
         return self._number
 
     def tell(self, detail: Any) -> Doing:
-        """The call with its number."""
-        return Doing(f"{self._words} (number {detail})", self._waits_for, self._together)
+        """The call; of a collective, with its number."""
+        if not self._together:
+            return Doing(self._words, self._waits_for)
+        call = f"{self._words} (number {detail})"
+        return Doing(call, self._waits_for, call)
 
 
 At = tuple[float, Spoken, Any, Any]
@@ -174,11 +177,11 @@ def told(at: At) -> Doing:
     """What a rank is at, in words; of a part, with the whole.
 
     >>> told((0.0, Call("all_reduce over dp", (1,)), 7, (0.0, Words("backward"), None, None)))
-    Doing(words='all_reduce over dp (number 7) in backward', waits_for=(1,), together=True)
+    Doing(words='backward: all_reduce over dp (number 7)', waits_for=(1,), call='all_reduce over dp (number 7)')
     """
     _, what, detail, whole = at
     found = what.tell(detail)
-    return found if whole is None else replace(found, words=f"{found.words} in {told(whole).words}")
+    return found if whole is None else replace(found, words=f"{told(whole).words}: {found.words}")
 
 
 def doing(words: str) -> None:

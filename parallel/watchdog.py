@@ -19,7 +19,7 @@ from typing import Any
 
 from meshwright.parallel.board import Board, FolderBoard, StoreBoard
 from meshwright.parallel.hang import EXIT_CODE, Hang, Note, Sight, find_hang
-from meshwright.parallel.progress import HERE, told
+from meshwright.parallel.progress import HERE, Progress, told
 
 __all__ = ["Guard", "Watchdog", "guard", "unguard"]
 
@@ -37,11 +37,13 @@ class Guard:
         limit_s: how long a job may stand still.
         warn: only say so.
         run_dir: of a launched job, for the record; None writes none.
+        progress: of this rank; None is that of this process.
     """
 
     limit_s: float
     warn: bool = False
     run_dir: Path | None = None
+    progress: Progress | None = None
 
 
 @dataclass
@@ -67,13 +69,13 @@ class Watchdog:
     """
 
     def __init__(
-        self, rank: int, num_ranks: int, board: Board, *, asked: Guard, leave: Callable[[int], Any] = os._exit
+        self, rank: int, num_ranks: int, *, board: Board, asked: Guard, leave: Callable[[int], Any] = os._exit
     ) -> None:
-        self._rank, self._num_ranks, self._board = rank, num_ranks, board
+        self._rank, self._board = rank, board
         self._asked = asked
         self._leave = leave
+        self._here = HERE if asked.progress is None else asked.progress
         self._beat_s = min(_BEAT_S, asked.limit_s / 8)
-        self._host = socket.gethostname()
         now = time.monotonic()
         self._awake_s = self._answered_s = now
         nothing = Note("nothing that it told", 0.0, patient=True)
@@ -105,10 +107,17 @@ class Watchdog:
 
     def _put(self, beat: int, *, left: bool) -> None:
         note = asdict(self._note(left=left))
-        text = {**note, "rank": self._rank, "beat": beat, "life": _life(), "pid": os.getpid(), "host": self._host}
+        text = {
+            **note,
+            "rank": self._rank,
+            "beat": beat,
+            "life": _life(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
         self._board.put(self._rank, json.dumps(text))
-        still_s = time.monotonic() - HERE.at[0]
-        if self._num_ranks <= _MOST_READ_ALWAYS or still_s >= self._asked.limit_s / 4:
+        still_s = time.monotonic() - self._here.at[0]
+        if len(self._seen) < _MOST_READ_ALWAYS or still_s >= self._asked.limit_s / 4:
             for rank, each in self._board.read(self._seen).items():
                 self._take(rank, json.loads(each))
 
@@ -121,7 +130,7 @@ class Watchdog:
             self._seen[rank] = _Seen(Note(**fields), beat, time.monotonic(), pid, host)
 
     def _note(self, *, left: bool = False) -> Note:
-        at, step = HERE.at, HERE.step
+        at, step = self._here.at, self._here.step
         found = told(at)
         age_s = max(0.0, time.monotonic() - max(at[0], self._awake_s))
         stack, inside = _stacks() if age_s > self._asked.limit_s / 2 else ("", "")
@@ -130,11 +139,11 @@ class Watchdog:
             age_s,
             step,
             found.waits_for,
-            found.together,
+            found.call,
             "" if found.waits_for else inside,
-            HERE.patient,
+            self._here.patient,
             left,
-            HERE.place,
+            self._here.place,
             stack,
         )
 
@@ -145,11 +154,11 @@ class Watchdog:
             if now_s - last_s > max(5 * self._beat_s, self._asked.limit_s / 2):
                 self._awake_s = now_s  # this process itself was stopped: nobody's fault
             last_s = now_s
-            if now_s - max(HERE.at[0], self._awake_s) < self._asked.limit_s or HERE.at is warned:
+            if now_s - max(self._here.at[0], self._awake_s) < self._asked.limit_s or self._here.at is warned:
                 continue
             hang = self._find(now_s)
             if hang is not None and self._asked.warn:
-                warned = HERE.at
+                warned = self._here.at
                 _write(f"{hang.line}\n")
             elif hang is not None:
                 self._end(hang)
@@ -161,7 +170,7 @@ class Watchdog:
         sights = {self._rank: Sight(self._note())}
         for rank, each in self._seen.items():
             quiet_s = 0.0 if each.note.left else now_s - max(each.since_s, self._awake_s)
-            silent = quiet_s >= self._asked.limit_s / 2 and each.host == self._host
+            silent = quiet_s >= self._asked.limit_s / 2 and each.host == socket.gethostname()
             sights[rank] = Sight(each.note, quiet_s, _state(each.pid) if silent else "")
         return find_hang(sights, self._asked.limit_s)
 
@@ -206,7 +215,7 @@ def guard(
         board = StoreBoard(store())
     warn = os.environ.get("MESHWRIGHT_HANG_ACTION") == "warn"
     asked = Guard(limit_s, warn, None if run_dir is None else Path(run_dir))
-    _GUARDING.append(Watchdog(rank, num_ranks, board, asked=asked))
+    _GUARDING.append(Watchdog(rank, num_ranks, board=board, asked=asked))
     _GUARDING[-1].start()
     return _GUARDING[-1]
 

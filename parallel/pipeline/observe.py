@@ -21,7 +21,7 @@ class InSchedule:
         ranks: rank of the pipeline -> rank.
 
     >>> InSchedule((0, 1), (0, 2)).tell((Action(1, Kind.RECEIVE_ACTIVATION, 0), Phase.WAITS))
-    Doing(words='1RECV_F0 (receive activation, stage 1, micro-batch 0)', waits_for=(0,), together=False)
+    Doing(words='1RECV_F0 (receive activation, stage 1, micro-batch 0)', waits_for=(0,), call='')
     """
 
     def __init__(self, homes: Sequence[int], ranks: Sequence[int]) -> None:
