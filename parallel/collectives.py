@@ -75,8 +75,8 @@ def start_ranks(
         device: "cpu" or "cuda".
         position: this process among the ranks; None reads torchrun's environment.
         timeout_s: how long a collective may wait for the others.
-        hang_s: how long all ranks may stand still before the job ends with the name of the one that is behind; None
-            reads MESHWRIGHT_HANG_S, and never where that is not set.
+        hang_s: how long all ranks may stand still before this one ends with the name of the one that is behind; 0 is
+            for ever, None reads MESHWRIGHT_HANG_S, which a job with `failure.hang` sets.
     """
     here = position or world()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

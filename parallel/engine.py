@@ -38,6 +38,7 @@ __all__ = ["Engine", "StepStats"]
 
 _FORWARD, _BACKWARD = Words("forward of micro-batch {}"), Words("backward of micro-batch {}")
 _GRADIENTS, _EVALUATES = Words("summing gradients and losses"), Words("forward without gradients")
+_EVALUATED = Words("the program's own code after an evaluation")
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class Engine:
                 self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
         finally:
             self.data.release()
+        HERE.to(_EVALUATED)
         return sums[0], sums[1]
 
     def _forward_across(self, batch: Any) -> tuple[Tensor, Tensor] | None:

@@ -2,29 +2,34 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
 
 import pytest
 
-from meshwright.parallel.board import FolderBoard
+from meshwright.parallel.board import Board, FolderBoard
 from meshwright.parallel.hang import EXIT_CODE
 from meshwright.parallel.progress import Call, Progress, Words
 from meshwright.parallel.watchdog import Guard, Watchdog, guard, unguard
 
-LIMIT_S = 0.8
+LIMIT_S = 1.0
 
 
 class Rank:
     """A rank of this process: its progress, its watchdog, the code it left with."""
 
-    def __init__(self, number: int, folder: Path, *, warn: bool = False, limit_s: float = LIMIT_S) -> None:
+    def __init__(
+        self, number: int, folder: Path, *, warn: bool = False, limit_s: float = LIMIT_S, board: Board | None = None
+    ) -> None:
         self.codes: list[int] = []
         self.progress = Progress()
         self.progress.begin(1)
         self.progress.end()
         asked = Guard(limit_s, warn, folder, self.progress)
-        board = FolderBoard(folder / "ranks")
-        self.watchdog = Watchdog(number, 2, board=board, asked=asked, leave=self.codes.append)
+        self.watchdog = Watchdog(
+            number, 2, board=board or FolderBoard(folder / "ranks"), asked=asked, leave=self.codes.append
+        )
         self.watchdog.start()
 
     def wait(self, *, limit_s: float = 10.0) -> None:
@@ -48,10 +53,11 @@ def test_a_rank_that_waits_names_the_one_that_computes(tmp_path: Path, capfd: py
     assert "test_a_rank_that_waits" in told["stacks"][str(told["found_by"])], "the main thread's stack"
 
 
+@pytest.mark.slow
 def test_a_slow_rank_that_moves_is_left_alone_with_those_that_wait_for_it(tmp_path: Path) -> None:
-    ranks = [Rank(0, tmp_path), Rank(1, tmp_path)]
+    ranks = [Rank(0, tmp_path, limit_s=2 * LIMIT_S), Rank(1, tmp_path, limit_s=2 * LIMIT_S)]
     ranks[0].progress.to(Call("all_reduce over dp", (1,)), 4)
-    end_s = time.monotonic() + 3 * LIMIT_S
+    end_s = time.monotonic() + 5 * LIMIT_S
     while time.monotonic() < end_s:
         ranks[1].progress.to(Words("forward"))
         time.sleep(LIMIT_S / 4)
@@ -60,6 +66,7 @@ def test_a_slow_rank_that_moves_is_left_alone_with_those_that_wait_for_it(tmp_pa
         each.watchdog.stop()
 
 
+@pytest.mark.slow
 def test_a_warning_is_given_once_and_ends_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ranks = [Rank(0, tmp_path, warn=True), Rank(1, tmp_path, limit_s=100.0)]
     time.sleep(3 * LIMIT_S)
@@ -69,6 +76,7 @@ def test_a_warning_is_given_once_and_ends_nobody(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().err.count("hang:") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_left_in_peace_is_not_missed(tmp_path: Path) -> None:
     ranks = [Rank(0, tmp_path), Rank(1, tmp_path)]
     ranks[1].watchdog.stop()
@@ -81,6 +89,25 @@ def test_a_rank_that_left_in_peace_is_not_missed(tmp_path: Path) -> None:
     ranks[0].watchdog.stop()
     told = json.loads((tmp_path / "errors/hang-0.json").read_text())
     assert told["suspects"] == [0]
+
+
+class Dead:
+    """A board that never answers."""
+
+    def put(self, rank: int, text: str) -> None:
+        Event().wait()
+
+    def read(self, ranks: Iterable[int]) -> dict[int, str]:
+        raise AssertionError(ranks)
+
+
+def test_a_board_that_does_not_answer_ends_the_rank_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    alone = Rank(0, tmp_path, board=Dead())
+    alone.progress.to(Call("all_reduce over dp", (1,)), 4)
+    alone.wait()
+    assert alone.codes == [EXIT_CODE]
+    words = "hang: rank 0 waits at all_reduce over dp (number 4) and cannot reach the other ranks' notes"
+    assert words in capfd.readouterr().err
 
 
 def test_nobody_watches_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
