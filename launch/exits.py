@@ -122,6 +122,13 @@ class Verdict:
     victims: tuple[Blame, ...] = ()
     hang: str = ""
 
+    @property
+    def reason(self) -> str:
+        """Who failed first, in one line."""
+        if self.first is None or self.hang:
+            return self.hang
+        return f"rank {self.first.rank} on {self.first.host} failed first"
+
 
 _LOST = re.compile(
     r"Connection (?:closed by peer|reset by peer|refused|reset)|Broken pipe|Socket closed|ncclRemoteError"
@@ -178,12 +185,17 @@ def judge(
     cases = [_Case.of(end, (records or {}).get(end.rank), (tails or {}).get(end.rank, "")) for end in known.values()]
     bad = [case for case in cases if case.end.code or case.end.ended_by_us]
     first = _first(bad)
-    if hang is not None and not (first and first.failed_by_itself and first.order()[0] < hang.time_unix_s):
+    if hang is not None and not _before(first, hang):
         return _hung(bad, hang)
     if first is None:
         return Verdict(None, tuple(case.victim() for case in sorted(bad, key=_Case.order)))
     others = sorted((case for case in bad if case is not first), key=_Case.order)
     return Verdict(first.culprit(), tuple(case.victim() for case in others))
+
+
+def _before(first: "_Case | None", hang: HangRecord) -> bool:
+    """Whether ranks stood still because one had failed."""
+    return first is not None and first.failed_by_itself and first.order()[0] < hang.time_unix_s
 
 
 def _hung(bad: list["_Case"], hang: HangRecord) -> Verdict:

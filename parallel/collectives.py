@@ -139,7 +139,7 @@ class Groups:
     device_type: str = "cpu"
     rank: int = field(init=False)
     _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
-    _calls: dict[tuple[str, ...], Call] = field(init=False, default_factory=dict)
+    _calls: dict[tuple[str | int | None, ...], Call] = field(init=False, default_factory=dict)
     _device_mesh: DeviceMesh | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -182,20 +182,15 @@ class Groups:
             self._made[wanted] = dist.new_subgroups_by_enumeration(ranks)[0]
         return self._made[wanted]
 
-    def _call_with(self, rank: int, words: str) -> Call:
-        key = (words, str(rank))
+    def call(self, kind: str, *axes: str, peer: int | None = None) -> Call:
+        """What waiting for such a collective, or for one rank, is called."""
+        key = (kind, *axes, peer)
         found = self._calls.get(key)
         if found is None:
-            found = self._calls[key] = Call(words, (rank,), together=False)
-        return found
-
-    def call(self, kind: str, *axes: str) -> Call:
-        """What waiting for such a collective is called."""
-        found = self._calls.get((kind, *axes))
-        if found is None:
-            shown = " x ".join(axis for axis in self.active if axis in axes)
-            others = tuple(rank for rank in self.mesh.group(self.rank, axes) if rank != self.rank)
-            found = self._calls[kind, *axes] = Call(f"{kind} over {shown}", others)
+            words = f"{kind} over {' x '.join(axis for axis in self.active if axis in axes)}"
+            ranks = self.mesh.group(self.rank, axes) if peer is None else (peer,)
+            others = tuple(rank for rank in ranks if rank != self.rank)
+            found = self._calls[key] = Call(words, others, together=peer is None)
         return found
 
     def all_reduce(self, tensor: torch.Tensor, *axes: str) -> Pending:
@@ -224,13 +219,13 @@ class Groups:
         """Starts sending to the rank at position `to` along an axis of degree above one."""
         group = self._wide(axis)
         rank = dist.get_global_rank(group, to)
-        return Pending(dist.isend(tensor, rank, group=group, tag=tag), self._call_with(rank, f"send over {axis}"))
+        return Pending(dist.isend(tensor, rank, group=group, tag=tag), self.call("send", axis, peer=rank))
 
     def receive(self, tensor: torch.Tensor, axis: str, source: int, tag: int) -> Pending:
         """Starts receiving from the rank at position `source` along an axis of degree above one."""
         group = self._wide(axis)
         rank = dist.get_global_rank(group, source)
-        return Pending(dist.irecv(tensor, rank, group=group, tag=tag), self._call_with(rank, f"receive over {axis}"))
+        return Pending(dist.irecv(tensor, rank, group=group, tag=tag), self.call("receive", axis, peer=rank))
 
     def tell(self, value: Any, axis: str, source: int) -> Any:
         """The object that the rank at position `source` along an axis gives; every rank must ask."""

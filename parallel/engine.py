@@ -7,7 +7,7 @@ its backward.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from meshwright.parallel.pipeline.observe import watch_progress
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
-from meshwright.parallel.pipeline.runtime import Work, execute
+from meshwright.parallel.pipeline.runtime import Watch, Work, execute
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
@@ -66,8 +66,6 @@ class Engine:
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         self._has_loss = stages.schedule.homes[-1] == stages.rank
         draw_by_block(find_blocks(data.module))
-        ranks = groups.mesh.group(groups.rank, "pp")
-        self._watch = watch_progress(HERE, stages.schedule.homes, ranks)
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -104,6 +102,10 @@ class Engine:
             self.data.release()
             raise
         return stats
+
+    @cached_property
+    def _watch(self) -> Watch:
+        return watch_progress(HERE, self._stages.schedule.homes, self._groups.mesh.group(self._groups.rank, "pp"))
 
     def _in_turn(self, parts: list[Any]) -> StepStats:
         """One micro-batch after the other, forward and backward."""
@@ -154,7 +156,6 @@ class Engine:
             transfers = self._transfers(self._stages.actions, routes)
             self.data.open()
             execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watch))
-        HERE.to(_GRADIENTS)
         self.data.launch()
         summed.wait()
         self._groups.all_reduce(losses, "pp").wait()

@@ -181,7 +181,7 @@ class Watchdog:
         _write(f"{hang.line}\n{shown}")
         if self._asked.run_dir is not None:
             with suppress(OSError):
-                _record(self._asked.run_dir, self._rank, hang, stacks)
+                _record(self._asked.run_dir, self._rank, hang, stacks=stacks)
         self._leave(EXIT_CODE)
         self._over.set()
 
@@ -231,7 +231,7 @@ def _life() -> str:
     return os.environ.get("MESHWRIGHT_ATTEMPT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
 
 
-def _record(run_dir: Path, rank: int, hang: Hang, stacks: dict[int, str]) -> None:
+def _record(run_dir: Path, rank: int, hang: Hang, *, stacks: dict[int, str]) -> None:
     """Writes errors/hang-ATTEMPT.json, unless another rank was first."""
     text = {"time_unix_s": time.time(), "found_by": rank, **asdict(hang), "stacks": stacks}
     folder = run_dir / "errors"

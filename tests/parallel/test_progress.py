@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from meshwright.parallel.axis import PaperAxis
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import HERE, Call, Progress, Words, doing, patience, told
 
@@ -26,6 +27,11 @@ def test_a_collective_has_its_name_and_number_while_it_is_waited_for() -> None:
     assert work.seen[0].words == "backward of micro-batch 3: all_reduce over dp (number 1)"
     assert work.seen[0].waits_for == (1, 2)
     assert told(HERE.at).words == "backward of micro-batch 3", "what it was at before goes on"
+
+
+def test_an_axis_without_names_waits_for_nobody() -> None:
+    axis = PaperAxis(None, 0, 2)
+    assert axis.call.tell(1).waits_for == ()
 
 
 def test_coming_out_of_a_wait_is_progress() -> None:
