@@ -7,7 +7,7 @@ its backward.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,16 +23,22 @@ from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.observe import watch_progress
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
-from meshwright.parallel.pipeline.runtime import Work, execute
+from meshwright.parallel.pipeline.runtime import Watch, Work, execute
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
+from meshwright.parallel.progress import HERE, Words
 from meshwright.parallel.randomness import draw_by_block, keyed
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
+
+_FORWARD, _BACKWARD = Words("forward of micro-batch {}"), Words("backward of micro-batch {}")
+_GRADIENTS, _EVALUATES = Words("summing gradients and losses"), Words("forward without gradients")
+_EVALUATED = Words("the program's own code after an evaluation")
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Engine:
         Raises:
             LossError: when no micro-batch of any rank holds an item.
         """
+        HERE.begin(self.num_steps + 1)
         stats = self.accumulate(batch)
         if stats.items == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
@@ -82,6 +89,7 @@ class Engine:
             check_buffers(self.data.module, self._groups)
             self._buffers_checked = True
         self.num_steps += 1
+        HERE.end()
         return stats
 
     def accumulate(self, batch: Any) -> StepStats:
@@ -96,6 +104,10 @@ class Engine:
             raise
         return stats
 
+    @cached_property
+    def _watch(self) -> Watch:
+        return watch_progress(HERE, self._stages.schedule.homes, self._groups.mesh.group(self._groups.rank, "pp"))
+
     def _in_turn(self, parts: list[Any]) -> StepStats:
         """One micro-batch after the other, forward and backward."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # losses times items, items
@@ -103,12 +115,15 @@ class Engine:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             self.data.prepare(last)
+            HERE.to(_FORWARD, index)
             loss, items = self._forward(part, index)
             sums += torch.stack([_weighted(loss, items), items])
             if last:
                 summed = self._groups.all_reduce(sums, *DATA_AXES)
+            HERE.to(_BACKWARD, index)
             self.data.backward(loss, items.to(loss.dtype), _ask_scale(sums, summed.wait) if last else None)
             losses.append(loss.detach().double())
+        HERE.to(_GRADIENTS)
         self.data.launch()
         summed.wait()
         return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
@@ -143,7 +158,7 @@ class Engine:
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.schedule, routes)
             self.data.open()
-            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight))
+            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watch))
         self.data.launch()
         summed.wait()
         told.wait()
@@ -154,6 +169,7 @@ class Engine:
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        HERE.to(_EVALUATES)
         try:
             with torch.no_grad():
                 found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
@@ -162,6 +178,7 @@ class Engine:
                 self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
         finally:
             self.data.release()
+        HERE.to(_EVALUATED)
         return sums[0], sums[1]
 
     def _forward_across(self, batch: Any) -> tuple[Tensor, Tensor] | None:
@@ -171,7 +188,7 @@ class Engine:
             passes, routes = self._passes([batch])
             transfers = self._transfers(self._stages.forward, routes)
             self.data.open()
-            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None))
+            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
         if self._wire is not None:
             self._wire.flush()
         return passes[0].result if self._has_loss else None

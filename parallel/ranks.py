@@ -230,7 +230,7 @@ def _answer(payload: bytes, rank: int, num_ranks: int, store: str) -> tuple[bool
     os.environ.update({name: str(value) for name, value in position.items()})
     try:
         function, args = cloudpickle.loads(payload)
-        start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks))
+        start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks), hang_s=0)
         return True, function(*args)
     except Exception as error:
         cause = error if isinstance(error, MeshwrightError) else None

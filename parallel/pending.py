@@ -1,0 +1,30 @@
+"""A collective in flight, which has a name while this rank waits for it."""
+
+from typing import Any
+
+from meshwright.parallel.progress import Call, Waiting
+
+__all__ = ["Pending"]
+
+
+class Pending:
+    """A collective in flight; `wait` returns when its result may be used.
+
+    Args:
+        work: torch's own; None where it is done.
+        call: what waiting is called; None where the caller says what it waits for.
+    """
+
+    def __init__(self, work: Any | None, call: Call | None = None) -> None:
+        self._work = work
+        self._call = call
+        self._number = 0 if call is None else call.begun()
+
+    def wait(self) -> None:
+        """Blocks until the collective is done; a collective over one rank is done at once."""
+        if self._work is not None and self._call is not None:
+            with Waiting(self._call, self._number):
+                self._work.wait()
+        elif self._work is not None:
+            self._work.wait()
+        self._work = None
