@@ -5,7 +5,7 @@ its collectives are no-ops, so callers need no special case.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -104,16 +104,19 @@ def gather_integers(value: int) -> list[int]:
 
 
 class Pending:
-    """A collective in flight; `wait` returns when its result may be used."""
+    """A collective in flight; `wait` returns when its result may be used, and then calls `told`, if there is one."""
 
     def __init__(self, work: Any | None) -> None:
-        self._work = work
+        self.told: Callable[[], None] | None = None
+        self.work = work
 
     def wait(self) -> None:
         """Blocks until the collective is done; a collective over one rank is done at once."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+            if self.told is not None:
+                self.told()
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +197,7 @@ class Groups:
     mesh: Mesh
     device_type: str = "cpu"
     rank: int = field(init=False)
+    notice: Callable[[Pending], None] | None = field(init=False, default=None)
     _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
     _device_mesh: DeviceMesh | None = field(init=False, default=None)
 
@@ -238,15 +242,21 @@ class Groups:
     def all_reduce(self, tensor: torch.Tensor, *axes: str) -> Pending:
         """Starts summing `tensor` in place over the ranks along `axes`."""
         group = self.group(*axes)
-        return Pending(None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+        return self._started(None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
 
     def gather_into(self, whole: torch.Tensor, mine: torch.Tensor, axis: str) -> Pending:
         """Starts filling `whole` with every rank's `mine` along an axis of degree above one (1-dim, in order)."""
-        return Pending(dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True))
+        return self._started(dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True))
 
     def reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor, axis: str) -> Pending:
         """Starts summing `whole` over an axis of degree above one, of which `mine` gets this rank's part (1-dim)."""
-        return Pending(dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True))
+        return self._started(dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True))
+
+    def _started(self, work: Any | None) -> Pending:
+        pending = Pending(work)
+        if self.notice is not None and work is not None:
+            self.notice(pending)
+        return pending
 
     def _wide(self, axis: str) -> Any:
         group = self.group(axis)

@@ -22,11 +22,11 @@ from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.actions import Action
+from meshwright.parallel.pipeline.actions import Action, Schedule
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
-from meshwright.parallel.pipeline.runtime import Work, execute
+from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.randomness import draw_by_block, keyed
@@ -51,6 +51,7 @@ class Engine:
         self.data = data
         self.options = options
         self.num_steps = 0
+        self.watch: Watch = unwatched
         self._buffers_checked = False
         self._groups = groups
         self._contract = options.contract
@@ -58,12 +59,20 @@ class Engine:
         self._routes: dict[Hashable, Route] = {}
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
-        self._has_loss = stages.schedule.homes[-1] == stages.rank
         draw_by_block(find_blocks(data.module))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What ranks do in one step; None where the model is stepped as a whole."""
+        return self._stages.schedule if self._stages.blocks else None
+
+    @property
+    def _has_loss(self) -> bool:
+        return self._stages.schedule.homes[-1] == self._stages.rank
 
     def step(self, batch: Any) -> StepStats:
         """Leaves in every parameter the gradient of the global loss.
@@ -140,7 +149,7 @@ class Engine:
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.actions, routes)
             self.data.open()
-            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight))
+            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self.watch))
         self.data.launch()
         summed.wait()
         self._groups.all_reduce(losses, "pp").wait()

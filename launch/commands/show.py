@@ -44,26 +44,23 @@ def show(
     given = _costs(costs or ())
     loaded = load_job(job, overrides or ())
     model, report = report_on_meta(loaded) if loaded.job.model is not None else (None, None)
-    title = f"{loaded.job.name}: {loaded.job.mesh}"
-    schedule, order = _planned(loaded, model, given) if model is not None else (None, None)
-    if order is not None and picture is not None:
-        draw_picture({f"{title}, {loaded.job.parallel.schedule}": order}, picture)
-    if order is not None and events is not None:
-        events.write_text(trace(order))
+    planned = None if model is None else _planned(loaded, model, given)
+    if planned is not None:
+        _write(loaded, planned[1], picture=picture, events=events)
     if as_json:
         shown: dict[str, Any] = {
             "name": loaded.job.name,
             "mesh": loaded.job.mesh.degrees(),
             "ranks": loaded.job.mesh.world_size,
             "report": None if report is None else report.as_dict(),
-            "schedule": None if schedule is None or order is None else _as_dict(schedule, order),
+            "schedule": None if planned is None else _as_dict(*planned),
         }
         sys.stdout.write(json.dumps(shown) + "\n")
         return
-    sys.stdout.write(f"{title}, {loaded.job.mesh.world_size} ranks\n")
-    if order is not None:
+    sys.stdout.write(f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.mesh.world_size} ranks\n")
+    if planned is not None:
         unit = f"the forward of a block takes {given.forward:g}, its backward {given.backward:g}"
-        sys.stdout.write(f"{report}\norder of one step on every rank of the pipeline ({unit}):\n{_text(order)}\n")
+        sys.stdout.write(f"{report}\norder of one step on every rank of the pipeline ({unit}):\n{_text(planned[1])}\n")
 
 
 def _costs(words: Iterable[str]) -> Costs:
@@ -95,6 +92,13 @@ def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> tuple[Sched
     placement, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model))))
     sizes = {stage: float(len(placement.blocks(stage))) for stage in range(schedule.num_stages)}
     return schedule, timeline(schedule, replace(costs, stages=sizes))
+
+
+def _write(loaded: LoadedJob, order: Timeline, *, picture: Path | None, events: Path | None) -> None:
+    if picture is not None:
+        draw_picture({f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.parallel.schedule}": order}, picture)
+    if events is not None:
+        events.write_text(trace(order))
 
 
 def _as_dict(schedule: Schedule, order: Timeline) -> dict[str, Any]:

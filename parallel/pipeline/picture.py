@@ -47,15 +47,7 @@ def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
     Raises:
         PlotError: where matplotlib is missing.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise PlotError(
-            f"{path} cannot be drawn, since matplotlib is not installed; pip install 'meshwright[plots]'"
-        ) from error
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot(path)
     heights = [_height_in(found.num_ranks) for found in timelines.values()]
     figure, every = plt.subplots(
         len(timelines),
@@ -73,6 +65,19 @@ def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
     _explain(figure, used)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _pyplot(path: Path) -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise PlotError(
+            f"{path} cannot be drawn, since matplotlib is not installed; pip install 'meshwright[plots]'"
+        ) from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _height_in(num_ranks: int) -> float:

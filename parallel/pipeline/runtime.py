@@ -11,7 +11,7 @@ from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.transfers import Transfers
 
-__all__ = ["Phase", "States", "Watch", "Work", "execute"]
+__all__ = ["Phase", "States", "Watch", "Work", "execute", "unwatched"]
 
 
 class States(Protocol):
@@ -52,7 +52,8 @@ Watch = Callable[[Action, Phase], None]
 """Told what a rank is at: an action waits (for parameters, or another rank), runs, is done."""
 
 
-def _nobody(action: Action, phase: Phase) -> None:
+def unwatched(action: Action, phase: Phase) -> None:
+    """Nobody is told."""
     del action, phase
 
 
@@ -75,7 +76,7 @@ class Work:
     transfers: Transfers | None
     forwarded: Callable[[], None]
     weight: Callable[[int], Tensor | None]
-    watch: Watch = _nobody
+    watch: Watch = unwatched
 
 
 def execute(actions: Sequence[Action], work: Work) -> None:

@@ -162,10 +162,10 @@ class _Paper:
         makers = [self._ends[need] for need in needs_in(self._schedule, action)]
         begun = max([self.clocks[rank], *(end for end, _ in makers)])
         start = max([begun, *(end + self.costs.latency for end, maker in makers if maker != rank)])
-        self._wait(rank, Cause.TRANSFER, begun, start)
+        self._wait(Wait(rank, Cause.TRANSFER, begun, start))
         if action.kind in COMPUTE:
             begun, start = start, max(start, self._whole.get(action.stage, 0.0))
-            self._wait(rank, Cause.PARAMETERS, begun, start)
+            self._wait(Wait(rank, Cause.PARAMETERS, begun, start))
         end = start + self.costs.of(action)
         for made in (action, *halves_of(action)):
             self._ends[made] = (end, rank)
@@ -181,7 +181,7 @@ class _Paper:
         """What was timed; at the end all wait for the last reduction."""
         last, makespan = max(self.clocks), max(*self.clocks, *self.links)
         for rank in range(len(self.clocks)):
-            self._wait(rank, Cause.END, last, makespan)
+            self._wait(Wait(rank, Cause.END, last, makespan))
         busy = [0.0] * len(self.clocks)
         for span in self.spans:
             busy[span.rank] += span.end - span.start
@@ -196,6 +196,6 @@ class _Paper:
         if action.kind is Kind.GATHER:
             self._whole[action.stage] = end
 
-    def _wait(self, rank: int, cause: Cause, start: float, end: float) -> None:
-        if end > start:
-            self.waits.append(Wait(rank, cause, start, end))
+    def _wait(self, each: Wait) -> None:
+        if each.end > each.start:
+            self.waits.append(each)

@@ -5,7 +5,7 @@ needed so that what is under way at the same time stands side by side. Arrows le
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from meshwright.parallel.pipeline.actions import Action
@@ -15,6 +15,8 @@ from meshwright.parallel.pipeline.timeline import Span, Timeline
 __all__ = ["lanes", "trace"]
 
 Event = dict[str, Any]
+_End = tuple[Span, int]
+"""What is sent or received, and on which thread."""
 _PAPER_UNIT_S = 1e-3
 
 
@@ -28,17 +30,17 @@ def trace(found: Timeline) -> str:
     """
     unit_ns = (_PAPER_UNIT_S if found.unit_s is None else found.unit_s) * 1e9
     events: list[Event] = []
-    ends: dict[Action, tuple[Span, int]] = {}
+    ends: dict[Action, _End] = {}
     for rank in range(found.num_ranks):
         threads = lanes([span for span in found.communication if span.rank == rank])
         events += _names(rank, len(threads))
         for thread, spans in enumerate(threads, start=1):
             events += (_slice(span, thread, unit_ns) for span in spans)
             ends.update({span.action: (span, thread) for span in spans})
-    for number, (sent, taken) in enumerate(_journeys(ends)):
-        events += _arrow(number, sent, taken, unit_ns)
+    for number, journey in enumerate(_journeys(ends)):
+        events += _arrow(number, journey, unit_ns)
     events += (
-        _event(f"wait: {each.cause}", "wait", (each.rank, 0), _times(each.start, each.end, unit_ns))
+        _event(f"wait: {each.cause}", "wait", where=(each.rank, 0), times_ns=_times(each.start, each.end, unit_ns))
         for each in found.waits
     )
     events += (_slice(span, 0, unit_ns) for span in found.spans)
@@ -79,43 +81,27 @@ def _times(start: float, end: float, unit_ns: float) -> tuple[int, int]:
 def _slice(span: Span, thread: int, unit_ns: float) -> Event:
     action = span.action
     args = {"stage": action.stage, "microbatch": action.microbatch}
-    where = (span.rank, thread)
-    event = _event(str(action), action.kind.name.lower(), where, _times(span.start, span.end, unit_ns))
-    return {**event, "args": args}
+    times_ns = _times(span.start, span.end, unit_ns)
+    return {**_event(str(action), action.kind.name.lower(), where=(span.rank, thread), times_ns=times_ns), "args": args}
 
 
-def _event(name: str, category: str, where: tuple[int, int], times_ns: Sequence[int]) -> Event:
-    start, end = times_ns
+def _event(name: str, category: str, *, where: tuple[int, int], times_ns: tuple[int, int]) -> Event:
     rank, thread = where
-    return {
-        "name": name,
-        "cat": category,
-        "ph": "X",
-        "ts": start / 1e3,
-        "dur": (end - start) / 1e3,
-        "pid": rank,
-        "tid": thread,
-    }
+    start, end = times_ns
+    times = {"ts": start / 1e3, "dur": (end - start) / 1e3}
+    return {"name": name, "cat": category, "ph": "X", **times, "pid": rank, "tid": thread}
 
 
-def _journeys(ends: dict[Action, tuple[Span, int]]) -> Iterator[tuple[tuple[Span, int], tuple[Span, int]]]:
+def _journeys(ends: dict[Action, _End]) -> Iterator[tuple[_End, _End]]:
     for action, end in ends.items():
         if action.kind in SENDS and other_end(action) in ends:
             yield end, ends[other_end(action)]
 
 
-def _arrow(number: int, sent: tuple[Span, int], taken: tuple[Span, int], unit_ns: float) -> Iterator[Event]:
+def _arrow(number: int, journey: tuple[_End, _End], unit_ns: float) -> Iterator[Event]:
     """The two ends of an arrow; each lies inside of its slice."""
-    for phase, (span, thread) in (("s", sent), ("f", taken)):
+    for phase, (span, thread) in zip("sf", journey, strict=True):
         start, end = _times(span.start, span.end, unit_ns)
         moment = start if phase == "s" else max(start, end - 1)
-        yield {
-            "name": "sent",
-            "cat": "transfer",
-            "ph": phase,
-            "id": number,
-            "ts": moment / 1e3,
-            "pid": span.rank,
-            "tid": thread,
-            **({"bp": "e"} if phase == "f" else {}),
-        }
+        event = {"name": "sent", "cat": "transfer", "ph": phase, "id": number, "ts": moment / 1e3}
+        yield {**event, "pid": span.rank, "tid": thread, **({"bp": "e"} if phase == "f" else {})}
