@@ -93,9 +93,9 @@ def _filled(found: Timeline, rank: int, columns: int) -> str:
         for column in range(first, last + 1):
             inside = min(each.end, edges[column + 1]) - max(each.start, edges[column])
             spent[column][kind] = spent[column].get(kind, 0.0) + inside
-    for column in spent:
-        column["."] = each_column - sum(column.values())
-    return "".join(max(column, key=lambda kind: (column[kind], kind)) for column in spent)
+    for times in spent:
+        times["."] = each_column - sum(times.values())
+    return "".join(max(times, key=lambda kind: (times[kind], kind)) for times in spent)
 
 
 def _letter(each: Span | Wait) -> str:

@@ -38,7 +38,7 @@ _LANES = ((("gather", "reduce"), (0.69, 0.15), 1 / 400), (("send",), (0.86, 0.07
 
 
 def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
-    """Writes a PNG.
+    """Writes a PNG; timelines in the same unit have the same scale.
 
     Args:
         timelines: title -> what is drawn below it; the bubble is added to the title.
@@ -59,6 +59,7 @@ def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
     )
     used: dict[str, str] = {}
     for axes, (title, found) in zip(every[:, 0], timelines.items(), strict=True):
+        axes.set_xlim(0, max(each.makespan for each in timelines.values() if each.unit_s == found.unit_s))
         _draw(axes, found)
         _dress(axes, title, found)
         used |= _used(found)
@@ -103,7 +104,7 @@ def _draw_work(axes: Any, found: Timeline) -> None:
         colour = _WORK[_NAMES[span.action.kind]][turns[span.rank, span.action.stage] % 2]
         bars[span.rank, colour].append((span.start, span.end - span.start))
     mean = sum(span.end - span.start for span in found.spans) / len(found.spans)
-    edge = 0.4 if mean / found.makespan * _WIDTH_IN * _DPI > 6 else 0.0
+    edge = 0.4 if mean / axes.get_xlim()[1] * _WIDTH_IN * _DPI > 6 else 0.0
     for (rank, colour), spans in bars.items():
         axes.broken_barh(spans, (rank + _COMPUTE[0], _COMPUTE[1]), facecolor=colour, edgecolor="white", linewidth=edge)
 
@@ -118,7 +119,7 @@ def _draw_links(axes: Any, found: Timeline) -> None:
     """What is under way at the same time shares the height of its lane; what takes no time is a thin mark."""
     for rank in range(found.num_ranks):
         for names, (top, height), share in _LANES:
-            thinnest = found.makespan * share
+            thinnest = axes.get_xlim()[1] * share
             shown = [
                 Span(rank, span.action, span.start, max(span.end, span.start + thinnest))
                 for span in found.communication
@@ -141,7 +142,7 @@ def _by_name(spans: Iterable[Span]) -> dict[str, list[tuple[float, float]]]:
 def _number(axes: Any, found: Timeline) -> None:
     """Micro-batches, where they fit."""
     size = 8 if found.num_ranks <= 4 else 6.5
-    column = found.makespan / (_WIDTH_IN * 0.93 * 72)  # a point of the page
+    column = axes.get_xlim()[1] / (_WIDTH_IN * 0.93 * 72)  # a point of the page
     for span in found.spans:
         text = str(span.action.microbatch)
         if span.end - span.start > (0.62 * size * len(text) + 2) * column:
@@ -151,7 +152,6 @@ def _number(axes: Any, found: Timeline) -> None:
 
 def _dress(axes: Any, title: str, found: Timeline) -> None:
     axes.set_title(f"{title}: bubble {found.bubble:.1%}", loc="left", fontsize=11, color=_INK, pad=8)
-    axes.set_xlim(0, found.makespan)
     axes.set_ylim(found.num_ranks, 0)
     ranks = range(found.num_ranks)
     step = max(1, found.num_ranks // 32)
