@@ -59,7 +59,7 @@ class StepFiles:
             return None
         path = self.run_dir / "timeline.png"
         planned = timeline(self.schedule, costs_of(self._found))
-        above = f"{self.title}, planned, with the measured times of blocks and free communication"
+        above = f"{self.title}, planned with the measured times of blocks, communication free"
         try:
             draw_picture({above: planned, f"step {self.step}, measured": self._found}, path)
         except PlotError as error:

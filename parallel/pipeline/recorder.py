@@ -74,13 +74,14 @@ class Recorder:
     def __init__(self, clock: _Clock | None = None) -> None:
         self._clock = clock or _Clock()
         self._now = self._clock.now
-        self._marks: list[tuple[Action, Phase, Any]] = []
+        self._marks: list[Any] = []  # action, phase, moment; action, ...: no objects that the garbage collector counts
+        self._note = self._marks.extend
         self._arrivals: list[list[Any]] = []
         self._ends: list[Any] = []
 
     def __call__(self, action: Action, phase: Phase) -> None:
         """Notes one phase of one action."""
-        self._marks.append((action, phase, self._now()))
+        self._note((action, phase, self._now()))
 
     def limit(self) -> None:
         """Notes the start, or the end, of the step."""
@@ -88,9 +89,9 @@ class Recorder:
 
     def started(self, pending: Pending) -> None:
         """Notes a collective, if an action started it that says so in the schedule."""
-        if not self._marks or self._marks[-1][1] is Phase.DONE or self._marks[-1][0].kind not in _COLLECTIVES:
+        if not self._marks or self._marks[-2] is Phase.DONE or self._marks[-3].kind not in _COLLECTIVES:
             return
-        arrival = [len(self._marks) - 1]
+        arrival = [len(self._marks) // 3 - 1]
         self._arrivals.append(arrival)
         future = _future(pending) if self._clock.tells_at_once else None
         if future is None:
@@ -100,14 +101,14 @@ class Recorder:
 
     def moments(self) -> RankMoments:
         """What was noted."""
-        times = self._clock.read([*self._ends, *(moment for _, _, moment in self._marks)])
+        times = self._clock.read([*self._ends, *self._marks[2::3]])
         (start, end), marks = times[:2], times[2:]
         arrived: dict[int, float] = {}
         for place, *moment in self._arrivals:
             at = self._clock.read(moment)[0] if moment else end
             arrived[place] = max(at, arrived.get(place, at))
         rows, row = [], [nan] * 4
-        for place, ((_, phase, _), moment) in enumerate(zip(self._marks, marks, strict=True)):
+        for place, (phase, moment) in enumerate(zip(self._marks[1::3], marks, strict=True)):
             row[_COLUMN[phase]] = moment
             row[3] = arrived.get(place, row[3])
             if phase is Phase.DONE:

@@ -45,7 +45,7 @@ def test_the_same_seed_gives_the_same_curve_on_any_number_of_ranks(tmp_path: Pat
 
 
 def test_a_job_with_a_schedule_says_what_its_steps_wait_for(tmp_path: Path) -> None:
-    job = write_job(tmp_path, parallel="{fsdp: 2, schedule: layered, num_microbatches: 2}", steps=3, every=100)
+    job = write_job(tmp_path, parallel="{pp: 2, schedule: modular, num_microbatches: 2}", steps=3, every=100)
     code, output = finish(job, "one")
     assert code == 0, output
     first, *others = [each for each in metrics(job, "one") if "loss" in each]
@@ -53,7 +53,7 @@ def test_a_job_with_a_schedule_says_what_its_steps_wait_for(tmp_path: Path) -> N
     for each in others:
         assert each["bubble"] > 0
         assert 0 <= each["exposed_communication_s"] < each["step_s"]
-        assert (each["gathers"], each["reductions"]) == (2, 2)
+        assert (each["gathers"], each["reductions"]) == (0, 0)  # no axis to gather or reduce along
     events = json.loads((run_dir(job, "one") / "trace.json").read_text())["traceEvents"]
     assert {"0F0", "0F1", "1B1", "0REDUCE_GRAD"} < {event["name"] for event in events}
     assert (run_dir(job, "one") / "timeline.png").stat().st_size > 10_000
