@@ -104,8 +104,8 @@ class Recorder:
         times = self._clock.read([*self._ends, *self._marks[2::3]])
         (start, end), marks = times[:2], times[2:]
         arrived: dict[int, float] = {}
-        for place, *moment in self._arrivals:
-            at = self._clock.read(moment)[0] if moment else end
+        for place, *moments in self._arrivals:
+            at = self._clock.read(moments)[0] if moments else end
             arrived[place] = max(at, arrived.get(place, at))
         rows, row = [], [nan] * 4
         for place, (phase, moment) in enumerate(zip(self._marks[1::3], marks, strict=True)):
