@@ -5,7 +5,7 @@ its collectives are no-ops, so callers need no special case.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -138,6 +138,7 @@ class Groups:
     mesh: Mesh
     device_type: str = "cpu"
     rank: int = field(init=False)
+    notice: Callable[[Pending], None] | None = field(init=False, default=None)
     _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
     _calls: dict[tuple[str | int | None, ...], Call] = field(init=False, default_factory=dict)
     _device_mesh: DeviceMesh | None = field(init=False, default=None)
@@ -198,17 +199,24 @@ class Groups:
         group = self.group(*axes)
         if group is None:
             return Pending(None)
-        return Pending(dist.all_reduce(tensor, group=group, async_op=True), self.call("all_reduce", *axes))
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        return self._started(work, self.call("all_reduce", *axes))
 
     def gather_into(self, whole: torch.Tensor, mine: torch.Tensor, axis: str) -> Pending:
         """Starts filling `whole` with every rank's `mine` along an axis of degree above one (1-dim, in order)."""
         work = dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True)
-        return Pending(work, self.call("all_gather", axis))
+        return self._started(work, self.call("all_gather", axis))
 
     def reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor, axis: str) -> Pending:
         """Starts summing `whole` over an axis of degree above one, of which `mine` gets this rank's part (1-dim)."""
         work = dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True)
-        return Pending(work, self.call("reduce_scatter", axis))
+        return self._started(work, self.call("reduce_scatter", axis))
+
+    def _started(self, work: Any, call: Call) -> Pending:
+        pending = Pending(work, call)
+        if self.notice is not None:
+            self.notice(pending)
+        return pending
 
     def _wide(self, axis: str) -> Any:
         group = self.group(axis)

@@ -23,11 +23,11 @@ from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Schedule
-from meshwright.parallel.pipeline.observe import watch_progress
+from meshwright.parallel.pipeline.observe import both, watch_progress
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
-from meshwright.parallel.pipeline.runtime import Watch, Work, execute
+from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
@@ -57,6 +57,7 @@ class Engine:
         self.data = data
         self.options = options
         self.num_steps = 0
+        self.watch: Watch = unwatched
         self._buffers_checked = False
         self._groups = groups
         self._contract = options.contract
@@ -65,12 +66,20 @@ class Engine:
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         groups.channels("pp")
-        self._has_loss = stages.schedule.homes[-1] == stages.rank
         draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What ranks do in one step; None where the model is stepped as a whole."""
+        return self._stages.schedule if self._stages.blocks else None
+
+    @property
+    def _has_loss(self) -> bool:
+        return self._stages.schedule.homes[-1] == self._stages.rank
 
     def step(self, batch: Any) -> StepStats:
         """Leaves in every parameter the gradient of the global loss.
@@ -107,6 +116,9 @@ class Engine:
     @cached_property
     def _watch(self) -> Watch:
         return watch_progress(HERE, self._stages.schedule.homes, self._groups.mesh.group(self._groups.rank, "pp"))
+
+    def _watching(self) -> Watch:
+        return self._watch if self.watch is unwatched else both(self._watch, self.watch)
 
     def _in_turn(self, parts: list[Any]) -> StepStats:
         """One micro-batch after the other, forward and backward."""
@@ -158,7 +170,7 @@ class Engine:
             passes, routes = self._passes(parts)
             transfers = self._transfers(self._stages.schedule, routes)
             self.data.open()
-            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watch))
+            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watching()))
         self.data.launch()
         summed.wait()
         told.wait()

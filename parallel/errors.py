@@ -49,6 +49,10 @@ class ScheduleError(MeshwrightError):
     """A schedule that cannot be run, or a pipeline that cannot be cut as asked."""
 
 
+class PlotError(MeshwrightError):
+    """A picture that cannot be drawn here."""
+
+
 class RankError(MeshwrightError):
     """A rank that failed; carries the traceback of the first one."""
 

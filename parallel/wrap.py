@@ -23,6 +23,9 @@ from meshwright.parallel.ledger import Ledger, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, StepOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
+from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.recorder import recording
+from meshwright.parallel.pipeline.timeline import Timeline
 from meshwright.parallel.plan import deal_model, make_plan
 from meshwright.parallel.report import WrapReport, describe
 from meshwright.parallel.weights import WeightFiles, alias_groups, boxes_of, write_weights
@@ -62,8 +65,10 @@ class ParallelModel:
         self.mesh = groups.mesh
         self.rank = groups.rank
         self.report = report
+        self.schedule: Schedule | None = engine.schedule
         self.last_step: StepStats | None = None
         self._engine = engine
+        self._groups = groups
         self._owned: StepOptimizer | None = None
 
     @property
@@ -94,6 +99,23 @@ class ParallelModel:
         with Ledger(self.mesh, self.rank) as ledger:
             loss = self.step(batch)
         return loss, ledger.summary()
+
+    def record_step(self, batch: Any) -> tuple[Tensor, Timeline]:
+        """The same as `step`, and when this rank and the others along `pp` did what; all ranks must ask.
+
+        The timeline is in seconds from the start of the step, at which ranks begin together and compare their clocks
+        (see `recording`).
+
+        Raises:
+            WrapError: for a model that has no schedule.
+        """
+        if self.schedule is None:
+            raise WrapError(
+                "schedule='accumulate' runs the model as a whole, so there is no order to record; use another"
+            )
+        with recording(self._engine, self._groups, self.schedule) as found:
+            loss = self.step(batch)
+        return loss, found[0]
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items over all data ranks (0-dim, float64), without gradients."""
@@ -138,25 +160,18 @@ class ParallelModel:
             WeightsError: when a tensor is missing or has another shape.
         """
         files = WeightFiles(Path(folder))
-        states = self._local_states().model_state()
+        states = _local_states(self._engine).model_state()
         for names in alias_groups(self.module):
             name = next((each for each in names if each in files), names[0])
             files.fill(name, *boxes_of(states[names[0]]))
 
     def save_weights(self, folder: str | Path, *, file_bytes: int = 5 << 30) -> None:
         """Writes whole weights as safetensors files that `from_pretrained` reads; every rank must call it."""
-        states = self._local_states().whole_states()
+        states = _local_states(self._engine).whole_states()
         if self.rank == 0:
             write_weights(Path(folder), states, self.module, file_bytes)
         for _ in states:  # the other ranks take part in joining each tensor
             pass
-
-    def _local_states(self) -> LocalStates:
-        data = self._engine.data
-        if not isinstance(data, LocalStates):
-            raise WrapError("weights are read and written with data_engine='torch'; wrap the model with it once")
-        data.release()
-        return data
 
     def state_dict(self, *, loading: bool = False) -> dict[str, Any]:
         """Model, optimizer and step count under names that no layout changes, for `torch.distributed.checkpoint`.
@@ -180,3 +195,11 @@ class ParallelModel:
             self._owned.make_states()
             self._owned.load(state["optimizer"])
         self._engine.num_steps = int(state["engine"]["num_steps"])
+
+
+def _local_states(engine: Engine) -> LocalStates:
+    data = engine.data
+    if not isinstance(data, LocalStates):
+        raise WrapError("weights are read and written with data_engine='torch'; wrap the model with it once")
+    data.release()
+    return data

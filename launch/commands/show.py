@@ -1,7 +1,11 @@
 """`meshwright show`: the mesh, what wrapping does to the model, and what a step costs; nothing is started."""
 
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,42 +13,107 @@ import typer
 
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.rehearse import report_on_meta, settled_on_meta
+from meshwright.parallel.errors import ScheduleError, nearest
+from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.draw import drawn
-from meshwright.parallel.pipeline.timeline import timeline
+from meshwright.parallel.pipeline.picture import draw_picture
+from meshwright.parallel.pipeline.timeline import Costs, Timeline, timeline
+from meshwright.parallel.pipeline.trace import trace
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["show"]
 
+_COSTS = tuple(field.name for field in fields(Costs) if field.name not in ("stages", "unit_s"))
+
 
 def show(
     job: Annotated[Path, typer.Argument(help="The job file.")],
+    *,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Write the order of a step as a PNG.")] = None,
+    events: Annotated[Path | None, typer.Option("--trace", help="Write it as a trace for Perfetto.")] = None,
+    costs: Annotated[
+        list[str] | None,
+        typer.Option("--cost", help=f"What the order is timed with, such as latency=0.2; of {', '.join(_COSTS)}."),
+    ] = None,
 ) -> None:
     """Print the mesh, the wrap report, the order of a step and its predicted collectives."""
+    given = _costs(costs or ())
     loaded = load_job(job, overrides or ())
     model, report = report_on_meta(loaded) if loaded.job.model is not None else (None, None)
+    planned = None if model is None else _planned(loaded, model, given)
+    if planned is not None:
+        _write(loaded, planned[1], picture=picture, events=events)
     if as_json:
         shown: dict[str, Any] = {
             "name": loaded.job.name,
             "mesh": loaded.job.mesh.degrees(),
             "ranks": loaded.job.mesh.world_size,
             "report": None if report is None else report.as_dict(),
+            "schedule": None if planned is None else _as_dict(*planned),
         }
         sys.stdout.write(json.dumps(shown) + "\n")
         return
     sys.stdout.write(f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.mesh.world_size} ranks\n")
-    if model is not None:
-        sys.stdout.write(f"{report}\norder of one step on every rank (blocks of one size, backward twice a forward):\n")
-        sys.stdout.write(f"{_order(loaded, model)}\n")
+    if planned is not None:
+        unit = f"the forward of a block takes {given.forward:g}, its backward {given.backward:g}"
+        sys.stdout.write(f"{report}\norder of one step on every rank of the pipeline ({unit}):\n{_text(planned[1])}\n")
 
 
-def _order(loaded: LoadedJob, model: "nn.Module") -> str:
-    """The schedule of a step, drawn; a model without blocks is one stage."""
+def _costs(words: Iterable[str]) -> Costs:
+    """Reads name=value.
+
+    Raises:
+        ScheduleError: for other names, and what is no number.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in _COSTS:
+            raise ScheduleError(f"--cost {word}: there is no cost {name!r}; {nearest(name, _COSTS)}")
+        try:
+            found[name] = float(value)
+        except ValueError as error:
+            raise ScheduleError(f"--cost {word}: {value!r} is no number; write {name}=0.5") from error
+    return Costs(**found)
+
+
+def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> tuple[Schedule, Timeline]:
+    """The schedule of a step and its times, where all blocks are alike; a model without blocks is one block."""
+    from dataclasses import replace
+
     from meshwright.parallel.blocks import find_blocks
+    from meshwright.parallel.options import Options
 
     options = settled_on_meta(loaded, model)
-    _, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model, options.blocks))))
-    return drawn(timeline(schedule), width=72)
+    placement, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model, options.blocks))))
+    sizes = {stage: float(len(placement.blocks(stage))) for stage in range(schedule.num_stages)}
+    return schedule, timeline(schedule, replace(costs, stages=sizes))
+
+
+def _write(loaded: LoadedJob, order: Timeline, *, picture: Path | None, events: Path | None) -> None:
+    if picture is not None:
+        draw_picture({f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.parallel.schedule}": order}, picture)
+    if events is not None:
+        events.write_text(trace(order))
+
+
+def _as_dict(schedule: Schedule, order: Timeline) -> dict[str, Any]:
+    return {
+        "name": schedule.name,
+        "text": schedule.write(),
+        "homes": schedule.homes,
+        "makespan": order.makespan,
+        "bubble": order.bubble,
+        "gathers": schedule.count(Kind.GATHER),
+        "reductions": schedule.count(Kind.REDUCE),
+    }
+
+
+def _text(order: Timeline) -> str:
+    label = len(f"rank {order.num_ranks - 1}  ")
+    width = max(20, shutil.get_terminal_size((80, 24)).columns - label)
+    return drawn(order, width=width, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.launch.spec.job import Job
@@ -19,6 +19,7 @@ from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_l
 from meshwright.launch.worker.model import build_model
 from meshwright.launch.worker.optimizer import build_adamw, decay_of, set_rate
 from meshwright.launch.worker.plot import plot_losses
+from meshwright.launch.worker.record import StepFiles, figures
 from meshwright.launch.worker.schedule import LearningRate
 from meshwright.launch.worker.text import Text, load_text
 from meshwright.parallel.collectives import gather_integers
@@ -36,7 +37,6 @@ class Training:
 
     Args:
         job: what to train.
-        run_dir: where rank 0 writes metrics and the plot.
         model: wrapped.
         optimizer: of what this rank owns.
         text: batches by step.
@@ -44,10 +44,10 @@ class Training:
         metrics: of rank 0; other ranks hold one that writes nothing.
         meter: times and FLOPs.
         say: where lines for people go.
+        files: of one recorded step; they lie beside metrics and the plot.
     """
 
     job: Job
-    run_dir: Path
     model: ParallelModel
     optimizer: Optimizer
     text: Text
@@ -55,6 +55,7 @@ class Training:
     metrics: MetricsFile
     meter: Meter
     say: Callable[[str], None]
+    files: StepFiles
     step: int = 0
     saved: int = -1
     started_s: float = field(default_factory=time.monotonic)
@@ -93,12 +94,7 @@ class Training:
         set_rate(self.optimizer, self._rate().at(self.step))
         doing(f"reading the batch of step {self.step}")
         batch = self.text.training_batch(self.step, self.model.data_rank, self.model.mesh.data_degree)
-        extra: dict[str, Any] = {}
-        if self.step == 1:  # the same step in every run, since counting may choose other kernels
-            loss, counted = self.model.ledger_step(batch)
-            extra["collectives"] = counted.as_dict()
-        else:
-            loss = self.model.step(batch)
+        loss, extra = self._gradients(batch)
         norm = self.model.clip_gradients(train.clip_norm) if train.clip_norm is not None else None
         doing(f"the optimizer's step {self.step}")
         self.optimizer.step()
@@ -107,10 +103,22 @@ class Training:
         extra["time_unix_s"] = now_unix_s()
         if self.meter.needs_peak:
             self.meter.measure_peak()
-        if self.step in (1, train.steps) or self._due(train.log_every_steps):
+        if self._is_logged:
             self._log(float(loss), None if norm is None else float(norm), extra)
         if self._due(train.validate_every_steps) and self.step < train.steps:
             self._validate()
+
+    def _gradients(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Forward and backward; loss, and what is to be logged with it."""
+        if self.step == 1:  # the same step in every run, since counting may choose other kernels
+            loss, counted = self.model.ledger_step(batch)
+            return loss, {"collectives": counted.as_dict()}
+        if self.model.schedule is None or not self._is_logged:
+            return self.model.step(batch), {}
+        loss, found = self.model.record_step(batch)
+        if self.model.rank == 0:
+            self.files.take(found, self.step)
+        return loss, figures(found)
 
     def _log(self, loss: float, norm: float | None, extra: dict[str, Any]) -> None:
         assert self.job.train is not None, "checked when the job was read"
@@ -170,9 +178,11 @@ class Training:
             self.say(f"stopped at step {self.step} after train.stop_after; launch again to go on")
 
     def _plot(self) -> None:
-        path = self.run_dir / "loss.png"
+        path = self.files.run_dir / "loss.png"
         missing = plot_losses(self.metrics.history, path, title=f"{self.job.name}: {self.model.mesh}")
         self.say(f"loss curve: {path}" if missing is None else f"no loss.png: {missing}")
+        if said := self.files.draw():
+            self.say(said)
 
     def _rate(self) -> LearningRate:
         train = self.job.train
@@ -185,6 +195,11 @@ class Training:
             decay=plan.decay,
             min_ratio=plan.min_lr_ratio,
         )
+
+    @property
+    def _is_logged(self) -> bool:
+        assert self.job.train is not None, "checked when the job was read"
+        return self.step in (1, self.job.train.steps) or self._due(self.job.train.log_every_steps)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -222,7 +237,6 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     whose_say = say if model.rank == 0 else _silent
     return Training(
         job=job,
-        run_dir=run_dir,
         model=model,
         optimizer=optimizer,
         text=text,
@@ -230,6 +244,7 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
         metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
         meter=meter,
         say=whose_say,
+        files=StepFiles(run_dir, f"{job.name}: {model.mesh}, {job.parallel.schedule}", model.schedule),
     )
 
 

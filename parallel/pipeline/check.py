@@ -9,12 +9,12 @@ from typing import Literal
 from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 
-__all__ = ["Facts", "Transport", "check", "halves_of", "needs_in", "needs_of", "other_end", "stuck_at", "walk"]
+__all__ = ["SENDS", "Facts", "Transport", "check", "halves_of", "needs_in", "needs_of", "other_end", "stuck_at", "walk"]
 
 Transport = Literal["posted", "blocking"]
 """How a send ends: "posted" at once (the receiver finds it by its name), "blocking" when the receiver takes it."""
 
-_SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
+SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
 _RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
 _OTHER_ENDS = {
     Kind.SEND_ACTIVATION: (1, Kind.RECEIVE_ACTIVATION),
@@ -72,7 +72,7 @@ def check(schedule: Schedule, transport: Transport = "posted") -> Facts:
         peak_gathered=tuple(_peak(row, _gathers) for row in rows),
         gathers=tuple(schedule.count(Kind.GATHER, rank) for rank in range(len(rows))),
         reductions=tuple(schedule.count(Kind.REDUCE, rank) for rank in range(len(rows))),
-        sends=tuple(sum(each.kind in _SENDS for each in row) for row in rows),
+        sends=tuple(sum(each.kind in SENDS for each in row) for row in rows),
     )
 
 
@@ -160,7 +160,7 @@ def _is_lowered(schedule: Schedule) -> bool:
 
 def _taker(action: Action) -> Action | None:
     """The receive that a send waits for."""
-    return other_end(action) if action.kind in _SENDS else None
+    return other_end(action) if action.kind in SENDS else None
 
 
 def _check_complete(schedule: Schedule) -> None:

@@ -11,7 +11,7 @@ from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.transfers import Transfers
 
-__all__ = ["Phase", "States", "Watch", "Work", "execute"]
+__all__ = ["Phase", "States", "Watch", "Work", "execute", "unwatched"]
 
 
 class States(Protocol):
@@ -56,7 +56,8 @@ _GOING_BACK = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
 _DONE_WITH = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
 
 
-def _nobody(action: Action, phase: Phase) -> None:
+def unwatched(action: Action, phase: Phase) -> None:
+    """Nobody is told."""
     del action, phase
 
 
@@ -79,7 +80,7 @@ class Work:
     transfers: Transfers | None
     forwarded: Callable[[], None]
     weight: Callable[[int], Tensor | None]
-    watch: Watch = _nobody
+    watch: Watch = unwatched
 
 
 def execute(actions: Sequence[Action], work: Work) -> None:

@@ -1,15 +1,16 @@
-"""A schedule on paper: when each action begins and ends, if computing and sending take given times.
+"""When each action of a schedule begins and ends: on paper, if actions take given times, or as a step was measured.
 
 Costs are in any one unit; the closed forms of the literature are exact here (see the tests).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind, Schedule
-from meshwright.parallel.pipeline.check import check, halves_of, needs_in, walk
+from meshwright.parallel.pipeline.check import SENDS, check, halves_of, needs_in, walk
 
-__all__ = ["Costs", "Span", "Timeline", "timeline"]
+__all__ = ["Cause", "Costs", "Span", "Timeline", "Wait", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,31 @@ class Costs:
         backward: whole; its halves take half of it each.
         recompute: of one forward, where the schedule says so.
         latency: from the end of the making action to the other rank, hidden where the receiver has other work.
+        gather: of parameters; a rank's gathers and reductions go one after the other, beside its computing.
+        reduce: of gradients.
         stages: how much larger a stage is than 1; 1 where it is not named.
+        unit_s: seconds of a unit, where it is known.
     """
 
     forward: float = 1.0
     backward: float = 2.0
     recompute: float = 1.0
     latency: float = 0.0
+    gather: float = 0.0
+    reduce: float = 0.0
     stages: Mapping[int, float] = field(default_factory=dict)
+    unit_s: float | None = None
 
     def of(self, action: Action) -> float:
-        """Time that an action occupies its rank."""
+        """Time that an action occupies the processor of its rank, or its link."""
         of_kind = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.backward,
             Kind.INPUT_GRADIENT: self.backward / 2,
             Kind.WEIGHT_GRADIENT: self.backward / 2,
             Kind.RECOMPUTE: self.recompute,
+            Kind.GATHER: self.gather,
+            Kind.REDUCE: self.reduce,
         }
         return of_kind.get(action.kind, 0.0) * self.stages.get(action.stage, 1.0)
 
@@ -52,24 +61,67 @@ class Span:
     end: float
 
 
+class Cause(StrEnum):
+    """What a rank waits for while it could compute."""
+
+    PARAMETERS = "parameters"
+    TRANSFER = "transfer"
+    END = "end of step"
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Time a rank waits for communication that is under way: what of it is not hidden behind computing."""
+
+    rank: int
+    cause: Cause
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Timeline:
     """When a schedule's actions run.
 
     Attributes:
         spans: those of computing actions.
-        makespan: when the last one ends.
+        makespan: when the last one ends, or the last reduction.
         busy: time each rank computes.
+        communication: gathers, reductions, sends and receives, from their start to their end.
+        waits: for communication under way. What a rank neither computes nor waits it is idle, as the schedule has it.
+        unit_s: seconds of a unit; None on paper.
     """
 
     spans: tuple[Span, ...]
     makespan: float
     busy: tuple[float, ...]
+    communication: tuple[Span, ...] = ()
+    waits: tuple[Wait, ...] = ()
+    unit_s: float | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Degree of the pipeline."""
+        return len(self.busy)
 
     @property
     def bubble(self) -> float:
-        """Idle time of the busiest rank over its computing time."""
+        """Time the busiest rank does not compute over the time it does."""
         return self.makespan / max(self.busy) - 1
+
+    @property
+    def exposed(self) -> tuple[float, ...]:
+        """Time each rank waits for communication under way."""
+        return tuple(sum(w.end - w.start for w in self.waits if w.rank == rank) for rank in range(self.num_ranks))
+
+    def count(self, kind: Kind) -> int:
+        """How often ranks communicate in one way.
+
+        >>> from meshwright.parallel.pipeline.orders import breadth_first
+        >>> timeline(breadth_first([0, 1], 4)).count(Kind.GATHER)
+        0
+        """
+        return sum(span.action.kind is kind for span in self.communication)
 
 
 def timeline(schedule: Schedule, costs: Costs | None = None) -> Timeline:
@@ -83,21 +135,67 @@ def timeline(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     0.125
     """
     check(schedule)
-    found = costs or Costs()
-    ends: dict[Action, tuple[float, int]] = {}
-    clocks = [0.0] * schedule.num_ranks
-    spans: list[Span] = []
+    paper = _Paper(schedule, costs or Costs())
+    walk(schedule, paper.visit)
+    return paper.timeline()
 
-    def visit(rank: int, action: Action) -> None:
-        makers = [ends[need] for need in needs_in(schedule, action)]
-        arrivals = [end if maker == rank else end + found.latency for end, maker in makers]
-        start = max([clocks[rank], *arrivals])
-        clocks[rank] = start + found.of(action)
-        for made in (action, *halves_of(action)):
-            ends[made] = (clocks[rank], rank)
+
+class _Paper:
+    """Clocks of a schedule that is walked: one for each rank's processor, one for its link."""
+
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        self.costs = costs
+        self.clocks = [0.0] * schedule.num_ranks
+        self.links = [0.0] * schedule.num_ranks
+        self.spans: list[Span] = []
+        self.communication: list[Span] = []
+        self.waits: list[Wait] = []
+        self._schedule = schedule
+        self._ends: dict[Action, tuple[float, int]] = {}
+        self._whole: dict[int, float] = {}
+
+    def visit(self, rank: int, action: Action) -> None:
+        """Times one action; all it needs was timed before."""
+        if action.kind in (Kind.GATHER, Kind.REDUCE):
+            self._collect(rank, action)
+            return
+        makers = [self._ends[need] for need in needs_in(self._schedule, action)]
+        begun = max([self.clocks[rank], *(end for end, _ in makers)])
+        start = max([begun, *(end + self.costs.latency for end, maker in makers if maker != rank)])
+        self._wait(Wait(rank, Cause.TRANSFER, begun, start))
         if action.kind in COMPUTE:
-            spans.append(Span(rank, action, start, clocks[rank]))
+            begun, start = start, max(start, self._whole.get(action.stage, 0.0))
+            self._wait(Wait(rank, Cause.PARAMETERS, begun, start))
+        end = start + self.costs.of(action)
+        for made in (action, *halves_of(action)):
+            self._ends[made] = (end, rank)
+        if action.kind in COMPUTE:
+            self.spans.append(Span(rank, action, start, end))
+        elif action.kind in SENDS:
+            self.communication.append(Span(rank, action, start, start + self.costs.latency))
+        elif action.kind is not Kind.FREE:
+            self.communication.append(Span(rank, action, self.clocks[rank], end))
+        self.clocks[rank] = end
 
-    walk(schedule, visit)
-    busy = [sum(each.end - each.start for each in spans if each.rank == rank) for rank in range(schedule.num_ranks)]
-    return Timeline(tuple(spans), max(clocks), tuple(busy))
+    def timeline(self) -> Timeline:
+        """What was timed; at the end all wait for the last reduction."""
+        last, makespan = max(self.clocks), max(*self.clocks, *self.links)
+        for rank in range(len(self.clocks)):
+            self._wait(Wait(rank, Cause.END, last, makespan))
+        busy = [0.0] * len(self.clocks)
+        for span in self.spans:
+            busy[span.rank] += span.end - span.start
+        spans, communication, waits = tuple(self.spans), tuple(self.communication), tuple(self.waits)
+        return Timeline(spans, makespan, tuple(busy), communication, waits, self.costs.unit_s)
+
+    def _collect(self, rank: int, action: Action) -> None:
+        """A gather or reduction, on the rank's link."""
+        start = max(self.clocks[rank], self.links[rank])
+        self.links[rank] = end = start + self.costs.of(action)
+        self.communication.append(Span(rank, action, start, end))
+        if action.kind is Kind.GATHER:
+            self._whole[action.stage] = end
+
+    def _wait(self, each: Wait) -> None:
+        if each.end > each.start:
+            self.waits.append(each)

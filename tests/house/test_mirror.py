@@ -61,6 +61,7 @@ THROUGH_OTHERS = {
     "meshwright.launch.spec.machines": "tests/launch/test_spec.py and test_malformed.py, through Job",
     "meshwright.launch.spec.rules": "tests/launch/test_spec.py and test_malformed.py, through Job",
     "meshwright.launch.spec.training": "tests/launch/test_spec.py and test_malformed.py, through Job",
+    "meshwright.launch.worker.record": "tests/launch/worker/test_train.py runs a job with a schedule",
     "meshwright.launch.yaml_scalars": "tests/launch/test_yaml_text.py",
     "meshwright.parallel.data": "tests/parallel/test_verify.py runs every engine",
     "meshwright.parallel.reference": "tests/parallel/test_verify.py compares with it",

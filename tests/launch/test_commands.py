@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.launch.cli import main
+from meshwright.parallel.pipeline.actions import Kind, Schedule
 from tests.launch.test_rehearse import written
 
 _SCHEDULES = {
@@ -42,6 +43,22 @@ def test_show_draws_the_order_that_a_step_will_have(tmp_path: Path, capsys: pyte
     first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rank 0"))
     assert first.count("01") > 1
     assert first.index("B") < first.rindex("A")
+
+
+def test_show_writes_the_order_as_text_picture_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{pp: 2, fsdp: 2, num_microbatches: 3, schedule: modular}"))
+    files = [tmp_path / "order.png", tmp_path / "order.json"]
+    costs = ["--cost", "latency=1", "--cost", "backward=3"]
+    assert main(["show", job, "--json", "--plot", str(files[0]), "--trace", str(files[1]), *costs]) == 0
+    shown = json.loads(capsys.readouterr().out)["schedule"]
+    assert (shown["makespan"], shown["bubble"], shown["gathers"], shown["reductions"]) == (18.0, 0.5, 2, 2)
+    schedule = Schedule.read(shown["text"])
+    assert schedule.homes == (0, 1)
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    names = {event["name"] for event in json.loads(files[1].read_text())["traceEvents"]}
+    assert {str(action) for row in schedule.ranks for action in row if action.kind is not Kind.FREE} < names
+    assert main(["show", job, "--cost", "latancy=1"]) == 65
+    assert "did you mean 'latency'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

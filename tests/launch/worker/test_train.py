@@ -44,6 +44,21 @@ def test_the_same_seed_gives_the_same_curve_on_any_number_of_ranks(tmp_path: Pat
         assert curve == pytest.approx(curves[0], rel=1e-12)
 
 
+def test_a_job_with_a_schedule_says_what_its_steps_wait_for(tmp_path: Path) -> None:
+    job = write_job(tmp_path, parallel="{pp: 2, schedule: modular, num_microbatches: 2}", steps=3, every=100)
+    code, output = finish(job, "one")
+    assert code == 0, output
+    first, *others = [each for each in metrics(job, "one") if "loss" in each]
+    assert "bubble" not in first
+    for each in others:
+        assert each["bubble"] > 0
+        assert 0 <= each["exposed_communication_s"] < each["step_s"]
+        assert (each["gathers"], each["reductions"]) == (0, 0)  # no axis to gather or reduce along
+    events = json.loads((run_dir(job, "one") / "trace.json").read_text())["traceEvents"]
+    assert {"0F0", "0F1", "1B1", "0REDUCE_GRAD"} < {event["name"] for event in events}
+    assert (run_dir(job, "one") / "timeline.png").stat().st_size > 10_000
+
+
 def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path: Path) -> None:
     job = write_job(tmp_path, parallel="{fsdp: 2}", steps=6)
     assert finish(job, "one")[0] == 0

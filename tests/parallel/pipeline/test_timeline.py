@@ -4,7 +4,7 @@ import pytest
 
 from meshwright.parallel.pipeline.lower import lowered
 from meshwright.parallel.pipeline.orders import breadth_first, one_forward_one_backward
-from meshwright.parallel.pipeline.timeline import Costs, timeline
+from meshwright.parallel.pipeline.timeline import Cause, Costs, timeline
 
 
 def _closed_form(ranks: int, microbatches: int, loops: int, costs: Costs) -> float:
@@ -68,3 +68,22 @@ def test_reductions_begin_through_the_whole_backward() -> None:
 
     assert fractions(breadth_first) == [0.54, 0.70, 0.85, 1.0]
     assert fractions(one_forward_one_backward) == [0.77, 0.85, 0.92, 1.0]
+
+
+def test_a_link_carries_one_thing_after_the_other_and_computing_waits_for_parameters() -> None:
+    schedule = lowered(breadth_first([0, 0], 1), zero_stage=3, num_buffers=1)
+    found = timeline(schedule, Costs(1, 2, gather=3, reduce=4))
+    assert [(str(span.action), span.start, span.end) for span in found.communication] == [
+        ("0UNSHARD", 0, 3),
+        ("1UNSHARD", 4, 7),
+        ("1REDUCE_GRAD", 10, 14),
+        ("0UNSHARD", 14, 17),
+        ("0REDUCE_GRAD", 19, 23),
+    ]
+    assert [(wait.cause, wait.start, wait.end) for wait in found.waits] == [
+        (Cause.PARAMETERS, 0, 3),
+        (Cause.PARAMETERS, 4, 7),
+        (Cause.PARAMETERS, 10, 17),
+        (Cause.END, 19, 23),
+    ]
+    assert (found.makespan, found.busy, found.exposed) == (23, (6,), (17,))

@@ -1,0 +1,67 @@
+"""What steps of a scheduled job were like: figures for metrics.jsonl, trace.json, timeline.png with the plan above.
+
+Steps that are logged are recorded, but the first: there collectives are counted, routes are looked for and memory is
+asked for the first time. Files show the first step that is recorded; it draws nothing while the job runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshwright.parallel.errors import PlotError
+from meshwright.parallel.pipeline.actions import Kind, Schedule
+from meshwright.parallel.pipeline.measured import costs_of
+from meshwright.parallel.pipeline.picture import draw_picture
+from meshwright.parallel.pipeline.timeline import Timeline, timeline
+from meshwright.parallel.pipeline.trace import trace
+
+__all__ = ["StepFiles", "figures"]
+
+
+def figures(found: Timeline) -> dict[str, float | int]:
+    """Records of one step for metrics.jsonl: of this rank and the others along `pp`.
+
+    >>> figures(Timeline((), 3.0, (2.0, 1.0)))
+    {'bubble': 0.5, 'exposed_communication_s': 0.0, 'gathers': 0, 'reductions': 0}
+    """
+    return {
+        "bubble": round(found.bubble, 4),
+        "exposed_communication_s": round(sum(found.exposed) / found.num_ranks, 6),
+        "gathers": found.count(Kind.GATHER),
+        "reductions": found.count(Kind.REDUCE),
+    }
+
+
+@dataclass
+class StepFiles:
+    """trace.json and timeline.png of a run.
+
+    Args:
+        run_dir: where rank 0 writes them.
+        title: of the picture.
+        schedule: of every step; None where there is none.
+    """
+
+    run_dir: Path
+    title: str
+    schedule: Schedule | None
+    step: int = 0
+    _found: Timeline | None = None
+
+    def take(self, found: Timeline, step: int) -> None:
+        """Writes the trace of the first step that is given."""
+        if self._found is None:
+            self._found, self.step = found, step
+            (self.run_dir / "trace.json").write_text(trace(found))
+
+    def draw(self) -> str | None:
+        """Draws that step below its plan, timed with what it took; returns what to say of it."""
+        if self._found is None or self.schedule is None:
+            return None
+        path = self.run_dir / "timeline.png"
+        planned = timeline(self.schedule, costs_of(self._found))
+        above = f"{self.title}, planned with the measured times of blocks, communication free"
+        try:
+            draw_picture({above: planned, f"step {self.step}, measured": self._found}, path)
+        except PlotError as error:
+            return f"no timeline.png: {error}"
+        return f"step {self.step}, planned and measured: {path}; {path.with_name('trace.json')} for Perfetto"
