@@ -86,7 +86,6 @@ def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> tuple[Sched
     from dataclasses import replace
 
     from meshwright.parallel.blocks import find_blocks
-    from meshwright.parallel.options import Options
 
     options = settled_on_meta(loaded, model)
     placement, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model, options.blocks))))
