@@ -72,9 +72,7 @@ class Absent(Tensor):
             with _fakes():
                 given[0].stand_in = given[0].stand_in.clone()
         held = {id(each.stand_in): each for each in reversed(given)}  # what is changed in place comes first
-        bare_args, bare_keywords = tree_map(
-            lambda each: each.stand_in if isinstance(each, Absent) else each, (args, keywords)
-        )
+        bare_args, bare_keywords = tree_map(_bare, (args, keywords))
         try:
             with _fakes():
                 made = func(*bare_args, **bare_keywords)

@@ -8,24 +8,20 @@ whenever it stops.
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor, nn
-from torch.autograd.function import Function
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
+from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
 from meshwright.parallel.randomness import skip_block
 from meshwright.parallel.recompute import Frame
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Arguments", "Flow", "Guide", "captured", "fresh"]
+__all__ = ["Arguments", "Flow", "Guide", "captured"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block's call."""
@@ -76,9 +72,7 @@ class Flow:
         waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
         arguments: of the call that waits.
-        borders: (stage, sequence number) where each piece of the autograd graph begins. A node belongs to the last
-            piece that began at or before its number.
-        origins: leaf made at a border -> the edge of the graph that it continues.
+        cuts: of its graph.
         frames: stage -> calls that are recomputed.
     """
 
@@ -87,14 +81,11 @@ class Flow:
         self.ended = False
         self.result: Any = None
         self.arguments: Arguments = ((), {})
-        self.borders: list[tuple[int, int]] = []
-        self.origins: Any = WeakTensorKeyDictionary()
+        self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
         self._recomputed = recomputed
         self._limit = -1
-        self._stage = guide.first_stage
-        self._given: list[_Cut] = []
         self._state = ThreadState()
         self._work = run
         self._coroutine = greenlet(self._run)
@@ -118,32 +109,27 @@ class Flow:
             self._coroutine.parent.switch()
             self.waits, self.arguments = None, ((), {})
         if self._guide.passes_by(name):
-            note_passing(block, *arguments)
+            note_passing(block, arguments)
             skip_block(name)
             return self._guide.instead(name)
-        self._rebase()
-        first, self._stage = stage > self._stage, max(stage, self._stage)
-        remade = name in self._recomputed and torch.is_grad_enabled()
+        self.cuts.rebase()
+        first, remade = stage > self.cuts.stage, name in self._recomputed and torch.is_grad_enabled()
         if first:
-            self._begin()
-        args, kwargs = self._guide.completed(name, arguments)
+            self.cuts.begin(stage)
+        arguments = self._guide.completed(name, arguments)
         if remade:
-            self._begin()
-        if first or remade:
-            self._given = []
-            args = tuple(self._cut(each) for each in args)
-            kwargs = {key: self._cut(each) for key, each in kwargs.items()}
+            self.cuts.begin(self.cuts.stage)
+        args, kwargs = self.cuts.cut(*arguments) if first or remade else arguments
         work = partial(kind.__call__, block)
-        output = self._remade(name, work, args, kwargs) if remade else work(*args, **kwargs)
-        self._rebase()
+        output = self._remade(name, work, (args, kwargs)) if remade else work(*args, **kwargs)
+        self.cuts.rebase()
         self._guide.gave(name, output)
         return output
 
-    def _remade(self, name: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _remade(self, name: str, work: Callable[..., Any], arguments: Arguments) -> Any:
         """Runs a block of which only the inputs are kept."""
-        leaves = {id(each.fresh): each.leaf for each in self._given}
-        frame = Frame(f"block {name}", work, args, kwargs, leaves=leaves)
-        self.frames.setdefault(self._stage, []).append(frame)
+        frame = Frame(f"block {name}", work, arguments, leaves=self.cuts.leaves)
+        self.frames.setdefault(self.cuts.stage, []).append(frame)
         return frame.run()
 
     def _enter(self, how: Callable[[], Any]) -> None:
@@ -159,76 +145,12 @@ class Flow:
     def _run(self) -> None:
         _FLOWS[getcurrent()] = self
         try:
-            self._begin()
+            self.cuts.begin(self.cuts.stage)
             self.result = self._work()
         finally:
             del _FLOWS[getcurrent()]
             self.ended, self.waits = True, None
-            self._given = []
-
-    def _begin(self) -> None:
-        self.borders.append((self._stage, torch._C._autograd._get_sequence_nr()))
-
-    def _cut(self, value: Any) -> Any:
-        """The same value, tensors of earlier pieces as new leaves.
-
-        In lists and dicts they stay, since blocks may add to them; the graph tells what comes from there.
-        """
-        if isinstance(value, Tensor):
-            return self._cut_tensor(value)
-        if value is None or isinstance(value, (list, dict, bool, int, str)):
-            return value
-        return tree_map(self._cut_tensor, value, is_leaf=lambda each: isinstance(each, (list, dict)))
-
-    def _cut_tensor(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.grad_fn is None or not torch.is_grad_enabled():
-            return value
-        if value.grad_fn._sequence_nr() >= self.borders[-1][1]:
-            return value
-        for each in self._given:
-            if each.value is value:
-                return each.fresh
-        leaf = value.detach().requires_grad_()
-        self.origins[leaf] = get_gradient_edge(value)
-        made = fresh(leaf)
-        self._given.append(_Cut(value, leaf, made, made._version))
-        return made
-
-    def _rebase(self) -> None:
-        """Where what a stage was given has been changed, others who hold it go on with the change's history."""
-        for each in self._given:
-            if each.fresh._version != each.version:
-                _Rebased.apply(each.value, each.fresh)  # type: ignore[no-untyped-call]
-                each.version = each.fresh._version
-
-
-@dataclass(eq=False)
-class _Cut:
-    """A value, the leaf that goes on in its place, and the leaf's value as it is handed on."""
-
-    value: Tensor
-    leaf: Tensor
-    fresh: Tensor
-    version: int
-
-
-def fresh(leaf: Tensor) -> Tensor:
-    """A leaf's value as a tensor that may be changed in place; its gradient goes to the leaf."""
-    return torch.ops.aten._unsafe_view.default(leaf, leaf.shape)  # type: ignore[no-any-return]
-
-
-class _Rebased(Function):
-    """A value whose memory was changed elsewhere takes over the history of that change."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.mark_dirty(inputs[0])
-        return inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        del ctx
-        return None, gradients[0]
+            self.cuts.end()
 
 
 @contextmanager

@@ -218,36 +218,15 @@ class Groups:
             self.notice(pending)
         return pending
 
-    def _wide(self, axis: str) -> Any:
+    def wide(self, axis: str) -> Any:
+        """This rank's process group along an axis of degree above one."""
         group = self.group(axis)
         assert group is not None, f"axis {axis} has one rank"
         return group
 
-    def channels(self, axis: str) -> None:
-        """Makes what `send` and `receive` along an axis need; all ranks at once, before the first of them."""
-        if self.device_type == "cuda" and axis in self.active:
-            ranks = [list(group) for group in self.mesh.groups((axis,))]
-            self._made[axis, "down"] = dist.new_subgroups_by_enumeration(ranks)[0]
-
-    def _channel(self, axis: str, source: int, to: int) -> Any:
-        """A group for one direction: NCCL knows no tags, and messages of two ranks must not wait for each other."""
-        return self._made.get((axis, "down"), self._wide(axis)) if to < source else self._wide(axis)
-
-    def send(self, tensor: torch.Tensor, axis: str, to: int, *, tag: int) -> Pending:
-        """Starts sending to the rank at position `to` along an axis of degree above one."""
-        group = self._channel(axis, self.mesh.coordinates(self.rank)[axis], to)
-        rank = dist.get_global_rank(group, to)
-        return Pending(dist.isend(tensor, rank, group=group, tag=tag), self.call("send", axis, peer=rank))
-
-    def receive(self, tensor: torch.Tensor, axis: str, source: int, *, tag: int) -> Pending:
-        """Starts receiving from the rank at position `source` along an axis of degree above one."""
-        group = self._channel(axis, source, self.mesh.coordinates(self.rank)[axis])
-        rank = dist.get_global_rank(group, source)
-        return Pending(dist.irecv(tensor, rank, group=group, tag=tag), self.call("receive", axis, peer=rank))
-
     def tell(self, value: Any, axis: str, source: int) -> Any:
         """The object that the rank at position `source` along an axis gives; every rank must ask."""
-        group = self._wide(axis)
+        group = self.wide(axis)
         told = [value]
         call, sender = self.call("broadcast", axis), dist.get_global_rank(group, source)
         with Waiting(call, call.begun()):
@@ -256,10 +235,8 @@ class Groups:
 
     def axis(self, name: str) -> "ProcessAxis":
         """The ranks along one axis of degree above one."""
-        group = self.group(name)
-        assert group is not None, name
         here = self.mesh.coordinates(self.rank)[name]
-        return ProcessAxis(group, here, self.mesh.degree(name), self.call("collective", name))
+        return ProcessAxis(self.wide(name), here, self.mesh.degree(name), self.call("collective", name))
 
     def all_gather(self, tensor: torch.Tensor, *axes: str) -> list[torch.Tensor]:
         """Every rank's `tensor` along `axes`, in group order; all of one shape."""

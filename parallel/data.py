@@ -22,16 +22,8 @@ from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.weights import boxes_of
 
-__all__ = [
-    "AskScale",
-    "DataEngine",
-    "LocalStates",
-    "SharedFlags",
-    "Spread",
-    "Unscheduled",
-    "build_data_engine",
-    "spread_over",
-]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "Spread", "Unscheduled", "build_data_engine"]
+__all__ += ["spread_over"]
 
 
 AskScale = Callable[[], Tensor]

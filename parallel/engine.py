@@ -5,7 +5,7 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -25,8 +25,8 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.observe import both, watch_progress
 from meshwright.parallel.pipeline.passes import Pass
-from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
+from meshwright.parallel.pipeline.routes import Routes
 from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
@@ -62,10 +62,9 @@ class Engine:
         self._groups = groups
         self._contract = options.contract
         self._stages = stages
-        self._routes: dict[Hashable, Route] = {}
-        self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
-        groups.channels("pp")
+        self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
+        self._routes = None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire)
         draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
@@ -151,7 +150,7 @@ class Engine:
             if self._has_loss:
                 found = [each.result for each in passes]
                 losses.copy_(torch.stack([loss.detach().double() for loss, _ in found]))
-                items = torch.stack([items for _, items in found])
+                items = torch.stack([each for _, each in found])
                 sums.copy_(torch.stack([_weighted(losses, items).sum(), items.sum()]))
             summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
             told = self._groups.all_reduce(losses, "pp")
@@ -160,20 +159,17 @@ class Engine:
             summed.wait()
 
         def weight(microbatch: int) -> Tensor | None:
-            if not self._has_loss:
-                return None
-            loss, items = passes[microbatch].result
-            return items.to(loss.dtype)
+            return _weight(*passes[microbatch].result) if self._has_loss else None
 
         self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
-            transfers = self._transfers(self._stages.schedule, routes)
+            transfers = Transfers(self._stages.schedule, routes, self._wire) if self._wire else None
             self.data.open()
             execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watching()))
         self.data.launch()
-        summed.wait()
-        told.wait()
+        for pending in (summed, told):
+            pending.wait()
         if self._wire is not None:
             self._wire.flush()
         return StepStats(sums[0] / sums[1], sums[1], losses)
@@ -198,7 +194,7 @@ class Engine:
         actions = self._stages.forward_actions
         with captured(self._stages.blocks):
             passes, routes = self._passes([batch])
-            transfers = self._transfers(self._stages.forward, routes)
+            transfers = Transfers(self._stages.forward, routes, self._wire) if self._wire else None
             self.data.open()
             execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
         if self._wire is not None:
@@ -207,7 +203,7 @@ class Engine:
 
     def _passes(self, parts: list[Any]) -> tuple[list[Pass], list[Route]]:
         """A pass for each micro-batch, and their routes."""
-        routes = self._find_routes(parts) if self._wire is not None else []
+        routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0))
         mine = sorted(set(self._stages.mine.values()))
         passes = [
             Pass(
@@ -221,29 +217,6 @@ class Engine:
             for index, part in enumerate(parts)
         ]
         return passes, routes
-
-    def _find_routes(self, parts: list[Any]) -> list[Route]:
-        """The route of each micro-batch, looked for where none of its shape came before.
-
-        Ranks that share parameters look at the same time, whatever the shapes of their own micro-batches.
-        """
-        keys = [key_of(self.data.module, part) for part in parts]
-        first = [key not in self._routes and key not in keys[:index] for index, key in enumerate(keys)]
-        unknown = torch.tensor(first, dtype=torch.float32, device=self._device)
-        self._groups.all_reduce(unknown, "fsdp").wait()
-        for index, wanted in enumerate(unknown.tolist()):
-            if wanted:
-                self._routes[keys[index]] = self._probe(parts[index])
-        return [self._routes[key] for key in keys]
-
-    def _probe(self, part: Any) -> Route:
-        assert self._wire is not None, "one rank has all stages"
-        self.data.open()
-        homes = self._stages.schedule.homes
-        return probe(partial(self._forward, part, 0), self._stages.stage_of, homes, self.data, self._wire)
-
-    def _transfers(self, schedule: Schedule, routes: list[Route]) -> Transfers | None:
-        return None if self._wire is None else Transfers(schedule, routes, self._wire)
 
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""
@@ -264,6 +237,10 @@ def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:
         return sums[1].reciprocal()
 
     return ask
+
+
+def _weight(loss: Tensor, items: Tensor) -> Tensor:
+    return items.to(loss.dtype)
 
 
 def _weighted(loss: Tensor, items: Tensor) -> Tensor:

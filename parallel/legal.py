@@ -72,11 +72,7 @@ def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
             f"(choose from: {', '.join(fitting)})"
         )
     if order == "accumulate":
-        if settings.recompute:
-            raise WrapError(
-                "recompute goes with schedules that go block by block; use schedule='layered', or the model's own "
-                "(gradient_checkpointing_enable() of transformers)"
-            )
+        _check_whole(settings)
         return
     refused = {
         "data_engine='deepspeed'": settings.data_engine == "deepspeed",
@@ -89,6 +85,14 @@ def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
                 f"schedule={name!r} does not go with {option} by now; nearest legal: "
                 f"schedule={other!r} on {mesh} without it"
             )
+
+
+def _check_whole(settings: LayoutSettings) -> None:
+    if settings.recompute:
+        raise WrapError(
+            "recompute goes with schedules that go block by block; use schedule='layered', or the model's own "
+            "(gradient_checkpointing_enable() of transformers)"
+        )
 
 
 def _check_deepspeed(mesh: Mesh, settings: LayoutSettings) -> None:

@@ -23,10 +23,6 @@ class PaperGroups:
         """Something where a real mesh has a process group along `axes`, else None."""
         return self if any(self.mesh.degree(axis) > 1 for axis in axes) else None
 
-    def channels(self, axis: str) -> None:
-        """Nothing is sent."""
-        del axis
-
     def axis(self, name: str) -> PaperAxis:
         """The ranks along one axis."""
         return PaperAxis(None, 0, self.mesh.degree(name))

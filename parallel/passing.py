@@ -10,7 +10,8 @@ from torch import nn
 
 __all__ = ["note_passing", "on_passing"]
 
-Note = Callable[[tuple[Any, ...], dict[str, Any]], None]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Note = Callable[[Arguments], None]
 _ATTRIBUTE = "_meshwright_passing"
 
 
@@ -18,15 +19,15 @@ def on_passing(block: nn.Module, note: Note) -> None:
     """Has `note` called with the arguments of every call of a block.
 
     >>> block, seen = nn.Identity(), []
-    >>> on_passing(block, lambda args, kwargs: seen.append(args))
-    >>> note_passing(block, (1,), {})
+    >>> on_passing(block, seen.append)
+    >>> note_passing(block, ((1,), {}))
     >>> seen
-    [(1,)]
+    [((1,), {})]
     """
     block.__dict__.setdefault(_ATTRIBUTE, []).append(note)
 
 
-def note_passing(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def note_passing(block: nn.Module, arguments: Arguments) -> None:
     """Calls what `on_passing` was given for a block."""
     for note in block.__dict__.get(_ATTRIBUTE, ()):
-        note(args, kwargs)
+        note(arguments)

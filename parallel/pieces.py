@@ -78,7 +78,7 @@ class Pieces:
         A parameter that several pieces use gets the sum of their gradients with the last of them that is done.
         """
         mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        inputs, weights = self._inputs_of(mine), self._weights_of(mine)
+        inputs, weights = self._targets(mine)
         if not mine.edges and self._shared.isdisjoint(weights):
             self._straight(mine, inputs)
             return
@@ -99,16 +99,16 @@ class Pieces:
     def backward_inputs(self, piece: int) -> None:
         """The first half of `backward`: what earlier pieces wait for."""
         mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        weights = self._weights_of(mine)
+        inputs, weights = self._targets(mine)
         with _closed(mine.closed):
-            inputs, early, later = first_half(
+            found, early, later = first_half(
                 mine.roots,
-                self._inputs_of(mine),
+                inputs,
                 weights,
                 follow=lambda node: self._home(node) == piece,
                 keep=bool(mine.closed),
             )
-        self._hand_on(inputs)
+        self._hand_on(found)
         self._late[piece] = weights, early, later
 
     def backward_weights(self, piece: int) -> None:
@@ -116,11 +116,11 @@ class Pieces:
         weights, early, later = self._late.pop(piece)
         self._add(weights, {**early, **later.gradients()})
 
-    def _inputs_of(self, mine: _Piece) -> list[Edge]:
-        return [*((node, 0) for node in mine.leaves if self._is_input(node)), *mine.edges]
-
-    def _weights_of(self, mine: _Piece) -> list[Any]:
-        return [node for node in mine.leaves if not self._is_input(node)]
+    def _targets(self, mine: _Piece) -> tuple[list[Edge], list[Any]]:
+        """Edges to inputs, and leaves of weights."""
+        inputs = [node for node in mine.leaves if self._is_input(node)]
+        weights = [node for node in mine.leaves if not self._is_input(node)]
+        return [*((node, 0) for node in inputs), *mine.edges], weights
 
     def _is_input(self, node: Any) -> bool:
         return node.variable in self._origins or id(node.variable) in self._received

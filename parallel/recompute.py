@@ -20,6 +20,8 @@ from meshwright.parallel.thread_state import ThreadState
 
 __all__ = ["Frame"]
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -43,12 +45,11 @@ class Frame:
     Args:
         name: of what is called, for messages.
         work: the call; it must not change what it is given.
-        args: positional arguments.
-        kwargs: keyword arguments.
+        arguments: positional and keyword.
         leaves: id of an input that has a history -> the leaf that it was made from, whose memory may be given away.
 
     >>> weight, x = torch.ones(2, requires_grad=True), torch.ones(2)
-    >>> frame = Frame("product", lambda value: (value * weight).exp(), (x,), {}, leaves={})
+    >>> frame = Frame("product", lambda value: (value * weight).exp(), ((x,), {}), leaves={})
     >>> output = frame.run()
     >>> frame.recompute()
     >>> output.sum().backward()
@@ -57,18 +58,12 @@ class Frame:
     """
 
     def __init__(
-        self,
-        name: str,
-        work: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        leaves: Mapping[int, Tensor],
+        self, name: str, work: Callable[..., Any], arguments: _Arguments, *, leaves: Mapping[int, Tensor]
     ) -> None:
         self._name = name
         self._work = work
-        self._call: Any = args, kwargs
-        self._given = tree_map(lambda each: _Input(leaves[id(each)]) if id(each) in leaves else each, (args, kwargs))
+        self._call: Any = arguments
+        self._given = tree_map(lambda each: _Input(leaves[id(each)]) if id(each) in leaves else each, arguments)
         self._leaves = list(leaves.values())
         self._state, self._context = ThreadState(), copy_context()
         self._places: list[_Place] = []

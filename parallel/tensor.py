@@ -5,8 +5,8 @@ and hooks put the collectives of `exchange` where a region begins and ends. The 
 """
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,51 +15,12 @@ from torch.nn import functional
 from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis, cut, enter, gather, join, leave, scatter_sum
-from meshwright.parallel.layout import Split, deal
+from meshwright.parallel.layout import Split
+from meshwright.parallel.length import Length
 from meshwright.parallel.passing import note_passing, on_passing
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["Length", "install", "keep_shares"]
-
-
-class Length:
-    """The dealt sequence of one list of blocks: how long the whole one is, and how wide.
-
-    Each pass through the model has its own, also where several take turns: passes are contexts (`contextvars`).
-    """
-
-    def __init__(self, axis: Axis, *, full: int = 0, width: int = 0) -> None:
-        self.axis = axis
-        self._now: ContextVar[tuple[int, int]] = ContextVar("length", default=(full, width))
-
-    @property
-    def full(self) -> int:
-        """Positions of the whole sequence."""
-        return self._now.get()[0]
-
-    @property
-    def width(self) -> int:
-        """Features of the stream."""
-        return self._now.get()[1]
-
-    def open(self, stream: Tensor) -> None:
-        """Says which stream is dealt from here on ([..., positions, features])."""
-        self._now.set((stream.shape[-2], stream.shape[-1]))
-
-    def is_share(self, tensor: Any) -> bool:
-        """Whether a value is this rank's share of the stream."""
-        return self._fits(tensor) and tensor.shape[-2] == self._share() and tensor.shape[-1] == self.width
-
-    def is_whole(self, tensor: Any) -> bool:
-        """Whether a value is a whole stream."""
-        return self._fits(tensor) and tensor.shape[-2] == self.full and tensor.shape[-1] == self.width
-
-    def _fits(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.is_floating_point()
-
-    def _share(self) -> int:
-        start, stop = deal(self.full, self.axis.size)[self.axis.rank]
-        return stop - start
+__all__ = ["install", "keep_shares"]
 
 
 class _Entry:
@@ -263,11 +224,8 @@ def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, L
         lengths.update(dict.fromkeys(stream.blocks, length))
 
         def before(module: nn.Module, args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> Any:
-            note_passing(module, args, kwargs)
+            note_passing(module, (args, kwargs))
             return _changed(args, kwargs, (key,), lambda value: cut(value, axis, value.dim() - 2))
-
-        def opened(args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> None:
-            length.open(args[key] if isinstance(key, int) else kwargs[key])
 
         def after(module: nn.Module, args: Any, output: Any, length: Length = length) -> Any:
             del module, args
@@ -277,10 +235,15 @@ def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, L
             )
 
         first = model.get_submodule(stream.blocks[0])
-        on_passing(first, opened)
+        on_passing(first, partial(_open, length, stream.key))
         first.register_forward_pre_hook(before, with_kwargs=True)
         model.get_submodule(stream.blocks[-1]).register_forward_hook(after)
     return lengths
+
+
+def _open(length: Length, key: int | str, arguments: Any) -> None:
+    args, kwargs = arguments
+    length.open(args[key] if isinstance(key, int) else kwargs[key])
 
 
 def _changed(args: tuple[Any, ...], kwargs: dict[str, Any], keys: Any, change: Any) -> tuple[Any, dict[str, Any]]:

@@ -45,17 +45,25 @@ class ThreadState:
             torch.cuda.set_rng_state(self._cuda_random)
         torch.clear_autocast_cache()  # a cast made in one pass must not be used in another
         if now is None or now._autocast != self._autocast:
-            for device, (enabled, dtype) in self._autocast.items():
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
+            _put_autocast(self._autocast)
         if now is None or now._modes or self._modes:
-            while torch._C._len_torch_function_stack():
-                torch._C._pop_torch_function_stack()
-            for mode in self._modes:
-                torch._C._push_on_torch_function_stack(mode)
+            _put_modes(self._modes)
         if now is None or now._hooks or self._hooks:
             _taken_hooks()
             _put_hooks(self._hooks)
+
+
+def _put_autocast(settings: dict[str, tuple[bool, torch.dtype]]) -> None:
+    for device, (enabled, dtype) in settings.items():
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+def _put_modes(modes: list[Any]) -> None:
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
 
 
 def _taken_hooks() -> list[Any]:

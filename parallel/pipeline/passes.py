@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Arguments, Flow, fresh
+from meshwright.parallel.capture import Arguments, Flow
+from meshwright.parallel.cuts import fresh
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, replaced, shapes_in
 from meshwright.parallel.pipeline.way_back import WayBack
+from meshwright.parallel.recompute import Frame
 
 __all__ = ["Pass"]
 
@@ -114,35 +116,9 @@ class Pass:
         leaves = [each for each in self._taken.pop(stage) if each.requires_grad]
         return [torch.zeros_like(each) if each.grad is None else each.grad for each in leaves]
 
-    def lacking(self) -> list[int]:
-        """Places among the inputs of the block that waits whose values this rank has not, each value once."""
-        lacked: list[Tensor] = []
-        places = []
-        for place, value in enumerate(inputs_of(self.flow.arguments)):
-            if isinstance(value, Absent) and value.value is None and all(value is not each for each in lacked):
-                lacked.append(value)
-                places.append(place)
-        return places
-
-    def recompute(self, stage: int) -> None:
-        """Makes the insides of a stage's blocks anew where they were thrown away; once."""
-        for frame in self.flow.frames.get(stage, ()):
-            frame.recompute()
-
-    def forget(self, stage: int) -> None:
-        """Lets go of what was recomputed."""
-        for frame in self.flow.frames.pop(stage, ()):
-            frame.forget()
-
-    def offload(self, stage: int) -> None:
-        """Moves inputs of recomputed blocks to host memory."""
-        for frame in self.flow.frames.get(stage, ()):
-            frame.offload()
-
-    def fetch(self, stage: int) -> None:
-        """Starts moving them back."""
-        for frame in self.flow.frames.get(stage, ()):
-            frame.fetch()
+    def frames(self, stage: int) -> list[Frame]:
+        """Calls of a stage's blocks that are recomputed."""
+        return self.flow.frames.setdefault(stage, [])
 
     def passes_by(self, block: str) -> bool:
         """Whether another rank has the block that is called."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from meshwright.parallel.absent import Absent
 from meshwright.parallel.errors import MeshwrightError, WrapError
 from meshwright.parallel.pipeline.leftovers import Leftovers, watched
 from meshwright.parallel.pipeline.passes import Pass
@@ -141,7 +142,7 @@ class _Probe:
     def _cross(self, stage: int, sender: int, receiver: int) -> None:
         """The first block of a stage says what it lacks and gets it from the rank of the stage before."""
         each, wire = self.each, self.wire
-        places = wire.tell(each.lacking() if wire.rank == receiver else None, receiver)
+        places = wire.tell(_lacking(each) if wire.rank == receiver else None, receiver)
         inputs = inputs_of(each.flow.arguments)
         values = [each.present(inputs[place]) for place in places] if wire.rank == sender else []
         border = Border(tuple(places), wire.tell(tuple(Shape.of(value) for value in values), sender))
@@ -152,6 +153,17 @@ class _Probe:
         if wire.rank == receiver:
             each.take(border, stage, wire.receive(border.shapes, sender, tag)())
         wire.flush()
+
+
+def _lacking(each: Pass) -> list[int]:
+    """Places among the inputs of the block that waits whose values this rank has not, each value once."""
+    lacked: list[Tensor] = []
+    places = []
+    for place, value in enumerate(inputs_of(each.flow.arguments)):
+        if isinstance(value, Absent) and value.value is None and all(value is not other for other in lacked):
+            lacked.append(value)
+            places.append(place)
+    return places
 
 
 @contextmanager

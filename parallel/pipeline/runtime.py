@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.transfers import Transfers
+from meshwright.parallel.recompute import Frame
 
 __all__ = ["Phase", "States", "Watch", "Work", "execute", "unwatched"]
 
@@ -109,9 +110,9 @@ class _Run:
         }
         self._of_pass: Mapping[Kind, Callable[[Pass, int], None]] = {
             Kind.FORWARD: Pass.forward,
-            Kind.RECOMPUTE: Pass.recompute,
-            Kind.OFFLOAD: Pass.offload,
-            Kind.FETCH: Pass.fetch,
+            Kind.RECOMPUTE: lambda each, stage: _all(each.frames(stage), Frame.recompute),
+            Kind.OFFLOAD: lambda each, stage: _all(each.frames(stage), Frame.offload),
+            Kind.FETCH: lambda each, stage: _all(each.frames(stage), Frame.fetch),
             Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
             Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
             Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
@@ -136,10 +137,10 @@ class _Run:
         self._watch(action, Phase.RUNS)
         each = self._work.passes[microbatch]
         if action.kind in _GOING_BACK:
-            each.recompute(action.stage)
+            _all(each.frames(action.stage), Frame.recompute)  # where no action of its own said so
         self._of_pass[action.kind](each, action.stage)
         if action.kind in _DONE_WITH:
-            each.forget(action.stage)
+            _all(each.frames(action.stage), Frame.forget)
         if action.kind is Kind.FORWARD:
             self._forwards -= 1
             if not self._forwards:
@@ -156,3 +157,8 @@ class _Run:
         if microbatch not in self._seeded:
             self._seeded.add(microbatch)
             self._work.passes[microbatch].seed(self._work.weight(microbatch))
+
+
+def _all(frames: list[Frame], work: Callable[[Frame], None]) -> None:
+    for frame in frames:
+        work(frame)

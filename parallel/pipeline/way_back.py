@@ -20,8 +20,8 @@ class WayBack:
     """
 
     def __init__(self, flow: Flow, ends: Sequence[Tensor], *, received: Sequence[Tensor] = ()) -> None:
-        self._pieces = Pieces([start for _, start in flow.borders], flow.origins, ends, received=received)
-        self._homes = [stage for stage, _ in flow.borders]
+        self._pieces = Pieces([start for _, start in flow.cuts.borders], flow.cuts.origins, ends, received=received)
+        self._homes = [stage for stage, _ in flow.cuts.borders]
         self._late: dict[int, list[int]] = {}
 
     def give(self, value: Tensor, gradient: Tensor) -> None:

@@ -97,7 +97,7 @@ def test_only_named_blocks_run_twice_and_keep_nothing() -> None:
 def test_inputs_leave_the_device_and_come_back() -> None:
     leaf = torch.randn(4, 3, requires_grad=True)
     given = leaf.view_as(leaf)
-    frame = Frame("product", lambda value: value.sin() * value, (given,), {}, leaves={id(given): leaf})
+    frame = Frame("product", lambda value: value.sin() * value, ((given,), {}), leaves={id(given): leaf})
     output = frame.run()
     values, storage = leaf.detach().clone(), ref(leaf.untyped_storage())
     del given
@@ -122,7 +122,7 @@ def test_a_block_that_changes_its_input_or_computes_otherwise_is_refused() -> No
         turns[0] += 1
         return (value * weight).exp() if turns[0] == 1 else (value * weight).exp().sin()
 
-    frame = Frame("block 7", unsteady, (torch.ones(2),), {}, leaves={})
+    frame = Frame("block 7", unsteady, ((torch.ones(2),), {}), leaves={})
     frame.run()
     with pytest.raises(WrapError, match=r"block 7 computed otherwise when it was recomputed \(\d+ tensors"):
         frame.recompute()
