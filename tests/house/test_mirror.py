@@ -40,7 +40,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.cuts": "tests/parallel/test_layered.py cuts every family",
     "meshwright.parallel.length": "tests/parallel/test_recompute.py deals sequences in a pipeline",
     "meshwright.parallel.passing": "tests/parallel/test_recompute.py deals sequences in a pipeline",
-    "meshwright.parallel.thread_state": "tests/parallel/test_layered.py: an error leaves modes and generators as they were",
+    "meshwright.parallel.thread_state": "tests/parallel/test_layered.py: modes and generators after an error",
     "meshwright.parallel.pipeline.way_back": "tests/parallel/test_layered.py goes back through every family",
     "meshwright.parallel.pipeline.transfers": "tests/parallel/test_staged.py sends and receives by every schedule",
     "meshwright.parallel.pipeline.wire": "tests/parallel/test_staged.py sends and receives by every schedule",
