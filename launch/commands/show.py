@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import typer
 
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.rehearse import report_on_meta, settled_on_meta
-from meshwright.parallel.errors import ScheduleError, nearest
+from meshwright.parallel.errors import PlotError, ScheduleError, nearest
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.draw import drawn
 from meshwright.parallel.pipeline.picture import draw_picture
@@ -23,7 +24,11 @@ from meshwright.parallel.pipeline.trace import trace
 if TYPE_CHECKING:
     from torch import nn
 
+    from meshwright.parallel.report import WrapReport
+
 __all__ = ["show"]
+
+_Order = tuple[Schedule, Timeline]
 
 _COSTS = tuple(field.name for field in fields(Costs) if field.name not in ("stages", "unit_s"))
 
@@ -45,17 +50,10 @@ def show(
     loaded = load_job(job, overrides or ())
     model, report = report_on_meta(loaded) if loaded.job.model is not None else (None, None)
     planned = None if model is None else _planned(loaded, model, given)
-    if planned is not None:
-        _write(loaded, planned[1], picture=picture, events=events)
+    if picture is not None or events is not None:
+        _write(loaded, planned, picture=picture, events=events)
     if as_json:
-        shown: dict[str, Any] = {
-            "name": loaded.job.name,
-            "mesh": loaded.job.mesh.degrees(),
-            "ranks": loaded.job.mesh.world_size,
-            "report": None if report is None else report.as_dict(),
-            "schedule": None if planned is None else _as_dict(*planned),
-        }
-        sys.stdout.write(json.dumps(shown) + "\n")
+        sys.stdout.write(json.dumps(_as_dict(loaded, report, planned)) + "\n")
         return
     sys.stdout.write(f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.mesh.world_size} ranks\n")
     if planned is not None:
@@ -74,14 +72,13 @@ def _costs(words: Iterable[str]) -> Costs:
         name, _, value = word.partition("=")
         if name not in _COSTS:
             raise ScheduleError(f"--cost {word}: there is no cost {name!r}; {nearest(name, _COSTS)}")
-        try:
-            found[name] = float(value)
-        except ValueError as error:
-            raise ScheduleError(f"--cost {word}: {value!r} is no number; write {name}=0.5") from error
+        if not re.fullmatch(r"\d+(\.\d+)?", value) or (name == "forward" and not float(value)):
+            raise ScheduleError(f"--cost {word}: {value!r} is no time; write {name}=0.5")
+        found[name] = float(value)
     return Costs(**found)
 
 
-def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> tuple[Schedule, Timeline]:
+def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> _Order:
     """The schedule of a step and its times, where all blocks are alike; a model without blocks is one block."""
     from dataclasses import replace
 
@@ -93,14 +90,35 @@ def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> tuple[Sched
     return schedule, timeline(schedule, replace(costs, stages=sizes))
 
 
-def _write(loaded: LoadedJob, order: Timeline, *, picture: Path | None, events: Path | None) -> None:
-    if picture is not None:
-        draw_picture({f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.parallel.schedule}": order}, picture)
-    if events is not None:
-        events.write_text(trace(order))
+def _write(loaded: LoadedJob, planned: _Order | None, *, picture: Path | None, events: Path | None) -> None:
+    """Writes the files that were asked for.
+
+    Raises:
+        PlotError: when they cannot be written, or there is nothing to draw.
+    """
+    if planned is None:
+        raise PlotError("the job runs a command, so its steps have no order to draw; give it model: and data:")
+    _, order = planned
+    try:
+        if events is not None:
+            events.write_text(trace(order))
+        if picture is not None:
+            draw_picture({f"{loaded.job.name}: {loaded.job.mesh}, {loaded.job.parallel.schedule}": order}, picture)
+    except OSError as error:
+        raise PlotError(f"{error.filename} cannot be written: {error.strerror}; choose another path") from error
 
 
-def _as_dict(schedule: Schedule, order: Timeline) -> dict[str, Any]:
+def _as_dict(loaded: LoadedJob, report: "WrapReport | None", planned: _Order | None) -> dict[str, Any]:
+    return {
+        "name": loaded.job.name,
+        "mesh": loaded.job.mesh.degrees(),
+        "ranks": loaded.job.mesh.world_size,
+        "report": None if report is None else report.as_dict(),
+        "schedule": None if planned is None else _order_as_dict(*planned),
+    }
+
+
+def _order_as_dict(schedule: Schedule, order: Timeline) -> dict[str, Any]:
     return {
         "name": schedule.name,
         "text": schedule.write(),

@@ -64,8 +64,10 @@ def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
         _dress(axes, title, found)
         used |= _used(found)
     _explain(figure, used)
-    figure.savefig(path)
-    plt.close(figure)
+    try:
+        figure.savefig(path, format="png")
+    finally:
+        plt.close(figure)
 
 
 def _pyplot(path: Path) -> Any:

@@ -21,7 +21,7 @@ from meshwright.parallel.pipeline.timeline import Timeline
 
 __all__ = ["Recorder", "offsets", "recording"]
 
-_ROUNDS = 8
+_ROUNDS = 4
 _COLLECTIVES = (Kind.GATHER, Kind.REDUCE)
 _COLUMN = {Phase.WAITS: 0, Phase.RUNS: 1, Phase.DONE: 2}
 

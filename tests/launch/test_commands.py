@@ -59,6 +59,13 @@ def test_show_writes_the_order_as_text_picture_and_trace(tmp_path: Path, capsys:
     assert {str(action) for row in schedule.ranks for action in row if action.kind is not Kind.FREE} < names
     assert main(["show", job, "--cost", "latancy=1"]) == 65
     assert "did you mean 'latency'?" in capsys.readouterr().err
+    assert main(["show", job, "--cost", "forward=0"]) == 65
+    assert "'0' is no time; write forward=0.5" in capsys.readouterr().err
+    assert main(["show", job, "--trace", str(tmp_path / "no/order.json")]) == 65
+    assert "no/order.json cannot be written: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "command.yaml").write_text("name: c\ncommand: [echo, yes]\n")
+    assert main(["show", str(tmp_path / "command.yaml"), "--plot", str(tmp_path / "none.png")]) == 65
+    assert "the job runs a command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
