@@ -40,8 +40,10 @@ lint: $(STAMP) ## ruff and mypy alone
 faults: $(STAMP) ## kill and resume training runs 20 times
 	MESHWRIGHT_FAULTS=20 $(BIN)/python -m pytest -q -m faults
 
-matrix: $(STAMP) ## every family on every pair and triple of axes; writes docs/parity.md
+matrix: $(STAMP) ## every family on every pair and triple of axes, every cell of every test; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix
+	$(BIN)/python -m tests.parallel.schedules_matrix
+	MESHWRIGHT_MATRIX=1 $(BIN)/python -m pytest -q tests/parallel
 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,10 @@
-"""Step time of our pipelines against torch.distributed.pipelining: same llama, same ranks, same schedule, in turn.
+"""Pipelines on real ranks: against their closed forms, and against torch.distributed.pipelining.
 
-Two ranks of one thread each, forward and backward of all micro-batches, no optimizer. Torch's stages are cut by hand,
-as its tutorial does; ours wrap the whole model.
-`python -m benchmarks.pipeline [--json] [--rounds N]`
+emulated: blocks that sleep, every schedule on 4 and 8 ranks, step time over that of the simulated walk.
+torch: the same llama, ranks and schedule in turn; two ranks of one thread each, forward and backward of all
+micro-batches, no optimizer. Torch's stages are cut by hand, as its tutorial does; ours wrap the whole model.
+tiny: blocks that take next to no time, so that what the runtimes do besides is compared.
+`python -m benchmarks.pipeline [--json] [--rounds N] [--only emulated|torch|tiny]`
 """
 
 import argparse
@@ -25,12 +27,14 @@ from torch.distributed.pipelining.schedules import (
 from torch.nn import functional
 
 import meshwright as mw
+from benchmarks import pipeline_emulated, pipeline_tiny
 from benchmarks.loops import batch_of, build_llama
 from benchmarks.timing import alternate, noise_of, ratio_of
 from meshwright.parallel.ranks import RankPool
 
-__all__ = ["main", "measure"]
+__all__ = ["compare", "main", "measure"]
 
+_PARTS = ("emulated", "torch", "tiny")
 _RANKS = 2
 _MICROBATCHES = 8
 _LAYERS = 8
@@ -107,33 +111,68 @@ def _torch(name: str, batch: dict[str, Tensor]) -> Step:
     return step
 
 
-def main() -> None:
-    """Runs the comparison and prints it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--rounds", type=int, default=12)
-    arguments = parser.parse_args()
-    pool = RankPool()
-    try:
-        times = pool.run(measure, _RANKS, (arguments.rounds,), timeout_s=1200.0)[0]
-    finally:
-        pool.close()
+def compare(pool: RankPool, rounds: int) -> dict[str, Any]:
+    """Seconds per step of both, and their ratios, by schedule."""
+    times = pool.run(measure, _RANKS, (rounds,), timeout_s=1200.0)[0]
     ratios = {name: ratio_of(times[f"ours {name}"], times[f"torch {name}"]) for name in _PEERS}
-    result = {
-        "rounds": arguments.rounds,
+    return {
         "median_step_s": {name: median(each) for name, each in times.items()},
         "ratio_to_torch": {name: each.median for name, each in ratios.items()},
         "half_width": {name: each.half_width for name, each in ratios.items()},
-        "worst_ratio_to_torch": max(each.median for each in ratios.values()),
         "noise": noise_of(times["torch gpipe"], times["torch gpipe again"]),
     }
+
+
+def main() -> None:
+    """Runs the comparisons and prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", choices=_PARTS, action="append", help="parts to run; all by default")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"rounds": arguments.rounds}
+    pool = RankPool()
+    try:
+        for part in arguments.only or _PARTS:
+            result |= _run(part, pool, arguments.rounds)
+    finally:
+        pool.close()
     sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _text(result))
 
 
+def _run(part: str, pool: RankPool, rounds: int) -> dict[str, Any]:
+    if part == "emulated":
+        emulated = pipeline_emulated.compare(pool, steps=3)
+        worst = max(each["ratio"] for each in emulated.values())
+        return {"emulated": emulated, "worst_ratio_to_closed_form": worst}
+    if part == "tiny":
+        tiny = pipeline_tiny.compare(pool, rounds)
+        return {"tiny": tiny, "worst_action_ratio_to_torch": max(each["ratio"] for each in tiny.values())}
+    found = compare(pool, rounds)
+    return {"torch": found, "worst_ratio_to_torch": max(found["ratio_to_torch"].values())}
+
+
 def _text(result: dict[str, Any]) -> str:
-    lines = [f"{name:<20} {seconds * 1e3:8.1f} ms a step" for name, seconds in result["median_step_s"].items()]
-    lines += [f"{name:<20} {ratio:.3f} of torch's" for name, ratio in result["ratio_to_torch"].items()]
-    return "\n".join([*lines, f"{'noise (A/A)':<20} {result['noise']:.3f}"]) + "\n"
+    lines = []
+    for name, each in result.get("emulated", {}).items():
+        lines.append(
+            f"{name:<18} {each['measured_s']:7.3f} s a step, {each['paper_s']:7.3f} s on paper: "
+            f"{each['ratio']:.3f} (best {each['best_ratio']:.3f})"
+        )
+    if "torch" in result:
+        found = result["torch"]
+        lines += [f"{name:<18} {seconds * 1e3:8.1f} ms a step" for name, seconds in found["median_step_s"].items()]
+        for name, ratio in found["ratio_to_torch"].items():
+            lines.append(f"{name:<18} {ratio:.3f} +- {found['half_width'][name]:.3f} of torch's")
+        lines.append(f"{'noise (A/A)':<18} {found['noise']:.3f}")
+    for name, each in result.get("tiny", {}).items():
+        lines.append(
+            f"{name:<18} {each['ours_us']:7.1f} us an action, torch's {each['torch_us']:7.1f} us: "
+            f"{each['ratio']:.3f} +- {each['half_width']:.3f} "
+            f"(A/A {each['noise']:.3f}, processor {each['cpu_ratio']:.3f})"
+        )
+    lines += [f"{name} {value:.3f}" for name, value in result.items() if name.startswith("worst")]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

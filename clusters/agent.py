@@ -76,12 +76,11 @@ class _Agent:
         from meshwright.clusters.elastic import NodeAgent, StoppedError
 
         spec = self._spec()
-        limits = self.plan["limits"]
         self.torch_agent = NodeAgent(
             spec,
             run_id=self.plan["run_id"],
             node=self.node["index"],
-            grace_s=limits["shutdown_grace_s"],
+            limits=self.plan["limits"],
             tell=self.channel.tell,
         )
         if self.stopped:

@@ -67,11 +67,21 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take, and how often they are tried."""
+    """How long things may take, and how often they are tried.
+
+    Args:
+        max_restarts: of all ranks together.
+        shutdown_grace_s: between TERM and KILL.
+        join_timeout_s: for nodes to meet.
+        hang_s: how long ranks may stand still; None is for ever.
+        hang_action: "dump_and_restart", "dump_and_stop" or "warn".
+    """
 
     max_restarts: int = 0
     shutdown_grace_s: float = 30.0
     join_timeout_s: float = 600.0
+    hang_s: float | None = None
+    hang_action: str = "dump_and_restart"
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,7 @@ class StartPlan:
             f"directory  {self.run_dir}",
             f"writes     {' '.join(RUN_FILES)}",
             f"restarts   at most {self.limits.max_restarts}; TERM, then KILL after {self.limits.shutdown_grace_s:g} s",
+            *([] if self.limits.hang_s is None else [f"hang       {_hang(self.limits)}"]),
             f"store      {'port ' + str(self.port) if self.port else 'any free port'} on the loopback interface",
             f"inherits   {' '.join(self.inherit)}",
         ]
@@ -206,6 +217,10 @@ def log_name(rank: int, attempt: int = 0) -> str:
     ('logs/rank-3.log', 'logs/rank-3.attempt-1.log')
     """
     return f"logs/rank-{rank}.log" if attempt == 0 else f"logs/rank-{rank}.attempt-{attempt}.log"
+
+
+def _hang(limits: Limits) -> str:
+    return f"after {limits.hang_s:g} s in which no rank moves: {limits.hang_action.replace('_', ' ')}"
 
 
 def _count(number: int, noun: str) -> str:

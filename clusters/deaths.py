@@ -78,6 +78,10 @@ class Deaths:
         """Whether one ended with anything but 0."""
         return any(death.code for death in list(self._dead.values()))
 
+    def ended_with(self, code: int) -> bool:
+        """Whether one ended with this code by itself."""
+        return any(death.code == code and not death.ended_by_us for death in list(self._dead.values()))
+
     def send(self, number: signal.Signals) -> None:
         """Signals the process group of every rank that lives; their deaths count as ours from now on."""
         with self._changed:
@@ -86,6 +90,7 @@ class Deaths:
         for rank in living:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pids[rank], number)
+                os.killpg(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
 
     def kill_groups(self) -> None:
         """Kills what is left of every rank's process group; call before anything reaps them."""

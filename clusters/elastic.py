@@ -6,7 +6,7 @@ A group restart counts once on every node, because every node starts its ranks o
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Event as Flag
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from meshwright.clusters.deaths import Death, Deaths
 from meshwright.clusters.sweep import sweep
+from meshwright.parallel.hang import EXIT_CODE
 
 __all__ = ["NodeAgent", "StoppedError"]
 
@@ -46,16 +47,18 @@ class NodeAgent(LocalElasticAgent):
         spec: what torch's agent runs.
         run_id: what processes of this run carry in their environment.
         node: index of this node.
-        grace_s: time between TERM and KILL.
+        limits: of the plan.
         tell: sends an event to the launcher.
     """
 
-    def __init__(self, spec: WorkerSpec, *, run_id: str, node: int, grace_s: float, tell: Tell) -> None:
+    def __init__(self, spec: WorkerSpec, *, run_id: str, node: int, limits: Mapping[str, Any], tell: Tell) -> None:
         super().__init__(spec, _OwnLogs(), exit_barrier_timeout=300)
         self.stop = Flag()
         self.deaths: Deaths | None = None
         self._attempt = -1
-        self._run_id, self._node, self._grace_s, self._tell = run_id, node, grace_s, tell
+        self._run_id, self._node, self._tell = run_id, node, tell
+        self._grace_s: float = limits["shutdown_grace_s"]
+        self._stops_hanging = limits["hang_s"] is not None and limits["hang_action"] == "dump_and_stop"
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
@@ -88,6 +91,8 @@ class NodeAgent(LocalElasticAgent):
         if not (self.deaths.failed or self.deaths.all_dead):
             return RunResult(state=WorkerState.HEALTHY)
         self.end_ranks()
+        if self._stops_hanging and self.deaths.ended_with(EXIT_CODE):
+            self._remaining_restarts = 0
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 

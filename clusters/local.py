@@ -100,7 +100,10 @@ def _environment(
 
 
 def _identity(request: StartRequest, name: str, index: int) -> tuple[tuple[str, str], ...]:
+    limits = request.limits
+    hang = {"MESHWRIGHT_HANG_ACTION": limits.hang_action, "MESHWRIGHT_HANG_S": f"{limits.hang_s}"}
     return (
+        *(hang.items() if limits.hang_s is not None else ()),
         ("MESHWRIGHT_HOST", name),
         ("MESHWRIGHT_NODE", str(index)),
         ("MESHWRIGHT_RUN_DIR", str(request.run_dir)),

@@ -43,7 +43,6 @@ LOCAL = (
     Gap("failure.backoff", "remove it: restarts come at once"),
     Gap("failure.retry_on", "remove it: every failure is retried up to max_restarts"),
     Gap("failure.no_retry_on", "remove it: every failure is retried up to max_restarts"),
-    Gap("failure.hang", "remove it"),
     Gap("failure.stop_after_no_progress", "remove it"),
     Gap("failure.exclude_bad_nodes", "remove it: there is one machine"),
     Gap("checkpoint.signal", "remove it: nothing ends a local job early"),

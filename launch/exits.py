@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
+from meshwright.parallel.hang import EXIT_CODE
+
 __all__ = [
     "Blame",
     "ErrorRecord",
     "Exit",
+    "HangRecord",
     "RankEnd",
     "Verdict",
     "exit_code_of",
@@ -38,7 +41,7 @@ class Exit(IntEnum):
     PERMISSION = 77
     PREFLIGHT = 78
     TIMEOUT = 124
-    HANG = 125
+    HANG = EXIT_CODE
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,27 @@ class ErrorRecord:
 
 
 @dataclass(frozen=True)
+class HangRecord:
+    """What the rank wrote down that found that nothing moves.
+
+    Args:
+        time_unix_s: when.
+        found_by: which rank.
+        line: who is behind, and where everybody stands.
+        suspects: ranks that keep the others waiting; none where all wait in one call.
+        ranks: rank -> its part, in words.
+        stacks: rank -> where its threads are, of ranks that could tell.
+    """
+
+    time_unix_s: float
+    found_by: int
+    line: str
+    suspects: tuple[int, ...]
+    ranks: Mapping[int, str]
+    stacks: Mapping[int, str]
+
+
+@dataclass(frozen=True)
 class Blame:
     """One rank's part in a failure."""
 
@@ -88,10 +112,22 @@ class Blame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The first failing rank (None where none failed by itself), and the others that did not end well."""
+    """The first failing rank (None where none failed by itself), and the others that did not end well.
+
+    Attributes:
+        hang: where nothing moved any more, who was behind and where everybody stood.
+    """
 
     first: Blame | None
     victims: tuple[Blame, ...] = ()
+    hang: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Who failed first, in one line."""
+        if self.first is None or self.hang:
+            return self.hang
+        return f"rank {self.first.rank} on {self.first.host} failed first"
 
 
 _LOST = re.compile(
@@ -131,7 +167,11 @@ def lost_connection(traceback: str) -> bool:
 
 
 def judge(
-    ends: Iterable[RankEnd], records: Mapping[int, ErrorRecord] | None = None, tails: Mapping[int, str] | None = None
+    ends: Iterable[RankEnd],
+    records: Mapping[int, ErrorRecord] | None = None,
+    tails: Mapping[int, str] | None = None,
+    *,
+    hang: HangRecord | None = None,
 ) -> Verdict:
     """Decides which rank failed first and who fell with it.
 
@@ -139,15 +179,31 @@ def judge(
         ends: the ends of the last attempt's ranks.
         records: rank -> its error record.
         tails: rank -> the end of its log.
+        hang: what was found, if ranks stood still; outweighed by a rank that failed before.
     """
     known = {end.rank: end for end in ends}
     cases = [_Case.of(end, (records or {}).get(end.rank), (tails or {}).get(end.rank, "")) for end in known.values()]
     bad = [case for case in cases if case.end.code or case.end.ended_by_us]
     first = _first(bad)
+    if hang is not None and not _before(first, hang):
+        return _hung(bad, hang)
     if first is None:
         return Verdict(None, tuple(case.victim() for case in sorted(bad, key=_Case.order)))
     others = sorted((case for case in bad if case is not first), key=_Case.order)
     return Verdict(first.culprit(), tuple(case.victim() for case in others))
+
+
+def _before(first: "_Case | None", hang: HangRecord) -> bool:
+    """Whether ranks stood still because one had failed."""
+    return first is not None and first.failed_by_itself and first.order()[0] < hang.time_unix_s
+
+
+def _hung(bad: list["_Case"], hang: HangRecord) -> Verdict:
+    """Blames the first suspect; where all wait for each other, the rank that noticed speaks for all."""
+    wanted = hang.suspects[0] if hang.suspects else hang.found_by
+    blames = {case.end.rank: case.stuck(hang) for case in sorted(bad, key=_Case.order)}
+    first = blames.pop(wanted, None) or blames.pop(hang.found_by, None)
+    return Verdict(first, tuple(blames.values()), hang.line)
 
 
 def _first(bad: list["_Case"]) -> "_Case | None":
@@ -206,6 +262,11 @@ class _Case:
                 self.record.exit_code, "its error record is the earliest; it was ended while tearing down"
             )
         return self._blame(1, "its log holds a traceback; the ranks that died before it lost their connection")
+
+    def stuck(self, hang: HangRecord) -> Blame:
+        rank = self.end.rank
+        part = hang.ranks.get(rank, "said nothing")
+        return Blame(rank, self.end.host, int(Exit.HANG), None, part, hang.stacks.get(rank, ""))
 
     def victim(self) -> Blame:
         if self.lost:

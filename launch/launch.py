@@ -18,7 +18,15 @@ from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.logs import Mask, log_end
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.request import request_of, resolved_job
-from meshwright.launch.rundir import RunDirError, create_run_dir, error_records, make_run_id, write_json, write_text
+from meshwright.launch.rundir import (
+    RunDirError,
+    create_run_dir,
+    error_records,
+    hang_record,
+    make_run_id,
+    write_json,
+    write_text,
+)
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 
@@ -162,9 +170,10 @@ class _Output:
 
 def _conclude(run: _Run, state: RunState, interrupts: list[int]) -> Outcome:
     tails = {rank: log_end(run.directory / log_name(rank, state.attempt)) for rank in state.ends}
-    verdict = judge(state.ends.values(), error_records(run.directory, state.attempt_unix_s), tails)
+    records = error_records(run.directory, state.attempt_unix_s)
+    verdict = judge(state.ends.values(), records, tails, hang=hang_record(run.directory, state.attempt_unix_s))
     first = None if verdict.first is None else _masked(verdict.first, run.mask)
-    verdict = Verdict(first, tuple(_masked(victim, run.mask) for victim in verdict.victims))
+    verdict = Verdict(first, tuple(_masked(victim, run.mask) for victim in verdict.victims), run.mask(verdict.hang))
     times_s = (run.started_unix_s, round(time.time(), 3))
     outcome = outcome_of(state, verdict, interrupts, times_s=times_s)
     write_json(run.directory / "exit.json", outcome.as_dict())
@@ -176,6 +185,8 @@ def _masked(blame: Blame, mask: Mask) -> Blame:
 
 
 def _tell(run: _Run, outcome: Outcome) -> None:
+    if run.request.limits.hang_s is not None and not any(run.directory.glob("ranks/*/progress.json")):
+        sys.stderr.write("meshwright: failure.hang had nothing to go by: no rank called meshwright's start_ranks\n")
     if outcome.exit_code:
         sys.stderr.write(f"meshwright: {outcome}\n")
         if outcome.reason.startswith("setup failed"):

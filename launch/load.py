@@ -4,13 +4,14 @@ Every problem of a file is reported at once, in the order of the file.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.yaml_nodes import Found, Items, Node, Scalar, Table, follow, show
 from meshwright.parallel.errors import nearest
+from meshwright.parallel.pipeline.files import is_file
 
 if TYPE_CHECKING:  # pydantic and PyYAML are imported when the first job is read
     from meshwright.launch.spec.job import Job
@@ -75,7 +76,7 @@ def load_job(path: Path | str, overrides: Sequence[str] = (), clusters_file: Pat
         root = apply_override(root, text, place)
     assert isinstance(root, Table), root
     keys = frozenset(root.dotted_keys())
-    resolved, problems = _with_cluster(root, path, clusters_file)
+    resolved, problems = _with_cluster(_with_schedule(root, path), path, clusters_file)
     job = _check(resolved, [*tree.problems, *problems], str(path))
     return LoadedJob(job, path, content.decode("utf-8-sig"), keys, resolved)
 
@@ -124,6 +125,18 @@ def _error(found: Iterable[Found], source: str) -> JobError:
 
     ordered = dict.fromkeys(sorted(found, key=order))
     return JobError([Problem(str(mark), key, message) for mark, key, message in ordered])
+
+
+def _with_schedule(root: Table, path: Path) -> Table:
+    """The same tree, with the file of a schedule as a path that holds wherever ranks start; it lies beside the job."""
+    parallel = root.nodes.get("parallel")
+    written = parallel.nodes.get("schedule") if isinstance(parallel, Table) else None
+    if not isinstance(parallel, Table) or not isinstance(written, Scalar) or not is_file(written.value):
+        return root
+    found = replace(written, value=str((path.parent / written.text).absolute()))
+    return replace(
+        root, nodes={**root.nodes, "parallel": replace(parallel, nodes={**parallel.nodes, "schedule": found})}
+    )
 
 
 def _with_cluster(root: Table, path: Path, clusters_file: Path | str | None) -> tuple[Table, list[Found]]:

@@ -68,8 +68,7 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         JobError: when the job cannot be read or trains no model.
         WrapError: when its mesh cannot be had.
     """
-    from meshwright.launch.rehearse import report_on_meta
-    from meshwright.parallel.options import Options
+    from meshwright.launch.rehearse import report_on_meta, settled_on_meta
     from meshwright.parallel.report import most_held
 
     loaded = job if isinstance(job, LoadedJob) else load_job(job, overrides)
@@ -78,7 +77,7 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         raise JobError([Problem(loaded.where("model"), "model", text)])
     mesh = loaded.job.mesh
     model, report = report_on_meta(loaded)
-    kept = _kept_bytes(most_held(model, mesh, Options.of(**loaded.job.options)), mesh.fsdp)
+    kept = _kept_bytes(most_held(model, mesh, settled_on_meta(loaded, model)), mesh.fsdp)
     known = report.collectives
     return Prediction(
         mesh=str(mesh),

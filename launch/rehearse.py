@@ -3,23 +3,27 @@
 Meshes of more than eight ranks and models of more than fifty million parameters are cut down; what was cut is said.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
+from meshwright.parallel.errors import ScheduleError, WrapError
 from meshwright.parallel.mesh import AXES, Mesh
+from meshwright.parallel.pipeline.files import is_file
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from meshwright.parallel.options import Options
     from meshwright.parallel.parity import ParityReport
     from meshwright.parallel.report import WrapReport
 
-__all__ = ["Rehearsal", "model_on_meta", "rehearse", "shrunk_mesh"]
+__all__ = ["Rehearsal", "model_on_meta", "rehearse", "report_on_meta", "settled_on_meta", "shrunk_mesh"]
 
 _MAX_RANKS = 8
 _MAX_PARAMETERS = 50_000_000
@@ -36,14 +40,18 @@ class Rehearsal:
     mesh: Mesh
     options: Mapping[str, Any]
     notes: tuple[str, ...]
+    where: str = ""
 
     def run(self) -> "ParityReport":
-        """Starts the ranks and compares the step with the plain run."""
-        from dataclasses import replace
+        """Starts the ranks and compares the step with the plain run.
 
+        Raises:
+            JobError: when the mesh cannot be had.
+        """
         from meshwright.parallel.verify import verify
 
-        report = verify(self.build_model, self.build_batch, self.mesh, **self.options)
+        with _said_of(self.where):
+            report = verify(self.build_model, self.build_batch, self.mesh, **self.options)
         return replace(report, notes=(*self.notes, *report.notes))
 
 
@@ -61,13 +69,15 @@ def rehearse(loaded: LoadedJob) -> Rehearsal:
     config, cut = _shrunk_config(loaded)
     spec = {**job.as_dict()["model"], "config": config}
     data = job.as_dict()["data"]
+    options, dropped = _fitting_options(loaded, mesh, is_cut=bool(cut))
     num_samples = 2 * mesh.data_degree * job.parallel.num_microbatches + 1  # one more than divides: uneven shares
     return Rehearsal(
         build_model=partial(_build_model, spec, data, job.train.seed if job.train else 0),
         build_batch=partial(_build_batch, data, num_samples),
         mesh=mesh,
-        options=loaded.job.options,
-        notes=(*notes, *cut),
+        options=options,
+        notes=(*notes, *cut, *dropped),
+        where=loaded.where("parallel"),
     )
 
 
@@ -75,20 +85,36 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
     """The job's model as the first rank of `tp` would hold it, and the wrap report, without weights or ranks.
 
     Raises:
-        WrapError: when the mesh cannot be had.
+        JobError: when the mesh cannot be had.
     """
-    from meshwright.launch.worker.example import example_batch
-    from meshwright.parallel.options import Options
     from meshwright.parallel.plan import make_plan
     from meshwright.parallel.predicted import first_shares
     from meshwright.parallel.report import describe
 
-    job = loaded.job
-    options = Options.of(**job.options, example=example_batch(job, device="meta"))
-    options.check(job.mesh)
-    model = model_on_meta(loaded)
-    plan = make_plan(model, job.mesh, options)
-    return first_shares(model, plan), describe(model, job.mesh, options, plan)
+    mesh, model = loaded.job.mesh, model_on_meta(loaded)
+    with _said_of(loaded.where("parallel")):
+        options = settled_on_meta(loaded, model)
+        options.check(mesh)
+        plan = make_plan(model, mesh, options)
+        return first_shares(model, plan), describe(model, mesh, options, plan)
+
+
+def settled_on_meta(loaded: LoadedJob, model: "nn.Module") -> "Options":
+    """The job's options of `parallelize`, with what is counted on a whole model as numbers."""
+    from meshwright.launch.worker.example import example_batch
+    from meshwright.parallel.costs import settled
+    from meshwright.parallel.options import Options
+
+    return settled(Options.of(**loaded.job.options, example=example_batch(loaded.job, device="meta")), model)
+
+
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Says of the job's `parallel:` what turns out when its model is looked at."""
+    try:
+        yield
+    except (ScheduleError, WrapError) as error:
+        raise JobError([Problem(where, "parallel", str(error))]) from error
 
 
 def model_on_meta(loaded: LoadedJob) -> "nn.Module":
@@ -134,6 +160,19 @@ def _shrunk_config(loaded: LoadedJob) -> tuple[dict[str, Any], tuple[str, ...]]:
     cut = {name: value for name, value in small.items() if getattr(config, name, None) is not None}
     shown = ", ".join(f"{name} {getattr(config, name)} -> {value}" for name, value in cut.items())
     return {**written, **cut}, (f"{whole:,} parameters are too many to rehearse; cut down: {shown}",)
+
+
+def _fitting_options(loaded: LoadedJob, mesh: Mesh, *, is_cut: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The job's options, without what holds for the whole mesh or model only where those were cut down."""
+    options = dict(loaded.job.options)
+    if mesh.pp == loaded.job.mesh.pp and not is_cut:
+        return options, ()
+    dropped = [name for name in ("placement", "stage_costs") if options[name] not in (None, "parameters", "flops")]
+    options.update(dict.fromkeys(dropped))
+    if is_file(options["schedule"]):
+        dropped.append("schedule")
+        options["schedule"] = "1f1b" if mesh.pp > 1 else "layered"
+    return options, tuple(f"parallel.{name} is for all ranks and blocks; rehearsed without it" for name in dropped)
 
 
 def _build_model(spec: dict[str, Any], data: dict[str, Any], seed: int) -> "nn.Module":

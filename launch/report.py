@@ -93,8 +93,7 @@ def outcome_of(
         node, (kind, message) = nodes[0]
         code, reason = int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
     elif verdict.first is not None:
-        code = verdict.first.exit_code
-        reason = f"rank {verdict.first.rank} on {verdict.first.host} failed first"
+        code, reason = verdict.first.exit_code, verdict.reason
     elif state.lost:
         node, status = next(iter(state.lost.items()))
         code, reason = int(Exit.UNAVAILABLE), f"the agent of {node} died ({_status(status)}); its ranks were ended"

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from meshwright.clusters.base import Limits, Program, Secret, StartRequest
@@ -74,8 +75,16 @@ def request_of(
         ranks_per_node=job.nproc_per_node or job.mesh.world_size // job.num_nodes,
         gpus_per_node=job.cluster.gpus_per_node,
         port=job.rendezvous.port if isinstance(job.rendezvous.port, int) else None,
-        limits=Limits(job.failure.max_restarts, job.failure.shutdown_grace, job.rendezvous.join_timeout),
+        limits=_limits(loaded),
     )
+
+
+def _limits(loaded: LoadedJob) -> Limits:
+    failure, join_timeout_s = loaded.job.failure, loaded.job.rendezvous.join_timeout
+    limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s)
+    if failure.hang is None:
+        return limits
+    return replace(limits, hang_s=failure.hang.no_progress_for, hang_action=failure.hang.action)
 
 
 def _program(loaded: LoadedJob, run_id: str, environment: Mapping[str, str] | None) -> Program:

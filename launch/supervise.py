@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from meshwright.clusters.base import Handle, StartPlan
-from meshwright.launch.exits import RankEnd
+from meshwright.launch.exits import Exit, RankEnd
 
 __all__ = ["Interrupts", "RunState", "supervise"]
 
@@ -87,7 +87,14 @@ class RunState:
         """Whether the run cannot succeed any more, so that every node should end."""
         failed = any(end.code and not end.ended_by_us for end in self.ends.values())
         bad = any(state != "succeeded" for state, _ in self.results.values())
-        return bad or bool(self.lost) or (failed and self.attempt >= self.plan.limits.max_restarts)
+        return bad or bool(self.lost) or (failed and (self.attempt >= self.plan.limits.max_restarts or self._stuck))
+
+    @property
+    def _stuck(self) -> bool:
+        """Whether ranks hang that are not to be started again."""
+        limits = self.plan.limits
+        hung = any(end.code == Exit.HANG and not end.ended_by_us for end in self.ends.values())
+        return hung and limits.hang_s is not None and limits.hang_action == "dump_and_stop"
 
 
 def supervise(

@@ -1,26 +1,61 @@
-"""A model's own forward as a coroutine that stops before every call of a block.
+"""A model's own forward as a coroutine that stops where a stage begins.
 
-Blocks get a class whose `__call__` hands control back to whoever runs the flow, so that neither the model's code nor
-hooks on the blocks notice: the block itself runs inside the coroutine when the flow is resumed. What torch keeps for
-the thread (gradient mode, autocast, function modes, hooks on saved tensors, random generators) belongs to the flow and
-is exchanged whenever it stops.
+Blocks get a class whose `__call__` asks a guide before it runs, so that neither the model's code nor hooks on blocks
+notice. Where a stage begins, the pass stops and hands control back to whoever runs it, and its graph is cut: what the
+stage takes from earlier ones becomes new leaves. What torch keeps for the thread belongs to the pass and is exchanged
+whenever it stops.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor, nn
-from torch.autograd.function import Function
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
+from meshwright.parallel.cuts import Cuts
+from meshwright.parallel.passing import note_passing
 from meshwright.parallel.randomness import skip_block
+from meshwright.parallel.recompute import Frame
+from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Flow", "captured", "fresh"]
+__all__ = ["Arguments", "Flow", "Guide", "captured"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a block's call."""
+
+
+class Guide(Protocol):
+    """Who decides what happens at the calls of blocks."""
+
+    @property
+    def stages(self) -> Mapping[str, int]:
+        """Block -> stage."""
+        ...
+
+    @property
+    def first_stage(self) -> int:
+        """The stage to which what comes before all blocks is counted."""
+        ...
+
+    def passes_by(self, block: str) -> bool:
+        """Whether a call is left out, and `instead` is what it gives."""
+        ...
+
+    def instead(self, block: str) -> Any:
+        """What a call that is left out gives."""
+        ...
+
+    def completed(self, block: str, arguments: Arguments) -> Arguments:
+        """What a block takes, in the place of what the model gave it."""
+        ...
+
+    def gave(self, block: str, output: Any) -> None:
+        """Told what a block gave."""
+        ...
+
 
 _FLOWS: dict[greenlet, "Flow"] = {}
 
@@ -30,207 +65,92 @@ class Flow:
 
     Args:
         run: the pass; what it returns becomes `result`.
+        guide: decides about calls.
+        recomputed: names of blocks of which only the inputs are kept.
 
     Attributes:
         waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
-        arguments: positional and keyword arguments of the call that waits; what they are replaced by is used.
-        output: what the last block that ran gave, as the model goes on with it.
-        borders: (block, sequence number) where each piece of the autograd graph begins; what lies between two blocks
-            is counted to none (""). A node belongs to the last piece that began at or before its number.
-        origins: leaf made at a border -> the edge of the graph that it continues.
-
-    >>> layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    >>> flow = Flow(lambda: layers[1](layers[0](torch.ones(1, 2))).sum())
-    >>> with captured({"first": layers[0], "second": layers[1]}):
-    ...     flow.resume()
-    ...     print(flow.waits)
-    ...     flow.resume()
-    ...     print(flow.waits)
-    ...     flow.resume()
-    first
-    second
-    >>> flow.ended, [block for block, _ in flow.borders]
-    (True, ['', 'first', '', 'second', ''])
+        arguments: of the call that waits.
+        cuts: of its graph.
+        frames: stage -> calls that are recomputed.
     """
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], Any], guide: Guide, recomputed: Container[str] = ()) -> None:
         self.waits: str | None = None
         self.ended = False
         self.result: Any = None
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.output: Any = None
-        self._instead: list[Any] = []
-        self.borders: list[tuple[str, int]] = []
-        self.origins: Any = WeakTensorKeyDictionary()
-        self._state = _ThreadState()
+        self.arguments: Arguments = ((), {})
+        self.cuts = Cuts(guide.first_stage)
+        self.frames: dict[int, list[Frame]] = {}
+        self._guide = guide
+        self._recomputed = recomputed
+        self._limit = -1
+        self._state = ThreadState()
         self._work = run
         self._coroutine = greenlet(self._run)
 
-    def resume(self) -> None:
-        """Runs to the next call of a block, or to the end."""
+    def resume(self, limit: int = -1) -> None:
+        """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end."""
+        self._limit = limit
         self._enter(self._coroutine.switch)
-
-    def skip(self, output: Any) -> None:
-        """Lets the block that waits give `output` without running it, and goes on."""
-        self._instead.append(output)
-        self.resume()
 
     def close(self) -> None:
         """Ends a pass that is not wanted any more."""
         if self._coroutine and not self.ended:
             self._enter(self._coroutine.throw)
 
-    def call(self, block: str, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called inside, for a block: stops, and runs it when resumed."""
-        self.waits, self.arguments = block, (args, kwargs)
-        assert self._coroutine.parent is not None, block
-        self._coroutine.parent.switch()
-        args, kwargs = self.arguments
-        self.arguments = (), {}
-        self._begin(block)
-        if self._instead:
-            skip_block(block)
-            return self._instead.pop()
-        given: list[tuple[Tensor, Tensor]] = []
-        args = self._cut(args, given, kept=(list, dict))
-        kwargs = {name: self._cut(each, given, kept=(list, dict)) for name, each in kwargs.items()}
-        versions = [fresh._version for _, fresh in given]
-        output = work(*args, **kwargs)
-        self._begin("")
-        for (value, fresh), version in zip(given, versions, strict=True):
-            if fresh._version != version:  # the block changed what it was given, which others may hold too
-                _Rebased.apply(value, self._leaf(fresh))  # type: ignore[no-untyped-call]
-        self.output = self._cut(output, [])
-        return self.output
+    def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
+        """Called inside, for a block whose own class is `kind`."""
+        stage = self._guide.stages[name]
+        if stage > self._limit:
+            self.waits, self.arguments = name, arguments
+            assert self._coroutine.parent is not None, name
+            self._coroutine.parent.switch()
+            self.waits, self.arguments = None, ((), {})
+        if self._guide.passes_by(name):
+            note_passing(block, arguments)
+            skip_block(name)
+            return self._guide.instead(name)
+        self.cuts.rebase()
+        first, remade = stage > self.cuts.stage, name in self._recomputed and torch.is_grad_enabled()
+        if first:
+            self.cuts.begin(stage)
+        arguments = self._guide.completed(name, arguments)
+        if remade:
+            self.cuts.begin(self.cuts.stage)
+        args, kwargs = self.cuts.cut(*arguments) if first or remade else arguments
+        work = partial(kind.__call__, block)
+        output = self._remade(name, work, (args, kwargs)) if remade else work(*args, **kwargs)
+        self.cuts.rebase()
+        self._guide.gave(name, output)
+        return output
+
+    def _remade(self, name: str, work: Callable[..., Any], arguments: Arguments) -> Any:
+        """Runs a block of which only the inputs are kept."""
+        frame = Frame(f"block {name}", work, arguments, leaves=self.cuts.leaves)
+        self.frames.setdefault(self.cuts.stage, []).append(frame)
+        return frame.run()
 
     def _enter(self, how: Callable[[], Any]) -> None:
-        outside = _ThreadState()
+        outside = ThreadState()
         self._coroutine.parent = getcurrent()
-        self._state.enter()
+        self._state.enter(outside)
         try:
             how()
         finally:
-            self._state = _ThreadState()
-            outside.enter()
+            self._state = ThreadState()
+            outside.enter(self._state)
 
     def _run(self) -> None:
         _FLOWS[getcurrent()] = self
         try:
-            self._begin("")
+            self.cuts.begin(self.cuts.stage)
             self.result = self._work()
         finally:
             del _FLOWS[getcurrent()]
             self.ended, self.waits = True, None
-
-    def _begin(self, block: str) -> None:
-        self.borders.append((block, torch._C._autograd._get_sequence_nr()))
-
-    def _cut(self, values: Any, made: list[tuple[Tensor, Tensor]], kept: tuple[type, ...] = ()) -> Any:
-        """The same values, those with a history as new leaves.
-
-        Args:
-            values: of any structure.
-            made: pairs of an old and a new value, so that one in two places stays one; grows.
-            kept: containers that stay as they are, since a block may add to them; the graph tells what comes from them.
-        """
-
-        def change(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.grad_fn is None or not torch.is_grad_enabled():
-                return value
-            for old, new in made:
-                if old is value:
-                    return new
-            made.append((value, fresh(self._leaf(value))))
-            return made[-1][1]
-
-        return tree_map(change, values, is_leaf=lambda value: isinstance(value, kept))
-
-    def _leaf(self, value: Tensor) -> Tensor:
-        leaf = value.detach().requires_grad_()
-        self.origins[leaf] = get_gradient_edge(value)
-        return leaf
-
-
-def fresh(leaf: Tensor) -> Tensor:
-    """A leaf's value as a tensor that may be changed in place; its gradient goes to the leaf."""
-    made: Tensor = _Fresh.apply(leaf)  # type: ignore[no-untyped-call]
-    return made
-
-
-class _Fresh(Function):
-    """A leaf's value as a tensor that may be changed in place."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        del ctx
-        return inputs[0].detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        del ctx
-        return gradients[0]
-
-
-class _Rebased(Function):
-    """A value whose memory was changed elsewhere takes over the history of that change, given by a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.mark_dirty(inputs[0])
-        return inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        del ctx
-        return None, gradients[0]
-
-
-class _ThreadState:
-    """What torch keeps for a thread, as it is now."""
-
-    def __init__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        self._random = torch.get_rng_state()
-        self._cuda_random = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self._autocast = {
-            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
-        }
-        number = torch._C._len_torch_function_stack()
-        self._modes = [torch._C._get_function_stack_at(place) for place in range(number)]
-        self._hooks = _taken_hooks()
-        _put_hooks(self._hooks)
-
-    def enter(self) -> None:
-        """Puts it back."""
-        torch.set_grad_enabled(self._grad)
-        torch.set_rng_state(self._random)
-        if self._cuda_random is not None:
-            torch.cuda.set_rng_state(self._cuda_random)
-        for device, (enabled, dtype) in self._autocast.items():
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        while torch._C._len_torch_function_stack():
-            torch._C._pop_torch_function_stack()
-        for mode in self._modes:
-            torch._C._push_on_torch_function_stack(mode)
-        _taken_hooks()
-        _put_hooks(self._hooks)
-
-
-def _taken_hooks() -> list[Any]:
-    """Takes the hooks on saved tensors (recompute, offload) off, the innermost first."""
-    autograd: Any = torch._C._autograd
-    hooks = []
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
-        hooks.append(top)
-        autograd._pop_saved_tensors_default_hooks()
-    return hooks
-
-
-def _put_hooks(hooks: list[Any]) -> None:
-    for pack, unpack in reversed(hooks):
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+            self.cuts.end()
 
 
 @contextmanager
@@ -238,7 +158,7 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     """Makes calls of blocks stop the flow they happen in; calls outside any flow are ordinary ones."""
     before = {name: type(block) for name, block in blocks.items()}
     for name, block in blocks.items():
-        block.__class__ = _stopping(type(block), name)
+        block.__class__ = _stopping(type(block), name)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -246,12 +166,13 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
             block.__class__ = before[name]
 
 
+@lru_cache(maxsize=4096)
 def _stopping(kind: type[nn.Module], name: str) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         flow = _FLOWS.get(getcurrent())
         if flow is None:
             return kind.__call__(self, *args, **kwargs)
-        return flow.call(name, lambda *args, **kwargs: kind.__call__(self, *args, **kwargs), args, kwargs)
+        return flow.call(name, self, kind, (args, kwargs))
 
     told = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), told)

@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: starting ranks, groups of a mesh, and the collectives we launch.
+"""The only caller of torch.distributed, with `axis`: starting ranks, groups of a mesh, and the collectives we launch.
 
 Groups are made once per mesh and only for axes of degree above one; an axis of degree one has no group and
 its collectives are no-ops, so callers need no special case.
@@ -8,14 +8,19 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshwright.parallel.axis import PaperAxis, ProcessAxis
 from meshwright.parallel.errors import MeshError
 from meshwright.parallel.mesh import AXES, Mesh
+from meshwright.parallel.pending import Pending
+from meshwright.parallel.progress import HERE, Call, Waiting
+from meshwright.parallel.watchdog import guard, unguard
 
 __all__ = [
     "Groups",
@@ -61,6 +66,7 @@ def start_ranks(
     device: str = "cpu",
     position: World | None = None,
     timeout_s: float = 1800.0,
+    hang_s: float | None = None,
 ) -> World:
     """Joins this process to the others: gloo on CPU, NCCL (with gloo for CPU tensors) on GPU.
 
@@ -69,6 +75,8 @@ def start_ranks(
         device: "cpu" or "cuda".
         position: this process among the ranks; None reads torchrun's environment.
         timeout_s: how long a collective may wait for the others.
+        hang_s: how long all ranks may stand still before this one ends with the name of the one that is behind; 0 is
+            for ever, None reads MESHWRIGHT_HANG_S, which a job with `failure.hang` sets.
     """
     here = position or world()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -81,13 +89,27 @@ def start_ranks(
         world_size=here.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    HERE.restart()
+    guard(here.rank, here.world_size, hang_s=hang_s, meeting=init_method, store=_own_store)
     return here
+
+
+def _own_store() -> Any:
+    """A connection of its own to the ranks' store: the main thread may be waiting on the other one."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def stop_ranks() -> None:
     """Leaves the process group; does nothing where there is none."""
+    unguard()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@cache
+def _everybody(rank: int, world_size: int) -> Call:
+    return Call("all_gather over all ranks", tuple(each for each in range(world_size) if each != rank))
 
 
 def gather_integers(value: int) -> list[int]:
@@ -99,91 +121,10 @@ def gather_integers(value: int) -> list[int]:
     if not dist.is_initialized():
         return [value]
     parts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, torch.tensor([value]))
+    call = _everybody(dist.get_rank(), dist.get_world_size())
+    with Waiting(call, call.begun()):
+        dist.all_gather(parts, torch.tensor([value]))
     return [int(part) for part in parts]
-
-
-class Pending:
-    """A collective in flight; `wait` returns when its result may be used, and then calls `told`, if there is one."""
-
-    def __init__(self, work: Any | None) -> None:
-        self.told: Callable[[], None] | None = None
-        self.work = work
-
-    def wait(self) -> None:
-        """Blocks until the collective is done; a collective over one rank is done at once."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-            if self.told is not None:
-                self.told()
-
-
-@dataclass(frozen=True, eq=False)
-class ProcessAxis:
-    """The ranks along one mesh axis as real processes (`exchange.Axis`)."""
-
-    group: Any
-    rank: int
-    size: int
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums over the axis in place."""
-        self._all_reduce(tensor, dist.ReduceOp.SUM)
-        return tensor
-
-    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Element-wise maximum over the axis in place."""
-        self._all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
-
-    def gather(self, tensor: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
-        """Joins the shares of all ranks along `dim`; shares are padded to the largest while they travel."""
-        mine = _padded(tensor, max(sizes), dim).movedim(dim, 0).contiguous()
-        parts = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
-        self._all_gather(parts, mine)
-        shares = [part[:size] for part, size in zip(parts.split(max(sizes)), sizes, strict=True)]
-        joined = parts if len(set(sizes)) == 1 else torch.cat(shares)
-        return joined.movedim(0, dim).contiguous()
-
-    def scatter_sum(self, tensor: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
-        """Sums over the axis and keeps this rank's share along `dim`."""
-        shares = [_padded(share, max(sizes), dim).movedim(dim, 0) for share in tensor.split(sizes, dim)]
-        whole = torch.cat(shares).contiguous()
-        mine = whole.new_empty((max(sizes), *whole.shape[1:]))
-        self._reduce_scatter(mine, whole)
-        return mine[: sizes[self.rank]].movedim(0, dim).contiguous()
-
-    def _all_reduce(self, tensor: torch.Tensor, kind: Any) -> None:
-        dist.all_reduce(tensor, op=kind, group=self.group)
-
-    def _all_gather(self, parts: torch.Tensor, mine: torch.Tensor) -> None:
-        dist.all_gather_into_tensor(parts, mine, group=self.group)
-
-    def _reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
-        dist.reduce_scatter_tensor(mine, whole, group=self.group)
-
-
-class PaperAxis(ProcessAxis):
-    """An axis whose other ranks are not there: everything but the sending is done, for runs without values."""
-
-    def _all_reduce(self, tensor: torch.Tensor, kind: Any) -> None:
-        """Sends nothing."""
-
-    def _all_gather(self, parts: torch.Tensor, mine: torch.Tensor) -> None:
-        """Sends nothing."""
-
-    def _reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
-        """Sends nothing."""
-
-
-def _padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = [*tensor.shape]
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
 @dataclass
@@ -199,6 +140,7 @@ class Groups:
     rank: int = field(init=False)
     notice: Callable[[Pending], None] | None = field(init=False, default=None)
     _made: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
+    _calls: dict[tuple[str | int | None, ...], Call] = field(init=False, default_factory=dict)
     _device_mesh: DeviceMesh | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -209,6 +151,8 @@ class Groups:
                 f"start {self.mesh.world_size} ranks or change the mesh"
             )
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        here = self.mesh.coordinates(self.rank)
+        HERE.place = ", ".join(f"{axis}={here[axis]}" for axis in self.active)
         if self.active:
             sizes = tuple(self.mesh.degree(axis) for axis in self.active)
             self._device_mesh = init_device_mesh(self.device_type, sizes, mesh_dim_names=self.active)
@@ -239,52 +183,60 @@ class Groups:
             self._made[wanted] = dist.new_subgroups_by_enumeration(ranks)[0]
         return self._made[wanted]
 
+    def call(self, kind: str, *axes: str, peer: int | None = None) -> Call:
+        """What waiting for such a collective, or for one rank, is called."""
+        key = (kind, *axes, peer)
+        found = self._calls.get(key)
+        if found is None:
+            words = f"{kind} over {' x '.join(axis for axis in self.active if axis in axes)}"
+            ranks = self.mesh.group(self.rank, axes) if peer is None else (peer,)
+            others = tuple(rank for rank in ranks if rank != self.rank)
+            found = self._calls[key] = Call(words, others, together=peer is None)
+        return found
+
     def all_reduce(self, tensor: torch.Tensor, *axes: str) -> Pending:
         """Starts summing `tensor` in place over the ranks along `axes`."""
         group = self.group(*axes)
-        return self._started(None if group is None else dist.all_reduce(tensor, group=group, async_op=True))
+        if group is None:
+            return Pending(None)
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        return self._started(work, self.call("all_reduce", *axes))
 
     def gather_into(self, whole: torch.Tensor, mine: torch.Tensor, axis: str) -> Pending:
         """Starts filling `whole` with every rank's `mine` along an axis of degree above one (1-dim, in order)."""
-        return self._started(dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True))
+        work = dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True)
+        return self._started(work, self.call("all_gather", axis))
 
     def reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor, axis: str) -> Pending:
         """Starts summing `whole` over an axis of degree above one, of which `mine` gets this rank's part (1-dim)."""
-        return self._started(dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True))
+        work = dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True)
+        return self._started(work, self.call("reduce_scatter", axis))
 
-    def _started(self, work: Any | None) -> Pending:
-        pending = Pending(work)
-        if self.notice is not None and work is not None:
+    def _started(self, work: Any, call: Call) -> Pending:
+        pending = Pending(work, call)
+        if self.notice is not None:
             self.notice(pending)
         return pending
 
-    def _wide(self, axis: str) -> Any:
+    def wide(self, axis: str) -> Any:
+        """This rank's process group along an axis of degree above one."""
         group = self.group(axis)
         assert group is not None, f"axis {axis} has one rank"
         return group
 
-    def send(self, tensor: torch.Tensor, axis: str, to: int, tag: int) -> Pending:
-        """Starts sending to the rank at position `to` along an axis of degree above one."""
-        group = self._wide(axis)
-        return Pending(dist.isend(tensor, dist.get_global_rank(group, to), group=group, tag=tag))
-
-    def receive(self, tensor: torch.Tensor, axis: str, source: int, tag: int) -> Pending:
-        """Starts receiving from the rank at position `source` along an axis of degree above one."""
-        group = self._wide(axis)
-        return Pending(dist.irecv(tensor, dist.get_global_rank(group, source), group=group, tag=tag))
-
     def tell(self, value: Any, axis: str, source: int) -> Any:
         """The object that the rank at position `source` along an axis gives; every rank must ask."""
-        group = self._wide(axis)
+        group = self.wide(axis)
         told = [value]
-        dist.broadcast_object_list(told, dist.get_global_rank(group, source), group=group, device=torch.device("cpu"))
+        call, sender = self.call("broadcast", axis), dist.get_global_rank(group, source)
+        with Waiting(call, call.begun()):
+            dist.broadcast_object_list(told, sender, group=group, device=torch.device("cpu"))
         return told[0]
 
     def axis(self, name: str) -> "ProcessAxis":
         """The ranks along one axis of degree above one."""
-        group = self.group(name)
-        assert group is not None, name
-        return ProcessAxis(group, self.mesh.coordinates(self.rank)[name], self.mesh.degree(name))
+        here = self.mesh.coordinates(self.rank)[name]
+        return ProcessAxis(self.wide(name), here, self.mesh.degree(name), self.call("collective", name))
 
     def all_gather(self, tensor: torch.Tensor, *axes: str) -> list[torch.Tensor]:
         """Every rank's `tensor` along `axes`, in group order; all of one shape."""
@@ -292,5 +244,7 @@ class Groups:
         if group is None:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, tensor, group=group)
+        call = self.call("all_gather", *axes)
+        with Waiting(call, call.begun()):
+            dist.all_gather(parts, tensor, group=group)
         return parts

@@ -22,16 +22,8 @@ from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.weights import boxes_of
 
-__all__ = [
-    "AskScale",
-    "DataEngine",
-    "LocalStates",
-    "SharedFlags",
-    "Spread",
-    "Unscheduled",
-    "build_data_engine",
-    "spread_over",
-]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "Spread", "Unscheduled", "build_data_engine"]
+__all__ += ["spread_over"]
 
 
 AskScale = Callable[[], Tensor]
@@ -56,8 +48,13 @@ class DataEngine(States, Protocol):
         """Adds `items` times the gradient of `loss`; `ask_scale` is given with the last backward of a step."""
         ...
 
-    def divide_by(self, ask_scale: AskScale) -> None:
-        """Says, where gradients reach parameters without `backward`, what multiplies them before they are reduced."""
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
+        """Says that a schedule makes the gradients of this step, without `backward`.
+
+        Args:
+            ask_scale: what multiplies them before they are reduced.
+            num_microbatches: that each add at most once to a parameter's gradient.
+        """
         ...
 
     def launch(self) -> None:
@@ -115,8 +112,8 @@ class Spread:
 class Unscheduled:
     """Answers to a schedule of engines whose parameters are whole at every use without it."""
 
-    def divide_by(self, ask_scale: AskScale) -> None:
-        """Says, where gradients reach parameters without `backward`, what multiplies them before they are reduced."""
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
+        """Says that a schedule makes the gradients of this step, without `backward`."""
         raise WrapError(f"{type(self).__name__} goes back through whole losses only; use schedule='accumulate'")
 
     def open(self) -> None:
@@ -288,7 +285,8 @@ def _shard(module: nn.Module, groups: Groups, options: Options, spread: Spread) 
         return Rotate(module, groups, spread, zero_stage=options.zero_stage, num_buffers=options.num_buffers)
     from meshwright.parallel.shard import Shard
 
-    return Shard(module, groups, spread, zero_stage=options.zero_stage, offload=options.offload == "cpu")
+    offload = options.offload == "cpu"
+    return Shard(module, groups, spread, zero_stage=options.zero_stage, offload=offload, blocks=options.blocks)
 
 
 def _deepspeed(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:

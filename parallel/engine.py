@@ -5,9 +5,9 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,17 +22,23 @@ from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.actions import Action, Schedule
+from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.observe import both, watch_progress
 from meshwright.parallel.pipeline.passes import Pass
-from meshwright.parallel.pipeline.probe import key_of, probe
 from meshwright.parallel.pipeline.route import Route
+from meshwright.parallel.pipeline.routes import Routes
 from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
+from meshwright.parallel.progress import HERE, Words
 from meshwright.parallel.randomness import draw_by_block, keyed
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
+
+_FORWARD, _BACKWARD = Words("forward of micro-batch {}"), Words("backward of micro-batch {}")
+_GRADIENTS, _EVALUATES = Words("summing gradients and losses"), Words("forward without gradients")
+_EVALUATED = Words("the program's own code after an evaluation")
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,10 @@ class Engine:
         self._groups = groups
         self._contract = options.contract
         self._stages = stages
-        self._routes: dict[Hashable, Route] = {}
-        self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
-        draw_by_block(find_blocks(data.module))
+        self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
+        self._routes = None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire)
+        draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -83,6 +89,7 @@ class Engine:
         Raises:
             LossError: when no micro-batch of any rank holds an item.
         """
+        HERE.begin(self.num_steps + 1)
         stats = self.accumulate(batch)
         if stats.items == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
@@ -90,6 +97,7 @@ class Engine:
             check_buffers(self.data.module, self._groups)
             self._buffers_checked = True
         self.num_steps += 1
+        HERE.end()
         return stats
 
     def accumulate(self, batch: Any) -> StepStats:
@@ -104,6 +112,13 @@ class Engine:
             raise
         return stats
 
+    @cached_property
+    def _watch(self) -> Watch:
+        return watch_progress(HERE, self._stages.schedule.homes, self._groups.mesh.group(self._groups.rank, "pp"))
+
+    def _watching(self) -> Watch:
+        return self._watch if self.watch is unwatched else both(self._watch, self.watch)
+
     def _in_turn(self, parts: list[Any]) -> StepStats:
         """One micro-batch after the other, forward and backward."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # losses times items, items
@@ -111,12 +126,15 @@ class Engine:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             self.data.prepare(last)
+            HERE.to(_FORWARD, index)
             loss, items = self._forward(part, index)
             sums += torch.stack([_weighted(loss, items), items])
             if last:
                 summed = self._groups.all_reduce(sums, *DATA_AXES)
+            HERE.to(_BACKWARD, index)
             self.data.backward(loss, items.to(loss.dtype), _ask_scale(sums, summed.wait) if last else None)
             losses.append(loss.detach().double())
+        HERE.to(_GRADIENTS)
         self.data.launch()
         summed.wait()
         return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
@@ -125,34 +143,33 @@ class Engine:
         """Block by block, in the order of the schedule."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
-        summed = Pending(None)
+        summed = told = Pending(None)
 
         def forwarded() -> None:
-            nonlocal summed
-            for number, each in enumerate(passes if self._has_loss else ()):
-                loss, items = each.result
-                sums.add_(torch.stack([_weighted(loss, items), items]))
-                losses[number] = loss.detach()
+            nonlocal summed, told
+            if self._has_loss:
+                found = [each.result for each in passes]
+                losses.copy_(torch.stack([loss.detach().double() for loss, _ in found]))
+                items = torch.stack([each for _, each in found])
+                sums.copy_(torch.stack([_weighted(losses, items).sum(), items.sum()]))
             summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
+            told = self._groups.all_reduce(losses, "pp")
 
         def wait() -> None:
             summed.wait()
 
         def weight(microbatch: int) -> Tensor | None:
-            if not self._has_loss:
-                return None
-            loss, items = passes[microbatch].result
-            return items.to(loss.dtype)
+            return _weight(*passes[microbatch].result) if self._has_loss else None
 
-        self.data.divide_by(_ask_scale(sums, wait))
+        self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
-            transfers = self._transfers(self._stages.actions, routes)
+            transfers = Transfers(self._stages.schedule, routes, self._wire) if self._wire else None
             self.data.open()
-            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self.watch))
+            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watching()))
         self.data.launch()
-        summed.wait()
-        self._groups.all_reduce(losses, "pp").wait()
+        for pending in (summed, told):
+            pending.wait()
         if self._wire is not None:
             self._wire.flush()
         return StepStats(sums[0] / sums[1], sums[1], losses)
@@ -160,6 +177,7 @@ class Engine:
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        HERE.to(_EVALUATES)
         try:
             with torch.no_grad():
                 found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
@@ -168,6 +186,7 @@ class Engine:
                 self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
         finally:
             self.data.release()
+        HERE.to(_EVALUATED)
         return sums[0], sums[1]
 
     def _forward_across(self, batch: Any) -> tuple[Tensor, Tensor] | None:
@@ -175,53 +194,29 @@ class Engine:
         actions = self._stages.forward_actions
         with captured(self._stages.blocks):
             passes, routes = self._passes([batch])
-            transfers = self._transfers(actions, routes)
+            transfers = Transfers(self._stages.forward, routes, self._wire) if self._wire else None
             self.data.open()
-            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None))
+            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
         if self._wire is not None:
             self._wire.flush()
         return passes[0].result if self._has_loss else None
 
     def _passes(self, parts: list[Any]) -> tuple[list[Pass], list[Route]]:
         """A pass for each micro-batch, and their routes."""
-        routes = self._find_routes(parts) if self._wire is not None else []
+        routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0))
         mine = sorted(set(self._stages.mine.values()))
         passes = [
             Pass(
                 partial(self._forward, part, index),
                 self._stages.stage_of,
-                mine,
-                routes[index] if routes else None,
-                self._device,
+                mine=mine,
+                route=routes[index] if routes else None,
+                device=self._device,
+                recomputed=self._stages.recomputed,
             )
             for index, part in enumerate(parts)
         ]
         return passes, routes
-
-    def _find_routes(self, parts: list[Any]) -> list[Route]:
-        """The route of each micro-batch, looked for where none of its shape came before.
-
-        Ranks that share parameters look at the same time, whatever the shapes of their own micro-batches.
-        """
-        keys = [key_of(self.data.module, part) for part in parts]
-        first = [key not in self._routes and key not in keys[:index] for index, key in enumerate(keys)]
-        unknown = torch.tensor(first, dtype=torch.float32, device=self._device)
-        self._groups.all_reduce(unknown, "fsdp").wait()
-        for index, wanted in enumerate(unknown.tolist()):
-            if wanted:
-                self._routes[keys[index]] = self._probe(parts[index])
-        return [self._routes[key] for key in keys]
-
-    def _probe(self, part: Any) -> Route:
-        assert self._wire is not None, "one rank has all stages"
-        self.data.open()
-        homes = self._stages.schedule.homes
-        return probe(partial(self._forward, part, 0), self._stages.stage_of, homes, self.data, self._wire)
-
-    def _transfers(self, actions: Sequence[Action], routes: list[Route]) -> Transfers | None:
-        if self._wire is None:
-            return None
-        return Transfers(actions, self._stages.schedule.homes, routes, self._wire)
 
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""
@@ -242,6 +237,10 @@ def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:
         return sums[1].reciprocal()
 
     return ask
+
+
+def _weight(loss: Tensor, items: Tensor) -> Tensor:
+    return items.to(loss.dtype)
 
 
 def _weighted(loss: Tensor, items: Tensor) -> Tensor:

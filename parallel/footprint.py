@@ -1,7 +1,6 @@
 """Peak memory of a step before it is run: the step itself, on tensors without values, with live storages counted."""
 
 import gc
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -17,7 +16,7 @@ from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.meta import MetaAnswers
+from meshwright.parallel.meta import MetaAnswers, without_values
 from meshwright.parallel.options import Options
 from meshwright.parallel.paper import PaperGroups
 from meshwright.parallel.plan import deal_model
@@ -55,7 +54,7 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
     counted = replace(options, loss="sum", loss_items=None)  # counting items would ask for values
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes, MetaAnswers(), _Live() as live:
-            mine = _without_values(model, groups.device_type)
+            mine = without_values(model, groups.device_type)
             example = tree_map(lambda leaf: _faked(leaf, fakes, groups.device_type), options.example)
             deal_model(mine, plan, groups.axis("tp"))
             spread = spread_over(mine, groups, options, plan)
@@ -97,14 +96,6 @@ class _Live(TorchDispatchMode):
         self._known[key] = ref(storage, gone)
         self.now_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
-
-
-def _without_values(model: nn.Module, device_type: str) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for each in model.parameters():
-        memo[id(each)] = nn.Parameter(torch.empty_like(each, device=device_type), requires_grad=each.requires_grad)
-    memo.update({id(each): torch.empty_like(each, device=device_type) for each in model.buffers()})
-    return deepcopy(model, memo)
 
 
 def _faked(leaf: Any, fakes: FakeTensorMode, device_type: str) -> Any:

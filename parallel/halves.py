@@ -65,7 +65,12 @@ def going_back(roots: Mapping[Edge, Tensor], targets: Iterable[Edge], *, keep: b
 
 
 def first_half(
-    roots: Mapping[Edge, Tensor], inputs: list[Edge], weights: list[Any], *, follow: Callable[[Any], bool]
+    roots: Mapping[Edge, Tensor],
+    inputs: list[Edge],
+    weights: list[Any],
+    *,
+    follow: Callable[[Any], bool],
+    keep: bool = False,
 ) -> tuple[dict[Edge, Tensor], dict[Any, Tensor], Later]:
     """Goes back to inputs.
 
@@ -74,6 +79,7 @@ def first_half(
         inputs: edges to be reached now.
         weights: leaves to be reached later.
         follow: whether a node belongs to the piece.
+        keep: the graph is gone through again even if nothing is left for later.
 
     Returns:
         Gradients of inputs, those of weights that could not be told apart from them, and what is left for later.
@@ -84,7 +90,7 @@ def first_half(
     ahead = roots if early else {edge: each for edge, each in roots.items() if edge not in aside}
     turns = list(graph.turns())
     arriving = [edge for edges, _ in turns for edge in edges]
-    found = going_back(ahead, dict.fromkeys([*inputs, *early, *arriving]), keep=bool(turns or aside))
+    found = going_back(ahead, dict.fromkeys([*inputs, *early, *arriving]), keep=bool(keep or turns or aside))
     given = [(_chosen(found, edges), off) for edges, off in turns]
     left = [each for each in weights if each not in graph.early]
     done = {node: gradient for (node, _), gradient in _chosen(found, early).items()}

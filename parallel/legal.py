@@ -4,7 +4,8 @@ from typing import Protocol
 
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.pipeline.choose import ACROSS_RANKS, ON_ONE_RANK
+from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.choose import ACROSS_RANKS, ON_ONE_RANK, name_of
 
 __all__ = ["LayoutSettings", "check_layout"]
 
@@ -23,8 +24,13 @@ class LayoutSettings(Protocol):
         ...
 
     @property
-    def schedule(self) -> str:
-        """Order of micro-batches."""
+    def order(self) -> str | Schedule:
+        """Order of micro-batches: a name, a file's, or a value."""
+        ...
+
+    @property
+    def recompute(self) -> object:
+        """Blocks of which only the inputs are kept."""
         ...
 
     @property
@@ -56,26 +62,37 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
 
 def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
     fitting = ACROSS_RANKS if mesh.pp > 1 else ON_ONE_RANK
-    if settings.schedule not in fitting:
-        nearest = "modular" if mesh.pp > 1 else "layered"
+    order, name = settings.order, name_of(settings.order)
+    if order in (*ACROSS_RANKS, *ON_ONE_RANK) and order not in fitting:
+        nearest = "'modular'" if mesh.pp > 1 else "'layered'"
+        if order == "accumulate":
+            nearest += " with group_size=1, one micro-batch after the other"
         raise WrapError(
-            f"schedule={settings.schedule!r} does not go with pp={mesh.pp}; nearest legal: schedule={nearest!r} "
+            f"schedule={name!r} does not go with pp={mesh.pp}; nearest legal: schedule={nearest} "
             f"(choose from: {', '.join(fitting)})"
         )
-    if settings.schedule == "accumulate":
+    if order == "accumulate":
+        _check_whole(settings)
         return
     refused = {
         "data_engine='deepspeed'": settings.data_engine == "deepspeed",
-        "sequence_parallel": settings.sequence_parallel,
         "offload='cpu'": settings.offload == "cpu",
     }
-    for name, given in refused.items():
+    for option, given in refused.items():
         if given:
-            other = "accumulate" if mesh.pp == 1 else settings.schedule
+            other = "accumulate" if mesh.pp == 1 else name
             raise WrapError(
-                f"schedule={settings.schedule!r} does not go with {name} by now; nearest legal: "
+                f"schedule={name!r} does not go with {option} by now; nearest legal: "
                 f"schedule={other!r} on {mesh} without it"
             )
+
+
+def _check_whole(settings: LayoutSettings) -> None:
+    if settings.recompute:
+        raise WrapError(
+            "recompute goes with schedules that go block by block; use schedule='layered', or the model's own "
+            "(gradient_checkpointing_enable() of transformers)"
+        )
 
 
 def _check_deepspeed(mesh: Mesh, settings: LayoutSettings) -> None:

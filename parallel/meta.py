@@ -1,14 +1,15 @@
 """Runs without values of models that ask their tensors questions (`if mask.all():`)."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["MetaAnswers"]
+__all__ = ["MetaAnswers", "without_values"]
 
 _ANSWERS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
 
@@ -35,3 +36,17 @@ class MetaAnswers(TorchFunctionMode):
         if func in _ANSWERS and isinstance(result, Tensor) and (result.is_meta or isinstance(result, FakeTensor)):
             self._answers[result] = _ANSWERS[func]
         return result
+
+
+def without_values(model: nn.Module, device: torch.device | str = "meta") -> nn.Module:
+    """A copy of a model whose parameters and buffers have shapes only; those of `device` inside a fake mode.
+
+    >>> without_values(nn.Linear(2, 3)).weight
+    Parameter containing:
+    tensor(..., device='meta', size=(3, 2), requires_grad=True)
+    """
+    memo: dict[int, Any] = {}
+    for each in model.parameters():
+        memo[id(each)] = nn.Parameter(torch.empty_like(each, device=device), requires_grad=each.requires_grad)
+    memo.update({id(each): torch.empty_like(each, device=device) for each in model.buffers()})
+    return deepcopy(model, memo)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -52,7 +53,16 @@ def split(batch: Any, parts: int) -> list[Any]:
             f"{samples} samples cannot make {parts} micro-batches; give at least {parts} samples per rank "
             f"or set num_microbatches to at most {samples}"
         )
-    return [share(batch, index, parts) for index in range(parts)]
+    cut: dict[int, tuple[Tensor, ...]] = {}
+
+    def part(tensor: Tensor, index: int) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor
+        if id(tensor) not in cut:
+            cut[id(tensor)] = tensor.tensor_split(parts)
+        return cut[id(tensor)][index]
+
+    return [_map(batch, partial(part, index=index)) for index in range(parts)]
 
 
 def share(batch: Any, index: int, parts: int) -> Any:

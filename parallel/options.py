@@ -2,26 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from meshwright.parallel.errors import WrapError, nearest
+from meshwright.parallel.errors import ScheduleError, WrapError, nearest
 from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline.actions import Schedule
-from meshwright.parallel.pipeline.choose import chosen
+from meshwright.parallel.pipeline.choose import chosen, complaints
 from meshwright.parallel.pipeline.placements import Placement
+from meshwright.parallel.stage_options import StageKeywords, StageOptions
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["DataEngineKind", "OptionKeywords", "Options", "ScheduleKind"]
+__all__ = ["DataEngineKind", "OptionKeywords", "Options"]
 
 DataEngineKind = Literal["torch", "deepspeed"]
-ScheduleKind = Literal["accumulate", "layered", "gpipe", "1f1b", "interleaved", "modular"]
 
 
-class OptionKeywords(TypedDict, total=False):
+class OptionKeywords(StageKeywords, total=False):
     """Keyword arguments of `parallelize`, `verify` and the `parallel:` block of a job; see `Options`."""
 
     loss: LossKind
@@ -36,15 +36,12 @@ class OptionKeywords(TypedDict, total=False):
     sequence_parallel: bool
     tensor_plan: Mapping[str, str] | TensorPlan | None
     example: Any
-    schedule: ScheduleKind
-    num_buffers: int
-    num_loops: int | None
     predict_memory: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a model is split and stepped.
+class Options(StageOptions):
+    """How a model is split and stepped; `StageOptions` besides.
 
     Args:
         loss: what the model's loss is: "token_mean", "sample_mean" or "sum".
@@ -59,12 +56,8 @@ class Options:
         sequence_parallel: deal the sequence dim over `tp` between the matrices of blocks (arXiv 2205.05198).
         tensor_plan: module pattern -> "column", "row", "vocabulary" or "replicate", before what the model and rules
             say; or a plan made earlier.
-        example: one micro-batch, looked at once to make the tensor plan; models of `transformers` bring their own.
-        schedule: "accumulate" takes one micro-batch after the other through the model, "layered" all of them through
-            a block before the next one: their gradients leave during the whole backward. With the axis `pp`: "gpipe",
-            "1f1b", "interleaved" (1F1B with several stages on each rank) or "modular" (layered, blocks dealt in turn).
-        num_loops: stages of each rank, for "interleaved" (2 by default) and "modular" (one for each block by default).
-        num_buffers: stages whose parameters are whole at once, where a layered step shards them.
+        example: one micro-batch, looked at once to make the tensor plan (models of `transformers` bring their own) and
+            to count FLOPs.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
 
     Raises:
@@ -83,25 +76,20 @@ class Options:
     sequence_parallel: bool = False
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
     example: Any = None
-    schedule: ScheduleKind = "accumulate"
-    num_buffers: int = 2
-    num_loops: int | None = None
     predict_memory: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
             ("data_engine", get_args(DataEngineKind)),
             ("offload", ("none", "cpu")),
-            ("schedule", get_args(ScheduleKind)),
         ):
             value = getattr(self, name)
             if value not in choices:
                 raise WrapError(f"{name}={value!r} does not exist; {nearest(str(value), choices)}")
-        for name in ("num_microbatches", "bucket_bytes", "num_buffers"):
+        for name in ("num_microbatches", "bucket_bytes"):
             if getattr(self, name) < 1:
                 raise WrapError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_loops is not None and self.num_loops < 1:
-            raise WrapError(f"num_loops={self.num_loops} must be at least 1")
         stages = (0, 1, 2, 3) if self.data_engine == "deepspeed" else (1, 2, 3)
         if self.zero_stage not in stages:
             raise WrapError(
@@ -128,15 +116,17 @@ class Options:
         return LossContract(self.loss, self.loss_items, self.loss_fn)
 
     def chosen(self, mesh: Mesh, num_blocks: int) -> tuple[Placement, Schedule]:
-        """Which rank holds which blocks of a model, and what ranks do in one step."""
+        """Which rank holds which blocks of a model, and what ranks do in one step; costs are numbers by now."""
         return chosen(
-            self.schedule,
+            self.order,
             num_blocks,
             mesh.pp,
             self.num_microbatches,
-            num_loops=self.num_loops,
+            asked=self.asked,
             zero_stage=self.zero_stage if mesh.fsdp > 1 else 0,
             num_buffers=self.num_buffers,
+            recompute=bool(self.recompute),
+            offload=self.offload_inputs,
         )
 
     def check(self, mesh: Mesh) -> None:
@@ -144,5 +134,8 @@ class Options:
 
         Raises:
             WrapError: naming the axis and the nearest legal layout.
+            ScheduleError: naming the options that do not fit together.
         """
         check_layout(mesh, self)
+        for _, text in complaints(self.order, mesh.pp, num_microbatches=self.num_microbatches, asked=self.asked):
+            raise ScheduleError(text)

@@ -8,7 +8,8 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from meshwright.parallel.errors import WrapError
 from meshwright.parallel.halves import Edge, Later, first_half, going_back
 
 __all__ = ["Pieces"]
@@ -31,6 +31,7 @@ class _Piece:
     roots: dict[Edge, Tensor] = field(default_factory=dict)
     leaves: dict[Any, None] = field(default_factory=dict)
     edges: dict[Edge, None] = field(default_factory=dict)
+    closed: list[Any] = field(default_factory=list)
 
 
 class Pieces:
@@ -40,19 +41,30 @@ class Pieces:
         borders: sequence number at which each piece begins, ascending.
         origins: leaf made at a border -> the edge that it continues.
         ends: values whose gradients will be given: the loss, or what other ranks go on with.
+        received: leaves without an origin here, whose gradients others wait for.
     """
 
-    def __init__(self, borders: Sequence[int], origins: Mapping[Tensor, GradientEdge], ends: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        borders: Sequence[int],
+        origins: Mapping[Tensor, GradientEdge],
+        ends: Sequence[Tensor],
+        *,
+        received: Sequence[Tensor] = (),
+    ) -> None:
         self._borders = borders
         self._origins = origins
+        self._received = {id(each): each for each in received}
         self._pieces = [_Piece() for _ in borders]
         self._num_users: Counter[Any] = Counter()
+        self._shared: set[Any] = set()
         self._partial: dict[Any, Tensor] = {}
         self._late: dict[int, tuple[list[Any], dict[Any, Tensor], Later]] = {}
         roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
         if roots:
             self._look(roots)
-            self._check()
+            self._close()
+            self._shared = {node for node, number in self._num_users.items() if number > 1}
 
     def give(self, value: Tensor, gradient: Tensor) -> None:
         """Adds to the gradient of one of the ends, before its piece is gone through."""
@@ -66,19 +78,37 @@ class Pieces:
         A parameter that several pieces use gets the sum of their gradients with the last of them that is done.
         """
         mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        inputs, weights = self._inputs_of(mine), self._weights_of(mine)
-        found = going_back(mine.roots, [*((node, 0) for node in weights), *inputs])
+        inputs, weights = self._targets(mine)
+        if not mine.edges and self._shared.isdisjoint(weights):
+            self._straight(mine, inputs)
+            return
+        with _closed(mine.closed):
+            wanted = [*((node, 0) for node in weights), *inputs]
+            found = going_back(mine.roots, wanted, keep=bool(mine.closed))  # what is closed is gone through later
         self._hand_on({edge: found[edge] for edge in inputs if edge in found})
         self._add(weights, {node: found[node, 0] for node in weights if (node, 0) in found})
+
+    def _straight(self, mine: _Piece, inputs: Iterable[Edge]) -> None:
+        """Where a piece ends in leaves of its own, torch adds to them by itself."""
+        if not mine.roots:
+            return
+        with _caught([node for node, _ in inputs]) as found:
+            torch.autograd.backward([GradientEdge(*edge) for edge in mine.roots], list(mine.roots.values()))
+        self._hand_on(found)
 
     def backward_inputs(self, piece: int) -> None:
         """The first half of `backward`: what earlier pieces wait for."""
         mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        weights = self._weights_of(mine)
-        inputs, early, later = first_half(
-            mine.roots, self._inputs_of(mine), weights, follow=lambda node: self._home(node) == piece
-        )
-        self._hand_on(inputs)
+        inputs, weights = self._targets(mine)
+        with _closed(mine.closed):
+            found, early, later = first_half(
+                mine.roots,
+                inputs,
+                weights,
+                follow=lambda node: self._home(node) == piece,
+                keep=bool(mine.closed),
+            )
+        self._hand_on(found)
         self._late[piece] = weights, early, later
 
     def backward_weights(self, piece: int) -> None:
@@ -86,17 +116,24 @@ class Pieces:
         weights, early, later = self._late.pop(piece)
         self._add(weights, {**early, **later.gradients()})
 
-    def _inputs_of(self, mine: _Piece) -> list[Edge]:
-        return [*((node, 0) for node in mine.leaves if node.variable in self._origins), *mine.edges]
+    def _targets(self, mine: _Piece) -> tuple[list[Edge], list[Any]]:
+        """Edges to inputs, and leaves of weights."""
+        inputs = [node for node in mine.leaves if self._is_input(node)]
+        weights = [node for node in mine.leaves if not self._is_input(node)]
+        return [*((node, 0) for node in inputs), *mine.edges], weights
 
-    def _weights_of(self, mine: _Piece) -> list[Any]:
-        return [node for node in mine.leaves if node.variable not in self._origins]
+    def _is_input(self, node: Any) -> bool:
+        return node.variable in self._origins or id(node.variable) in self._received
 
     def _hand_on(self, gradients: Mapping[Edge, Tensor]) -> None:
-        """Keeps gradients for the pieces that the values came from."""
+        """Keeps gradients for the pieces that the values came from; adds those of received values to `.grad`."""
         for (node, number), gradient in gradients.items():
-            origin = self._origins.get(node.variable) if isinstance(node, _FUNCTIONS.AccumulateGrad) else None
-            self._keep((node, number) if origin is None else (origin.node, origin.output_nr), gradient)
+            if not isinstance(node, _FUNCTIONS.AccumulateGrad):
+                self._keep((node, number), gradient)
+            elif (origin := self._origins.get(node.variable)) is None:
+                node(gradient)
+            else:
+                self._keep((origin.node, origin.output_nr), gradient)
 
     def _add(self, weights: Iterable[Any], gradients: Mapping[Any, Tensor]) -> None:
         for node in weights:
@@ -129,19 +166,12 @@ class Pieces:
                     seen.add(following)
                     todo.append(following)
 
-    def _check(self) -> None:
-        """Refuses what torch would go through twice: from a piece's edge into an earlier one to another of its targets.
-
-        Raises:
-            WrapError: naming the operation.
-        """
+    def _close(self) -> None:
+        """Notes what torch would go through, from a piece's edge into an earlier one to another of its targets."""
         for piece in self._pieces:
             passing = {node for node, _ in piece.edges}
-            for node in _beyond(passing) & {*passing, *piece.leaves}:
-                raise WrapError(
-                    f"schedule='layered': what {node.name()} gives passes blocks by in two ways, one made from the "
-                    "other; use schedule='accumulate'"
-                )
+            targets = {*passing, *piece.leaves}
+            piece.closed = [node for node in passing if _beyond({node}) & targets]
 
     def _reached(self, home: int, node: Any, number: int) -> Any:
         """Notes an edge that leaves a node of piece `home`; returns the node where the graph goes on."""
@@ -154,6 +184,38 @@ class Pieces:
             self._num_users[node] += 1
         origin = self._origins.get(node.variable)
         return None if origin is None else origin.node
+
+
+@contextmanager
+def _caught(leaves: Iterable[Any]) -> Iterator[dict[Edge, Tensor]]:
+    """What arrives at leaves, as it is: added to `.grad` it would be laid out anew."""
+    found: dict[Edge, Tensor] = {}
+
+    def catch(node: Any) -> Callable[[tuple[Tensor | None, ...]], tuple[None]]:
+        def caught(gradients: tuple[Tensor | None, ...]) -> tuple[None]:
+            if gradients[0] is not None:
+                found[node, 0] = gradients[0]
+            return (None,)
+
+        return caught
+
+    handles = [node.register_prehook(catch(node)) for node in leaves]
+    try:
+        yield found
+    finally:
+        for each in handles:
+            each.remove()
+
+
+@contextmanager
+def _closed(nodes: Iterable[Any]) -> Iterator[None]:
+    """Lets nothing through nodes whose own piece will be gone through later."""
+    handles = [node.register_prehook(lambda gradients: (None,) * len(gradients)) for node in nodes]
+    try:
+        yield
+    finally:
+        for each in handles:
+            each.remove()
 
 
 def _beyond(nodes: set[Any]) -> set[Any]:

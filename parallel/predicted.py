@@ -2,19 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from copy import deepcopy
 from math import prod
 
-import torch
 from torch import nn
 
-from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
+from meshwright.parallel.blocks import own_blocks, own_parameters
 from meshwright.parallel.dealt import summed_elements
 from meshwright.parallel.ledger import Call
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.meta import without_values
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.replicate import cut_buckets
+from meshwright.parallel.stages import stages_of
 from meshwright.parallel.tensor import keep_shares
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.units import padded_rows
@@ -57,11 +57,7 @@ def first_shares(model: nn.Module, plan: TensorPlan) -> nn.Module:
     """The model as the first rank of `tp` holds it, without memory."""
     if plan.degree == 1:
         return model
-    memo: dict[int, object] = {}
-    for each in model.parameters():
-        memo[id(each)] = nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=each.requires_grad)
-    memo.update({id(each): torch.empty_like(each, device="meta") for each in model.buffers()})
-    shares = deepcopy(model, memo)
+    shares = without_values(model)
     keep_shares(shares, plan.splits, 0)
     return shares
 
@@ -77,10 +73,11 @@ def _replicate_calls(trained: list[nn.Parameter], mesh: Mesh, options: Options) 
 
 
 def _rotate_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
-    found = find_blocks(model)
-    own, rest = own_parameters(model, {name: stage for stage, name in enumerate(found)})
-    _, schedule = options.chosen(mesh, len(found))
-    gathers = Counter(each.stage for each in schedule.ranks[0] if each.kind is Kind.GATHER)
+    stages = stages_of(model, mesh, 0, options)
+    own, rest = own_parameters(model, stages.mine)
+    gathers, reductions = (
+        Counter(each.stage for each in stages.actions if each.kind is kind) for kind in (Kind.GATHER, Kind.REDUCE)
+    )
     held = dict(model.named_parameters())
     calls: list[Call] = []
     for stage, unit in enumerate([*own.values(), rest]):
@@ -90,14 +87,21 @@ def _rotate_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
         calls += [Call("fsdp", "all_gather", mesh.fsdp, shards * mesh.fsdp)] * (gathers[stage] or 1 if shards else 0)
         for dtype in dict.fromkeys(each.dtype for each in members):
             reduced = _unit_bytes([each for each in members if each.requires_grad and each.dtype is dtype], mesh.fsdp)
-            if reduced:
-                calls.append(Call("fsdp", "reduce_scatter", mesh.fsdp, reduced))
-                calls += [Call("dp", "all_reduce", mesh.dp, reduced // mesh.fsdp)] * (mesh.dp > 1)
+            times = reductions[stage] or 1  # what stands around blocks is no stage
+            calls += _sums_of(mesh, reduced) * times
     return calls
 
 
+def _sums_of(mesh: Mesh, reduced_bytes: int) -> list[Call]:
+    """One reduction of the gradients of a unit: over its shards, then over their replicas."""
+    if not reduced_bytes:
+        return []
+    over_replicas = [Call("dp", "all_reduce", mesh.dp, reduced_bytes // mesh.fsdp)] if mesh.dp > 1 else []
+    return [Call("fsdp", "reduce_scatter", mesh.fsdp, reduced_bytes), *over_replicas]
+
+
 def _shard_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
-    blocks = [list(block.parameters()) for block in own_blocks(model).values()]
+    blocks = [list(block.parameters()) for block in own_blocks(model, options.blocks).values()]
     claimed = {id(each) for block in blocks for each in block}
     root = [each for each in model.parameters() if id(each) not in claimed]
     calls: list[Call] = []

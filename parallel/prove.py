@@ -14,8 +14,9 @@ from torch import Tensor
 
 from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.layout import deal
+from meshwright.parallel.length import Length
 from meshwright.parallel.promote import Promote
-from meshwright.parallel.tensor import Length, install, keep_shares
+from meshwright.parallel.tensor import install, keep_shares
 from meshwright.parallel.tensor_plan import Drop, TensorPlan
 from meshwright.parallel.threads import ThreadAxis, run_threads
 from meshwright.parallel.unit_run import Plain, argument, gradients_of, inputs_of, tensors_of

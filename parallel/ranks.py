@@ -2,7 +2,8 @@
 
 A pool starts fresh interpreters (forking a process that runs torch hangs, spawning one needs a guarded main script),
 sends them functions by cloudpickle and gives each call its own gloo process group over a file. A rank that fails ends
-the call: the first failure is raised, the pool's processes are ended and started anew at the next call.
+the call: the first failure is raised, the pool's processes are ended and started anew at the next call. Only where
+every rank gave its answer, and each failed only by a refusal of this library's or for want of its peers, they stay.
 """
 
 import atexit
@@ -34,6 +35,7 @@ from meshwright.parallel.mesh import Mesh
 __all__ = ["RankPool", "default_pool", "run_ranks", "serve"]
 
 _POLL_S = 0.5
+_REFUSAL_S = 2.0  # what one rank refuses, others mostly refuse a moment later
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -104,15 +106,19 @@ class RankPool:
             for rank, each in enumerate(ranks):
                 each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store), sys.path)))
                 each.connection.send_bytes(payload)
-            results = self._collect(ranks, time.monotonic() + timeout_s, timeout_s)
-            for each in ranks:  # only now may ranks leave: one that left early would cut others off
-                each.connection.send_bytes(b"done")
-            return results
+            results = _collect(ranks, time.monotonic() + timeout_s, timeout_s)
+            for each, result in zip(ranks, results, strict=True):  # one that left earlier would have cut others off
+                if not isinstance(result, _Failure):
+                    each.connection.send_bytes(b"done")
         except BaseException:
             self.close()
             raise
         finally:
             store.unlink(missing_ok=True)
+        failures = [each for each in results if isinstance(each, _Failure)]
+        if failures:
+            _culprit(failures).throw()
+        return results
 
     def close(self) -> None:
         """Ends all processes."""
@@ -137,24 +143,44 @@ class RankPool:
             each.connection.recv_bytes()  # torch is imported: a call's time does not count it
         return self._ranks[:num_ranks], self._folder
 
-    def _collect(self, ranks: list[_Rank], deadline_s: float, timeout_s: float) -> list[Any]:
-        results: dict[int, Any] = {}
-        failures: list[_Failure] = []
-        numbers = {id(each.connection): rank for rank, each in enumerate(ranks)}
-        while len(results) < len(ranks):
-            waiting = [each.connection for rank, each in enumerate(ranks) if rank not in results]
-            arrived = wait(waiting, timeout=_POLL_S)
-            for ready in arrived:
-                rank = numbers[id(ready)]
-                results[rank] = _receive(rank, ranks[rank])
-                failures += [results[rank]] if isinstance(results[rank], _Failure) else []
-            if failures and (not arrived or any(not each.lost_peer for each in failures)):
-                min(failures, key=lambda each: each.lost_peer).throw()
-            if len(results) < len(ranks) and time.monotonic() > deadline_s:
-                raise RankError(_hang_text(set(range(len(ranks))) - set(results), ranks, timeout_s))
+
+def _collect(ranks: list[_Rank], deadline_s: float, timeout_s: float) -> list[Any]:
+    """The answers of all ranks; failures are among them where every rank can go on after them."""
+    results: dict[int, Any] = {}
+    patience_s = deadline_s
+    while len(results) < len(ranks):
+        waiting = {id(each.connection): rank for rank, each in enumerate(ranks) if rank not in results}
+        arrived = wait([ranks[rank].connection for rank in waiting.values()], timeout=_POLL_S)
+        for ready in arrived:
+            rank = waiting[id(ready)]
+            results[rank] = _receive(rank, ranks[rank])
+        failures = [each for each in results.values() if isinstance(each, _Failure)]
         if failures:
-            failures[0].throw()
-        return [results[rank] for rank in range(len(ranks))]
+            patience_s = min(patience_s, time.monotonic() + _REFUSAL_S)
+            whole = len(results) == len(ranks)
+            _throw_what_ends_ranks(failures, final=whole or not arrived, late=time.monotonic() > patience_s)
+        elif len(results) < len(ranks) and time.monotonic() > deadline_s:
+            raise RankError(_hang_text(set(range(len(ranks))) - set(results), ranks, timeout_s))
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _throw_what_ends_ranks(failures: list[_Failure], *, final: bool, late: bool) -> None:
+    """Raises the failure to blame, unless ranks only refused, or lost one that did: then they are as they were.
+
+    Args:
+        failures: seen so far.
+        final: whether no other is expected.
+        late: whether some ranks did not notice for a while that another one refused.
+    """
+    known = all(each.cause is not None or each.lost_peer for each in failures)
+    if known and any(each.cause is not None for each in failures) and not late:
+        return
+    if final or any(not each.lost_peer for each in failures):
+        _culprit(failures).throw()
+
+
+def _culprit(failures: list[_Failure]) -> _Failure:
+    return min(failures, key=lambda each: each.lost_peer)
 
 
 def _receive(rank: int, each: _Rank) -> Any:
@@ -177,17 +203,22 @@ def serve(descriptor: int, parent: int) -> None:
     connection = Connection(descriptor)
     from meshwright.parallel.collectives import stop_ranks
 
+    num_modules = 0
     connection.send_bytes(b"ready")
     while True:
         try:
             rank, num_ranks, store, sys.path[:] = cloudpickle.loads(connection.recv_bytes())
             answer = _answer(connection.recv_bytes(), rank, num_ranks, store)
             connection.send_bytes(cloudpickle.dumps(answer))
-            connection.recv_bytes()
+            if answer[0]:
+                connection.recv_bytes()  # a rank that failed leaves at once, so that no other waits for it
         except (EOFError, ConnectionError):
             return
         del answer
         gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
+        if len(sys.modules) != num_modules:
+            num_modules = len(sys.modules)
+            gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
         with contextlib.suppress(RuntimeError):
             stop_ranks()
 
@@ -199,7 +230,7 @@ def _answer(payload: bytes, rank: int, num_ranks: int, store: str) -> tuple[bool
     os.environ.update({name: str(value) for name, value in position.items()})
     try:
         function, args = cloudpickle.loads(payload)
-        start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks))
+        start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks), hang_s=0)
         return True, function(*args)
     except Exception as error:
         cause = error if isinstance(error, MeshwrightError) else None

@@ -58,7 +58,7 @@ class Trial:
 def plain_outcome(trial: Trial) -> Outcome:
     """Runs the step on the unwrapped model; the reference of every comparison."""
     model = materialise(trial.model())
-    draw_by_block(find_blocks(model))
+    draw_by_block(find_blocks(model, trial.options.blocks))
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     shares: list[dict[str, Tensor]] = []
     losses: list[list[float]] = []

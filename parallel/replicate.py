@@ -6,8 +6,10 @@ here step n of a resumed run adds in the same order as step n of an undisturbed 
 parameter, so that the sum also says which parameters some rank used.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,8 @@ class Replicate(LocalStates):
     def __init__(self, module: nn.Module, groups: Groups, spread: Spread, *, bucket_bytes: int) -> None:
         super().__init__(module, groups, norm_axes=(), spread=spread)
         self._last = True
+        self._num_awaited: int | None = None
+        self._num_added: Counter[str] = Counter()
         self._scale: Tensor | None = None
         self._divides = False
         self._buckets: list[_Bucket] = []
@@ -79,6 +83,7 @@ class Replicate(LocalStates):
             bucket.ready.clear()
             bucket.missing.clear()
         self._next = 0
+        self._num_added.clear()
         self._scale = None
 
     def prepare(self, last: bool) -> None:
@@ -96,16 +101,16 @@ class Replicate(LocalStates):
             items = items * scale
         loss.backward(gradient=items)
 
-    def divide_by(self, ask_scale: AskScale) -> None:
-        """Gradients are divided in their buckets, or at the end; the schedule says when they leave."""
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
+        """Gradients are divided in their buckets, or at the end; they leave once every micro-batch added its own."""
         self._ask_scale = ask_scale
         self._divides = not self._buckets
-        self._last = False
+        self._num_awaited = num_microbatches
 
     def reduce(self, stage: int) -> None:
-        """Puts the gradients of a stage into their buckets, and sends those that are full."""
+        """Takes what some micro-batch did not use, since nothing will be added to gradients of this stage any more."""
         for name in self._own.get(stage, ()):
-            if name in self._home:
+            if name in self._home and name not in self._home[name].ready:
                 self._take(self._home[name], name, self._trained[name].grad)
         self._send_ready()
 
@@ -154,8 +159,14 @@ class Replicate(LocalStates):
         return _Bucket(names, flat, views, flags)
 
     def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
+        engine = ref(self)  # torch's collector does not see through these hooks: a cycle would keep groups for good
+
         def on_gradient(parameter: Tensor) -> None:
-            if not self._last:
+            self = engine()
+            if self is None:
+                return
+            self._num_added[name] += 1
+            if not self._last if self._num_awaited is None else self._num_added[name] < self._num_awaited:
                 return
             if name in bucket.ready:
                 raise WrapError(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
+from meshwright.parallel.costs import settled
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.footprint import Footprint, footprint
 from meshwright.parallel.ledger import LedgerSummary
@@ -83,6 +84,7 @@ class WrapReport:
 def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None = None) -> WrapReport:
     """Says what wrapping `model` on `mesh` will do, before it is done; `plan` is needed where the mesh has `tp`."""
     whole = sum(each.numel() for each in model.parameters())
+    options = settled(options, model)
     mine = model if plan is None else first_shares(model, plan)
     kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in most_held(mine, mesh, options)}
     known = options.data_engine == "torch" and mesh.pp == 1
@@ -122,11 +124,11 @@ def _memory(
 
 def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[tuple[str, str]]:
     if mesh.pp > 1:
-        placement, schedule = options.chosen(mesh, len(find_blocks(model)))
+        stages = stages_of(model, mesh, 0, options)
         yield (
             "pp",
-            f"{options.schedule}: {placement.num_blocks} blocks in {schedule.num_stages} stages on {mesh.pp} ranks, "
-            "what stands around blocks on all of them",
+            f"{options.schedule_name}: {len(stages.blocks)} blocks in {stages.schedule.num_stages} stages on {mesh.pp} "
+            "ranks, what stands around blocks on all of them",
         )
     if plan is not None and plan.degree > 1:
         yield "tp", plan.summary()
@@ -148,7 +150,7 @@ def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | Non
             3: "parameters, gradients, optimizer states",
         }
         layered = options.schedule != "accumulate"
-        number = len(find_blocks(model) if layered else own_blocks(model))
+        number = len((find_blocks if layered else own_blocks)(model, options.blocks))
         whole = (
             f", at most {min(number, options.num_buffers)} blocks whole" if layered and options.zero_stage == 3 else ""
         )

@@ -7,10 +7,10 @@ For L blocks, B of them whole at once, whatever the number of micro-batches:
   3       sharded                   the same                        2 L - B            L
 
 and one of each for the rest of the model, which is whole for the step. When, the schedule says; the sum of a block's
-gradients is under way while the block before it goes back.
+gradients is under way while the block before it goes back. Schedules that come back to a block reduce it more often.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +20,7 @@ from meshwright.parallel.blocks import own_parameters
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import AskScale, SharedFlags, Spread
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.sharded import ShardedStates
 from meshwright.parallel.units import Unit, shard_parameters
 
@@ -48,6 +49,8 @@ class Rotate(ShardedStates):
         self._reducing: deque[Unit] = deque()
         self._num_buffers = num_buffers
         self._flags: SharedFlags | None = None
+        reductions = Counter(each.stage for each in stages.actions if each.kind is Kind.REDUCE)
+        self._often = {stage for stage, number in reductions.items() if number > 1}
         self._stays = zero_stage < 3
         self._stepping = False
         self._turn = 0
@@ -79,8 +82,12 @@ class Rotate(ShardedStates):
         """Whole losses would need the whole model."""
         raise WrapError(f"{type(self).__name__} goes back block by block; use schedule='layered'")
 
-    def divide_by(self, ask_scale: AskScale) -> None:
-        """Gradients are divided when they leave."""
+    def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
+        """Gradients are divided when they leave; if they leave more than once, when all have come.
+
+        The first of several times comes before the last losses, and to wait for those would keep other ranks waiting.
+        """
+        del num_microbatches
         self._ask_scale = ask_scale
 
     def gather(self, stage: int) -> None:
@@ -99,18 +106,19 @@ class Rotate(ShardedStates):
 
     def reduce(self, stage: int) -> None:
         """Starts summing the gradients of a stage."""
-        self._reduce(self._units[stage])
+        self._reduce(self._units[stage], _as_they_are if stage in self._often else self._ask_scale)
 
     def launch(self) -> None:
         """Starts the last sums, and says which parameters were used."""
-        self._reduce(self._rest)
+        self._reduce(self._rest, self._ask_scale)
         self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
 
     def finish(self) -> None:
         """Waits for the sums; parameters no rank used keep no gradient."""
         assert self._flags is not None, "launch comes first"
-        for unit in self._all():
-            unit.finish()
+        for stage, unit in self._units.items():
+            unit.finish(self._ask_scale if stage in self._often else None)
+        self._rest.finish()
         for parameter, has_gradient in zip(self._trained.values(), self._flags.read(), strict=True):
             if not has_gradient:
                 parameter.grad = None
@@ -124,11 +132,11 @@ class Rotate(ShardedStates):
         for unit in self._all():
             unit.free()
 
-    def _reduce(self, unit: Unit) -> None:
+    def _reduce(self, unit: Unit, ask_scale: AskScale) -> None:
         """Starts a sum; no more are under way than there are buffers, so that gradients do not pile up."""
         if len(self._reducing) == self._num_buffers:
             self._reducing.popleft().sum_over_replicas()
-        self._used.update(unit.reduce(self._ask_scale))
+        self._used.update(unit.reduce(ask_scale))
         self._reducing.append(unit)
 
     def _all(self) -> Iterator[Unit]:
@@ -164,3 +172,7 @@ class Rotate(ShardedStates):
 
         block.register_forward_pre_hook(before)
         block.register_forward_hook(after, always_call=True)
+
+
+def _as_they_are() -> Tensor:
+    return torch.ones(())

@@ -10,7 +10,7 @@ are kept whole between forward and backward, since backward asks for them at onc
 With `dp` above one the shards are replicated along it (HSDP).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -35,19 +35,26 @@ class Shard(ShardedStates):
         spread: what `tp` and `pp` add.
         zero_stage: 1, 2 or 3.
         offload: keep shards in host memory between uses.
+        blocks: the units, found by structure or named (see `own_blocks`).
     """
 
     def __init__(
-        self, module: nn.Module, groups: Groups, spread: Spread, *, zero_stage: int, offload: bool = False
+        self,
+        module: nn.Module,
+        groups: Groups,
+        spread: Spread,
+        *,
+        zero_stage: int,
+        offload: bool = False,
+        blocks: Sequence[str] | None = None,
     ) -> None:
         self.zero_stage = zero_stage
         self._used: set[str] = set()
         self._flags: SharedFlags | None = None
         axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
         policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
-        self._units = _shard_units(
-            module, partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy), zero_stage
-        )
+        sharded = partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy)
+        self._units = _shard_units(module, own_blocks(module, blocks), sharded, stays_whole=zero_stage < 3)
         self._root = cast(FSDPModule, module)
         super().__init__(module, groups, norm_axes=("fsdp",), spread=spread)
         module._apply(lambda tensor: tensor)  # FSDP2 looks at its parameters anew: deferred ones have memory by now
@@ -108,23 +115,26 @@ class Shard(ShardedStates):
         self._watch[list(self._units).index(unit)].remove()
 
     def _noting(self, name: str) -> Callable[[Tensor], None]:
+        used = self._used  # and not `self`: see the hooks of `Replicate`
+
         def on_gradient(parameter: Tensor) -> None:
             del parameter
-            self._used.add(name)
+            used.add(name)
 
         return on_gradient
 
 
-def _shard_units(module: nn.Module, shard: Callable[..., Any], zero_stage: int) -> dict[nn.Module, Sequence[str]]:
+def _shard_units(
+    module: nn.Module, blocks: Mapping[str, nn.Module], shard: Callable[..., Any], *, stays_whole: bool
+) -> dict[nn.Module, Sequence[str]]:
     """Shards blocks, then the rest; returns the parameter names of each unit, the root last."""
-    blocks = own_blocks(module)
     units: dict[nn.Module, Sequence[str]] = {}
     claimed: set[str] = set()
     names = [name for name, _ in module.named_parameters()]
     for position, (path, block) in enumerate(blocks.items()):
         units[block] = [name for name in names if name.startswith(path + ".")]
         claimed.update(units[block])
-        shard(block, reshard_after_forward=zero_stage == 3 and position < len(blocks) - 1)
+        shard(block, reshard_after_forward=not stays_whole and position < len(blocks) - 1)
     units[module] = [name for name in names if name not in claimed]
     shard(module, reshard_after_forward=False)
     _sum_gradients(cast(FSDPModule, module))

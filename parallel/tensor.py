@@ -6,6 +6,7 @@ and hooks put the collectives of `exchange` where a region begins and ends. The 
 
 from collections.abc import Callable, Mapping
 from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,34 +15,12 @@ from torch.nn import functional
 from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis, cut, enter, gather, join, leave, scatter_sum
-from meshwright.parallel.layout import Split, deal
+from meshwright.parallel.layout import Split
+from meshwright.parallel.length import Length
+from meshwright.parallel.passing import note_passing, on_passing
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["Length", "install", "keep_shares"]
-
-
-class Length:
-    """The dealt sequence of one list of blocks: how long the whole one is, and how wide."""
-
-    def __init__(self, axis: Axis, *, full: int = 0, width: int = 0) -> None:
-        self.axis = axis
-        self.full = full
-        self.width = width
-
-    def is_share(self, tensor: Any) -> bool:
-        """Whether a value is this rank's share of the stream."""
-        return self._fits(tensor) and tensor.shape[-2] == self._share() and tensor.shape[-1] == self.width
-
-    def is_whole(self, tensor: Any) -> bool:
-        """Whether a value is a whole stream."""
-        return self._fits(tensor) and tensor.shape[-2] == self.full and tensor.shape[-1] == self.width
-
-    def _fits(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.is_floating_point()
-
-    def _share(self) -> int:
-        start, stop = deal(self.full, self.axis.size)[self.axis.rank]
-        return stop - start
+__all__ = ["install", "keep_shares"]
 
 
 class _Entry:
@@ -245,9 +224,7 @@ def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, L
         lengths.update(dict.fromkeys(stream.blocks, length))
 
         def before(module: nn.Module, args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> Any:
-            del module
-            given = args[key] if isinstance(key, int) else kwargs[key]
-            length.full, length.width = given.shape[-2], given.shape[-1]
+            note_passing(module, (args, kwargs))
             return _changed(args, kwargs, (key,), lambda value: cut(value, axis, value.dim() - 2))
 
         def after(module: nn.Module, args: Any, output: Any, length: Length = length) -> Any:
@@ -257,9 +234,16 @@ def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, L
                 lambda value: join(value, axis, value.dim() - 2, length.full) if length.is_share(value) else value,
             )
 
-        model.get_submodule(stream.blocks[0]).register_forward_pre_hook(before, with_kwargs=True)
+        first = model.get_submodule(stream.blocks[0])
+        on_passing(first, partial(_open, length, stream.key))
+        first.register_forward_pre_hook(before, with_kwargs=True)
         model.get_submodule(stream.blocks[-1]).register_forward_hook(after)
     return lengths
+
+
+def _open(length: Length, key: int | str, arguments: Any) -> None:
+    args, kwargs = arguments
+    length.open(args[key] if isinstance(key, int) else kwargs[key])
 
 
 def _changed(args: tuple[Any, ...], kwargs: dict[str, Any], keys: Any, change: Any) -> tuple[Any, dict[str, Any]]:

@@ -147,8 +147,8 @@ class Unit:
             self._summing.append((members, sums, self._groups.all_reduce(sums, "dp")))
         self._scattering = []
 
-    def finish(self) -> None:
-        """Waits for all sums and adds them to the gradients of the shards."""
+    def finish(self, ask_scale: Callable[[], Tensor] | None = None) -> None:
+        """Waits for all sums and adds them to the gradients of the shards; `ask_scale` where they left unscaled."""
         self.sum_over_replicas()
         for members, sums, pending in self._summing:
             pending.wait()
@@ -156,6 +156,9 @@ class Unit:
             for each, part in zip(members, sums.split(sizes), strict=True):
                 self._add(each.sharded, part)
         self._summing = []
+        held = [_local(each.sharded.grad) for each in self._members if each.sharded.grad is not None]
+        if ask_scale is not None and held:
+            torch._foreach_mul_(held, ask_scale().to(held[0].device))
 
     def forget(self) -> None:
         """Drops gradients, of an unfinished step too."""

@@ -5,13 +5,15 @@ promoted on both sides. What the comparison means is said in `parity`, what the 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from meshwright.parallel.agreement import fingerprint
+from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.costs import settled
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import split
 from meshwright.parallel.optimizer import BuildOptimizer
@@ -20,6 +22,7 @@ from meshwright.parallel.parity import Outcome, ParityReport, compare
 from meshwright.parallel.plan import make_plan
 from meshwright.parallel.ranks import RankPool, default_pool, run_ranks
 from meshwright.parallel.reference import Trial, plain_outcome
+from meshwright.parallel.stages import stages_of
 from meshwright.parallel.wrap import ParallelModel, parallelize
 
 __all__ = ["ParityReport", "Prepare", "verify"]
@@ -73,19 +76,24 @@ def verify(
 
 
 def _planned(trial: Trial) -> Trial:
-    """The trial with its tensor plan made: what cannot be dealt is refused before a rank starts."""
-    if trial.mesh.tp == 1:
+    """The trial with its stages cut and its tensor plan made: what cannot be had is refused before a rank starts."""
+    options, mesh = trial.options, trial.mesh
+    if mesh.tp == 1 and not options.cuts_by_hand:
         return trial
-    first = split(trial.samples_of(0), trial.options.num_microbatches)[0]
-    example = first if trial.options.example is None else trial.options.example
+    first = split(trial.samples_of(0), options.num_microbatches)[0]
     with trial.precision():
-        plan = make_plan(trial.model(), trial.mesh, replace(trial.options, example=example))
-    return replace(trial, options=replace(trial.options, tensor_plan=plan, example=None))
+        model = trial.model()
+        chosen = settled(options if options.example is not None else replace(options, example=first), model)
+        find_blocks(model, chosen.blocks)
+        stages_of(model, mesh, 0, chosen)
+        plan = make_plan(model, mesh, chosen) if mesh.tp > 1 else options.tensor_plan
+    example = None if mesh.tp > 1 else options.example
+    return replace(trial, options=replace(chosen, tensor_plan=plan, example=example))
 
 
 def _parallel_outcome(trial: Trial, prepare: Prepare | None) -> tuple[Outcome | None, dict[str, int]]:
     """The step of the wrapped model on this rank: what it found (rank 0 only), and a mark of every next weight."""
-    keywords: Any = {name: getattr(trial.options, name) for name in OptionKeywords.__annotations__}
+    keywords: Any = {each.name: getattr(trial.options, each.name) for each in fields(Options)}
     model = parallelize(trial.model(), trial.mesh, **keywords)
     optimizer = model.make_optimizer(trial.build_optimizer)
     if prepare is not None:

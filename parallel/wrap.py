@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.costs import settled
 from meshwright.parallel.data import LocalStates, build_data_engine, spread_over
 from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine, StepStats
@@ -44,7 +45,7 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
         WrapError: for options or axes that cannot be had.
         MeshError: when the number of ranks is not the mesh's.
     """
-    chosen = Options.of(**options)
+    chosen = settled(Options.of(**options), model)
     chosen.check(mesh)
     groups = Groups(mesh, device_of(model).type)
     check_agreement(model, groups)

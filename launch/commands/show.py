@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwright.launch.load import LoadedJob, load_job
-from meshwright.launch.rehearse import report_on_meta
+from meshwright.launch.rehearse import report_on_meta, settled_on_meta
 from meshwright.parallel.errors import PlotError, ScheduleError, nearest
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.draw import drawn
@@ -83,10 +83,9 @@ def _planned(loaded: LoadedJob, model: "nn.Module", costs: Costs) -> _Order:
     from dataclasses import replace
 
     from meshwright.parallel.blocks import find_blocks
-    from meshwright.parallel.options import Options
 
-    options = Options.of(**loaded.job.options)
-    placement, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model))))
+    options = settled_on_meta(loaded, model)
+    placement, schedule = options.chosen(loaded.job.mesh, max(1, len(find_blocks(model, options.blocks))))
     sizes = {stage: float(len(placement.blocks(stage))) for stage in range(schedule.num_stages)}
     return schedule, timeline(schedule, replace(costs, stages=sizes))
 

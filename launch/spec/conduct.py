@@ -64,9 +64,13 @@ class Backoff(Block):
 class Hang(Block):
     """When a job counts as hanging, and what is done then."""
 
-    no_progress_for: Duration = Field(description="Time without a finished step.")
+    no_progress_for: Duration = Field(
+        description="Time in which no rank moves, not even by one micro-batch of one stage; at least 10m until every "
+        "rank has finished a step, and while a checkpoint is written."
+    )
     action: Literal["dump_and_restart", "dump_and_stop", "warn"] = Field(
-        default="dump_and_restart", description="Write the stacks of all ranks and restart or stop, or only warn."
+        default="dump_and_restart",
+        description="Write the stacks of all ranks and restart (as max_restarts allows) or stop, or only warn.",
     )
 
 

@@ -74,10 +74,16 @@ class Job(Conduct, Placement, Training, Program):
             "offload",
             "schedule",
             "num_buffers",
+            "recompute",
+            "offload_inputs",
             "num_loops",
+            "group_size",
+            "stage_costs",
+            "blocks",
         )
         dealt = ("sequence_parallel", "tensor_plan")
         stated = {name: getattr(self.parallel, name) for name in (*names, *dealt)}
+        stated["placement"] = self.parallel.asked.placement
         return {**stated, "seed": self.train.seed if self.train else 0}
 
     @property

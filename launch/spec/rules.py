@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from meshwright.launch.spec.machines import NodeRange
-from meshwright.parallel.errors import MeshError, WrapError
+from meshwright.parallel.errors import MeshError, ScheduleError, WrapError
 from meshwright.parallel.legal import check_layout
+from meshwright.parallel.pipeline.choose import complaints
 
 if TYPE_CHECKING:
     from meshwright.launch.spec.job import Job
@@ -146,13 +147,32 @@ def _step(job: "Job") -> Iterator[Broken]:
         yield "train.validate_every_steps", "nothing to validate on: data.validation_fraction is 0"
 
 
+def _stages(job: "Job") -> Iterator[Broken]:
+    """Schedules, groups and placements that do not fit together."""
+    if job.model is None:
+        return
+    parallel = job.parallel
+    try:
+        asked = parallel.asked
+    except ScheduleError as error:
+        yield "parallel.placement", str(error)
+        return
+    try:
+        order = parallel.order
+    except ScheduleError as error:
+        yield "parallel.schedule", str(error)
+        return
+    for key, text in complaints(order, parallel.pp, num_microbatches=parallel.num_microbatches, asked=asked):
+        yield f"parallel.{key}", text
+
+
 def _layout(job: "Job") -> Iterator[Broken]:
     """What the built-in program could not wrap; a program of the user may do with its mesh what it likes."""
     if job.model is None:
         return
     try:
         check_layout(job.mesh, job.parallel)
-    except MeshError:
+    except (MeshError, ScheduleError):
         return  # said by another rule
     except WrapError as error:
         yield "parallel", str(error)
@@ -196,6 +216,7 @@ _RULES: tuple[Callable[["Job"], Iterator[Broken]], ...] = (
     _nodes,
     _ranks,
     _step,
+    _stages,
     _layout,
     _environment,
     _secrets,

@@ -3,12 +3,33 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field, Tag, WithJsonSchema
 
 from meshwright.launch.spec.block import BY_KIND, Block, Count, Duration, Line, Listed, Share, Size, whole
+from meshwright.launch.values import check_line
+from meshwright.parallel.errors import nearest
+from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.choose import ACROSS_RANKS, ON_ONE_RANK, Asked
+from meshwright.parallel.pipeline.files import is_file, read_schedule
+from meshwright.parallel.pipeline.placements import Placement
 
-__all__ = ["Adamw", "Axes", "Bpe", "Data", "Decay", "Model", "Parallel", "Tokenizer", "Train", "Training"]
+__all__ = [
+    "Adamw",
+    "Axes",
+    "Bpe",
+    "Data",
+    "Decay",
+    "Model",
+    "Parallel",
+    "Staged",
+    "Stages",
+    "Tokenizer",
+    "Train",
+    "Training",
+]
 
+SCHEDULES = (*ON_ONE_RANK, *ACROSS_RANKS)
+_SCHEDULE_SCHEMA = {"anyOf": [{"enum": list(SCHEDULES), "type": "string"}, {"type": "string", "pattern": r"\.csv$"}]}
 Precision = Literal["float32", "bfloat16", "float64"]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -17,6 +38,12 @@ def _function(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
         raise ValueError('expected a function written "package.module:function"')
     return value
+
+
+def _schedule(value: str) -> str:
+    if value not in SCHEDULES and not is_file(value):
+        raise ValueError(f"there is no schedule {value!r}; {nearest(value, SCHEDULES)} (or a file that ends in .csv)")
+    return check_line(value)
 
 
 class Model(Block):
@@ -81,14 +108,48 @@ class Axes(Block):
     ep: Count = Field(default=1, description="Ranks that share one set of experts, folded over the ranks of a stage.")
 
 
-class Parallel(Axes):
-    """The mesh, and how a step runs on it."""
+class Stages(Block):
+    """Blocks cut into stages, and stages dealt to ranks of the pipeline."""
 
-    num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
-    schedule: Literal["accumulate", "layered", "gpipe", "1f1b", "interleaved", "modular"] = Field(
+    cuts: Listed[Annotated[int, Field(ge=0)]] = Field(
+        description="Where stages begin and end: stage s holds blocks cuts[s] to cuts[s + 1] - 1."
+    )
+    homes: Listed[Annotated[int, Field(ge=0)]] = Field(description="Stage by stage, the rank that runs it.")
+
+
+class Staged(Axes):
+    """The mesh, and how a model is cut into stages on it."""
+
+    schedule: Annotated[str, AfterValidator(_schedule), WithJsonSchema(_SCHEDULE_SCHEMA)] = Field(
         default="accumulate",
         description="Order of micro-batches: accumulate runs them one after the other, layered block by block; "
-        "with pp one of gpipe, 1f1b, interleaved, modular.",
+        "with pp one of gpipe, 1f1b, interleaved, modular, zb-h1, zbv. Or a file that ends in .csv, beside the job, "
+        "with a line of actions for each rank.",
+    )
+    blocks: Annotated[Listed[Line], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Patterns of the paths of the repeated blocks; by default they are found by structure.",
+    )
+    placement: Stages | None = Field(
+        default=None,
+        description="Which blocks make a stage, and which rank runs it; by default as the schedule has it.",
+    )
+    stage_costs: (
+        Annotated[
+            Annotated[Literal["parameters", "flops"], Tag("<text>")]
+            | Annotated[Listed[Annotated[float, Field(ge=0)]], Field(min_length=1), Tag("<list>")],
+            BY_KIND,
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="What to cut stages evenly by: parameters, flops, or a number for each block; by default the "
+        "number of blocks.",
+    )
+    group_size: Count | None = Field(
+        default=None,
+        description="Micro-batches that go through a stage before the next, for layered and modular (all of them) and "
+        "interleaved (pp).",
     )
     num_loops: Count | None = Field(
         default=None, description="Stages of each rank, for interleaved (2) and modular (one for each block)."
@@ -96,6 +157,44 @@ class Parallel(Axes):
     num_buffers: Count = Field(
         default=2, description="Blocks whose parameters are whole at once, where a layered step shards them."
     )
+    recompute: (
+        Annotated[
+            Annotated[Literal["blocks"], Tag("<text>")] | Annotated[Listed[Line], Field(min_length=1), Tag("<list>")],
+            BY_KIND,
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Blocks of which only the inputs are kept for backward: blocks (all), or patterns of their paths.",
+    )
+    offload_inputs: bool = Field(default=False, description="Keep these inputs in host memory until they are needed.")
+
+    @property
+    def order(self) -> str | Schedule:
+        """The schedule: its name, or what its file says.
+
+        Raises:
+            ScheduleError: for a file that holds none.
+        """
+        return read_schedule(self.schedule) if is_file(self.schedule) else self.schedule
+
+    @property
+    def asked(self) -> Asked:
+        """What is asked for besides the schedule.
+
+        Raises:
+            ScheduleError: for a placement with an empty stage or rank.
+        """
+        placement = None if self.placement is None else Placement(self.placement.cuts, self.placement.homes)
+        return Asked(
+            num_loops=self.num_loops, group_size=self.group_size, placement=placement, stage_costs=self.stage_costs
+        )
+
+
+class Parallel(Staged):
+    """The mesh, and how a step runs on it."""
+
+    num_microbatches: Count = Field(default=1, description="Parts that a rank's share of a batch is cut into.")
     loss: Literal["token_mean", "sample_mean", "sum"] = Field(
         default="token_mean", description="What the model's loss is: a mean over tokens, over samples, or a sum."
     )

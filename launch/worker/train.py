@@ -23,6 +23,7 @@ from meshwright.launch.worker.record import StepFiles, figures
 from meshwright.launch.worker.schedule import LearningRate
 from meshwright.launch.worker.text import Text, load_text
 from meshwright.parallel.collectives import gather_integers
+from meshwright.parallel.progress import doing, patience
 from meshwright.parallel.wrap import ParallelModel, parallelize
 
 __all__ = ["Training", "build_training"]
@@ -91,10 +92,13 @@ class Training:
         train = self.job.train
         assert train is not None, "checked when the job was read"
         set_rate(self.optimizer, self._rate().at(self.step))
+        doing(f"reading the batch of step {self.step}")
         batch = self.text.training_batch(self.step, self.model.data_rank, self.model.mesh.data_degree)
         loss, extra = self._gradients(batch)
         norm = self.model.clip_gradients(train.clip_norm) if train.clip_norm is not None else None
+        doing(f"the optimizer's step {self.step}")
         self.optimizer.step()
+        doing(f"measuring and logging step {self.step}")
         self.meter.tick()
         extra["time_unix_s"] = now_unix_s()
         if self.meter.needs_peak:
@@ -150,7 +154,8 @@ class Training:
         if self.saved == self.step:
             return
         facts = {"name": self.job.name, "text": self.text.fingerprint(), "mesh": self.model.mesh.degrees()}
-        path = self.checkpoints.save(self.model, self.step, facts, self.metrics.history)
+        with patience(f"saving the checkpoint of step {self.step}"):
+            path = self.checkpoints.save(self.model, self.step, facts, self.metrics.history)
         self.saved = self.step
         self.meter.pause()
         self.say(f"saved {path}")
@@ -167,7 +172,8 @@ class Training:
             seconds = round(time.monotonic() - self.started_s, 3)
             self.metrics.write({"event": "end", "step": self.step, "seconds": seconds, "time_unix_s": now_unix_s()})
         if self.model.rank == 0:
-            self._plot()
+            with patience("plotting"):
+                self._plot()
         if not done:
             self.say(f"stopped at step {self.step} after train.stop_after; launch again to go on")
 

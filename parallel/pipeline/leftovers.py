@@ -58,7 +58,7 @@ def watched(blocks: Mapping[str, nn.Module]) -> Iterator[Leftovers]:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         del module, args
         modes.pop().close()
-        given = {id(each) for each in tree_leaves(output)}
+        given = {id(each) for leaf in tree_leaves(output) for each in (leaf, getattr(leaf, "_base", None))}
         leftovers.made[:] = [each for each in leftovers.made if id(each()) not in given]
 
     handles = [

@@ -8,12 +8,21 @@ from dataclasses import replace
 from itertools import groupby
 
 from meshwright.parallel.errors import ScheduleError
-from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
+from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import Transport, other_end, walk
 
-__all__ = ["lowered", "only_forward", "with_gathers", "with_recompute", "with_reductions", "with_transfers"]
+__all__ = [
+    "lowered",
+    "only_forward",
+    "with_gathers",
+    "with_offload",
+    "with_recompute",
+    "with_reductions",
+    "with_transfers",
+]
 
 _BACKWARDS = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+_AGAIN = (*_BACKWARDS, Kind.RECOMPUTE)
 _LAST = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
 
 
@@ -23,6 +32,7 @@ def lowered(
     zero_stage: int = 0,
     num_buffers: int = 2,
     recompute: bool = False,
+    offload: bool = False,
     transport: Transport = "posted",
 ) -> Schedule:
     """All that ranks do, from the order in which they compute.
@@ -32,6 +42,7 @@ def lowered(
         zero_stage: what data-parallel ranks share: 0 or 1 no parameters and no gradients, 2 gradients, 3 both.
         num_buffers: stages whose parameters a rank holds whole, where they are shared.
         recompute: run forward again before backward, from the kept input.
+        offload: keep that input in host memory meanwhile.
         transport: how sends end (see `check`).
     """
     with_all = with_reductions(schedule, sharded=zero_stage >= 2)
@@ -39,6 +50,8 @@ def lowered(
         with_all = with_gathers(with_all, num_buffers=num_buffers)
     if recompute:
         with_all = with_recompute(with_all)
+    if offload:
+        with_all = with_offload(with_all)
     return with_transfers(with_all, transport)
 
 
@@ -60,6 +73,14 @@ def with_recompute(schedule: Schedule) -> Schedule:
         return (replace(action, kind=Kind.RECOMPUTE), action) if action.kind in _BACKWARDS else (action,)
 
     return _mapped(schedule, expanded)
+
+
+def with_offload(schedule: Schedule) -> Schedule:
+    """Adds moves of kept inputs to host memory and back, one computing action before they are needed.
+
+    What is needed again within two computing actions stays.
+    """
+    return replace(schedule, ranks=tuple(tuple(_offloaded(actions)) for actions in schedule.ranks))
 
 
 def with_reductions(schedule: Schedule, *, sharded: bool) -> Schedule:
@@ -158,6 +179,24 @@ def _gathered(actions: Sequence[Action], num_buffers: int) -> Iterator[Action]:
             yield Action(wanted, Kind.GATHER)
         yield from run
     yield from (Action(stage, Kind.FREE) for stage in whole)
+
+
+def _offloaded(actions: Sequence[Action]) -> Iterator[Action]:
+    computing = [action for action in actions if action.kind in COMPUTE]
+    places = {action: place for place, action in enumerate(computing)}
+    back = {(each.stage, each.microbatch): places[each] for each in reversed(computing) if each.kind in _AGAIN}
+    moved = {
+        (each.stage, each.microbatch)
+        for each, place in places.items()
+        if each.kind is Kind.FORWARD and back[each.stage, each.microbatch] - place > 2
+    }
+    fetches = {computing[back[key] - 1]: key for key in moved}
+    for action in actions:
+        if action in fetches:
+            yield Action(fetches[action][0], Kind.FETCH, fetches[action][1])
+        yield action
+        if action.kind is Kind.FORWARD and (action.stage, action.microbatch) in moved:
+            yield replace(action, kind=Kind.OFFLOAD)
 
 
 def _next_use(used: Sequence[int], place: int, stage: int) -> int:

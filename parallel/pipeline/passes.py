@@ -4,7 +4,7 @@ Every rank of a pipeline runs the model's own forward. Blocks of other ranks are
 `Absent`, except for the inputs of a rank's own blocks, which are received as leaves and whose gradients are sent back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Flow, fresh
+from meshwright.parallel.capture import Arguments, Flow
+from meshwright.parallel.cuts import fresh
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.pipeline.route import Arguments, Border, Call, Route, Shape, inputs_of, replaced, shapes_in
+from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, replaced, shapes_in
 from meshwright.parallel.pipeline.way_back import WayBack
+from meshwright.parallel.recompute import Frame
 
 __all__ = ["Pass"]
 
@@ -40,16 +42,20 @@ class Pass:
         self,
         run: Callable[[], tuple[Tensor, Tensor]],
         stages: Mapping[str, int],
+        *,
         mine: Sequence[int] | None = None,
         route: Route | None = None,
         device: torch.device | None = None,
+        recomputed: Container[str] = (),
     ) -> None:
-        self.flow = Flow(run)
-        self._stages = stages
+        self.stages = stages
         self._mine = sorted(set(stages.values())) if mine is None else sorted(mine)
+        self.first_stage = self._mine[0]
+        self.flow = Flow(run, self, recomputed)
         self._route = route
         self._device = device or torch.device("cpu")
         self._calls = 0
+        self._expected: Call | None = None
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
         self._sent: dict[int, list[Tensor]] = {}
@@ -77,10 +83,8 @@ class Pass:
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
-        if self.flow.waits is None and not self.flow.ended:
-            self.flow.resume()
-        while self.flow.waits is not None and self._stages[self.flow.waits] <= stage:
-            self.through()
+        if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
+            self.flow.resume(stage)
         if self._route is not None:
             self._keep_sent(stage + 1)
             if stage == self._mine[-1]:
@@ -94,7 +98,8 @@ class Pass:
         """Before the first backward: says what the loss counts (None where it is another rank's)."""
         loss = [] if weight is None else [self.result[0]]
         ends = [*loss, *(each for sent in self._sent.values() for each in sent)]
-        self.back = WayBack(self.flow, ends, self._stages, mine=self._mine)
+        received = [leaf for leaves in self._taken.values() for leaf in leaves]
+        self.back = WayBack(self.flow, ends, received=received)
         if weight is not None and loss[0].requires_grad:
             self.back.give(loss[0], weight)
 
@@ -111,41 +116,38 @@ class Pass:
         leaves = [each for each in self._taken.pop(stage) if each.requires_grad]
         return [torch.zeros_like(each) if each.grad is None else each.grad for each in leaves]
 
-    def lacking(self) -> list[int]:
-        """Places among the inputs of the block that waits whose values this rank has not, each value once."""
-        lacked: list[Tensor] = []
-        places = []
-        for place, value in enumerate(inputs_of(self.flow.arguments)):
-            if isinstance(value, Absent) and value.value is None and all(value is not each for each in lacked):
-                lacked.append(value)
-                places.append(place)
-        return places
+    def frames(self, stage: int) -> list[Frame]:
+        """Calls of a stage's blocks that are recomputed."""
+        return self.flow.frames.setdefault(stage, [])
 
-    def through(self) -> None:
-        """Through the call that waits: run if it is this rank's, else skipped."""
-        call = self._expected()
-        if call is None:
-            self.run()
-        elif call.stage in self._mine:
-            self.run()
-            given = shapes_in(self.flow.output, call.block)
-            if given != call.output:
-                raise WrapError(
-                    f"block {call.block} gave {given}, where it gave {call.output} for the first micro-batch of this "
-                    "shape; ranks of a pipeline that skip it rely on that"
-                )
-        else:
-            output = tree_map(lambda each: each.absent(self._device) if isinstance(each, Shape) else each, call.output)
-            self.flow.skip(output)
+    def passes_by(self, block: str) -> bool:
+        """Whether another rank has the block that is called."""
+        if self._route is None:
+            return False
+        self._expected = self.expect(block, self._route)
+        return self._expected.stage not in self._mine
 
-    def count(self) -> None:
-        """Says that a call was gone through by `run`."""
-        self._calls += 1
+    def instead(self, block: str) -> Any:
+        """What a block of another rank gives: tensors without values."""
+        assert self._expected is not None, block
+        return tree_map(
+            lambda each: each.absent(self._device) if isinstance(each, Shape) else each, self._expected.output
+        )
 
-    def run(self) -> None:
-        """Runs the block that waits, and the model's code up to the next one."""
-        self.flow.arguments = self._completed()
-        self.flow.resume()
+    def gave(self, block: str, output: Any) -> None:
+        """Checks what an own block gave.
+
+        Raises:
+            WrapError: when it is not what it gave before.
+        """
+        if self._expected is None:
+            return
+        given = shapes_in(output, block)
+        if given != self._expected.output:
+            raise WrapError(
+                f"block {block} gave {given}, where it gave {self._expected.output} for the first micro-batch of this "
+                "shape; ranks of a pipeline that skip it rely on that"
+            )
 
     def present(self, value: Any) -> Tensor:
         """The values behind one of the inputs of the block that waits.
@@ -161,25 +163,29 @@ class Pass:
             )
         return found
 
-    def _expected(self) -> Call | None:
-        """What the route says of the call that waits."""
-        if self._route is None:
-            return None
-        call = self._route.calls[self._calls] if self._calls < len(self._route.calls) else None
+    def expect(self, block: str, route: Route) -> Call:
+        """What the route says of the call that comes.
+
+        Raises:
+            WrapError: when it is another one.
+        """
+        call = route.calls[self._calls] if self._calls < len(route.calls) else None
         self._calls += 1
-        if call is None or call.block != self.flow.waits:
+        if call is None or call.block != block:
             raise WrapError(
-                f"block {self.flow.waits} is called where {call.block if call else 'the end'} was before; ranks of a "
-                "pipeline must call the same blocks for every micro-batch of one shape (is there layer drop?)"
+                f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
+                "must call the same blocks for every micro-batch of one shape (is there layer drop?)"
             )
         return call
 
-    def _completed(self) -> Arguments:
-        """The inputs of an own block, with received values where this rank has none."""
-        if self._route is None:
-            return self.flow.arguments
-        if not any(isinstance(each, Absent) for each in inputs_of(self.flow.arguments)):
-            return self.flow.arguments
+    def completed(self, block: str, arguments: Arguments) -> Arguments:
+        """The inputs of an own block, with received values where this rank has none.
+
+        Raises:
+            WrapError: when one was not received.
+        """
+        if self._route is None or not any(isinstance(each, Absent) for each in inputs_of(arguments)):
+            return arguments
 
         def change(value: Any) -> Any:
             if not isinstance(value, Absent):
@@ -187,15 +193,15 @@ class Pass:
             if value.value is None:
                 if not self._unused:
                     raise WrapError(
-                        f"block {self.flow.waits} takes a value of shape {tuple(value.shape)} that another rank of the "
-                        "pipeline made and that the first block of this rank's stage does not take; move the cut, or "
-                        "wrap this model without pp"
+                        f"block {block} takes a value of shape {tuple(value.shape)} that another rank of the pipeline "
+                        "made and that the first block of this rank's stage does not take; move the cut, or wrap this "
+                        "model without pp"
                     )
                 leaf = self._unused.pop(0)
                 value.value = fresh(leaf) if leaf.requires_grad else leaf
             return value.value
 
-        return replaced(self.flow.arguments, change)
+        return replaced(arguments, change)
 
     def _keep_sent(self, stage: int) -> None:
         """Notes what the stage behind a border goes on with."""

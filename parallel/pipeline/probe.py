@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from meshwright.parallel.absent import Absent
 from meshwright.parallel.errors import MeshwrightError, WrapError
 from meshwright.parallel.pipeline.leftovers import Leftovers, watched
 from meshwright.parallel.pipeline.passes import Pass
@@ -45,7 +46,7 @@ def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int
     """
     route = Route()
     mine = [stage for stage, home in enumerate(homes) if home == wire.rank]
-    each = Pass(run, stages, mine, route, wire.device)
+    each = _Prober(run, stages, mine=mine, route=route, device=wire.device)
     own = {block: states.module.get_submodule(block) for block, stage in stages.items() if stage in mine}
     with _buffers_kept(states.module), watched(own) as leftovers:
         probing = _Probe(each, route, stages, homes, states, wire, leftovers)
@@ -64,9 +65,24 @@ def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int
     return route
 
 
+class _Prober(Pass):
+    """A pass whose own blocks may give what they like."""
+
+    given: Any = None
+
+    def expect(self, block: str, route: Route) -> Call:
+        """Own calls are noted when they are through, those of other ranks were told."""
+        stage = self.stages[block]
+        return Call(block, stage, None) if stage in self._mine else route.calls[-1]
+
+    def gave(self, block: str, output: Any) -> None:
+        """Keeps what an own block gave."""
+        self.given = output
+
+
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    each: Pass
+    each: _Prober
     route: Route
     stages: Mapping[str, int]
     homes: Sequence[int]
@@ -91,15 +107,13 @@ class _Probe:
         told = self._run(stage) if home == self.wire.rank else None
         output, goes_on = self.wire.tell(told, home)
         self.route.calls.append(Call(block, stage, output))
-        if home == self.wire.rank:
-            self.each.count()
-        elif goes_on:
+        if home != self.wire.rank and goes_on:
             self._skip(block)
         return bool(goes_on)
 
     def _skip(self, block: str) -> None:
         try:
-            self.each.through()
+            self.each.flow.resume()
         except MeshwrightError:
             raise
         except Exception as error:
@@ -113,9 +127,10 @@ class _Probe:
         self.states.gather(stage)
         self.states.need(stage)
         block = self.each.flow.waits
-        self.each.run()
+        self.each.flow.resume()
         self.states.free(stage)
-        given = shapes_in(self.each.flow.output, str(block))
+        given = shapes_in(self.each.given, str(block))
+        self.each.given = None
         for left in self.leftovers.found():
             raise WrapError(
                 f"block {block} leaves values outside of what it gives (shape {tuple(left.shape)}), which other ranks "
@@ -127,7 +142,7 @@ class _Probe:
     def _cross(self, stage: int, sender: int, receiver: int) -> None:
         """The first block of a stage says what it lacks and gets it from the rank of the stage before."""
         each, wire = self.each, self.wire
-        places = wire.tell(each.lacking() if wire.rank == receiver else None, receiver)
+        places = wire.tell(_lacking(each) if wire.rank == receiver else None, receiver)
         inputs = inputs_of(each.flow.arguments)
         values = [each.present(inputs[place]) for place in places] if wire.rank == sender else []
         border = Border(tuple(places), wire.tell(tuple(Shape.of(value) for value in values), sender))
@@ -138,6 +153,17 @@ class _Probe:
         if wire.rank == receiver:
             each.take(border, stage, wire.receive(border.shapes, sender, tag)())
         wire.flush()
+
+
+def _lacking(each: Pass) -> list[int]:
+    """Places among the inputs of the block that waits whose values this rank has not, each value once."""
+    lacked: list[Tensor] = []
+    places = []
+    for place, value in enumerate(inputs_of(each.flow.arguments)):
+        if isinstance(value, Absent) and value.value is None and all(value is not other for other in lacked):
+            lacked.append(value)
+            places.append(place)
+    return places
 
 
 @contextmanager

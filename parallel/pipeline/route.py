@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meshwright.parallel.absent import Absent
+from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Arguments", "Border", "Call", "Route", "Shape", "inputs_of", "replaced", "shapes_in"]
+__all__ = ["Border", "Call", "Route", "Shape", "inputs_of", "replaced", "shapes_in"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)

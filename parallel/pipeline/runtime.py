@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.transfers import Transfers
+from meshwright.parallel.recompute import Frame
 
 __all__ = ["Phase", "States", "Watch", "Work", "execute", "unwatched"]
 
@@ -50,6 +51,10 @@ class Phase(Enum):
 
 Watch = Callable[[Action, Phase], None]
 """Told what a rank is at: an action waits (for parameters, or another rank), runs, is done."""
+
+
+_GOING_BACK = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+_DONE_WITH = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
 
 
 def unwatched(action: Action, phase: Phase) -> None:
@@ -105,6 +110,9 @@ class _Run:
         }
         self._of_pass: Mapping[Kind, Callable[[Pass, int], None]] = {
             Kind.FORWARD: Pass.forward,
+            Kind.RECOMPUTE: lambda each, stage: _all(each.frames(stage), Frame.recompute),
+            Kind.OFFLOAD: lambda each, stage: _all(each.frames(stage), Frame.offload),
+            Kind.FETCH: lambda each, stage: _all(each.frames(stage), Frame.fetch),
             Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
             Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
             Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
@@ -122,12 +130,17 @@ class _Run:
         self._watch(action, Phase.DONE)
 
     def _compute(self, action: Action, microbatch: int) -> None:
-        if action.kind is not Kind.FORWARD:
+        if action.kind in _GOING_BACK:
             self._seed(microbatch)
         self._watch(action, Phase.WAITS)
         self._work.states.need(action.stage)
         self._watch(action, Phase.RUNS)
-        self._of_pass[action.kind](self._work.passes[microbatch], action.stage)
+        each = self._work.passes[microbatch]
+        if action.kind in _GOING_BACK:
+            _all(each.frames(action.stage), Frame.recompute)  # where no action of its own said so
+        self._of_pass[action.kind](each, action.stage)
+        if action.kind in _DONE_WITH:
+            _all(each.frames(action.stage), Frame.forget)
         if action.kind is Kind.FORWARD:
             self._forwards -= 1
             if not self._forwards:
@@ -144,3 +157,8 @@ class _Run:
         if microbatch not in self._seeded:
             self._seeded.add(microbatch)
             self._work.passes[microbatch].seed(self._work.weight(microbatch))
+
+
+def _all(frames: list[Frame], work: Callable[[Frame], None]) -> None:
+    for frame in frames:
+        work(frame)

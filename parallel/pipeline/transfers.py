@@ -1,12 +1,13 @@
 """Sends and receives of one step, in the order of a schedule."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor
 
-from meshwright.parallel.pipeline.actions import Action, Kind
+from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import other_end
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Route, Shape
@@ -14,34 +15,36 @@ from meshwright.parallel.pipeline.wire import Tag, Wire
 
 __all__ = ["Transfers"]
 
+_SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
 _RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
 
 
 class Transfers:
     """Carries what actions name.
 
+    From each rank values are received in the order in which it sends them, since a transport may know no other.
+
     Args:
-        actions: of this rank.
-        homes: stage -> rank of the pipeline.
+        schedule: of all ranks.
         routes: micro-batch -> its route.
         wire: to the other ranks.
         ahead: receives that are posted before they are needed, so that values travel while this rank computes.
     """
 
-    def __init__(
-        self, actions: Sequence[Action], homes: Sequence[int], routes: Sequence[Route], wire: Wire, *, ahead: int = 2
-    ) -> None:
-        self._homes = homes
+    def __init__(self, schedule: Schedule, routes: Sequence[Route], wire: Wire, *, ahead: int = 2) -> None:
+        self._homes = schedule.homes
         self._routes = routes
         self._wire = wire
         self._ahead = ahead
-        self._coming = deque(action for action in actions if action.kind in _RECEIVES)
+        self._coming = deque(action for action in schedule.ranks[wire.rank] if action.kind in _RECEIVES)
+        self._sent = [deque(self._sent_here(actions)) for actions in schedule.ranks]
         self._posted: dict[Action, Callable[[], list[Tensor]]] = {}
         self._post()
 
     def do(self, action: Action, each: Pass) -> None:
         """One send or receive."""
         if action.kind in _RECEIVES:
+            self._coming.popleft()
             values = self._posted.pop(action)()
             self._post()
             if action.kind is Kind.RECEIVE_ACTIVATION:
@@ -56,10 +59,17 @@ class Transfers:
         self._wire.send(values, to, _tag(action))
 
     def _post(self) -> None:
-        while self._coming and len(self._posted) < self._ahead:
-            action = self._coming.popleft()
+        for action in islice(self._coming, self._ahead):
             sender = self._homes[other_end(action).stage]
-            self._posted[action] = self._wire.receive(self._shapes(action), sender, _tag(action))
+            while action not in self._posted:
+                sent = self._sent[sender].popleft()
+                self._posted[sent] = self._wire.receive(self._shapes(sent), sender, _tag(sent))
+
+    def _sent_here(self, actions: Iterable[Action]) -> Iterator[Action]:
+        """Receives of this rank in the order in which another rank's actions send."""
+        for action in actions:
+            if action.kind in _SENDS and self._homes[other_end(action).stage] == self._wire.rank:
+                yield other_end(action)
 
     def _shapes(self, action: Action) -> Sequence[Shape]:
         borders = self._route(action).borders

@@ -1,6 +1,6 @@
 """Going back through one micro-batch, a stage at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -16,13 +16,12 @@ class WayBack:
     Args:
         flow: the pass, as far as this rank needs it.
         ends: values whose gradients will be given.
-        stages: block -> stage.
-        mine: stages of this rank, ascending.
+        received: leaves whose gradients go to other ranks.
     """
 
-    def __init__(self, flow: Flow, ends: Sequence[Tensor], stages: Mapping[str, int], *, mine: Sequence[int]) -> None:
-        self._pieces = Pieces([start for _, start in flow.borders], flow.origins, ends)
-        self._homes = list(_homes([block for block, _ in flow.borders], stages, mine))
+    def __init__(self, flow: Flow, ends: Sequence[Tensor], *, received: Sequence[Tensor] = ()) -> None:
+        self._pieces = Pieces([start for _, start in flow.cuts.borders], flow.cuts.origins, ends, received=received)
+        self._homes = [stage for stage, _ in flow.cuts.borders]
         self._late: dict[int, list[int]] = {}
 
     def give(self, value: Tensor, gradient: Tensor) -> None:
@@ -51,15 +50,3 @@ class WayBack:
         taken = list(range(first, len(self._homes)))
         del self._homes[first:]
         return taken[::-1]
-
-
-def _homes(blocks: Sequence[str], stages: Mapping[str, int], mine: Sequence[int]) -> Iterator[int]:
-    """Stage with which each piece goes back.
-
-    What follows an own block is done with it, repeats too; what follows another's, with the next own one.
-    """
-    home = mine[0]
-    for block in blocks:
-        stage = stages.get(block, home)
-        home = max(home, next((own for own in mine if own >= stage), mine[-1]))
-        yield home

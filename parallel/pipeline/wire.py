@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.parallel.channels import Channels
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.pipeline.route import Shape
 
@@ -27,6 +28,7 @@ class Wire:
 
     def __init__(self, groups: Groups, num_microbatches: int) -> None:
         self._groups = groups
+        self._channels = Channels(groups, "pp")
         self._num_microbatches = num_microbatches
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]
@@ -43,13 +45,13 @@ class Wire:
         running = self._running.setdefault(tag, [])
         for number, value in enumerate(values):
             held = value.detach().contiguous()
-            running.append((held, self._groups.send(held, "pp", to, self._number(tag, number))))
+            running.append((held, self._channels.send(held, to, tag=self._number(tag, number))))
 
     def receive(self, shapes: Sequence[Shape], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
         """Starts receiving; what it returns waits for the values."""
         values = [shape.empty(self.device) for shape in shapes]
         running = [
-            self._groups.receive(value, "pp", source, self._number(tag, number)) for number, value in enumerate(values)
+            self._channels.receive(value, source, tag=self._number(tag, number)) for number, value in enumerate(values)
         ]
 
         def wait() -> list[Tensor]:

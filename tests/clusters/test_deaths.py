@@ -1,10 +1,33 @@
 """Deaths are seen at once, with their own status, and told from those we ordered."""
 
+import os
 import signal
 import subprocess
 import time
 
 from meshwright.clusters.deaths import Death, Deaths
+
+
+def test_a_stopped_process_obeys_too() -> None:
+    process = subprocess.Popen(["/bin/sh", "-c", "kill -STOP $$"], start_new_session=True)
+    deaths = Deaths({0: process.pid}, lambda death: None)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    deaths.send(signal.SIGTERM)
+    assert deaths.wait(5)
+    assert process.wait() == -signal.SIGTERM
+
+
+def test_a_code_counts_only_where_it_was_not_ordered() -> None:
+    scripts = {0: "exit 125", 1: "trap 'exit 124' TERM; while :; do sleep 0.01; done"}
+    processes = {
+        rank: subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True) for rank, script in scripts.items()
+    }
+    deaths = Deaths({rank: process.pid for rank, process in processes.items()}, lambda death: None)
+    time.sleep(0.3)
+    deaths.send(signal.SIGTERM)
+    assert deaths.wait(10)
+    assert [process.wait() for process in processes.values()] == [125, 124]
+    assert [deaths.ended_with(code) for code in (125, 124)] == [True, False]
 
 
 def test_every_death_has_its_code_its_time_and_its_cause() -> None:

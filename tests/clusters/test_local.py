@@ -78,6 +78,13 @@ node node1: ranks 2, 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface has another name")
+def test_a_limit_of_hanging_is_told_to_people_and_to_ranks() -> None:
+    limits = Limits(hang_s=90.0, hang_action="dump_and_stop")
+    text = str(plan_local(replace(REQUEST, limits=limits), MACHINE))
+    assert "\nhang       after 90 s in which no rank moves: dump and stop\n" in text
+    assert text.count("MESHWRIGHT_HANG_S=90.0") == text.count("MESHWRIGHT_HANG_ACTION=dump_and_stop") == 2
+
+
 def test_the_plan_prints_all_that_is_started() -> None:
     assert str(plan_local(REQUEST, MACHINE)) == GOLDEN
 

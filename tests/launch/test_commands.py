@@ -1,6 +1,7 @@
 """verify, show and simulate as they are typed: texts for people, one JSON object for machines, codes for scripts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,13 @@ import pytest
 from meshwright.launch.cli import main
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from tests.launch.test_rehearse import written
+
+_SCHEDULES = {
+    "mine.csv": "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n",
+    "four.csv": "0F0,2F0,0F1,2F1,2B0,0B0,2B1,0B1\n1F0,3F0,1F1,3F1,3B0,1B0,3B1,1B1\n",
+    "worse.csv": "0F0,0F1,0B0,0B1\n1X0,1B0,1F1,1B1\n",
+    "stuck.csv": "0F0,0B0,0F1,0B1\n1F1,1F0,1B0,1B1\n",
+}
 
 
 @pytest.mark.slow
@@ -75,6 +83,90 @@ def test_a_layout_that_cannot_be_had_is_refused_before_any_rank_starts(
 ) -> None:
     assert main(["launch", str(written(tmp_path, parallel=parallel)), "--dry-run"]) != 0
     assert why in capsys.readouterr().err
+
+
+_STAGED = "pp: 2, num_microbatches: 2, "
+_PLACED = "placement: {cuts: [0, 3, 8], homes: [0, 1]}"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "why"),
+    [
+        (
+            _STAGED + "schedule: mein.csv",
+            "parallel.schedule: schedule file {folder}/mein.csv does not exist; did you mean",
+        ),
+        (
+            _STAGED + "schedule: worse.csv",
+            "parallel.schedule: schedule file {folder}/worse.csv: line 2, cell 1: '1X0' is no",
+        ),
+        (
+            _STAGED + "schedule: stuck.csv",
+            "{folder}/stuck.csv is stuck with posted sends: rank 0 at 0B0; rank 1 at 1F1",
+        ),
+        (_STAGED + "schedule: 1fb1", "parallel.schedule: there is no schedule '1fb1'; did you mean '1f1b'?"),
+        ("pp: 2, num_microbatches: 4, schedule: mine.csv", "of 2 micro-batches, but num_microbatches=4; nearest legal"),
+        (
+            "pp: 4, num_microbatches: 2, schedule: mine.csv",
+            "parallel.schedule: schedule {folder}/mine.csv is one of 2 ranks",
+        ),
+        (_STAGED + "schedule: gpipe, group_size: 2", "parallel.group_size: schedule 'gpipe' takes no group_size=2"),
+        (_STAGED + "schedule: gpipe, placement: {cuts: [0, 3, 3], homes: [0, 1]}", "placement: stage 1 has no blocks"),
+        (
+            "pp: 4, num_microbatches: 2, schedule: gpipe, " + _PLACED,
+            "parallel.placement: placement deals stages to 2 ranks",
+        ),
+        (
+            _STAGED + "schedule: modular, stage_costs: flops",
+            "parallel.stage_costs: schedule 'modular' makes each block a",
+        ),
+        (_STAGED + "schedule: gpipe, stage_costs: flop", "parallel.stage_costs: expected 'parameters' or 'flops'"),
+    ],
+)
+def test_stages_that_cannot_be_had_are_refused_at_their_place_in_the_file(
+    parallel: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in _SCHEDULES.items():
+        (tmp_path / name).write_text(text)
+    job = written(tmp_path, parallel="{" + parallel + "}")
+    assert main(["launch", str(job), "--dry-run"]) == 65
+    said = capsys.readouterr().err
+    assert f"{job}:5:" in said
+    assert why.format(folder=tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("parallel", "why"),
+    [
+        ("schedule: four.csv", "four.csv has 4 stages, but the model has 2 blocks"),
+        ("schedule: gpipe, " + _PLACED, "placement has 8 blocks (cuts [0, 3, 8]), but the model has 2; nearest legal"),
+        ("schedule: gpipe, stage_costs: [1, 2, 3]", "stage_costs has 3 numbers, but the model has 2 blocks"),
+        (
+            "schedule: gpipe, blocks: [model.layerz.*]",
+            "no module has a path like 'model.layerz.*'; nearest: model.layers.*",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["show", "simulate", "verify"])
+def test_stages_that_do_not_fit_the_model_are_refused_at_their_place_in_the_file(
+    command: str, parallel: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in _SCHEDULES.items():
+        (tmp_path / name).write_text(text)
+    job = written(tmp_path, parallel="{" + _STAGED + parallel + "}")
+    assert main([command, str(job)]) == 65
+    said = capsys.readouterr().err
+    assert f"{job}:5:1: parallel: " in said
+    assert why in said
+
+
+def test_show_draws_the_schedule_of_a_file_beside_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.csv").write_text(_SCHEDULES["mine.csv"])
+    job = written(tmp_path, parallel="{" + _STAGED + "schedule: mine.csv, stage_costs: flops, blocks: ['*.layers.*']}")
+    assert main(["show", str(job)]) == 0
+    text = capsys.readouterr().out
+    assert f"{tmp_path}/mine.csv: 2 blocks in 2 stages on 2 ranks" in text
+    assert re.search("rank 1  [.]+0+A+1+B+", text)
 
 
 def test_simulate_predicts_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshwright.launch.exits import ErrorRecord, RankEnd, Verdict, judge, traceback_in
+from meshwright.launch.exits import ErrorRecord, Exit, HangRecord, RankEnd, Verdict, judge, traceback_in
 
 LOST = (
     "Traceback (most recent call last):\n  ...\n"
@@ -78,3 +78,30 @@ def test_a_log_without_a_traceback_has_none(log: str) -> None:
 
 def test_the_last_traceback_is_taken() -> None:
     assert traceback_in(f"{LOST}more\n{OWN}") == OWN.rstrip()
+
+
+def hang(*suspects: int, time_s: float = 5.0) -> HangRecord:
+    ranks = {0: "waits for rank 1 at 0RECV_B0", 1: "has not answered", 2: "waits for rank 0 at all_reduce over dp"}
+    return HangRecord(time_s, 0, "hang: all of it", suspects, ranks, {0: "stack of 0"})
+
+
+def test_of_a_hang_the_rank_that_was_behind_is_blamed_though_it_was_ended_by_us() -> None:
+    ends = [end(0, 125, 5.1), end(1, -15, 5.3, asked=True), end(2, 125, 5.1)]
+    found = judge(ends, hang=hang(1))
+    assert first(found) == (1, Exit.HANG)
+    assert found.first is not None
+    assert found.first.evidence == "has not answered"
+    assert [(each.rank, each.evidence, each.traceback) for each in found.victims] == [
+        (0, "waits for rank 1 at 0RECV_B0", "stack of 0"),
+        (2, "waits for rank 0 at all_reduce over dp", ""),
+    ]
+    assert found.hang == "hang: all of it"
+
+
+def test_where_none_is_behind_the_rank_that_found_it_speaks() -> None:
+    assert first(judge([end(0, 125, 5.1), end(1, -15, 5.3, asked=True)], hang=hang())) == (0, Exit.HANG)
+
+
+def test_a_rank_that_failed_before_the_hang_is_its_cause() -> None:
+    ends = [end(0, 125, 5.1), end(1, -15, 5.3, asked=True)]
+    assert first(judge(ends, {1: ErrorRecord(1, 1.0, OWN, 65)}, hang=hang(1))) == (1, 65)

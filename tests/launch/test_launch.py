@@ -231,6 +231,21 @@ def test_restarts_count_once_for_the_whole_job_and_keep_their_logs(tmp_path: Pat
         ] == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(("action", "attempts"), [("dump_and_restart", 2), ("dump_and_stop", 1)])
+def test_a_hang_is_restarted_or_not_as_asked(tmp_path: Path, action: str, attempts: int) -> None:
+    failure = {"max_restarts": 1, "hang": {"no_progress_for": "90s", "action": action}}
+    cluster = {"simulate_nodes": 2}
+    script = (
+        "import os, sys\n"
+        "given = os.environ['MESHWRIGHT_HANG_S'], os.environ['MESHWRIGHT_HANG_ACTION']\n"
+        f"sys.exit(125 if given == ('90.0', {action!r}) else 3)"
+    )
+    done = run(write_job(tmp_path, script, failure=failure, cluster=cluster, nproc_per_node=1))
+    assert done.returncode == 125, done.stderr
+    assert record(tmp_path)["attempts"] == attempts
+    assert "failure.hang had nothing to go by: no rank called meshwright's start_ranks" in done.stderr
+
+
 def test_a_failed_setup_is_no_failed_rank(tmp_path: Path) -> None:
     done = run(write_job(tmp_path, "pass", setup="echo preparing; false; echo unreachable"))
     assert done.returncode == 70

@@ -41,6 +41,18 @@ def test_a_model_too_large_for_this_machine_is_cut_down_and_says_so(tmp_path: Pa
     assert sum(each.numel() for each in rehearsal.build_model().parameters()) < 10_000_000
 
 
+def test_what_holds_for_all_ranks_or_blocks_is_left_out_where_they_are_cut_down_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("\n".join(f"{rank}F0,{rank}B0" for rank in range(16)))
+    parallel = "{{pp: 16, schedule: {schedule}, {more}}}"
+    cuts = f"placement: {{cuts: {list(range(17))}, homes: {list(range(16))}}}"
+    placed = parallel.format(schedule="gpipe", more=cuts)
+    for text, name in ((placed, "placement"), (parallel.format(schedule="mine.csv", more="zero_stage: 3"), "schedule")):
+        rehearsal = rehearse(load_job(written(tmp_path, config=LARGE, parallel=text)))
+        assert f"parallel.{name} is for all ranks and blocks; rehearsed without it" in rehearsal.notes
+        assert rehearsal.options["placement"] is None
+        assert rehearsal.options["schedule"] in ("gpipe", "1f1b")
+
+
 def test_only_the_axes_that_were_there_are_rehearsed() -> None:
     assert shrunk_mesh(Mesh(dp=2, tp=2))[1] == ()
     assert shrunk_mesh(Mesh(pp=4, tp=8))[0] == Mesh(pp=2, tp=2)

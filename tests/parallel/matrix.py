@@ -14,17 +14,18 @@ from typing import Any
 import meshwright as mw
 from meshwright.parallel.errors import MeshwrightError
 from meshwright.parallel.ranks import default_pool
+from tests.parallel.cells import alternating
 from tests.parallel.families import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 
 Layout = tuple[dict[str, int], dict[str, Any]]
 
-FAST: tuple[Layout, ...] = (
-    ({"tp": 2}, {}),
-    ({"tp": 2}, {"sequence_parallel": True, "num_microbatches": 2}),
+_SEQUENCE: Layout = ({"tp": 2}, {"sequence_parallel": True, "num_microbatches": 2})
+_BESIDE: tuple[Layout, ...] = (
     ({"dp": 2, "tp": 2}, {"num_microbatches": 2}),
     ({"fsdp": 2, "tp": 2}, {"num_microbatches": 2}),
+    ({"tp": 2}, {}),
 )
 _DATA: tuple[Layout, ...] = (
     ({}, {}),
@@ -86,6 +87,13 @@ class Cell:
 def cells(layouts: tuple[Layout, ...]) -> Iterator[Cell]:
     """All families on the given layouts."""
     for family, (degrees, options) in product(FAMILIES, layouts):
+        yield Cell(family, degrees, options)
+
+
+def few_cells() -> Iterator[Cell]:
+    """All families on a dealt sequence, and each on one of the other layouts."""
+    yield from cells((_SEQUENCE,))
+    for family, (degrees, options) in alternating(FAMILIES, _BESIDE, every=3):
         yield Cell(family, degrees, options)
 
 

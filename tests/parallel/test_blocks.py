@@ -1,6 +1,8 @@
+import pytest
 from torch import nn
 
-from meshwright.parallel.blocks import find_blocks, own_blocks
+from meshwright.parallel.blocks import candidates, find_blocks, own_blocks
+from meshwright.parallel.errors import WrapError
 from tests.parallel.models import gpt2, llama
 
 
@@ -28,3 +30,47 @@ def test_a_block_that_shares_a_parameter_with_the_rest_is_no_unit_of_its_own() -
 def test_models_without_repetition_have_no_blocks() -> None:
     assert find_blocks(nn.Linear(2, 2)) == {}
     assert find_blocks(nn.ModuleDict({"one": nn.ModuleList([nn.Linear(2, 2)])})) == {}
+
+
+def _nested() -> nn.Module:
+    stages = [nn.Module(), nn.Module()]
+    for stage in stages:
+        stage.layers = nn.ModuleList([nn.Linear(2, 2), nn.Tanh()])
+    return nn.ModuleDict({"stages": nn.ModuleList(stages), "head": nn.Linear(2, 1)})
+
+
+def test_named_blocks_come_in_the_order_of_patterns_and_then_of_the_model() -> None:
+    inner = [f"stages.{stage}.layers.{layer}" for stage in range(2) for layer in range(2)]
+    assert list(find_blocks(_nested(), ["*.layers.*"])) == inner
+    assert list(find_blocks(_nested(), ["head", "stages.?"])) == ["head", "stages.0", "stages.1"]
+    assert list(own_blocks(_nested(), ["*.layers.*"])) == inner[::2]  # the others hold nothing
+
+
+def test_a_pattern_means_the_outermost_modules_that_it_fits() -> None:
+    assert list(find_blocks(llama()(), ["model.layers.*"])) == list(find_blocks(llama()()))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "why"),
+    [
+        (["*.layerz.*"], r"no module has a path like '\*.layerz.\*'; nearest: stages.\*.layers"),
+        (["x"], "choose from: stages, "),
+        (["stages.*", "stages.1.layers.0"], "stages.1.layers.0 is inside of stages.1, which is named too"),
+        (["stages.1.layers.0", "stages.*"], "stages.1.layers.0 is inside of stages.1, which is named too"),
+        (["stages"], r"stages is a ModuleList, which is never called; name stages\.\*"),
+    ],
+)
+def test_patterns_that_name_no_blocks_are_refused(patterns: list[str], why: str) -> None:
+    with pytest.raises(WrapError, match=why):
+        find_blocks(_nested(), patterns)
+
+
+def test_one_module_under_several_names_is_refused() -> None:
+    shared = nn.Linear(2, 2)
+    with pytest.raises(WrapError, match=r"0 and 1 are one module that is called several times"):
+        find_blocks(nn.Sequential(shared, shared), ["*"])
+
+
+def test_what_may_be_named_is_listed() -> None:
+    assert candidates(_nested()) == ["stages.*", "stages", "head"]
+    assert candidates(nn.Linear(2, 2)) == []

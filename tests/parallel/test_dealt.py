@@ -16,6 +16,7 @@ from meshwright.parallel.promote import Promote
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.wrap import ParallelModel
 from meshwright.testing import run_ranks
+from tests.parallel.cells import alternating, beyond
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import tokens
 
@@ -58,7 +59,7 @@ def _resume(folder: str, family: str, degrees: dict[str, int]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["phi3", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["phi3", "gemma3", *beyond("qwen3")])
 def test_what_one_mesh_saved_any_other_goes_on_from(tmp_path: Path, family: str) -> None:
     first = dict(MESHES[0])
     expected = run_ranks(_save, mw.Mesh(**first), str(tmp_path), family, first)[0]
@@ -105,18 +106,18 @@ def _partly_trained(family: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bert", "t5", "whisper", "vit", "translator"])
-@pytest.mark.parametrize(
-    ("degrees", "options"),
-    [
-        ({"tp": 2}, {}),
-        ({"tp": 2}, {"sequence_parallel": True, "num_microbatches": 2}),
-        ({"fsdp": 2, "tp": 2}, {"zero_stage": 2}),
-        ({"dp": 2, "tp": 2}, {}),
-    ],
-    ids=str,
+_FROZEN = ("llama", "gpt2", "phi3", "bert", "t5", "whisper", "vit", "translator")
+_LAYOUTS = (
+    ({"tp": 2}, {}),
+    ({"tp": 2}, {"sequence_parallel": True, "num_microbatches": 2}),
+    ({"fsdp": 2, "tp": 2}, {"zero_stage": 2}),
+    ({"dp": 2, "tp": 2}, {}),
 )
-def test_frozen_and_unused_parameters_are_as_in_the_plain_run(family: str, degrees: Any, options: Any) -> None:
+
+
+@pytest.mark.parametrize(("family", "layout"), alternating(_FROZEN, _LAYOUTS), ids=str)
+def test_frozen_and_unused_parameters_are_as_in_the_plain_run(family: str, layout: Any) -> None:
+    degrees, options = layout
     report = mw.verify(partial(_partly_trained, family), FAMILIES[family][1], mw.Mesh(**degrees), **options)
     assert report.ok, str(report)
     assert not report.notes

@@ -1,26 +1,34 @@
 """DeepSpeed behind the same step, at the precision it allows: float32, 1e-5."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import meshwright as mw
 from meshwright.parallel.errors import WrapError
+from tests.parallel.cells import beyond
 from tests.parallel.models import gpt2, pairs, regressor, tokens
 
 pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
 pytestmark = [pytest.mark.slow]
 
 
-@pytest.mark.parametrize(("stage", "microbatches"), [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)])
-def test_every_stage_equals_the_plain_run(stage: int, microbatches: int) -> None:
+_MODELS: dict[str, tuple[Any, Any]] = {"gpt2": (gpt2(), tokens()), "regressor": (regressor(), pairs())}
+_CASES = (("regressor", 0, 3), ("regressor", 1, 3), ("gpt2", 3, 3))
+_MORE = beyond(*(("gpt2", stage, parts) for stage, parts in ((0, 3), (1, 3), (2, 3), (3, 1))))
+
+
+@pytest.mark.parametrize(("name", "stage", "microbatches"), [*_CASES, *_MORE])
+def test_every_stage_equals_the_plain_run(name: str, stage: int, microbatches: int) -> None:
     report = mw.verify(
-        gpt2(), tokens(), mw.Mesh(dp=2), data_engine="deepspeed", zero_stage=stage, num_microbatches=microbatches
+        *_MODELS[name], mw.Mesh(dp=2), data_engine="deepspeed", zero_stage=stage, num_microbatches=microbatches
     )
     assert report.ok, str(report)
     assert report.dtype == "float32"
 
 
-def test_offloaded_states_equal_the_plain_run() -> None:
+def test_offloaded_states_of_stage_two_equal_the_plain_run() -> None:
     report = mw.verify(
         regressor(), pairs(), mw.Mesh(fsdp=2), data_engine="deepspeed", zero_stage=2, num_microbatches=2, offload="cpu"
     )

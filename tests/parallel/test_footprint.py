@@ -17,6 +17,7 @@ from meshwright.parallel.footprint import Footprint, footprint
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import make_plan
 from meshwright.testing import run_ranks
+from tests.parallel.cells import beyond
 from tests.parallel.families import FAMILIES
 
 
@@ -51,11 +52,14 @@ def _predicted_and_measured(name: str, mesh: mw.Mesh, options: dict[str, Any]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("degrees", "options"),
-    [({}, {}), ({"dp": 2}, {}), ({"tp": 2}, {}), ({"tp": 2}, {"sequence_parallel": True})],
+    ("name", "degrees", "options"),
+    [
+        *((name, {}, {}) for name in _MODELS),
+        *((name, {"tp": 2}, {"sequence_parallel": True}) for name in _MODELS),
+        *((name, {axis: 2}, {}) for name in ("torch encoder", *beyond("llama")) for axis in ("dp", "tp")),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("name", _MODELS)
 def test_predicted_peak_is_what_the_allocator_hands_out(name: str, degrees: Any, options: Any) -> None:
     mesh = mw.Mesh(**degrees)
     for predicted, measured in run_ranks(_predicted_and_measured, mesh, name, mesh, options):

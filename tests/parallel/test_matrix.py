@@ -3,12 +3,12 @@
 import pytest
 
 from meshwright.parallel.errors import WrapError
-from tests.parallel.matrix import FAST, WHOLE, Cell, cells
+from tests.parallel.matrix import WHOLE, Cell, few_cells
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("cell", list(cells(FAST)), ids=str)
+@pytest.mark.parametrize("cell", list(few_cells()), ids=str)
 def test_a_cell_is_the_plain_run_or_is_refused(cell: Cell) -> None:
     if cell.refusal is not None:
         with pytest.raises(WrapError, match=cell.refusal):

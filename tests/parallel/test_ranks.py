@@ -57,6 +57,43 @@ def test_errors_of_this_library_keep_their_type() -> None:
         run_ranks(_refuse, Mesh(dp=2))
 
 
+def test_processes_stay_where_every_rank_refused() -> None:
+    first = run_ranks(_process, Mesh(dp=2))
+    with pytest.raises(MeshError, match="no such mesh"):
+        run_ranks(_refuse, Mesh(dp=2))
+    assert run_ranks(_process, Mesh(dp=2)) == first
+    assert run_ranks(_sum_of_ranks, Mesh(dp=2), 0) == [1.0, 1.0]
+
+
+def _refuse_on_one() -> None:
+    if dist.get_rank() == 1:
+        _refuse()
+    dist.barrier()
+
+
+def _wait_for_one_that_refused() -> None:
+    if dist.get_rank() == 1:
+        _refuse()
+    dist.barrier()
+
+
+def _sleep_beside_one_that_refused() -> None:
+    if dist.get_rank() == 1:
+        _refuse()
+    time.sleep(60)
+
+
+def test_ranks_that_wait_for_one_that_refused_are_let_go_and_those_that_do_not_hear_it_are_ended() -> None:
+    first = run_ranks(_process, Mesh(dp=3))
+    with pytest.raises(MeshError, match="no such mesh"):
+        run_ranks(_wait_for_one_that_refused, Mesh(dp=3))
+    assert run_ranks(_process, Mesh(dp=3)) == first
+    assert run_ranks(_sum_of_ranks, Mesh(dp=3), 0) == [3.0] * 3
+    with pytest.raises(MeshError, match="no such mesh"):
+        run_ranks(_sleep_beside_one_that_refused, Mesh(dp=2))
+    assert not set(run_ranks(_process, Mesh(dp=2))) & set(first)
+
+
 def test_a_rank_that_dies_is_named_with_its_code() -> None:
     with pytest.raises(RankError, match="rank 0 died with exit code 7"):
         run_ranks(lambda: os._exit(7) if dist.get_rank() == 0 else time.sleep(0.1), Mesh(dp=2))

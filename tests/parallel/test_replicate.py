@@ -1,5 +1,7 @@
 """The axis dp: fixed buckets, tied and unused parameters, recompute."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.parallel.replicate import cut_buckets
 from meshwright.testing import run_ranks
-from tests.parallel.models import llama, pairs, tokens
+from tests.parallel.models import llama, pairs, regressor, tokens
 
 
 @given(st.lists(st.integers(0, 50)), st.integers(1, 60), st.integers(1, 60))
@@ -41,6 +43,21 @@ def test_two_runs_on_four_ranks_agree_bit_for_bit() -> None:
     first, second = (run_ranks(_train, mw.Mesh(dp=4), 3) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first[0], second[0], strict=True))
     assert all(torch.equal(one, other) for one, other in zip(first[0], first[3], strict=True))
+
+
+def _outlives_its_model(degrees: dict[str, int]) -> bool:
+    model = mw.parallelize(regressor()(), mw.Mesh(**degrees))
+    model.step(pairs()())
+    engine = weakref.ref(model._engine.data)
+    del model
+    gc.collect()
+    return engine() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [{"dp": 2}, {"fsdp": 2}], ids=str)
+def test_a_model_that_is_gone_leaves_its_groups(degrees: dict[str, int]) -> None:
+    assert run_ranks(_outlives_its_model, mw.Mesh(**degrees), degrees) == [False, False]
 
 
 class Moody(nn.Module):

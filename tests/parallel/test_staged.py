@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.testing import run_ranks
+from tests.parallel.cells import alternating, beyond
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import gpt2, llama, tokens
 from tests.parallel.test_layered import Recomputing, Skipping, odd_batch
@@ -17,7 +18,7 @@ from tests.parallel.test_rotate import goes_on
 
 pytestmark = pytest.mark.slow
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "modular")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "modular", "zb-h1", "zbv")
 
 
 def _equal(build_model: Any, build_batch: Any, degrees: dict[str, int], **options: Any) -> None:
@@ -36,13 +37,14 @@ def test_every_family_in_two_stages_is_equal_to_the_plain_run(family: str) -> No
     [
         *(
             (family, {"pp": 2, axis: 2}, "modular")
-            for family in ("gpt2", "t5", "mixtral")
-            for axis in ("dp", "fsdp", "tp")
+            for family, axis in alternating(("gpt2", "t5", "mixtral"), ("dp", "fsdp", "tp"), every=3)
         ),
-        *(("whisper", {"pp": 2, axis: 2}, "1f1b") for axis in ("dp", "fsdp", "tp")),
+        *(("whisper", {"pp": 2, axis: 2}, "1f1b") for axis in ("tp", *beyond("dp", "fsdp"))),
         ("vit", {"pp": 2, "fsdp": 2}, "gpipe"),
+        ("gpt2", {"pp": 2, "fsdp": 2}, "zb-h1"),
+        ("whisper", {"pp": 2, "dp": 2}, "zbv"),
         ("llama", {"pp": 2, "fsdp": 2, "tp": 2}, "modular"),
-        ("gemma3", {"pp": 2, "dp": 2, "fsdp": 2}, "1f1b"),
+        *beyond(("gemma3", {"pp": 2, "dp": 2, "fsdp": 2}, "1f1b")),
     ],
     ids=str,
 )
@@ -50,16 +52,16 @@ def test_stages_meet_every_other_axis(family: str, degrees: dict[str, int], sche
     _equal(*FAMILIES[family], degrees, schedule=schedule)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("num_layers", "num_ranks", "num_microbatches"), [(8, 4, 4), (9, 4, 6), (5, 2, 1), (8, 4, 3)])
-def test_any_number_of_blocks_ranks_and_micro_batches(
-    schedule: str, num_layers: int, num_ranks: int, num_microbatches: int
-) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "sizes"), alternating(SCHEDULES, ((8, 4, 4), (5, 2, 1), (8, 4, 3), (9, 4, 6))), ids=str
+)
+def test_any_number_of_blocks_ranks_and_micro_batches(schedule: str, sizes: tuple[int, int, int]) -> None:
+    num_layers, num_ranks, num_microbatches = sizes
     build = llama(num_hidden_layers=num_layers, attention_dropout=0.1)
     _equal(build, tokens(8), {"pp": num_ranks}, schedule=schedule, num_microbatches=num_microbatches)
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper", "translator"])
+@pytest.mark.parametrize("family", ["t5", "translator", *beyond("whisper")])
 def test_encoder_states_go_on_from_rank_to_rank(family: str) -> None:
     _equal(*FAMILIES[family], {"pp": 4}, schedule="modular")
 
@@ -67,6 +69,12 @@ def test_encoder_states_go_on_from_rank_to_rank(family: str) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_states_may_stay_whole_for_the_step(stage: int) -> None:
     _equal(*FAMILIES["t5"], {"pp": 2, "fsdp": 2}, schedule="modular", zero_stage=stage)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_leave_in_several_parts_are_divided_once_all_losses_are_known(stage: int) -> None:
+    build = llama(num_hidden_layers=4)
+    _equal(build, tokens(8), {"pp": 2, "fsdp": 2}, schedule="interleaved", num_microbatches=4, zero_stage=stage)
 
 
 def _frozen() -> nn.Module:

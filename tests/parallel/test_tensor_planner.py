@@ -1,5 +1,6 @@
 """What the planner sees and decides, and what it refuses."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ from tests.parallel.models import regressor
 
 
 def plan_of(family: str, degree: int = 2, **options: Any) -> TensorPlan:
+    return _new_plan(family, degree, options) if options else _plan(family, degree)
+
+
+@cache
+def _plan(family: str, degree: int) -> TensorPlan:
+    return _new_plan(family, degree, {})
+
+
+def _new_plan(family: str, degree: int, options: dict[str, Any]) -> TensorPlan:
     build_model, build_batch = FAMILIES[family]
     return make_plan(build_model(), mw.Mesh(tp=degree), Options.of(example=build_batch(), **options))
 

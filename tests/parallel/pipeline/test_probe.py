@@ -138,7 +138,9 @@ def test_values_that_pass_blocks_by_are_refused_and_not_lost(build_model: Any, w
 def test_more_ranks_than_blocks_and_models_without_blocks_are_refused() -> None:
     with pytest.raises(ScheduleError, match=r"3 blocks cannot make 4 stages.*nearest legal: pp=3"):
         mw.verify(llama(), tokens(8), mw.Mesh(pp=4), **_MODULAR)
-    with pytest.raises(WrapError, match="no list of repeated blocks; use schedule='accumulate'"):
+    with pytest.raises(
+        WrapError, match=r"no list of repeated blocks; name them with blocks=.* or use schedule='accumulate'"
+    ):
         mw.parallelize(nn.Linear(2, 2), mw.Mesh(), schedule="layered")
     with pytest.raises(
         WrapError, match="schedule='accumulate' does not go with pp=2; nearest legal: schedule='modular'"

@@ -1,0 +1,102 @@
+"""A rank that stops or dies in the middle of a pipeline's schedule: the job ends soon, and with its name."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.worker.runs import run_dir, start, write_job
+
+pytestmark = pytest.mark.slow
+
+KILL_LIMIT_S = 5.0
+HANG_S = 4
+
+MODEL = """
+import os
+import time
+from pathlib import Path
+
+from torch import nn
+
+from tiny import Tiny
+
+
+class Falling(nn.Module):
+    '''Sends its own rank the signal that the file `signal` names: its number, and the rank.'''
+
+    def forward(self, hidden):
+        if self.training and Path("signal").exists():
+            number, rank = Path("signal").read_text().split()
+            if os.environ["RANK"] == rank:
+                time.sleep(1.5)  # so that it tells where it is
+                Path("fell").write_text(str(time.time()))
+                os.kill(os.getpid(), int(number))
+        return hidden
+
+
+def build(width):
+    model = Tiny(width, 0.0)
+    model.layers[1].append(Falling())
+    return model
+"""
+
+
+def fall(folder: Path, number: signal.Signals, rank: int, *overrides: str, parallel: str) -> tuple[str, float, Any]:
+    """Lets a rank of a running job fall in a forward; returns what the launcher said, how long it took, the record."""
+    job = write_job(folder, parallel=parallel, steps=100_000, every=100_000)
+    (folder / "falling.py").write_text(MODEL)
+    process = start(job, "r", 'model.python="falling:build"', *overrides)
+    try:
+        return _fallen(job, process, f"{int(number)} {rank}")
+    finally:
+        process.kill()
+
+
+def _fallen(job: Path, process: "subprocess.Popen[str]", told: str) -> tuple[str, float, Any]:
+    metrics = run_dir(job, "r") / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step":2,' in metrics.read_text()):
+        time.sleep(0.05)
+    part = job.parent / "signal.part"
+    part.write_text(told)
+    part.rename(job.parent / "signal")
+    output, _ = process.communicate(timeout=60)
+    taken_s = time.time() - float((job.parent / "fell").read_text())
+    return output, taken_s, json.loads((run_dir(job, "r") / "exit.json").read_text())
+
+
+def test_a_rank_that_stops_answering_is_named_with_its_action_within_the_limit(tmp_path: Path) -> None:
+    output, taken_s, told = fall(
+        tmp_path,
+        signal.SIGSTOP,
+        1,
+        f"failure.hang.no_progress_for={HANG_S}s",
+        parallel="{pp: 2, schedule: modular, num_microbatches: 2}",
+    )
+    assert taken_s < HANG_S + 4, output
+    assert told["exit_code"] == 125
+    assert told["first_failure"]["rank"] == 1
+    assert re.search(
+        r"hang: rank 1 \(pp=1\) has not answered for \d s \(its process is stopped by a signal\); "
+        r"it was last heard of at step \d+, 1F0 \(forward, stage 1, micro-batch 0\); "
+        r"rank 0 waits for rank 1 at step \d+, 0RECV_B\d",
+        told["reason"],
+    ), told["reason"]
+    assert [victim["rank"] for victim in told["victims"]] == [0]
+    assert "in wait" in told["victims"][0]["traceback"], "stacks of the ranks that can tell are kept"
+
+
+def test_a_killed_rank_ends_the_job_in_five_seconds_and_is_named(tmp_path: Path) -> None:
+    output, taken_s, told = fall(
+        tmp_path, signal.SIGKILL, 3, parallel="{pp: 2, dp: 2, schedule: modular, num_microbatches: 2}"
+    )
+    assert taken_s < KILL_LIMIT_S, output
+    assert told["exit_code"] == 137
+    first = told["first_failure"]
+    assert (first["rank"], first["signal"]) == (3, "SIGKILL")
+    assert sorted(victim["rank"] for victim in told["victims"]) == [0, 1, 2]
