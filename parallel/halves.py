@@ -6,7 +6,7 @@ is done with the first half, since going back from one turn would come through a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Edge", "Later", "first_half", "going_back"]
+__all__ = ["Edge", "Later", "first_half", "going_back", "run_engine"]
 
 Edge = tuple[Any, int]
 """A node of the graph and which of its outputs."""
@@ -54,14 +54,27 @@ def going_back(roots: Mapping[Edge, Tensor], targets: Iterable[Edge], *, keep: b
     wanted = list(targets)
     if not roots or not wanted:
         return {}
-    found = torch.autograd.grad(
-        [GradientEdge(*edge) for edge in roots],
-        [GradientEdge(*edge) for edge in wanted],
-        list(roots.values()),
-        retain_graph=keep,
-        allow_unused=True,
-    )
+    found = run_engine(roots, wanted, keep=keep)
     return {edge: each for edge, each in zip(wanted, found, strict=True) if each is not None}
+
+
+def run_engine(
+    roots: Mapping[Edge, Tensor], targets: Sequence[Edge] = (), *, keep: bool = False
+) -> Sequence[Tensor | None]:
+    """What `torch.autograd.grad` does, and without targets `torch.autograd.backward`.
+
+    These also compare shapes of gradients and roots, which takes longer than a small block; here the engine made both.
+    """
+    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+        tuple(GradientEdge(*edge) for edge in roots),
+        tuple(roots.values()),
+        keep,
+        False,
+        tuple(GradientEdge(*edge) for edge in targets),
+        allow_unreachable=True,
+        accumulate_grad=not targets,
+    )
+    return found
 
 
 def first_half(

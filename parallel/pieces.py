@@ -8,16 +8,17 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from meshwright.parallel.halves import Edge, Later, first_half, going_back
+from meshwright.parallel.halves import Edge, Later, first_half, going_back, run_engine
 
 __all__ = ["Pieces"]
 
@@ -58,6 +59,7 @@ class Pieces:
         self._pieces = [_Piece() for _ in borders]
         self._num_users: Counter[Any] = Counter()
         self._shared: set[Any] = set()
+        self._inputs: dict[Any, Edge | None] = {}  # leaves of inputs -> what they continue, None where others made it
         self._partial: dict[Any, Tensor] = {}
         self._late: dict[int, tuple[list[Any], dict[Any, Tensor], Later]] = {}
         roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
@@ -92,8 +94,13 @@ class Pieces:
         """Where a piece ends in leaves of its own, torch adds to them by itself."""
         if not mine.roots:
             return
-        with _caught([node for node, _ in inputs]) as found:
-            torch.autograd.backward([GradientEdge(*edge) for edge in mine.roots], list(mine.roots.values()))
+        found: dict[Edge, Tensor] = {}
+        handles = [edge[0].register_prehook(partial(_catch, found, edge)) for edge in inputs]
+        try:
+            run_engine(mine.roots)
+        finally:
+            for each in handles:
+                each.remove()
         self._hand_on(found)
 
     def backward_inputs(self, piece: int) -> None:
@@ -118,22 +125,17 @@ class Pieces:
 
     def _targets(self, mine: _Piece) -> tuple[list[Edge], list[Any]]:
         """Edges to inputs, and leaves of weights."""
-        inputs = [node for node in mine.leaves if self._is_input(node)]
-        weights = [node for node in mine.leaves if not self._is_input(node)]
-        return [*((node, 0) for node in inputs), *mine.edges], weights
-
-    def _is_input(self, node: Any) -> bool:
-        return node.variable in self._origins or id(node.variable) in self._received
+        inputs = [(node, 0) for node in mine.leaves if node in self._inputs]
+        return [*inputs, *mine.edges], [node for node in mine.leaves if node not in self._inputs]
 
     def _hand_on(self, gradients: Mapping[Edge, Tensor]) -> None:
         """Keeps gradients for the pieces that the values came from; adds those of received values to `.grad`."""
-        for (node, number), gradient in gradients.items():
-            if not isinstance(node, _FUNCTIONS.AccumulateGrad):
-                self._keep((node, number), gradient)
-            elif (origin := self._origins.get(node.variable)) is None:
-                node(gradient)
+        for edge, gradient in gradients.items():
+            origin = self._inputs.get(edge[0], edge)
+            if origin is None:
+                edge[0](gradient)
             else:
-                self._keep((origin.node, origin.output_nr), gradient)
+                self._keep(origin, gradient)
 
     def _add(self, weights: Iterable[Any], gradients: Mapping[Any, Tensor]) -> None:
         for node in weights:
@@ -182,29 +184,25 @@ class Pieces:
         if node not in self._pieces[home].leaves:
             self._pieces[home].leaves[node] = None
             self._num_users[node] += 1
-        origin = self._origins.get(node.variable)
-        return None if origin is None else origin.node
+            self._place(node)
+        origin = self._inputs.get(node)
+        return None if origin is None else origin[0]
+
+    def _place(self, node: Any) -> None:
+        """Notes where a leaf comes from that is no weight."""
+        leaf = node.variable
+        origin = self._origins.get(leaf)
+        if origin is not None:
+            self._inputs[node] = origin.node, origin.output_nr
+        elif id(leaf) in self._received:
+            self._inputs[node] = None
 
 
-@contextmanager
-def _caught(leaves: Iterable[Any]) -> Iterator[dict[Edge, Tensor]]:
-    """What arrives at leaves, as it is: added to `.grad` it would be laid out anew."""
-    found: dict[Edge, Tensor] = {}
-
-    def catch(node: Any) -> Callable[[tuple[Tensor | None, ...]], tuple[None]]:
-        def caught(gradients: tuple[Tensor | None, ...]) -> tuple[None]:
-            if gradients[0] is not None:
-                found[node, 0] = gradients[0]
-            return (None,)
-
-        return caught
-
-    handles = [node.register_prehook(catch(node)) for node in leaves]
-    try:
-        yield found
-    finally:
-        for each in handles:
-            each.remove()
+def _catch(found: dict[Edge, Tensor], edge: Edge, gradients: tuple[Tensor | None, ...]) -> tuple[None]:
+    """Takes what arrives at a leaf as it is: added to `.grad` it would be laid out anew."""
+    if gradients[0] is not None:
+        found[edge] = gradients[0]
+    return (None,)
 
 
 @contextmanager

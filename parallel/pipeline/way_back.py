@@ -1,5 +1,6 @@
 """Going back through one micro-batch, a stage at a time."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -46,7 +47,7 @@ class WayBack:
 
     def _left(self, stage: int) -> list[int]:
         """Takes the pieces that are not done, the last first."""
-        first = next((piece for piece, home in enumerate(self._homes) if home >= stage), len(self._homes))
+        first = bisect_left(self._homes, stage)  # homes ascend
         taken = list(range(first, len(self._homes)))
         del self._homes[first:]
         return taken[::-1]
