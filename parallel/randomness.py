@@ -8,7 +8,7 @@ generator of its own, so that a rank that skips a block draws what follows as th
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 __all__ = ["draw_by_block", "keyed", "seed_of", "skip_block"]
 
 _MARK_BITS = 16
+_WORD = (1 << 64) - 1
 
 
 def seed_of(*key: int | str) -> int:
@@ -70,7 +71,7 @@ def skip_block(name: str) -> None:
     """Leaves the generator as it would be after a call of the block."""
     seed = _seed_inside()
     if seed is not None:
-        _draw_from(seed_of(seed, name, "after"))
+        _draw_from(_child(seed, _number(name, "after")))
 
 
 def _enter(name: str, outside: list[int | None], module: nn.Module, args: object) -> None:
@@ -78,20 +79,40 @@ def _enter(name: str, outside: list[int | None], module: nn.Module, args: object
     seed = _seed_inside()
     outside.append(seed)
     if seed is not None:
-        _draw_from(seed_of(seed, name))
+        _draw_from(_child(seed, _number(name, "inside")))
 
 
 def _leave(name: str, outside: list[int | None], module: nn.Module, args: object, output: object) -> None:
     del module, args, output
     seed = outside.pop() if outside else None
     if seed is not None:
-        _draw_from(seed_of(seed, name, "after"))
+        _draw_from(_child(seed, _number(name, "after")))
 
 
 def _seed_inside() -> int | None:
     """The seed that the generator started from, if it is one of ours: if not, this is no place inside of `keyed`."""
     seed = torch.initial_seed()
-    return seed if seed & ((1 << _MARK_BITS) - 1) == _mark(seed >> _MARK_BITS) else None
+    drawn, mark = seed >> _MARK_BITS, seed & ((1 << _MARK_BITS) - 1)
+    ours = mark == _child_mark(drawn) or _mark(drawn) == mark
+    return seed if ours else None
+
+
+def _child(seed: int, number: int) -> int:
+    """The seed of a part of what draws from `seed`: the mix of splitmix64, since a digest takes a micro-second."""
+    mixed = (seed ^ number) & _WORD
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _WORD
+    drawn = (mixed ^ (mixed >> 31)) >> (_MARK_BITS + 1)
+    return drawn << _MARK_BITS | _child_mark(drawn)
+
+
+def _child_mark(drawn: int) -> int:
+    return (drawn * 0x9E3779B97F4A7C15 & _WORD) >> (64 - _MARK_BITS)
+
+
+@lru_cache(maxsize=1 << 16)
+def _number(name: str, where: str) -> int:
+    return _digest(repr((name, where)))
 
 
 def _draw_from(seed: int) -> None:
