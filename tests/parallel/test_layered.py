@@ -216,7 +216,6 @@ def test_a_model_without_blocks_and_axes_it_does_not_take_are_refused() -> None:
     for options, mesh in (
         ({"offload": "cpu"}, mw.Mesh(fsdp=2)),
         ({"data_engine": "deepspeed"}, mw.Mesh(dp=2)),
-        ({"sequence_parallel": True}, mw.Mesh(tp=2)),
     ):
         with pytest.raises(WrapError, match="nearest legal: schedule='accumulate'"):
             Options.of(schedule="layered", **options).check(mesh)
