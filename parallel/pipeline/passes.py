@@ -130,9 +130,10 @@ class Pass:
     def instead(self, block: str) -> Any:
         """What a block of another rank gives: tensors without values."""
         assert self._expected is not None, block
-        return tree_map(
-            lambda each: each.absent(self._device) if isinstance(each, Shape) else each, self._expected.output
-        )
+        output = self._expected.output
+        if isinstance(output, Shape):
+            return output.absent(self._device)
+        return tree_map(lambda each: each.absent(self._device) if isinstance(each, Shape) else each, output)
 
     def gave(self, block: str, output: Any) -> None:
         """Checks what an own block gave.

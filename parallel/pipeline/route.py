@@ -72,7 +72,13 @@ class Route:
 def inputs_of(arguments: Arguments) -> list[Any]:
     """Leaves of a block's arguments in order; lists and dicts inside stay whole, since blocks may add to them."""
     args, kwargs = arguments
-    return [leaf for each in (*args, *kwargs.values()) for leaf in tree_leaves(each, is_leaf=_is_kept)]
+    leaves: list[Any] = []
+    for each in (*args, *kwargs.values()):
+        if each is None or isinstance(each, (Tensor, list, dict, bool)):  # a leaf already
+            leaves.append(each)
+        else:
+            leaves += tree_leaves(each, is_leaf=_is_kept)
+    return leaves
 
 
 def replaced(arguments: Arguments, change: Callable[[Any], Any]) -> Arguments:
@@ -88,6 +94,9 @@ def shapes_in(output: Any, block: str) -> Any:
     Raises:
         WrapError: for an object that may hold tensors which nobody sees.
     """
+
+    if isinstance(output, Tensor):  # the usual case, without walking through a structure
+        return Shape.of(output)
 
     def shape(each: Any) -> Any:
         if isinstance(each, Tensor):
