@@ -8,12 +8,14 @@ whenever it stops.
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from contextvars import copy_context
+from functools import lru_cache, partial, partialmethod
 from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
@@ -89,6 +91,7 @@ class Flow:
         self._state = ThreadState()
         self._work = run
         self._coroutine = greenlet(self._run)
+        self._coroutine.gr_context = copy_context()
 
     def resume(self, limit: int = -1) -> None:
         """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end."""
@@ -99,6 +102,12 @@ class Flow:
         """Ends a pass that is not wanted any more."""
         if self._coroutine and not self.ended:
             self._enter(self._coroutine.throw)
+
+    def forget(self) -> None:
+        """Lets go of the graph, after backward."""
+        self.result, self.arguments = tree_map(_detached, self.result), ((), {})
+        self.frames.clear()
+        self.cuts.forget()
 
     def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
         """Called inside, for a block whose own class is `kind`."""
@@ -112,7 +121,7 @@ class Flow:
             note_passing(block, arguments)
             skip_block(name)
             return self._guide.instead(name)
-        self.cuts.rebase()
+        self.cuts.check(name)
         first, remade = stage > self.cuts.stage, name in self._recomputed and torch.is_grad_enabled()
         if first:
             self.cuts.begin(stage)
@@ -126,9 +135,9 @@ class Flow:
         self._guide.gave(name, output)
         return output
 
-    def _remade(self, name: str, work: Callable[..., Any], arguments: Arguments) -> Any:
+    def _remade(self, name: str, work: partial[Any], arguments: Arguments) -> Any:
         """Runs a block of which only the inputs are kept."""
-        frame = Frame(f"block {name}", work, arguments, leaves=self.cuts.leaves)
+        frame = Frame(f"block {name}", work, arguments, leaves=self.cuts.leaves, buffers=list(work.args[0].buffers()))
         self.frames.setdefault(self.cuts.stage, []).append(frame)
         return frame.run()
 
@@ -147,6 +156,7 @@ class Flow:
         try:
             self.cuts.begin(self.cuts.stage)
             self.result = self._work()
+            self.cuts.check("the end")
         finally:
             del _FLOWS[getcurrent()]
             self.ended, self.waits = True, None
@@ -156,14 +166,28 @@ class Flow:
 @contextmanager
 def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     """Makes calls of blocks stop the flow they happen in; calls outside any flow are ordinary ones."""
-    before = {name: type(block) for name, block in blocks.items()}
+    before, register = {name: type(block) for name, block in blocks.items()}, Tensor.register_hook
+    Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
     for name, block in blocks.items():
         block.__class__ = _stopping(type(block), name)  # type: ignore[arg-type]
     try:
         yield
     finally:
+        Tensor.register_hook = register  # type: ignore[method-assign]
         for name, block in blocks.items():
             block.__class__ = before[name]
+
+
+def _note_hook(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """Hooks are called wherever gradients of a node are asked for, which may be more often than the model thinks."""
+    flow = _FLOWS.get(getcurrent())
+    if flow is not None and tensor.grad_fn is not None:
+        flow.cuts.hooked.add(tensor.grad_fn)
+    return register(tensor, hook)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 @lru_cache(maxsize=4096)

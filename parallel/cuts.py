@@ -8,19 +8,26 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-__all__ = ["Cuts", "fresh"]
+from meshwright.parallel.errors import WrapError
+
+__all__ = ["Cuts", "fresh", "is_cut"]
+
+_MARK = "_meshwright_cut"
 
 
 @dataclass(eq=False)
 class _Cut:
-    """A value, the leaf that goes on in its place, and the leaf's value as it is handed on."""
+    """What is handed on, and the values that it stands for: the stage's own input, and what that stood for before."""
 
-    value: Tensor
-    leaf: Tensor
-    fresh: Tensor
+    fresh: TensorWeakRef
     version: int
+    values: dict[TensorWeakRef, int]
+
+    def alive(self) -> list[tuple[TensorWeakRef, Tensor]]:
+        """Values that somebody holds."""
+        return [(each, value) for each in self.values if (value := each()) is not None]
 
 
 class Cuts:
@@ -34,6 +41,8 @@ class Cuts:
         borders: (stage, sequence number) where each piece of the autograd graph begins. A node belongs to the last
             piece that began at or before its number.
         origins: leaf made at a border -> the edge of the graph that it continues.
+        leaves: id of what the last border handed on -> its leaf, until its block is through.
+        hooked: nodes whose tensors got hooks.
 
     >>> cuts, weight = Cuts(0), torch.ones(2, requires_grad=True)
     >>> cuts.begin(0)
@@ -49,12 +58,10 @@ class Cuts:
         self.stage = stage
         self.borders: list[tuple[int, int]] = []
         self.origins: Any = WeakTensorKeyDictionary()
+        self.leaves: dict[int, Tensor] = {}
+        self.hooked: set[Any] = set()
+        self._new: list[tuple[Tensor, Tensor]] = []
         self._given: list[_Cut] = []
-
-    @property
-    def leaves(self) -> dict[int, Tensor]:
-        """id of what the last border handed on -> its leaf."""
-        return {id(each.fresh): each.leaf for each in self._given}
 
     def begin(self, stage: int) -> None:
         """Begins a piece."""
@@ -66,19 +73,46 @@ class Cuts:
 
         In lists and dicts they stay, since blocks may add to them; the graph tells what comes from there.
         """
-        self._given = []
+        self._new, self.leaves = [], {}
         return tuple(self._cut(each) for each in args), {key: self._cut(each) for key, each in kwargs.items()}
 
     def rebase(self) -> None:
-        """Where what a stage was given has been changed, others who hold it go on with the change's history."""
+        """Behind a block: where it changed what was given, others who hold that go on with the change's history."""
         for each in self._given:
-            if each.fresh._version != each.version:
-                _Rebased.apply(each.value, each.fresh)  # type: ignore[no-untyped-call]
-                each.version = each.fresh._version
+            made = each.fresh()
+            if made is not None and made._version != each.version:
+                for known, value in each.alive():
+                    _Rebased.apply(value, made)  # type: ignore[no-untyped-call]
+                    each.values[known] = value._version
+                each.version = made._version
+        self._new, self.leaves = [], {}
+
+    def check(self, where: str) -> None:
+        """Before a block: refuses changes that the model made since, of what it holds under another name too.
+
+        Raises:
+            WrapError: naming the block.
+        """
+        held = [(each, made) for each in self._given if each.alive() and (made := each.fresh()) is not None]
+        self._given = [each for each, _ in held]
+        if any(
+            made._version != each.version or any(value._version != each.values[known] for known, value in each.alive())
+            for each, made in held
+        ):
+            raise WrapError(
+                f"before {where}, between blocks, the model changes in place what a block was given, and holds or has "
+                "saved the same values under another name; make the change on a copy, or use schedule='accumulate'"
+            )
 
     def end(self) -> None:
-        """Lets go of values."""
-        self._given = []
+        """Lets go of values; backward needs the rest."""
+        self._new, self._given, self.leaves = [], [], {}
+
+    def forget(self) -> None:
+        """Lets go of everything."""
+        self.end()
+        self.origins.clear()
+        self.hooked.clear()
 
     def _cut(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -90,16 +124,30 @@ class Cuts:
     def _cut_tensor(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.grad_fn is None or not torch.is_grad_enabled():
             return value
-        if value.grad_fn._sequence_nr() >= self.borders[-1][1]:
-            return value
-        for each in self._given:
-            if each.value is value:
-                return each.fresh
+        if value.grad_fn._sequence_nr() >= self.borders[-1][1] or value.is_conj() or value.is_neg():
+            return value  # made in this piece, or not in memory as it is: the graph tells
+        for known, made in self._new:
+            if known is value:
+                return made
         leaf = value.detach().requires_grad_()
+        leaf.__dict__[_MARK] = True
         self.origins[leaf] = get_gradient_edge(value)
         made = fresh(leaf)
-        self._given.append(_Cut(value, leaf, made, made._version))
+        self.leaves[id(made)] = leaf
+        self._new.append((value, made))
+        stood_for = [each.values for each in self._given if each.fresh() is value]
+        values = {
+            known: version
+            for before in (*stood_for, {TensorWeakRef(value): value._version})
+            for known, version in before.items()
+        }
+        self._given.append(_Cut(TensorWeakRef(made), made._version, values))
         return made
+
+
+def is_cut(leaf: Tensor) -> bool:
+    """Whether a leaf was made by a cut, of whatever pass."""
+    return _MARK in leaf.__dict__
 
 
 def fresh(leaf: Tensor) -> Tensor:
@@ -112,10 +160,11 @@ class _Rebased(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.of_view = inputs[0]._is_view()
         ctx.mark_dirty(inputs[0])
         return inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        del ctx
-        return None, gradients[0]
+        # torch takes "nothing" for the part of a view as nothing for the whole of its base
+        return torch.zeros_like(gradients[0]) if ctx.of_view else None, gradients[0]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers
+from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import captured
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
-from meshwright.parallel.microbatch import call, num_samples, split, to_device
+from meshwright.parallel.microbatch import call, check_constant, num_samples, split, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.observe import both, watch_progress
@@ -102,6 +103,8 @@ class Engine:
 
     def accumulate(self, batch: Any) -> StepStats:
         """A step that asks no tensor for its value, so that it also runs where tensors have none."""
+        if self._stages.blocks:
+            check_constant(batch)
         parts = split(batch, self.options.num_microbatches)
         self.data.begin()
         try:
@@ -115,6 +118,9 @@ class Engine:
     @cached_property
     def _watch(self) -> Watch:
         return watch_progress(HERE, self._stages.schedule.homes, self._groups.mesh.group(self._groups.rank, "pp"))
+
+    def _attributes(self) -> Attributes | None:
+        return None if self.num_steps else Attributes(self.data.module)
 
     def _watching(self) -> Watch:
         return self._watch if self.watch is unwatched else both(self._watch, self.watch)
@@ -166,7 +172,8 @@ class Engine:
             passes, routes = self._passes(parts)
             transfers = Transfers(self._stages.schedule, routes, self._wire) if self._wire else None
             self.data.open()
-            execute(self._stages.actions, Work(passes, self.data, transfers, forwarded, weight, self._watching()))
+            work = Work(passes, self.data, transfers, forwarded, weight, self._watching(), self._attributes())
+            execute(self._stages.actions, work)
         self.data.launch()
         for pending in (summed, told):
             pending.wait()

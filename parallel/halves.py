@@ -6,7 +6,7 @@ is done with the first half, since going back from one turn would come through a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Edge", "Later", "first_half", "going_back", "run_engine"]
+from meshwright.parallel.errors import WrapError
+
+__all__ = ["Edge", "Later", "first_half", "going_back", "refuse_hook", "run_engine"]
 
 Edge = tuple[Any, int]
 """A node of the graph and which of its outputs."""
@@ -34,17 +36,17 @@ class Later:
     roots: dict[Edge, Tensor]
     weights: list[Any]
 
-    def gradients(self) -> dict[Any, Tensor]:
-        """Gradient by weight's leaf; once."""
+    def gradients(self, *, keep: bool = False) -> dict[Any, Tensor]:
+        """Gradient by weight's leaf; once. `keep` lets what lies beyond be gone through again."""
         roots = self.roots
         for given, edges in self.turns:
-            for edge, gradient in going_back(given, edges).items():
+            for edge, gradient in going_back(given, edges, keep=keep).items():
                 roots[edge] = roots[edge] + gradient if edge in roots else gradient
         self.turns, self.roots = [], {}
         found: dict[Any, Tensor] = {}
         for edge in [edge for edge in roots if edge[0] in self.weights]:
             found[edge[0]] = roots.pop(edge)
-        for (node, _), gradient in going_back(roots, [(node, 0) for node in self.weights]).items():
+        for (node, _), gradient in going_back(roots, [(node, 0) for node in self.weights], keep=keep).items():
             found[node] = found[node] + gradient if node in found else gradient
         return found
 
@@ -77,6 +79,18 @@ def run_engine(
     return found
 
 
+def refuse_hook(node: Any) -> None:
+    """Says that a hook cannot be called as in the plain run.
+
+    Raises:
+        WrapError: always.
+    """
+    raise WrapError(
+        f"a hook on what {node.name()} gives would be called more than once, or with a part of the gradient, since "
+        "blocks share it; put it on a value inside one block, or use schedule='accumulate'"
+    )
+
+
 def first_half(
     roots: Mapping[Edge, Tensor],
     inputs: list[Edge],
@@ -84,6 +98,7 @@ def first_half(
     *,
     follow: Callable[[Any], bool],
     keep: bool = False,
+    hooked: Set[Any] = frozenset(),
 ) -> tuple[dict[Edge, Tensor], dict[Any, Tensor], Later]:
     """Goes back to inputs.
 
@@ -93,6 +108,7 @@ def first_half(
         weights: leaves to be reached later.
         follow: whether a node belongs to the piece.
         keep: the graph is gone through again even if nothing is left for later.
+        hooked: nodes whose tensors got hooks.
 
     Returns:
         Gradients of inputs, those of weights that could not be told apart from them, and what is left for later.
@@ -102,6 +118,8 @@ def first_half(
     early = [(node, 0) for node in weights if node in graph.early]
     ahead = roots if early else {edge: each for edge, each in roots.items() if edge not in aside}
     turns = list(graph.turns())
+    for node in hooked & {node for _, off in turns for node, _ in off}:
+        refuse_hook(node)
     arriving = [edge for edges, _ in turns for edge in edges]
     found = going_back(ahead, dict.fromkeys([*inputs, *early, *arriving]), keep=bool(keep or turns or aside))
     given = [(_chosen(found, edges), off) for edges, off in turns]
@@ -138,6 +156,8 @@ class _Graph:
     def turns(self) -> Iterator[tuple[list[Edge], list[Edge]]]:
         """Edges into a node that leads to inputs and weights, and those of its own that lead to weights only."""
         for node in self._order:
+            if not self._goes_on(node):
+                continue
             off = [edge for edge in _next(node) if node in self.to_inputs and self._is_late(edge[0])]
             if off:
                 yield [(node, number) for number in sorted(self._entered[node])], list(dict.fromkeys(off))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meshwright.parallel.errors import BatchError
 
-__all__ = ["call", "num_samples", "share", "split", "to_device"]
+__all__ = ["call", "check_constant", "num_samples", "share", "split", "to_device"]
 
 
 def num_samples(batch: Any) -> int:
@@ -63,6 +63,20 @@ def split(batch: Any, parts: int) -> list[Any]:
         return cut[id(tensor)][index]
 
     return [_map(batch, partial(part, index=index)) for index in range(parts)]
+
+
+def check_constant(batch: Any) -> None:
+    """Refuses a batch that something outside of the model waits for gradients of.
+
+    Raises:
+        BatchError: naming the tensor.
+    """
+    for name, tensor in _tensors(batch, "batch"):
+        if tensor.requires_grad:
+            raise BatchError(
+                f"{name} requires a gradient, which schedules do not give; make what it comes from a part of the "
+                "model, or use schedule='accumulate'"
+            )
 
 
 def share(batch: Any, index: int, parts: int) -> Any:

@@ -8,7 +8,7 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from meshwright.parallel.halves import Edge, Later, first_half, going_back, run_engine
+from meshwright.parallel.cuts import is_cut
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.halves import Edge, Later, first_half, going_back, refuse_hook, run_engine
 
 __all__ = ["Pieces"]
 
@@ -43,6 +45,10 @@ class Pieces:
         origins: leaf made at a border -> the edge that it continues.
         ends: values whose gradients will be given: the loss, or what other ranks go on with.
         received: leaves without an origin here, whose gradients others wait for.
+        hooked: nodes whose tensors got hooks.
+
+    Raises:
+        WrapError: for hooks that would be called more than once, or with a part of a gradient.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Pieces:
         ends: Sequence[Tensor],
         *,
         received: Sequence[Tensor] = (),
+        hooked: Set[Any] = frozenset(),
     ) -> None:
         self._borders = borders
         self._origins = origins
@@ -61,12 +68,19 @@ class Pieces:
         self._shared: set[Any] = set()
         self._inputs: dict[Any, Edge | None] = {}  # leaves of inputs -> what they continue, None where others made it
         self._partial: dict[Any, Tensor] = {}
-        self._late: dict[int, tuple[list[Any], dict[Any, Tensor], Later]] = {}
+        self._late: dict[int, tuple[_Piece, list[Any], dict[Any, Tensor], Later]] = {}
+        self._done: set[int] = set()
         roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
         if roots:
             self._look(roots)
             self._close()
             self._shared = {node for node, number in self._num_users.items() if number > 1}
+            cut = {node for node in hooked if any(after in self._inputs for after, _ in node.next_functions)}
+            weights = [node for node in self._shared if node.variable._backward_hooks]
+            for node in (*(hooked & _passed(self._pieces)), *cut, *weights):
+                refuse_hook(node)  # it would see a gradient in parts, or twice
+        self._received.clear()
+        self._hooked = hooked
 
     def give(self, value: Tensor, gradient: Tensor) -> None:
         """Adds to the gradient of one of the ends, before its piece is gone through."""
@@ -79,8 +93,7 @@ class Pieces:
 
         A parameter that several pieces use gets the sum of their gradients with the last of them that is done.
         """
-        mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        inputs, weights = self._targets(mine)
+        mine, inputs, weights = self._begin(piece)
         if not mine.edges and self._shared.isdisjoint(weights):
             self._straight(mine, inputs)
             return
@@ -105,33 +118,40 @@ class Pieces:
 
     def backward_inputs(self, piece: int) -> None:
         """The first half of `backward`: what earlier pieces wait for."""
-        mine, self._pieces[piece] = self._pieces[piece], _Piece()
-        inputs, weights = self._targets(mine)
+        mine, inputs, weights = self._begin(piece)
         with _closed(mine.closed):
             found, early, later = first_half(
                 mine.roots,
                 inputs,
                 weights,
                 follow=lambda node: self._home(node) == piece,
+                hooked=self._hooked,
                 keep=bool(mine.closed),
             )
         self._hand_on(found)
-        self._late[piece] = weights, early, later
+        self._late[piece] = mine, weights, early, later
 
     def backward_weights(self, piece: int) -> None:
         """The second half: adds the gradients of a piece to its parameters."""
-        weights, early, later = self._late.pop(piece)
-        self._add(weights, {**early, **later.gradients()})
+        mine, weights, early, later = self._late.pop(piece)
+        with _closed(mine.closed):
+            self._add(weights, {**early, **later.gradients(keep=bool(mine.closed))})
 
-    def _targets(self, mine: _Piece) -> tuple[list[Edge], list[Any]]:
-        """Edges to inputs, and leaves of weights."""
+    def goes_beyond(self, piece: int) -> bool:
+        """Whether torch comes by nodes of other pieces when this one goes back."""
+        return bool(self._pieces[piece].closed)
+
+    def _begin(self, piece: int) -> tuple[_Piece, list[Edge], list[Any]]:
+        """Takes a piece, edges to its inputs, and leaves of its weights."""
+        mine, self._pieces[piece] = self._pieces[piece], _Piece()
+        self._done.add(piece)
         inputs = [(node, 0) for node in mine.leaves if node in self._inputs]
-        return [*inputs, *mine.edges], [node for node in mine.leaves if node not in self._inputs]
+        return mine, [*inputs, *mine.edges], [node for node in mine.leaves if node not in self._inputs]
 
     def _hand_on(self, gradients: Mapping[Edge, Tensor]) -> None:
         """Keeps gradients for the pieces that the values came from; adds those of received values to `.grad`."""
         for edge, gradient in gradients.items():
-            origin = self._inputs.get(edge[0], edge)
+            origin = self._inputs.pop(edge[0], edge)
             if origin is None:
                 edge[0](gradient)
             else:
@@ -141,17 +161,23 @@ class Pieces:
         for node in weights:
             if node in gradients:
                 known, gradient = self._partial.get(node), gradients[node]
-                self._partial[node] = gradient if known is None else known + gradient
+                self._partial[node] = gradient if known is None else _sum(known, gradient)
             self._num_users[node] -= 1
             if not self._num_users[node] and node in self._partial:
                 node(self._partial.pop(node))  # adds to .grad and calls the hooks that wait for it
 
     def _keep(self, edge: Edge, gradient: Tensor) -> None:
-        roots = self._pieces[self._home(edge[0])].roots
-        roots[edge] = roots[edge] + gradient if edge in roots else gradient
+        home = self._home(edge[0])
+        if home in self._done:
+            raise WrapError(
+                f"a gradient reaches {edge[0].name()} after the part of the model that it belongs to has gone back; "
+                "was it made in another thread? use schedule='accumulate'"
+            )
+        roots = self._pieces[home].roots
+        roots[edge] = _sum(roots[edge], gradient) if edge in roots else gradient
 
     def _home(self, node: Any) -> int:
-        return bisect_right(self._borders, node._sequence_nr()) - 1
+        return max(0, bisect_right(self._borders, node._sequence_nr()) - 1)  # older ones belong to the first
 
     def _look(self, roots: Iterable[Any]) -> None:
         """Goes through the whole graph once and notes what each piece reaches."""
@@ -180,22 +206,29 @@ class Pieces:
         if not isinstance(node, _FUNCTIONS.AccumulateGrad):
             if self._home(node) < home:
                 self._pieces[home].edges[node, number] = None
+            elif self._home(node) > home:
+                raise WrapError(f"{node.name()} was made in another thread; use schedule='accumulate'")
             return node
         if node not in self._pieces[home].leaves:
             self._pieces[home].leaves[node] = None
-            self._num_users[node] += 1
-            self._place(node)
-        origin = self._inputs.get(node)
-        return None if origin is None else origin[0]
+            origin = self._origins.get(node.variable)
+            if origin is not None:
+                self._inputs[node] = origin.node, origin.output_nr
+            elif id(node.variable) in self._received:
+                self._inputs[node] = None
+            else:
+                _refuse_others(node.variable)
+                self._num_users[node] += 1
+        continues = self._inputs.get(node)
+        return None if continues is None else continues[0]
 
-    def _place(self, node: Any) -> None:
-        """Notes where a leaf comes from that is no weight."""
-        leaf = node.variable
-        origin = self._origins.get(leaf)
-        if origin is not None:
-            self._inputs[node] = origin.node, origin.output_nr
-        elif id(leaf) in self._received:
-            self._inputs[node] = None
+
+def _refuse_others(weight: Tensor) -> None:
+    if is_cut(weight):
+        raise WrapError(
+            "one micro-batch uses differentiable values that another one made (kept on a module, or in a list?); "
+            "schedules run them in turns, so hand such values from block to block, or use schedule='accumulate'"
+        )
 
 
 def _catch(found: dict[Edge, Tensor], edge: Edge, gradients: tuple[Tensor | None, ...]) -> tuple[None]:
@@ -203,6 +236,16 @@ def _catch(found: dict[Edge, Tensor], edge: Edge, gradients: tuple[Tensor | None
     if gradients[0] is not None:
         found[edge] = gradients[0]
     return (None,)
+
+
+def _passed(pieces: Iterable[_Piece]) -> set[Any]:
+    """Nodes of the graph that torch comes by for several pieces."""
+    edges = {node for piece in pieces for node, _ in piece.edges}
+    return edges.union(*(_beyond(set(piece.closed)) for piece in pieces))
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    return other + one if one.is_sparse else one + other
 
 
 @contextmanager

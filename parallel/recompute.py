@@ -46,6 +46,7 @@ class Frame:
         name: of what is called, for messages.
         work: the call; it must not change what it is given.
         arguments: positional and keyword.
+        buffers: of the module that is called, which must not change either.
         leaves: id of an input that has a history -> the leaf that it was made from, whose memory may be given away.
 
     >>> weight, x = torch.ones(2, requires_grad=True), torch.ones(2)
@@ -58,13 +59,21 @@ class Frame:
     """
 
     def __init__(
-        self, name: str, work: Callable[..., Any], arguments: _Arguments, *, leaves: Mapping[int, Tensor]
+        self,
+        name: str,
+        work: Callable[..., Any],
+        arguments: _Arguments,
+        *,
+        leaves: Mapping[int, Tensor],
+        buffers: Sequence[Tensor] = (),
     ) -> None:
         self._name = name
         self._work = work
         self._call: Any = arguments
         self._given = tree_map(lambda each: _Input(leaves[id(each)]) if id(each) in leaves else each, arguments)
         self._leaves = list(leaves.values())
+        self._buffers = list(buffers)
+        self._versions: list[tuple[Tensor, int]] = []
         self._state, self._context = ThreadState(), copy_context()
         self._places: list[_Place] = []
         self._found: list[Tensor] | None = None
@@ -79,13 +88,16 @@ class Frame:
         args, kwargs = self._call
         self._call = None
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        versions = [each._version for each in given]
+        versions = [each._version for each in (*given, *self._buffers)]
         with saved_tensors_hooks(self._note, self._fill):
             output = self._work(*args, **kwargs)
-        if [each._version for each in given] != versions:
+        if [each._version for each in (*given, *self._buffers)] != versions:
             raise WrapError(
-                f"{self._name} changes what it is given in place, so it cannot be run again; leave it out of recompute="
+                f"{self._name} changes what it is given in place, or its buffers, so it cannot be run again; leave it "
+                "out of recompute="
             )
+        kept = [*self._leaves, *(each for each in tree_leaves(self._given) if isinstance(each, Tensor))]
+        self._versions = [(each, each._version) for each in kept]
         return output
 
     def recompute(self) -> None:
@@ -96,6 +108,11 @@ class Frame:
         """
         if self._found is not None:
             return
+        if any(each._version != version for each, version in self._versions):
+            raise WrapError(
+                f"the model changes in place what {self._name} was given, after it ran, so it cannot be run again; "
+                "leave it out of recompute="
+            )
         self.fetch()
         found: list[Tensor] = []
         outside = ThreadState()
@@ -112,11 +129,14 @@ class Frame:
     def forget(self) -> None:
         """Lets go of everything, after backward."""
         self._found, self._given, self._leaves, self._hosted = [], None, [], []
+        self._versions, self._buffers = [], []
 
     def offload(self) -> None:
         """Moves inputs with a history to host memory."""
         for leaf in self._leaves:
-            host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
+            if torch.empty_like(leaf, device="meta").stride() != leaf.stride():
+                continue  # expanded: its memory is another's
+            host = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, pin_memory=leaf.is_cuda)
             host.copy_(leaf.detach(), non_blocking=leaf.is_cuda)  # in order with the kernels before and after it
             self._hosted.append((leaf, host))
             leaf.data = leaf.new_empty(()).expand(leaf.shape)

@@ -116,9 +116,11 @@ class Pass:
         leaves = [each for each in self._taken.pop(stage) if each.requires_grad]
         return [torch.zeros_like(each) if each.grad is None else each.grad for each in leaves]
 
-    def frames(self, stage: int) -> list[Frame]:
-        """Calls of a stage's blocks that are recomputed."""
-        return self.flow.frames.setdefault(stage, [])
+    def frames(self, stage: int, *, beyond: bool = False) -> list[Frame]:
+        """Calls of a stage's blocks that are recomputed; `beyond`, of all stages."""
+        if beyond:
+            return [frame for frames in self.flow.frames.values() for frame in frames]
+        return self.flow.frames.get(stage, [])
 
     def passes_by(self, block: str) -> bool:
         """Whether another rank has the block that is called."""

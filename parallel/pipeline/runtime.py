@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.transfers import Transfers
@@ -74,6 +75,7 @@ class Work:
         weight: micro-batch -> what its loss counts (0-dim), None where another rank has it; asked before its first
             backward.
         watch: told of every action.
+        attributes: looked at in the first step of a model.
     """
 
     passes: Sequence[Pass]
@@ -82,6 +84,7 @@ class Work:
     forwarded: Callable[[], None]
     weight: Callable[[int], Tensor | None]
     watch: Watch = unwatched
+    attributes: Attributes | None = None
 
 
 def execute(actions: Sequence[Action], work: Work) -> None:
@@ -109,7 +112,7 @@ class _Run:
             Kind.REDUCE: work.states.reduce,
         }
         self._of_pass: Mapping[Kind, Callable[[Pass, int], None]] = {
-            Kind.FORWARD: Pass.forward,
+            Kind.FORWARD: self._forward,
             Kind.RECOMPUTE: lambda each, stage: _all(each.frames(stage), Frame.recompute),
             Kind.OFFLOAD: lambda each, stage: _all(each.frames(stage), Frame.offload),
             Kind.FETCH: lambda each, stage: _all(each.frames(stage), Frame.fetch),
@@ -137,14 +140,26 @@ class _Run:
         self._watch(action, Phase.RUNS)
         each = self._work.passes[microbatch]
         if action.kind in _GOING_BACK:
-            _all(each.frames(action.stage), Frame.recompute)  # where no action of its own said so
+            beyond = each.back.goes_beyond(action.stage)
+            _all(each.frames(action.stage, beyond=beyond), Frame.recompute)  # where no action of its own said so
         self._of_pass[action.kind](each, action.stage)
         if action.kind in _DONE_WITH:
             _all(each.frames(action.stage), Frame.forget)
+            if each.back.is_done:
+                each.flow.forget()
         if action.kind is Kind.FORWARD:
             self._forwards -= 1
             if not self._forwards:
                 self._work.forwarded()
+
+    def _forward(self, each: Pass, stage: int) -> None:
+        attributes = self._work.attributes
+        if attributes is None:
+            each.forward(stage)
+            return
+        attributes.note()
+        each.forward(stage)
+        attributes.check(self._work.passes.index(each))
 
     def _transfer(self, action: Action, microbatch: int) -> None:
         assert self._work.transfers is not None, action

@@ -21,7 +21,9 @@ class WayBack:
     """
 
     def __init__(self, flow: Flow, ends: Sequence[Tensor], *, received: Sequence[Tensor] = ()) -> None:
-        self._pieces = Pieces([start for _, start in flow.cuts.borders], flow.cuts.origins, ends, received=received)
+        cuts = flow.cuts
+        starts = [start for _, start in cuts.borders]
+        self._pieces = Pieces(starts, cuts.origins, ends, received=received, hooked=cuts.hooked)
         self._homes = [stage for stage, _ in flow.cuts.borders]
         self._late: dict[int, list[int]] = {}
 
@@ -44,6 +46,16 @@ class WayBack:
         """The second half."""
         for piece in self._late.pop(stage):
             self._pieces.backward_weights(piece)
+
+    def goes_beyond(self, stage: int) -> bool:
+        """Whether going back through a stage comes by what earlier stages keep."""
+        first = bisect_left(self._homes, stage)
+        return any(self._pieces.goes_beyond(piece) for piece in range(first, len(self._homes)))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left."""
+        return not self._homes and not self._late
 
     def _left(self, stage: int) -> list[int]:
         """Takes the pieces that are not done, the last first."""

@@ -37,6 +37,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.pipeline.route": "tests/parallel/test_staged.py: every family takes one",
     "meshwright.parallel.pipeline.routes": "tests/parallel/test_staged.py: each shape is looked for once",
     "meshwright.parallel.channels": "tests/parallel/test_staged.py sends by every schedule",
+    "meshwright.parallel.attributes": "tests/parallel/test_layered.py: what a model keeps on its modules is refused",
     "meshwright.parallel.cuts": "tests/parallel/test_layered.py cuts every family",
     "meshwright.parallel.length": "tests/parallel/test_recompute.py deals sequences in a pipeline",
     "meshwright.parallel.passing": "tests/parallel/test_recompute.py deals sequences in a pipeline",
