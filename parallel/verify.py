@@ -119,5 +119,5 @@ def _drift(marks: list[dict[str, int]]) -> Iterable[str]:
 
 
 def _adamw(parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    # Adam's first step is the sign of the gradient unless eps stands above rounding noise
-    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4)
+    # Adam's first step is the sign of the gradient unless eps stands above rounding noise, also in float32
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-3)
