@@ -167,10 +167,10 @@ class Flow:
 def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     """Makes calls of blocks stop the flow they happen in; calls outside any flow are ordinary ones."""
     before, register = {name: type(block) for name, block in blocks.items()}, Tensor.register_hook
-    Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
-    for name, block in blocks.items():
-        block.__class__ = _stopping(type(block), name)  # type: ignore[arg-type]
     try:
+        Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
+        for name, block in blocks.items():
+            block.__class__ = _stopping(type(block), name)  # type: ignore[arg-type]
         yield
     finally:
         Tensor.register_hook = register  # type: ignore[method-assign]
