@@ -34,6 +34,40 @@ class _Sliced(_Chain):
         return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
 
 
+class _Down(nn.Module):
+    """Puts a value aside for the way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.matrix = nn.Parameter(torch.randn(8)), nn.Linear(8, 8)
+
+    def forward(self, stream: Tensor, aside: list[Tensor]) -> Tensor:
+        aside.append(stream + self.shift)
+        return self.matrix(stream).tanh()  # type: ignore[no-any-return]
+
+
+class _Up(_Down):
+    """Takes it with the same shift."""
+
+    def forward(self, stream: Tensor, aside: list[Tensor]) -> Tensor:
+        return self.matrix(stream).tanh() + (aside.pop() + self.shift).sin()  # type: ignore[no-any-return]
+
+
+class _TiedAcross(Skipping):
+    """Values pass stages by and meet weights that stages share: a U-Net whose shifts are tied down and up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Down(), _Up()])
+        self.layers[1].shift = self.layers[0].shift
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream, aside = self.table[ids], list[Tensor]()
+        for layer in self.layers:
+            stream = layer(stream, aside)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
 class _Early(Skipping):
     """A weight is used in another form, made when the model was."""
 
@@ -104,6 +138,13 @@ def test_layers_in_turns_are_the_plain_run(build_model: Any) -> None:
 def test_halves_of_backward_in_any_order_are_the_whole(build_model: Any) -> None:
     expected = _stepped(build_model())
     for name, each in _stepped(build_model(), schedule=_HALVES).items():
+        torch.testing.assert_close(each, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_weights_of_one_half_are_not_reached_through_other_stages() -> None:
+    halves = Schedule.read("0F0,0F1,1F0,1F1,1I0,1I1,0I0,0I1,1W0,0W0,0W1,1W1")
+    expected = _stepped(_TiedAcross())
+    for name, each in _stepped(_TiedAcross(), schedule=halves, blocks=["layers.*"]).items():
         torch.testing.assert_close(each, expected[name], rtol=1e-12, atol=1e-14)
 
 
