@@ -32,7 +32,9 @@ class Absent(Tensor):
     @classmethod
     def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
         """One of this shape."""
-        return cls._around(_stand_in(shape, dtype, device))
+        absent: Absent = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        absent.stand_in = _stand_in(shape, dtype, device)
+        return absent
 
     @classmethod
     def _around(cls, stand_in: Tensor) -> "Absent":

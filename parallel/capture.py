@@ -13,13 +13,13 @@ from functools import lru_cache, partial, partialmethod
 from typing import Any, Protocol
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
-from meshwright.parallel.randomness import skip_block
+from meshwright.parallel.randomness import generators_kept, skip_block
 from meshwright.parallel.recompute import Frame
 from meshwright.parallel.thread_state import ThreadState
 
@@ -87,15 +87,18 @@ class Flow:
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
         self._recomputed = recomputed
-        self._limit = -1
-        self._state = ThreadState()
+        self._until = (-1, False)  # stage, and whether the pass ends there
+        self._state = ThreadState(random=False)
         self._work = run
         self._coroutine = greenlet(self._run)
         self._coroutine.gr_context = copy_context()
 
-    def resume(self, limit: int = -1) -> None:
-        """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end."""
-        self._limit = limit
+    def resume(self, limit: int = -1, *, last: bool = False) -> None:
+        """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end.
+
+        Where this is the last time, the pass ends at that call, and `arguments` tells of it.
+        """
+        self._until = limit, last
         self._enter(self._coroutine.switch)
 
     def close(self) -> None:
@@ -105,15 +108,20 @@ class Flow:
 
     def forget(self) -> None:
         """Lets go of the graph, after backward."""
-        self.result, self.arguments = tree_map(_detached, self.result), ((), {})
+        self.arguments = ((), {})
+        if self.result is not None:
+            self.result = tree_map(_detached, self.result)
         self.frames.clear()
         self.cuts.forget()
 
     def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
         """Called inside, for a block whose own class is `kind`."""
         stage = self._guide.stages[name]
-        if stage > self._limit:
+        limit, last = self._until
+        if stage > limit:
             self.waits, self.arguments = name, arguments
+            if last:
+                raise GreenletExit
             assert self._coroutine.parent is not None, name
             self._coroutine.parent.switch()
             self.waits, self.arguments = None, ((), {})
@@ -142,13 +150,13 @@ class Flow:
         return frame.run()
 
     def _enter(self, how: Callable[[], Any]) -> None:
-        outside = ThreadState()
+        outside = ThreadState(random=False)
         self._coroutine.parent = getcurrent()
         self._state.enter(outside)
         try:
             how()
         finally:
-            self._state = ThreadState()
+            self._state = ThreadState(random=not self.ended)
             outside.enter(self._state)
 
     def _run(self) -> None:
@@ -165,13 +173,17 @@ class Flow:
 
 @contextmanager
 def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Makes calls of blocks stop the flow they happen in; calls outside any flow are ordinary ones."""
+    """Makes calls of blocks stop the flow they happen in; calls outside any flow are ordinary ones.
+
+    Flows draw from the generators as they find them, or seed them; they are put back in the end.
+    """
     before, register = {name: type(block) for name, block in blocks.items()}, Tensor.register_hook
     try:
         Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
         for name, block in blocks.items():
             block.__class__ = _stopping(type(block), name)  # type: ignore[arg-type]
-        yield
+        with generators_kept():
+            yield
     finally:
         Tensor.register_hook = register  # type: ignore[method-assign]
         for name, block in blocks.items():

@@ -210,11 +210,11 @@ class Engine:
 
     def _passes(self, parts: list[Any]) -> tuple[list[Pass], list[Route]]:
         """A pass for each micro-batch, and their routes."""
-        routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0))
+        routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0, alone=True))
         mine = sorted(set(self._stages.mine.values()))
         passes = [
             Pass(
-                partial(self._forward, part, index),
+                partial(self._forward, part, index, alone=True),
                 self._stages.stage_of,
                 mine=mine,
                 route=routes[index] if routes else None,
@@ -229,10 +229,12 @@ class Engine:
         """The same 1-dim tensor of every data rank, in order."""
         return [part.tolist() for part in self._groups.all_gather(values, *DATA_AXES)]
 
-    def _forward(self, part: Any, index: int) -> tuple[Tensor, Tensor]:
-        moved = to_device(part, self._device)
+    def _forward(self, part: Any, index: int, *, alone: bool = False) -> tuple[Tensor, Tensor]:
+        """Loss and items of a micro-batch; `alone` in a flow, behind which the generators are put back anyway."""
         number = self._data_rank * self.options.num_microbatches + index
-        with keyed(self.options.seed, "step", self.num_steps, "microbatch", number):
+        key = (self.options.seed, "step", self.num_steps, "microbatch", number)
+        moved = to_device(part, self._device)
+        with keyed(*key, alone=alone):
             return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
 
 

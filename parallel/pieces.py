@@ -73,11 +73,11 @@ class Pieces:
         roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
         if roots:
             self._look(roots)
-            self._close()
+            _close(self._pieces)
             self._shared = {node for node, number in self._num_users.items() if number > 1}
             cut = {node for node in hooked if any(after in self._inputs for after, _ in node.next_functions)}
             weights = [node for node in self._shared if node.variable._backward_hooks]
-            for node in (*(hooked & _passed(self._pieces)), *cut, *weights):
+            for node in (*(hooked & _gone_by(self._pieces)), *cut, *weights):
                 refuse_hook(node)  # it would see a gradient in parts, or twice
         self._received.clear()
         self._hooked = hooked
@@ -177,6 +177,8 @@ class Pieces:
         roots[edge] = _sum(roots[edge], gradient) if edge in roots else gradient
 
     def _home(self, node: Any) -> int:
+        if len(self._borders) == 1:
+            return 0
         return max(0, bisect_right(self._borders, node._sequence_nr()) - 1)  # older ones belong to the first
 
     def _look(self, roots: Iterable[Any]) -> None:
@@ -189,38 +191,48 @@ class Pieces:
             for after, number in node.next_functions:
                 if after is None:
                     continue
-                following = self._reached(home, after, number)
-                if following is not None and following not in seen:
+                if isinstance(after, _FUNCTIONS.AccumulateGrad):
+                    following = self._ended(self._pieces[home], after)
+                    if following is None:
+                        continue
+                else:
+                    following = after
+                    self._passed(home, after, number)
+                if following not in seen:
                     seen.add(following)
                     todo.append(following)
 
-    def _close(self) -> None:
-        """Notes what torch would go through, from a piece's edge into an earlier one to another of its targets."""
-        for piece in self._pieces:
-            passing = {node for node, _ in piece.edges}
-            targets = {*passing, *piece.leaves}
-            piece.closed = [node for node in passing if _beyond({node}) & targets]
+    def _passed(self, home: int, node: Any, number: int) -> None:
+        """Notes an edge from a node of piece `home` into another piece."""
+        beyond = self._home(node)
+        if beyond < home:
+            self._pieces[home].edges[node, number] = None
+        elif beyond > home:
+            raise WrapError(f"{node.name()} was made in another thread; use schedule='accumulate'")
 
-    def _reached(self, home: int, node: Any, number: int) -> Any:
-        """Notes an edge that leaves a node of piece `home`; returns the node where the graph goes on."""
-        if not isinstance(node, _FUNCTIONS.AccumulateGrad):
-            if self._home(node) < home:
-                self._pieces[home].edges[node, number] = None
-            elif self._home(node) > home:
-                raise WrapError(f"{node.name()} was made in another thread; use schedule='accumulate'")
-            return node
-        if node not in self._pieces[home].leaves:
-            self._pieces[home].leaves[node] = None
-            origin = self._origins.get(node.variable)
+    def _ended(self, piece: _Piece, leaf: Any) -> Any:
+        """Notes a leaf of a piece; returns the node where the graph goes on behind it, None where it does not."""
+        if leaf not in piece.leaves:
+            piece.leaves[leaf] = None
+            variable = leaf.variable
+            origin = self._origins.get(variable) if is_cut(variable) else None
             if origin is not None:
-                self._inputs[node] = origin.node, origin.output_nr
-            elif id(node.variable) in self._received:
-                self._inputs[node] = None
+                self._inputs[leaf] = origin.node, origin.output_nr
+            elif id(variable) in self._received:
+                self._inputs[leaf] = None
             else:
-                _refuse_others(node.variable)
-                self._num_users[node] += 1
-        continues = self._inputs.get(node)
+                _refuse_others(variable)
+                self._num_users[leaf] += 1
+        continues = self._inputs.get(leaf)
         return None if continues is None else continues[0]
+
+
+def _close(pieces: Iterable[_Piece]) -> None:
+    """Notes what torch would go through, from a piece's edge into an earlier one to another of its targets."""
+    for piece in pieces:
+        passing = {node for node, _ in piece.edges}
+        targets = {*passing, *piece.leaves}
+        piece.closed = [node for node in passing if _beyond({node}) & targets]
 
 
 def _refuse_others(weight: Tensor) -> None:
@@ -238,7 +250,7 @@ def _catch(found: dict[Edge, Tensor], edge: Edge, gradients: tuple[Tensor | None
     return (None,)
 
 
-def _passed(pieces: Iterable[_Piece]) -> set[Any]:
+def _gone_by(pieces: Iterable[_Piece]) -> set[Any]:
     """Nodes of the graph that torch comes by for several pieces."""
     edges = {node for piece in pieces for node, _ in piece.edges}
     return edges.union(*(_beyond(set(piece.closed)) for piece in pieces))

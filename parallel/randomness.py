@@ -6,15 +6,16 @@ draws the same masks, and so does a run that was killed and resumed. Inside a mi
 generator of its own, so that a rank that skips a block draws what follows as the rank does that ran it.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["draw_by_block", "keyed", "seed_of", "skip_block"]
+__all__ = ["draw_by_block", "generators_kept", "keyed", "seed_of", "skip_block"]
 
 _MARK_BITS = 16
 _WORD = (1 << 64) - 1
@@ -31,8 +32,10 @@ def seed_of(*key: int | str) -> int:
 
 
 @contextmanager
-def keyed(*key: int | str) -> Iterator[None]:
-    """Draws all random numbers inside from `key`, on CPU and the current GPU; puts the generators back after.
+def keyed(*key: int | str, alone: bool = False) -> Iterator[None]:
+    """Draws all random numbers inside from `key`, on CPU and the current GPU.
+
+    Puts the generators back after, unless who is `alone` with them does that later: it takes as long as a small block.
 
     >>> with keyed(0, "a"):
     ...     first = torch.rand(1)
@@ -40,9 +43,16 @@ def keyed(*key: int | str) -> Iterator[None]:
     ...     torch.equal(first, torch.rand(1))
     True
     """
+    with nullcontext() if alone else generators_kept():
+        _draw_from(seed_of(*key))
+        yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Puts the generators of CPU and the current GPU back after what is inside has drawn from them."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        _draw_from(seed_of(*key))
         yield
 
 
@@ -62,9 +72,7 @@ def draw_by_block(blocks: Mapping[str, nn.Module]) -> None:
     True
     """
     for name, block in blocks.items():
-        outside: list[int | None] = []
-        block.register_forward_pre_hook(partial(_enter, name, outside))
-        block.register_forward_hook(partial(_leave, name, outside), always_call=True)
+        block.forward = _Drawn(name, block.forward)
 
 
 def skip_block(name: str) -> None:
@@ -74,19 +82,22 @@ def skip_block(name: str) -> None:
         _draw_from(_child(seed, _number(name, "after")))
 
 
-def _enter(name: str, outside: list[int | None], module: nn.Module, args: object) -> None:
-    del module, args
-    seed = _seed_inside()
-    outside.append(seed)
-    if seed is not None:
-        _draw_from(_child(seed, _number(name, "inside")))
+class _Drawn:
+    """A block's own forward between two draws; hooks on modules take longer than a small block."""
 
+    def __init__(self, name: str, forward: Callable[..., Any]) -> None:
+        self.__wrapped__ = forward
+        self._inside, self._after = _number(name, "inside"), _number(name, "after")
 
-def _leave(name: str, outside: list[int | None], module: nn.Module, args: object, output: object) -> None:
-    del module, args, output
-    seed = outside.pop() if outside else None
-    if seed is not None:
-        _draw_from(_child(seed, _number(name, "after")))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seed = _seed_inside()
+        if seed is None:
+            return self.__wrapped__(*args, **kwargs)
+        _draw_from(_child(seed, self._inside))
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            _draw_from(_child(seed, self._after))
 
 
 def _seed_inside() -> int | None:

@@ -13,6 +13,9 @@ __all__ = ["ThreadState"]
 class ThreadState:
     """What torch keeps for a thread, as it is now.
 
+    Args:
+        random: generators too, which take longer than all the rest.
+
     >>> before = ThreadState()
     >>> with torch.no_grad():
     ...     before.enter()
@@ -20,13 +23,11 @@ class ThreadState:
     True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, random: bool = True) -> None:
         self._grad = torch.is_grad_enabled()
-        self._random = torch.get_rng_state()
-        self._cuda_random = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self._autocast = {
-            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
-        }
+        self._random = torch.default_generator.get_state() if random else None
+        self._cuda_random = torch.cuda.get_rng_state() if random and torch.cuda.is_initialized() else None
+        self._autocast = _autocast_settings()
         number = torch._C._len_torch_function_stack()
         self._modes = [torch._C._get_function_stack_at(place) for place in range(number)]
         self._hooks = _taken_hooks()
@@ -40,9 +41,7 @@ class ThreadState:
             now: what is there, if that is known: what is the same stays.
         """
         torch.set_grad_enabled(self._grad)
-        torch.set_rng_state(self._random)
-        if self._cuda_random is not None:
-            torch.cuda.set_rng_state(self._cuda_random)
+        self._put_random()
         torch.clear_autocast_cache()  # a cast made in one pass must not be used in another
         if now is None or now._autocast != self._autocast:
             _put_autocast(self._autocast)
@@ -52,9 +51,24 @@ class ThreadState:
             _taken_hooks()
             _put_hooks(self._hooks)
 
+    def _put_random(self) -> None:
+        if self._random is not None:
+            torch.default_generator.set_state(self._random)
+        if self._cuda_random is not None:
+            torch.cuda.set_rng_state(self._cuda_random)
 
-def _put_autocast(settings: dict[str, tuple[bool, torch.dtype]]) -> None:
-    for device, (enabled, dtype) in settings.items():
+
+def _autocast_settings() -> tuple[bool, torch.dtype, bool, torch.dtype]:
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+    )
+
+
+def _put_autocast(settings: tuple[bool, torch.dtype, bool, torch.dtype]) -> None:
+    for device, enabled, dtype in (("cpu", *settings[:2]), ("cuda", *settings[2:])):
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
 

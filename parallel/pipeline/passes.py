@@ -83,11 +83,12 @@ class Pass:
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
+        last = self._route is not None and stage == self._mine[-1]
         if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
-            self.flow.resume(stage)
+            self.flow.resume(stage, last=last)
         if self._route is not None:
             self._keep_sent(stage + 1)
-            if stage == self._mine[-1]:
+            if last:
                 self.flow.close()
 
     def outgoing(self, stage: int) -> list[Tensor]:
@@ -143,7 +144,7 @@ class Pass:
         Raises:
             WrapError: when it is not what it gave before.
         """
-        if self._expected is None:
+        if self._expected is None or _is_like(output, self._expected.output):
             return
         given = shapes_in(output, block)
         if given != self._expected.output:
@@ -214,3 +215,14 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
+
+
+def _is_like(output: Any, expected: Any) -> bool:
+    """Whether a single tensor is as expected: the usual case, asked of every block."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(expected, Shape)
+        and output.shape == expected.shape
+        and output.dtype is expected.dtype
+        and output.requires_grad is expected.requires_grad
+    )

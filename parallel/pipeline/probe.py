@@ -26,9 +26,18 @@ __all__ = ["key_of", "probe"]
 
 def key_of(module: nn.Module, batch: Any) -> Hashable:
     """What micro-batches that take the same route have in common."""
-    leaves, structure = tree_flatten(batch)
-    shapes = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else repr(each) for each in leaves)
-    return shapes, str(structure), module.training, torch.is_grad_enabled()
+    return _likeness(batch), module.training, torch.is_grad_enabled()
+
+
+def _likeness(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, Mapping):
+        return tuple((key, _likeness(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_likeness, value)
+    leaves, structure = tree_flatten(value)
+    return str(structure), *((each.shape, each.dtype) if isinstance(each, Tensor) else repr(each) for each in leaves)
 
 
 def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int], states: States, wire: Wire) -> Route:

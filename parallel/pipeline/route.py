@@ -84,8 +84,11 @@ def inputs_of(arguments: Arguments) -> list[Any]:
 def replaced(arguments: Arguments, change: Callable[[Any], Any]) -> Arguments:
     """The same arguments with changed leaves."""
     args, kwargs = arguments
-    changed = tuple(tree_map(change, each, is_leaf=_is_kept) for each in args)
-    return changed, {name: tree_map(change, each, is_leaf=_is_kept) for name, each in kwargs.items()}
+
+    def changed(each: Any) -> Any:
+        return change(each) if isinstance(each, Tensor) else tree_map(change, each, is_leaf=_is_kept)
+
+    return tuple(map(changed, args)), {name: changed(each) for name, each in kwargs.items()}
 
 
 def shapes_in(output: Any, block: str) -> Any:
