@@ -1,0 +1,1 @@
+"""The sequence of one sample dealt over ranks: mesh axis `cp`."""
