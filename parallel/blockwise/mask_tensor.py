@@ -1,0 +1,119 @@
+"""A mask in the clothes of a tensor: what a model passes on is a `Mask`, and what it computes with is dense.
+
+Models pass masks through layers, ask for their shape, slice them to the length of the keys, and sometimes compute with
+them. A tensor [b, 1, s_q, s_k] of bool without memory does for the first three; the first operation that needs values
+makes them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from meshwright.parallel.blockwise.masks import Frame, Mask, dense
+
+__all__ = ["MaskTensor", "mask_and_bias"]
+
+_aten = torch.ops.aten
+
+
+class MaskTensor(Tensor):
+    """A bool tensor [b, 1, s_q, s_k] whose values are made when they are asked for; True lets a query see a key.
+
+    Args:
+        mask: what it stands for.
+        shape: of the tensor.
+        device: where values will be.
+
+    >>> from meshwright.parallel.blockwise.masks import causal
+    >>> mask = MaskTensor(causal(), (1, 1, 2, 2), torch.device("cpu"))
+    >>> mask[:, :, :, :2].mask is mask.mask
+    True
+    >>> mask.logical_not().tolist()
+    [[[[False, True], [False, False]]]]
+    """
+
+    _structure: Mask
+    _values: Tensor | None
+
+    @staticmethod
+    def __new__(cls, mask: Mask, shape: tuple[int, ...], device: torch.device) -> "MaskTensor":
+        """Makes a tensor without memory."""
+        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        made._structure = mask
+        made._values = None
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Keeps the mask where an operation leaves it as it is, else computes with its values."""
+        given, keywords = args[0] if args else None, kwargs or {}
+        if isinstance(given, MaskTensor) and given._values is None and _keeps(func, given, args[1:], keywords):
+            return MaskTensor(given._structure, _shape_after(func, given, args[1:]), given.device)
+        return func(*tree_map(_dense, args), **tree_map(_dense, keywords))
+
+    @property
+    def mask(self) -> Mask:
+        """What it stands for, with what a model wrote into it."""
+        untouched = self._values is None or self._values._version == 0
+        return self._structure if untouched else dense(self.values())
+
+    def values(self) -> Tensor:
+        """The dense mask, made once."""
+        if self._values is None:
+            samples, heads, queries, keys = (range(size) for size in self.shape)
+            found = self._structure.pairs(queries, keys, Frame(samples, heads, self.device))
+            self._values = found.expand(self.shape).contiguous()
+        return self._values
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are dense."""
+        return self.values().__reduce_ex__(protocol)
+
+
+def mask_and_bias(given: Tensor | None) -> tuple[Mask | None, Tensor | None]:
+    """What a model hands to attention, as a mask or as a bias.
+
+    Args:
+        given: None, a `MaskTensor`, a bool tensor (True sees) or floats to be added, broadcast to [b, heads, s_q, s_k].
+    """
+    if given is None:
+        return None, None
+    if isinstance(given, MaskTensor):
+        return given.mask, None
+    if given.dtype is torch.bool:
+        return dense(given), None
+    if not given.requires_grad and bool(((given == 0) | (given == float("-inf"))).all()):
+        return dense(given == 0), None  # it only hides, so blocks of it may be left out
+    return None, given
+
+
+def _keeps(func: Any, given: MaskTensor, rest: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether a mask stays what it is, or loses keys or queries at its end."""
+    if func in (_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default):
+        return True
+    if func is _aten.slice.Tensor:
+        dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+        whole = end is None or end >= given.shape[dim]
+        return step == 1 and start in (0, None) and (whole or (dim in (2, 3, -1, -2) and end >= 0))
+    if func is _aten._to_copy.default:
+        to_device = keywords.get("device")
+        same = keywords.get("dtype") in (None, torch.bool) and (to_device is None or to_device == given.device)
+        return same
+    return False
+
+
+def _shape_after(func: Any, given: MaskTensor, rest: tuple[Any, ...]) -> tuple[int, ...]:
+    shape = list(given.shape)
+    if func is _aten.slice.Tensor and len(rest) > 2 and rest[2] is not None:
+        shape[rest[0]] = min(shape[rest[0]], rest[2])
+    return tuple(shape)
+
+
+def _dense(value: Any) -> Any:
+    return value.values() if isinstance(value, MaskTensor) else value
