@@ -1,7 +1,7 @@
-"""The attention interface of `transformers`: its models fetch the function that attends, and the one that makes masks.
+"""The attention interface of `transformers`: its models fetch what attends, and what makes masks, from two registers.
 
-Both are fetched by a name in the model's config. Behind the name "sdpa" a plugged model finds ours, any other model what
-was there: many models ask whether the name is "sdpa" before they make a mask or choose a path, so the name stays.
+They ask by a name in their config. Behind the name "sdpa" a plugged model finds ours, any other model what was there:
+many models ask whether the name is "sdpa" before they make a mask or choose a path, so the name stays.
 """
 
 import sys
@@ -24,7 +24,7 @@ __all__ = ["Configs", "interface_places"]
 
 _NAME = "sdpa"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_PLUGGED: Any = WeakIdKeyDictionary()  # configs of plugged models
+_PLUGGED: Any = WeakIdKeyDictionary()  # config of a plugged model -> the name that was in it
 
 
 def interface_places() -> list[Place]:
@@ -58,9 +58,9 @@ class Configs:
                     f"{type(config).__name__}.output_attentions asks for attention weights, which blockwise attention "
                     "never holds; set it to False"
                 )
-        for config, _ in self._before.values():
+        for config, name in self._before.values():
             config._attn_implementation_internal = _NAME
-            _PLUGGED[config] = True
+            _PLUGGED[config] = name
 
     def restore(self) -> None:
         """Gives each config the name it had."""
@@ -78,12 +78,13 @@ def _configs(modules: list[nn.Module]) -> Iterator[Any]:
 
 
 def _attending(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+    ) -> Any:
         """Signature and result of transformers' `sdpa_attention_forward`."""
         plug = plug_of(module)
         if plug is None:
-            return plain(module, query, key, value, mask, **settings)
-        asked = _asked(module, (query, key, value), mask, settings)
+            return plain(module, query, key, value, attention_mask, **settings)
+        asked = _asked(module, (query, key, value), attention_mask, settings)
         output = plug.compute(module, "attention interface of transformers", **asked)
         return output.transpose(1, 2).contiguous(), None
 
@@ -97,11 +98,9 @@ def _asked(
     if settings.get("output_attentions"):
         raise WrapError("output_attentions asks for attention weights, which blockwise attention never holds; leave it")
     query, key, value = _one_batch(*tensors)
-    is_causal = settings.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask, bias = mask_and_bias(given)
     position_bias = settings.get("position_bias")
-    if given is None and is_causal and query.shape[2] > 1:
+    if given is None and query.shape[2] > 1 and _is_causal(module, settings):
         mask = causal()
         length = min(key.shape[2], query.shape[2])  # of a cache that is filled later
         key, value = key[:, :, :length], value[:, :, :length]
@@ -119,6 +118,14 @@ def _asked(
         "sinks": _sinks(module, settings),
         "dropout_p": settings.get("dropout", 0.0),
     }
+
+
+def _is_causal(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """What no mask means: "sdpa" asks the module, "eager" hides nothing then."""
+    if _PLUGGED.get(getattr(module, "config", None)) == "eager":
+        return False
+    asked = settings.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
 def _one_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +150,8 @@ def _masking(plain: Callable[..., Any]) -> Callable[..., Any]:
         """Signature of transformers' `sdpa_mask`; gives a `MaskTensor` where that gives a dense mask."""
         if args or config is None or config not in _PLUGGED:
             return plain(*args, config=config, **settings)
+        if _PLUGGED[config] == "eager":
+            settings["allow_is_causal_skip"] = False
         return _stated(**settings)
 
     return make_mask
@@ -178,7 +187,7 @@ def _is_left_out(q_length: int, kv_length: int, settings: dict[str, Any]) -> boo
     local = settings.get("local_size")
     if local is not None and kv_length >= local:
         return False
-    causal_skip = settings.get("allow_is_causal_skip", True) and (q_length == 1 or q_length == kv_length)
+    causal_skip = settings.get("allow_is_causal_skip", True) and q_length in (1, kv_length)
     return bool(causal_skip or settings.get("allow_is_bidirectional_skip", False))
 
 

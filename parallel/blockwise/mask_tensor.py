@@ -103,8 +103,7 @@ def _keeps(func: Any, given: MaskTensor, rest: tuple[Any, ...], keywords: dict[s
         return step == 1 and start in (0, None) and (whole or (dim in (2, 3, -1, -2) and end >= 0))
     if func is _aten._to_copy.default:
         to_device = keywords.get("device")
-        same = keywords.get("dtype") in (None, torch.bool) and (to_device is None or to_device == given.device)
-        return same
+        return keywords.get("dtype") in (None, torch.bool) and (to_device is None or to_device == given.device)
     return False
 
 
