@@ -1,0 +1,168 @@
+"""Attention by blocks: query blocks outside, key blocks inside, one online softmax; exact, also its second derivative.
+
+Only query, key, value, output and log-sum-exp are kept for backward, which makes the scores anew block by block
+(arXiv 2112.05682, 2205.14135, 2305.19370).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from meshwright.parallel.blockwise.mask import Mask
+from meshwright.parallel.blockwise.merge import Partial, empty_partial, merge_into
+from meshwright.parallel.blockwise.partial import Chunk, delta_of, partial_backward, partial_forward
+from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
+from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring
+from meshwright.parallel.errors import WrapError
+
+__all__ = ["AttendKeywords", "attend"]
+
+
+class AttendKeywords(TypedDict, total=False):
+    """Keyword arguments of `attend`."""
+
+    mask: Mask | None
+    bias: Tensor | BiasFunction | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
+    dropout_seed: int | None
+    query_block: int
+    kv_block: int
+    query_positions: Positions | None
+    key_positions: Positions | None
+    first_sample: int
+    first_head: int
+
+
+@overload
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, with_lse: Literal[False] = ..., **options: Unpack[AttendKeywords]
+) -> Tensor: ...
+@overload
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, with_lse: Literal[True], **options: Unpack[AttendKeywords]
+) -> tuple[Tensor, Tensor]: ...
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool = False, **options: Unpack[AttendKeywords]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(score(query, key)) value, with memory that grows with the sequence and not with its square.
+
+    Args:
+        query: [batch, heads, s_q, d].
+        key: [batch, kv_heads, s_k, d]; heads is a multiple of kv_heads.
+        value: [batch, kv_heads, s_k, d_v].
+        with_lse: also return the log of the softmax's denominator, [batch, heads, s_q]; it has a gradient.
+        options: `bias` (a tensor broadcastable to [batch, heads, s_q, s_k], or a function of positions), `sinks`
+            ([heads], one more score in each denominator), `query_positions`, `key_positions` (ranges; from 0 on where
+            None), and those of `Scoring`.
+
+    Returns:
+        [batch, heads, s_q, d_v]; 0 for queries that may attend to nothing.
+
+    >>> from meshwright.parallel.blockwise.masks import causal, window
+    >>> query = key = value = torch.eye(3)[None, None]
+    >>> attend(query, key, value, mask=causal() & window(1))[0, 0, 2].count_nonzero()
+    tensor(2)
+
+    Raises:
+        WrapError: for shapes, dtypes or options that do not fit.
+    """
+    bias = options.get("bias")
+    if options.get("dropout_p"):
+        raise NotImplementedError("dropout_p is not written yet")
+    query, key, value = _cast(query, key, value)
+    call = _Call.of(query, key, options)
+    _check(query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        own = _four_dims(bias, query, key) if isinstance(bias, Tensor) else None
+        out, lse = _Attention.apply(query, key, value, own, options.get("sinks"), call)  # type: ignore[no-untyped-call]
+    return (out, lse) if with_lse else out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is not a tensor."""
+
+    scoring: Scoring
+    queries: Pieces
+    keys: Pieces
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, options: AttendKeywords) -> "_Call":
+        names = {each.name for each in fields(Scoring)} - {"bias", "dropout_seed"}
+        given: Any = {name: each for name, each in options.items() if name in names}
+        bias, seed = options.get("bias"), options.get("dropout_seed")
+        if seed is None and options.get("dropout_p", 0.0) > 0.0:
+            seed = int(torch.rand((), dtype=torch.float64) * (1 << 53))  # rand: what re-keys random bits knows it
+        return cls(
+            Scoring(**given, bias=None if isinstance(bias, Tensor) else bias, dropout_seed=seed or 0),
+            pieces_of(options.get("query_positions"), query.shape[2], "queries"),
+            pieces_of(options.get("key_positions"), key.shape[2], "keys"),
+        )
+
+
+class _Attention(Function):
+    """Output and log-sum-exp; sinks are keys whose value is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, bias, sinks, call = inputs
+        result = partial_forward(Chunk(query, key, value, call.queries, call.keys, bias), call.scoring)
+        if sinks is not None:
+            nothing = empty_partial(query, value.shape[-1])
+            merge_into(result, nothing._replace(lse=nothing.lse.copy_(sinks.unsqueeze(-1))))
+        out = result.out.to(query.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, bias, sinks, out, result.lse)
+        ctx.call = call
+        return out, result.lse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        query, key, value, bias, sinks, out, lse = ctx.saved_tensors
+        grad_out, grad_lse = gradients
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        chunk = Chunk(query, key, value, ctx.call.queries, ctx.call.keys, bias)
+        with torch.autocast(query.device.type, enabled=False):
+            found = partial_backward(chunk, ctx.call.scoring, grad_out, result=Partial(out, lse), grad_lse=grad_lse)
+            grad_sinks = None
+            if sinks is not None:
+                delta = delta_of(grad_out, Partial(out, lse), grad_lse)
+                grad_sinks = -((sinks.unsqueeze(-1) - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+        grad_bias = None if bias is None or found.bias is None else found.bias.to(bias.dtype)
+        return (*(each.to(query.dtype) for each in (found.query, found.key, found.value)), grad_bias, grad_sinks, None)
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to torch's own attention."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(each if each.dtype is torch.float64 else each.to(dtype) for each in tensors)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if {query.dim(), key.dim(), value.dim()} != {4}:
+        raise WrapError(f"attend() takes [batch, heads, tokens, d], not {shapes}")
+    fits = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
+    if not fits or query.shape[1] % max(key.shape[1], 1):
+        raise WrapError(f"{shapes} do not fit: heads must be a multiple of kv_heads, and the other sizes equal")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or not query.dtype.is_floating_point:
+        raise WrapError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; give them one floating dtype"
+        )
+
+
+def _four_dims(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    wanted = (*query.shape[:3], key.shape[2])
+    if bias.dim() > 4 or any(size not in (1, full) for size, full in zip(bias.shape[::-1], wanted[::-1], strict=False)):
+        raise WrapError(f"a bias {list(bias.shape)} does not broadcast to the scores {list(wanted)}")
+    return bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
