@@ -147,18 +147,21 @@ def _sinks(module: nn.Module, settings: dict[str, Any]) -> Tensor | None:
 
 def _masking(plain: Callable[..., Any]) -> Callable[..., Any]:
     def make_mask(*args: Any, config: Any = None, **settings: Any) -> Any:
-        """Signature of transformers' `sdpa_mask`; gives a `MaskTensor` where that gives a dense mask."""
+        """Signature of transformers' `sdpa_mask`; gives a `MaskTensor` where that gives a dense mask.
+
+        Modules that were made for "eager" may attend without the interface: they find the floats they expect.
+        """
         if args or config is None or config not in _PLUGGED:
             return plain(*args, config=config, **settings)
-        if _PLUGGED[config] == "eager":
-            settings["allow_is_causal_skip"] = False
-        return _stated(**settings)
+        if _PLUGGED[config] != "eager":
+            return _stated(**{**settings, "dtype": torch.bool})
+        return _stated(**{"dtype": torch.float32, **settings, "allow_is_causal_skip": False})
 
     return make_mask
 
 
 def _stated(
-    *, batch_size: int, q_length: int, kv_length: int, mask_function: MaskFunction, device: Any, **settings: Any
+    *, batch_size: int, q_length: int, kv_length: int, mask_function: MaskFunction, **settings: Any
 ) -> MaskTensor | None:
     q_offset, kv_offset = settings.get("q_offset", 0), settings.get("kv_offset", 0)
     valid = _valid(settings.get("attention_mask"), kv_length, kv_offset)
@@ -171,7 +174,8 @@ def _stated(
     if valid is not None:
         mask = padding(valid) if mask is None else mask & padding(valid)
     whole = window(None, None) if mask is None else mask
-    return MaskTensor(whole, (batch_size, 1, q_length, kv_length), torch.device(device))
+    device = torch.device(settings.get("device", "cpu"))
+    return MaskTensor(whole, (batch_size, 1, q_length, kv_length), device, settings["dtype"])
 
 
 def _valid(given: Tensor | None, length: int, offset: int) -> Tensor | None:

@@ -19,12 +19,15 @@ _aten = torch.ops.aten
 
 
 class MaskTensor(Tensor):
-    """A bool tensor [b, 1, s_q, s_k] whose values are made when they are asked for; True lets a query see a key.
+    """A tensor [b, 1, s_q, s_k] whose values are made when they are asked for.
+
+    Of bools, True lets a query see a key; of floats, 0 does and the lowest finite number does not.
 
     Args:
         mask: what it stands for.
         shape: of the tensor.
         device: where values will be.
+        dtype: of values.
 
     >>> from meshwright.parallel.blockwise.masks import causal
     >>> mask = MaskTensor(causal(), (1, 1, 2, 2), torch.device("cpu"))
@@ -38,9 +41,11 @@ class MaskTensor(Tensor):
     _values: Tensor | None
 
     @staticmethod
-    def __new__(cls, mask: Mask, shape: tuple[int, ...], device: torch.device) -> "MaskTensor":
+    def __new__(
+        cls, mask: Mask, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bool
+    ) -> "MaskTensor":
         """Makes a tensor without memory."""
-        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         made._structure = mask
         made._values = None
         return made
@@ -54,21 +59,25 @@ class MaskTensor(Tensor):
         """Keeps the mask where an operation leaves it as it is, else computes with its values."""
         given, keywords = args[0] if args else None, kwargs or {}
         if isinstance(given, MaskTensor) and given._values is None and _keeps(func, given, args[1:], keywords):
-            return MaskTensor(given._structure, _shape_after(func, given, args[1:]), given.device)
+            shape = _shape_after(func, given, args[1:])
+            return MaskTensor(given._structure, shape, given.device, given.dtype)
         return func(*tree_map(_dense, args), **tree_map(_dense, keywords))
 
     @property
-    def mask(self) -> Mask:
-        """What it stands for, with what a model wrote into it."""
-        untouched = self._values is None or self._values._version == 0
-        return self._structure if untouched else dense(self.values())
+    def mask(self) -> Mask | None:
+        """What it stands for; None once a model wrote into its values."""
+        return self._structure if self._values is None or self._values._version == 0 else None
 
     def values(self) -> Tensor:
         """The dense mask, made once."""
         if self._values is None:
             samples, heads, queries, keys = (range(size) for size in self.shape)
-            found = self._structure.pairs(queries, keys, Frame(samples, heads, self.device))
-            self._values = found.expand(self.shape).contiguous()
+            seen = self._structure.pairs(queries, keys, Frame(samples, heads, self.device)).expand(self.shape)
+            if self.dtype is torch.bool:
+                self._values = seen.contiguous()
+            else:
+                hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
+                self._values = torch.where(seen, torch.zeros_like(hidden), hidden)
         return self._values
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -80,12 +89,15 @@ def mask_and_bias(given: Tensor | None) -> tuple[Mask | None, Tensor | None]:
     """What a model hands to attention, as a mask or as a bias.
 
     Args:
-        given: None, a `MaskTensor`, a bool tensor (True sees) or floats to be added, broadcast to [b, heads, s_q, s_k].
+        given: None, a `MaskTensor`, a tensor of bools (True sees) or floats (to be added), broadcast to
+            [b, heads, s_q, s_k].
     """
     if given is None:
         return None, None
     if isinstance(given, MaskTensor):
-        return given.mask, None
+        if given.mask is not None:
+            return given.mask, None
+        given = given.values()
     if given.dtype is torch.bool:
         return dense(given), None
     if not given.requires_grad and bool(((given == 0) | (given == float("-inf"))).all()):
@@ -103,7 +115,7 @@ def _keeps(func: Any, given: MaskTensor, rest: tuple[Any, ...], keywords: dict[s
         return step == 1 and start in (0, None) and (whole or (dim in (2, 3, -1, -2) and end >= 0))
     if func is _aten._to_copy.default:
         to_device = keywords.get("device")
-        return keywords.get("dtype") in (None, torch.bool) and (to_device is None or to_device == given.device)
+        return keywords.get("dtype") in (None, given.dtype) and (to_device is None or to_device == given.device)
     return False
 
 
