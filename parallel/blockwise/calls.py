@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from meshwright.parallel.blockwise.masks import Mask
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["AttentionCall", "Handler", "Plug", "calling_module", "plug_of"]
+__all__ = ["AttentionCall", "Handler", "Plug", "calling_module", "name_of_calling", "plug_of"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,6 +92,11 @@ class Plug:
         """Every module of the model that is still there."""
         return list(self._paths)
 
+    def path_of(self, module: nn.Module) -> str:
+        """Where a module of the model is."""
+        path: str = self._paths[module]
+        return path
+
     def put_in(self) -> None:
         """Sends calls from here on.
 
@@ -148,6 +153,12 @@ def calling_module() -> tuple[Plug, nn.Module] | None:
         return None
     plug = plug_of(calling.module)
     return None if plug is None else (plug, calling.module)
+
+
+def name_of_calling() -> str:
+    """Path of the innermost module of a plugged model whose forward runs here, of those that have children."""
+    calling = calling_module()
+    return "" if calling is None else calling[0].path_of(calling[1])
 
 
 # Functions and not methods: copies of a module take its hooks along, and must not take a plug along.

@@ -38,22 +38,15 @@ def function_places(modules: list[nn.Module]) -> list[Place]:
 
 
 def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **more: Any,
-    ) -> Tensor:
+    def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> Tensor:
         calling = calling_module()
         if calling is None:
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, **more)
+            return plain(query, key, value, *rest, **more)
         plug, module = calling
+        settings = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)), **more}
         lead = torch.broadcast_shapes(*(each.shape[:-3] for each in (query, key, value)))
-        mask, bias = mask_and_bias(_flat_mask(attn_mask, lead))
-        if is_causal:
+        mask, bias = mask_and_bias(_flat_mask(settings.get("attn_mask"), lead))
+        if settings.get("is_causal"):
             mask = causal() if mask is None else mask & causal()
         output = plug.compute(
             module,
@@ -63,8 +56,8 @@ def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             value=_flat(value, lead),
             mask=mask,
             bias=bias,
-            scale=more.get("scale"),
-            dropout_p=dropout_p,
+            scale=settings.get("scale"),
+            dropout_p=settings.get("dropout_p", 0.0),
         )
         return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
 

@@ -78,14 +78,15 @@ def _configs(modules: list[nn.Module]) -> Iterator[Any]:
 
 
 def _attending(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
     ) -> Any:
         """Signature and result of transformers' `sdpa_attention_forward`."""
         plug = plug_of(module)
         if plug is None:
             return plain(module, query, key, value, attention_mask, **settings)
         asked = _asked(module, (query, key, value), attention_mask, settings)
-        output = plug.compute(module, "attention interface of transformers", **asked)
+        output = plug.compute(module, "the attention interface of transformers", **asked)
         return output.transpose(1, 2).contiguous(), None
 
     return attend

@@ -38,27 +38,27 @@ class MaskTensor(Tensor):
     """
 
     _structure: Mask
-    _values: Tensor | None
+    _filled: Tensor | None
 
     @staticmethod
     def __new__(
         cls, mask: Mask, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bool
     ) -> "MaskTensor":
         """Makes a tensor without memory."""
-        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made._structure = mask
-        made._values = None
+        made._filled = None
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Keeps the mask where an operation leaves it as it is, else computes with its values."""
         given, keywords = args[0] if args else None, kwargs or {}
-        if isinstance(given, MaskTensor) and given._values is None and _keeps(func, given, args[1:], keywords):
+        if isinstance(given, MaskTensor) and given._filled is None and _keeps(func, given, args[1:], keywords):
             shape = _shape_after(func, given, args[1:])
             return MaskTensor(given._structure, shape, given.device, given.dtype)
         return func(*tree_map(_dense, args), **tree_map(_dense, keywords))
@@ -66,19 +66,19 @@ class MaskTensor(Tensor):
     @property
     def mask(self) -> Mask | None:
         """What it stands for; None once a model wrote into its values."""
-        return self._structure if self._values is None or self._values._version == 0 else None
+        return self._structure if self._filled is None or self._filled._version == 0 else None
 
     def values(self) -> Tensor:
         """The dense mask, made once."""
-        if self._values is None:
+        if self._filled is None:
             samples, heads, queries, keys = (range(size) for size in self.shape)
             seen = self._structure.pairs(queries, keys, Frame(samples, heads, self.device)).expand(self.shape)
             if self.dtype is torch.bool:
-                self._values = seen.contiguous()
+                self._filled = seen.contiguous()
             else:
                 hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
-                self._values = torch.where(seen, torch.zeros_like(hidden), hidden)
-        return self._values
+                self._filled = torch.where(seen, torch.zeros_like(hidden), hidden)
+        return self._filled
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are dense."""
@@ -110,7 +110,8 @@ def _keeps(func: Any, given: MaskTensor, rest: tuple[Any, ...], keywords: dict[s
     if func in (_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default):
         return True
     if func is _aten.slice.Tensor:
-        dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+        given_so_far: tuple[Any, ...] = (*rest, *(0, None, None, 1)[len(rest) :])
+        dim, start, end, step = given_so_far
         whole = end is None or end >= given.shape[dim]
         return step == 1 and start in (0, None) and (whole or (dim in (2, 3, -1, -2) and end >= 0))
     if func is _aten._to_copy.default:
