@@ -27,14 +27,13 @@ _MULTI_HEAD_SIGNATURE = signature(_MULTI_HEAD)
 
 
 def function_places(modules: list[nn.Module]) -> list[Place]:
-    """What is replaced: names in torch, and in the files that the model's classes come from."""
-    files = {kind.__module__ for module in modules for kind in type(module).__mro__}
+    """What is replaced: names in torch, in the files that the model's classes come from, and on its modules."""
+    files = {kind.__module__ for module in modules for kind in type(module).__mro__} - {functional.__name__}
+    spaces = [functional, *(sys.modules[file] for file in sorted(files) if file in sys.modules), *modules]
+    named = [(space, name, value) for space in spaces for name, value in vars(space).items()]
     wraps = ((_SDPA, _attending), (_MULTI_HEAD, _multi_head))
-    found = []
-    for space in (functional, *(sys.modules.get(file) for file in sorted(files - {functional.__name__}))):
-        for name, value in list(vars(space).items()) if space is not None else ():
-            found += [Place(space, name, wrap) for function, wrap in wraps if value is function]
-    return found
+    found = [Place(space, name, wrap) for space, name, value in named for plain, wrap in wraps if value is plain]
+    return [*found, Place(torch.backends.mha, "get_fastpath_enabled", _without_fast_path)]
 
 
 def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -75,7 +74,9 @@ def _flat_mask(mask: Tensor | None, lead: torch.Size) -> Tensor | None:
     if mask is None or (mask.dim() == 4 and len(lead) == 1):
         return mask
     whole = mask.reshape(*(1,) * (len(lead) + 3 - mask.dim()), *mask.shape)
-    return _flat(whole, lead if any(size > 1 for size in whole.shape[:-3]) else torch.Size([1]))
+    if all(size == 1 for size in whole.shape[:-3]):
+        return whole.reshape(1, *whole.shape[-3:])
+    return _flat(whole, lead)
 
 
 def _multi_head(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,6 +93,15 @@ def _multi_head(plain: Callable[..., Any]) -> Callable[..., Any]:
         return output, _NoWeights(type(calling[1]).__name__) if wanted else None
 
     return multi_head_attention_forward
+
+
+def _without_fast_path(plain: Callable[[], bool]) -> Callable[[], bool]:
+    """Layers of torch have a way past both functions, for evaluation."""
+
+    def get_fastpath_enabled() -> bool:
+        return calling_module() is None and plain()
+
+    return get_fastpath_enabled
 
 
 class _NoWeights:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.parallel.blockwise.calls import plug_of
 from meshwright.parallel.blockwise.closures import read_mask
@@ -24,7 +23,29 @@ __all__ = ["Configs", "interface_places"]
 
 _NAME = "sdpa"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_PLUGGED: Any = WeakIdKeyDictionary()  # config of a plugged model -> the name that was in it
+
+
+class _Plugged(str):
+    """The name in the config of a plugged model; copies of the config have the name that was there before."""
+
+    before: str | None
+
+    def __new__(cls, before: str | None) -> "_Plugged":
+        made = super().__new__(cls, _NAME)
+        made.before = before
+        return made
+
+    def __deepcopy__(self, memo: Any) -> str | None:
+        del memo
+        return self.before
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        del protocol
+        return _as_it_is, (self.before,)
+
+
+def _as_it_is(name: str | None) -> str | None:
+    return name
 
 
 def interface_places() -> list[Place]:
@@ -59,14 +80,12 @@ class Configs:
                     "never holds; set it to False"
                 )
         for config, name in self._before.values():
-            config._attn_implementation_internal = _NAME
-            _PLUGGED[config] = name
+            config._attn_implementation_internal = _Plugged(name)
 
     def restore(self) -> None:
         """Gives each config the name it had."""
         for config, name in self._before.values():
             config._attn_implementation_internal = name
-            _PLUGGED.pop(config, None)
 
 
 def _configs(modules: list[nn.Module]) -> Iterator[Any]:
@@ -123,10 +142,15 @@ def _asked(
 
 def _is_causal(module: nn.Module, settings: dict[str, Any]) -> bool:
     """What no mask means: "sdpa" asks the module, "eager" hides nothing then."""
-    if _PLUGGED.get(getattr(module, "config", None)) == "eager":
+    if _name_before(getattr(module, "config", None)) == "eager":
         return False
     asked = settings.get("is_causal")
     return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def _name_before(config: Any) -> str | None:
+    name = getattr(config, "_attn_implementation", None)
+    return name.before if isinstance(name, _Plugged) else name
 
 
 def _one_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,9 +176,9 @@ def _masking(plain: Callable[..., Any]) -> Callable[..., Any]:
 
         Modules that were made for "eager" may attend without the interface: they find the floats they expect.
         """
-        if args or config is None or config not in _PLUGGED:
+        if args or not isinstance(getattr(config, "_attn_implementation", None), _Plugged):
             return plain(*args, config=config, **settings)
-        if _PLUGGED[config] != "eager":
+        if _name_before(config) != "eager":
             return _stated(**{**settings, "dtype": torch.bool})
         return _stated(**{"dtype": torch.float32, **settings, "allow_is_causal_skip": False})
 
