@@ -9,13 +9,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from meshwright.parallel.blockwise.masks import Frame, Mask, dense
 
 __all__ = ["MaskTensor", "mask_and_bias"]
 
 _aten = torch.ops.aten
+
+
+class _Values:
+    """The values that views of one mask share, once somebody asks for them.
+
+    Attributes:
+        mask: what they say.
+        made: values, if they were made.
+        given_away: whether somebody may write into them.
+    """
+
+    def __init__(self, mask: Mask, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        self.mask = mask
+        self._shape = shape
+        self._device = device
+        self._dtype = dtype
+        self.made: Tensor | None = None
+        self.given_away = False
+
+    def make(self) -> Tensor:
+        if self.made is None:
+            samples, heads, queries, keys = (range(size) for size in self._shape)
+            seen = self.mask.pairs(queries, keys, Frame(samples, heads, self._device)).expand(self._shape)
+            if self._dtype is torch.bool:
+                self.made = seen.clone(memory_format=torch.contiguous_format)
+            else:
+                lowest = torch.finfo(self._dtype).min
+                self.made = torch.zeros(self._shape, dtype=self._dtype, device=self._device).masked_fill(~seen, lowest)
+        return self.made
+
+    def note(self, func: Any, result: Any) -> None:
+        """Looks whether an operation wrote into the values or gave a view of them."""
+        if self.made is not None and not self.given_away:
+            place = self.made.untyped_storage().data_ptr()
+            views = [each.untyped_storage().data_ptr() == place for each in tree_leaves(result) if _is_plain(each)]
+            self.given_away = func._schema.is_mutable or any(views)
 
 
 class MaskTensor(Tensor):
@@ -37,17 +73,19 @@ class MaskTensor(Tensor):
     [[[[False, True], [False, False]]]]
     """
 
-    _structure: Mask
-    _filled: Tensor | None
+    _shared: _Values
 
     @staticmethod
     def __new__(
         cls, mask: Mask, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bool
     ) -> "MaskTensor":
         """Makes a tensor without memory."""
+        return cls._view(_Values(mask, shape, device, dtype), shape, device, dtype)
+
+    @classmethod
+    def _view(cls, shared: _Values, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> "MaskTensor":
         made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._structure = mask
-        made._filled = None
+        made._shared = shared
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -57,31 +95,30 @@ class MaskTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Keeps the mask where an operation leaves it as it is, else computes with its values."""
-        given, keywords = args[0] if args else None, kwargs or {}
-        if isinstance(given, MaskTensor) and given._filled is None and _keeps(func, given, args[1:], keywords):
-            shape = _shape_after(func, given, args[1:])
-            return MaskTensor(given._structure, shape, given.device, given.dtype)
-        return func(*tree_map(_dense, args), **tree_map(_dense, keywords))
+        if isinstance(args[0], MaskTensor) and (shape := _shape_kept(func, *args)) is not None:
+            return cls._view(args[0]._shared, shape, args[0].device, args[0].dtype)
+        result = func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, MaskTensor):
+                each._shared.note(func, result)
+        return result
 
     @property
     def mask(self) -> Mask | None:
-        """What it stands for; None once a model wrote into its values."""
-        return self._structure if self._filled is None or self._filled._version == 0 else None
+        """What it stands for; None once a model may have written into its values."""
+        return None if self._shared.given_away else self._shared.mask
 
     def values(self) -> Tensor:
         """The dense mask, made once."""
-        if self._filled is None:
-            samples, heads, queries, keys = (range(size) for size in self.shape)
-            seen = self._structure.pairs(queries, keys, Frame(samples, heads, self.device)).expand(self.shape)
-            if self.dtype is torch.bool:
-                self._filled = seen.contiguous()
-            else:
-                hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
-                self._filled = torch.where(seen, torch.zeros_like(hidden), hidden)
-        return self._filled
+        return self._shared.make()[:, :, : self.shape[2], : self.shape[3]]
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """Copies are dense."""
+        del memo
+        return self.values().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are dense."""
+        """What is sent elsewhere is dense."""
         return self.values().__reduce_ex__(protocol)
 
 
@@ -105,26 +142,23 @@ def mask_and_bias(given: Tensor | None) -> tuple[Mask | None, Tensor | None]:
     return None, given
 
 
-def _keeps(func: Any, given: MaskTensor, rest: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Whether a mask stays what it is, or loses keys or queries at its end."""
-    if func in (_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default):
-        return True
-    if func is _aten.slice.Tensor:
-        given_so_far: tuple[Any, ...] = (*rest, *(0, None, None, 1)[len(rest) :])
-        dim, start, end, step = given_so_far
-        whole = end is None or end >= given.shape[dim]
-        return step == 1 and start in (0, None) and (whole or (dim in (2, 3, -1, -2) and end >= 0))
-    if func is _aten._to_copy.default:
-        to_device = keywords.get("device")
-        return keywords.get("dtype") in (None, given.dtype) and (to_device is None or to_device == given.device)
-    return False
-
-
-def _shape_after(func: Any, given: MaskTensor, rest: tuple[Any, ...]) -> tuple[int, ...]:
+def _shape_kept(func: Any, given: MaskTensor, dim: int = 0, start: Any = 0, end: Any = None, step: int = 1) -> Any:
+    """Shape of what an operation gives, where that is the mask, perhaps without keys or queries at its end."""
+    if func in (_aten.detach.default, _aten.alias.default):
+        return tuple(given.shape)
+    if func is not _aten.slice.Tensor or step != 1 or start not in (0, None):
+        return None
     shape = list(given.shape)
-    if func is _aten.slice.Tensor and len(rest) > 2 and rest[2] is not None:
-        shape[rest[0]] = min(shape[rest[0]], rest[2])
+    if end is None or end >= shape[dim]:
+        return tuple(shape)
+    if dim < 2 or end < 0:
+        return None
+    shape[dim] = end
     return tuple(shape)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, MaskTensor)
 
 
 def _dense(value: Any) -> Any:

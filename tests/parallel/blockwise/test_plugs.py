@@ -116,14 +116,14 @@ def test_copies_of_a_model_and_its_config_are_not_plugged(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["padded llama", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt2", "padded bert"])  # no cast inside of a block, which backward would not promote
 def test_calls_arrive_again_where_a_model_recomputes(name: str, reentrant: bool) -> None:
     model, batch = model_of(name)
     plain = run(model, batch)
-    model.train()  # transformers recomputes in training only; these models drop nothing but llama's attention
+    model.train()  # or nothing is recomputed
     for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # has another name from 5.24 on
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
     calls: list[str] = []
