@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from meshwright.parallel.blockwise.block import BlockGradients, Upstream
+from meshwright.parallel.blockwise.chunk import Chunk, Work
+from meshwright.parallel.blockwise.kernels import block_backward, block_forward
 from meshwright.parallel.blockwise.mask import Mask
 from meshwright.parallel.blockwise.merge import Partial, empty_partial, merge_into
-from meshwright.parallel.blockwise.partial import Chunk, delta_of, partial_backward, partial_forward
+from meshwright.parallel.blockwise.partial import Gradients, partial_backward, partial_forward
 from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
 from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring
 from meshwright.parallel.errors import WrapError
@@ -72,14 +75,11 @@ def attend(
     Raises:
         WrapError: for shapes, dtypes or options that do not fit.
     """
-    bias = options.get("bias")
-    if options.get("dropout_p"):
-        raise NotImplementedError("dropout_p is not written yet")
     query, key, value = _cast(query, key, value)
-    call = _Call.of(query, key, options)
-    _check(query, key, value)
+    _check(query, key, value, options.get("sinks"))
+    bias, call = options.get("bias"), _Call.of(query, key, options)
+    own = _four_dims(bias, query, key) if isinstance(bias, Tensor) else None
     with torch.autocast(query.device.type, enabled=False):
-        own = _four_dims(bias, query, key) if isinstance(bias, Tensor) else None
         out, lse = _Attention.apply(query, key, value, own, options.get("sinks"), call)  # type: ignore[no-untyped-call]
     return (out, lse) if with_lse else out
 
@@ -112,31 +112,39 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         query, key, value, bias, sinks, call = inputs
-        result = partial_forward(Chunk(query, key, value, call.queries, call.keys, bias), call.scoring)
+        chunk = Chunk(query, key, value, call.queries, call.keys, bias)
+        whole = Work(chunk, call.scoring, fused=True).whole if sinks is None else None
+        out, lse = partial_forward(chunk, call.scoring) if whole is None else block_forward(whole)
         if sinks is not None:
             nothing = empty_partial(query, value.shape[-1])
-            merge_into(result, nothing._replace(lse=nothing.lse.copy_(sinks.unsqueeze(-1))))
-        out = result.out.to(query.dtype)
+            merge_into(Partial(out, lse), nothing._replace(lse=nothing.lse.copy_(sinks.unsqueeze(-1))))
+        out = out.to(query.dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, bias, sinks, out, result.lse)
+        ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
         ctx.call = call
-        return out, result.lse
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         query, key, value, bias, sinks, out, lse = ctx.saved_tensors
         grad_out, grad_lse = gradients
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
+        upstream = Upstream(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
         chunk = Chunk(query, key, value, ctx.call.queries, ctx.call.keys, bias)
+        with_bias = bias is not None and ctx.needs_input_grad[3]
         with torch.autocast(query.device.type, enabled=False):
-            found = partial_backward(chunk, ctx.call.scoring, grad_out, result=Partial(out, lse), grad_lse=grad_lse)
-            grad_sinks = None
-            if sinks is not None:
-                delta = delta_of(grad_out, Partial(out, lse), grad_lse)
-                grad_sinks = -((sinks.unsqueeze(-1) - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
-        grad_bias = None if bias is None or found.bias is None else found.bias.to(bias.dtype)
-        return (*(each.to(query.dtype) for each in (found.query, found.key, found.value)), grad_bias, grad_sinks, None)
+            found = _gradients(chunk, ctx.call.scoring, upstream, with_bias=with_bias)
+            own = None if sinks is None else -((sinks.unsqueeze(-1) - lse).exp() * upstream.delta()).sum((0, 2))
+        given = (query, key, value, bias, sinks)
+        made = (found.query, found.key, found.value, found.bias, own)
+        return *(None if new is None else new.to(old.dtype) for old, new in zip(given, made, strict=True)), None
+
+
+def _gradients(chunk: Chunk, scoring: Scoring, upstream: Upstream, *, with_bias: bool) -> Gradients | BlockGradients:
+    if not with_bias and not torch.is_grad_enabled():
+        whole = Work(chunk, scoring, fused=True).whole
+        if whole is not None:
+            return block_backward(whole, upstream, with_bias=False)
+    return partial_backward(chunk, scoring, upstream, with_bias=with_bias)
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -148,17 +156,21 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(each if each.dtype is torch.float64 else each.to(dtype) for each in tensors)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if {query.dim(), key.dim(), value.dim()} != {4}:
         raise WrapError(f"attend() takes [batch, heads, tokens, d], not {shapes}")
     fits = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
-    if not fits or query.shape[1] % max(key.shape[1], 1):
+    if not fits or query.shape[1] % max(key.shape[1], 1) != 0:
         raise WrapError(f"{shapes} do not fit: heads must be a multiple of kv_heads, and the other sizes equal")
     if len({query.dtype, key.dtype, value.dtype}) > 1 or not query.dtype.is_floating_point:
         raise WrapError(
             f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; give them one floating dtype"
         )
+    if 0 in (query.shape[3], value.shape[3], key.shape[1]):
+        raise WrapError(f"{shapes} hold no head or no width to attend by")
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise WrapError(f"sinks {list(sinks.shape)} must be one score per head, [{query.shape[1]}]")
 
 
 def _four_dims(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:

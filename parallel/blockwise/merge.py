@@ -42,7 +42,8 @@ def merge(one: Partial, other: Partial) -> Partial:
 def empty_partial(query: Tensor, width: int) -> Partial:
     """What attending to no keys gives, in the dtype that partial results are summed in."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    out = query.new_zeros(*query.shape[:-1], width, dtype=dtype)
+    batch, heads, tokens, _ = query.shape
+    out = query.new_zeros(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)  # as models put heads together
     return Partial(out, query.new_full(query.shape[:-1], -torch.inf, dtype=dtype))
 
 

@@ -4,58 +4,17 @@ Backward of a block needs the output and log-sum-exp over all keys (arXiv 2205.1
 P = exp(S - lse) and D = rowsum(dO * O) - dlse,  dV = P^T dO,  dS = P * (dO V^T - D),  dQ = dS K,  dK = dS^T Q.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from meshwright.parallel.blockwise.block import Block, BlockGradients, Upstream
 from meshwright.parallel.blockwise.merge import Partial
 
-__all__ = ["Block", "BlockGradients", "plain_backward", "plain_forward"]
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """Some queries and some keys.
-
-    Args:
-        query: [batch, heads, n, d].
-        key: [batch, kv_heads, m, d].
-        value: [batch, kv_heads, m, d_v].
-        scale: of the products.
-        softcap: bound of scaled products.
-        allowed: bool, broadcastable to [batch, heads, n, m]; None is all.
-        bias: added to scores, broadcastable likewise.
-        kept: factors of probabilities (dropout), likewise.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    softcap: float | None = None
-    allowed: Tensor | None = None
-    bias: Tensor | None = None
-    kept: Tensor | None = None
-
-    @property
-    def groups(self) -> int:
-        """Query heads per key head."""
-        return self.query.shape[1] // self.key.shape[1]
-
-
-class BlockGradients(NamedTuple):
-    """Gradients of a block's tensors; `bias` is that of the scores, [batch, heads, n, m]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
+__all__ = ["plain_backward", "plain_forward"]
 
 
 def plain_forward(block: Block) -> Partial:
-    """Output and log-sum-exp over the block's keys."""
+    """Output and log-sum-exp over the block's keys, in float32 or wider."""
     scores, _ = _scores(block)
     lse = scores.logsumexp(-1)
     probabilities = _probabilities(scores, lse)
@@ -64,23 +23,16 @@ def plain_forward(block: Block) -> Partial:
     return Partial(_by_key_head(block, probabilities, _wide(block.value)), lse)
 
 
-def plain_backward(block: Block, grad_out: Tensor, delta: Tensor, lse: Tensor) -> BlockGradients:
-    """Gradients by this block alone.
-
-    Args:
-        block: what forward was given.
-        grad_out: [batch, heads, n, d_v].
-        delta: [batch, heads, n], rowsum(grad_out * out) - grad_lse, of all keys.
-        lse: [batch, heads, n], of all keys.
-    """
+def plain_backward(block: Block, upstream: Upstream) -> BlockGradients:
+    """Gradients by way of this block alone, in float32 or wider."""
     scores, slope = _scores(block)
-    probabilities = _probabilities(scores, lse)
-    grad_out, value, key, query = map(_wide, (grad_out, block.value, block.key, block.query))
+    probabilities = _probabilities(scores, upstream.lse)
+    grad_out, value, key, query = map(_wide, (upstream.grad_out, block.value, block.key, block.query))
     moved = _by_key_head(block, grad_out, value.transpose(-1, -2))
     dropped = probabilities
     if block.kept is not None:
         moved, dropped = moved * block.kept, probabilities * block.kept
-    grad_scores = probabilities * (moved - delta.unsqueeze(-1))
+    grad_scores = probabilities * (moved - upstream.delta().unsqueeze(-1))
     grad_products = grad_scores if slope is None else grad_scores * slope
     return BlockGradients(
         query=_by_key_head(block, grad_products, key) * block.scale,
@@ -92,16 +44,15 @@ def plain_backward(block: Block, grad_out: Tensor, delta: Tensor, lse: Tensor) -
 
 def _scores(block: Block) -> tuple[Tensor, Tensor | None]:
     """Scores [batch, heads, n, m], and the slope of the cap."""
-    scores = _by_key_head(block, _wide(block.query), _wide(block.key).transpose(-1, -2)) * block.scale
+    scores = _by_key_head(block, _wide(block.query) * block.scale, _wide(block.key).transpose(-1, -2))
     slope = None
     if block.softcap is not None:
         bent = (scores / block.softcap).tanh()
         scores, slope = bent * block.softcap, 1.0 - bent.square()
     if block.bias is not None:
         scores = scores + block.bias
-    if block.allowed is not None:
-        scores = scores.masked_fill(~block.allowed, -torch.inf)
-    return scores, slope
+    pairs = block.pairs()
+    return (scores if pairs is None else scores.masked_fill(~pairs, -torch.inf)), slope
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
@@ -116,8 +67,9 @@ def _by_key_head(block: Block, rows: Tensor, right: Tensor) -> Tensor:
 
 def _grouped(block: Block, rows: Tensor) -> Tensor:
     """[batch, heads, n, x] as [batch, kv_heads, heads per key head * n, x]"""
-    batch, _, n, width = rows.shape
-    return rows.reshape(batch, block.key.shape[1], block.groups * n, width)
+    batch, heads, n, width = rows.shape
+    kv_heads = block.key.shape[1]
+    return rows.reshape(batch, kv_heads, heads // kv_heads * n, width)
 
 
 def _wide(tensor: Tensor) -> Tensor:

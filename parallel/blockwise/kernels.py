@@ -1,0 +1,87 @@
+"""One block by the fastest exact kernel at hand: torch's own fused ones where they can, plain torch elsewhere.
+
+A kernel of a device that this library was not tested on is compared with plain torch before its first use, so that a
+torch in which it means something else costs speed and not truth.
+"""
+
+import torch
+
+from meshwright.parallel.blockwise.block import Allowed, Block, BlockGradients, Upstream
+from meshwright.parallel.blockwise.diagonals import Diagonals
+from meshwright.parallel.blockwise.fused import Kernel, fused_backward, fused_forward
+from meshwright.parallel.blockwise.merge import Partial
+from meshwright.parallel.blockwise.plain import plain_backward, plain_forward
+from meshwright.parallel.blockwise.torch_kernels import FUSED
+
+__all__ = ["agrees", "block_backward", "block_forward", "kernel_for"]
+
+_AGREED: dict[tuple[Kernel, torch.dtype, torch.device, bool], bool] = {}
+
+
+def block_forward(block: Block) -> Partial:
+    """Output and log-sum-exp over the block's keys."""
+    kernel = kernel_for(block)
+    return plain_forward(block) if kernel is None else fused_forward(kernel, block)
+
+
+def block_backward(block: Block, upstream: Upstream, *, with_bias: bool) -> BlockGradients:
+    """Gradients by way of the block alone; in plain torch where they will be differentiated."""
+    kernel = None if with_bias or torch.is_grad_enabled() else kernel_for(block)
+    return plain_backward(block, upstream) if kernel is None else fused_backward(kernel, block, upstream)
+
+
+def kernel_for(block: Block) -> Kernel | None:
+    """The fused kernel that can compute a block."""
+    if block.softcap is not None or block.kept is not None:
+        return None
+    masked = block.allowed is not None or block.bias is not None
+    for kernel in FUSED.get(block.query.device.type, ()):
+        fits = block.query.dtype in kernel.dtypes and kernel.width(block, more=1) <= kernel.max_width
+        if fits and (kernel.masks or not masked) and _trusted(kernel, block):
+            return kernel
+    return None
+
+
+def _trusted(kernel: Kernel, block: Block) -> bool:
+    if not kernel.check_first:
+        return True
+    grouped = block.query.shape[1] != block.key.shape[1]
+    place = (kernel, block.query.dtype, block.query.device, grouped)
+    if place not in _AGREED:
+        _AGREED[place] = agrees(kernel, block.query.dtype, block.query.device, heads=2 if grouped else 1)
+    return _AGREED[place]
+
+
+@torch.no_grad()
+def agrees(kernel: Kernel, dtype: torch.dtype, device: torch.device, *, heads: int = 1) -> bool:
+    """Whether a kernel gives what plain torch gives, forward and backward: whole, causal and masked blocks.
+
+    Args:
+        kernel: on trial.
+        dtype: of the tensors.
+        device: where they are.
+        heads: query heads per key head.
+    """
+    numbers = torch.arange(2 * heads * 2 * 40 * 16, device=device, dtype=torch.float32).reshape(2, 2 * heads, 40, 16)
+    query, key, value, grad = ((numbers * each).sin().to(dtype) for each in (0.7, 1.1, 1.3, 1.7))
+    allowed = Allowed(Diagonals(-30, 5).tensor(40, 40, device).index_fill_(0, torch.tensor(7, device=device), False))
+    blocks = [Block(query, key[:, :2], value[:, :2], 0.25, causal=causal) for causal in (False, True)]
+    if kernel.masks:
+        blocks.append(Block(query, key[:, :2], value[:, :2], 0.25, allowed=allowed))
+    try:
+        return all(_same(kernel, block, grad) for block in blocks)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return False
+
+
+def _same(kernel: Kernel, block: Block, grad: torch.Tensor) -> bool:
+    bound = 16 * torch.finfo(block.query.dtype).eps
+    theirs, ours = fused_forward(kernel, block), plain_forward(block)
+    upstream = Upstream(grad, grad[..., 0].float(), ours.out.to(grad.dtype), ours.lse)
+    pairs = [*zip(theirs, ours, strict=True)]
+    pairs += [*zip(fused_backward(kernel, block, upstream)[:3], plain_backward(block, upstream)[:3], strict=True)]
+    return all(torch.allclose(one.to(two.dtype), two, rtol=bound, atol=bound * _size(two)) for one, two in pairs)
+
+
+def _size(tensor: torch.Tensor) -> float:
+    return float(tensor.nan_to_num(neginf=0.0).abs().max())
