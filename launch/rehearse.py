@@ -87,6 +87,7 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
     Raises:
         JobError: when the mesh cannot be had.
     """
+    from meshwright.parallel.blockwise.install import BlockwiseAttention
     from meshwright.parallel.plan import make_plan
     from meshwright.parallel.predicted import first_shares
     from meshwright.parallel.report import describe
@@ -96,7 +97,11 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
         options = settled_on_meta(loaded, model)
         options.check(mesh)
         plan = make_plan(model, mesh, options)
-        return first_shares(model, plan), describe(model, mesh, options, plan)
+        report = describe(model, mesh, options, plan)
+        if options.sizes is not None:
+            attention = BlockwiseAttention(model, options.sizes, options.example)
+            report = replace(report, notes=(*report.notes, *attention.lines))
+        return first_shares(model, plan), report
 
 
 def settled_on_meta(loaded: LoadedJob, model: "nn.Module") -> "Options":

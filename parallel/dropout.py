@@ -19,6 +19,7 @@ from meshwright.parallel.tensor_plan import Drop
 
 __all__ = ["PlainDropout", "with_plain_dropout"]
 
+_ATTENTION = functional.scaled_dot_product_attention  # as torch has it: the name may be replaced later
 # functions that draw inside themselves, where a mode does not look
 _DRAWING = (
     functional.multi_head_attention_forward,
@@ -70,7 +71,7 @@ class PlainDropout(TorchFunctionMode):
         keywords = dict(kwargs or {})
         if func is functional.dropout:
             return self._dropout(*args, **keywords)
-        if func is functional.scaled_dot_product_attention and _dropout_of(args, keywords) > 0:
+        if func is _ATTENTION and _dropout_of(args, keywords) > 0:
             return self._attention(*args, **keywords)
         if func in _RANDOM and self._generator is not None:
             keywords.setdefault("generator", self._generator)

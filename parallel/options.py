@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import ScheduleError, WrapError, nearest
 from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
@@ -35,6 +36,7 @@ class OptionKeywords(StageKeywords, total=False):
     bucket_bytes: int
     sequence_parallel: bool
     tensor_plan: Mapping[str, str] | TensorPlan | None
+    blockwise: Mapping[str, int | None] | Blockwise | None
     example: Any
     predict_memory: bool
 
@@ -56,6 +58,7 @@ class Options(StageOptions):
         sequence_parallel: deal the sequence dim over `tp` between the matrices of blocks (arXiv 2205.05198).
         tensor_plan: module pattern -> "column", "row", "vocabulary" or "replicate", before what the model and rules
             say; or a plan made earlier.
+        blockwise: compute attention by blocks, and what else `Blockwise` names: sizes, or {} for the default ones.
         example: one micro-batch, looked at once to make the tensor plan (models of `transformers` bring their own) and
             to count FLOPs.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
@@ -75,11 +78,13 @@ class Options(StageOptions):
     bucket_bytes: int = 25 << 20
     sequence_parallel: bool = False
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
+    blockwise: Mapping[str, int | None] | Blockwise | None = None
     example: Any = None
     predict_memory: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "blockwise", Blockwise.of(self.blockwise))
         for name, choices in (
             ("data_engine", get_args(DataEngineKind)),
             ("offload", ("none", "cpu")),
@@ -114,6 +119,11 @@ class Options(StageOptions):
     def contract(self) -> LossContract:
         """The loss contract these options state."""
         return LossContract(self.loss, self.loss_items, self.loss_fn)
+
+    @property
+    def sizes(self) -> Blockwise | None:
+        """Sizes of blocks, where something is computed by blocks."""
+        return Blockwise.of(self.blockwise)
 
     def chosen(self, mesh: Mesh, num_blocks: int) -> tuple[Placement, Schedule]:
         """Which rank holds which blocks of a model, and what ranks do in one step; costs are numbers by now."""

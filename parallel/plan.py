@@ -18,7 +18,7 @@ from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.tensor_planner import plan_tensor
 from meshwright.parallel.vocabulary import deal_head, deal_lookup
 
-__all__ = ["deal_model", "make_plan"]
+__all__ = ["deal_model", "example_of", "make_plan"]
 
 
 def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
@@ -32,7 +32,7 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
     if isinstance(options.tensor_plan, TensorPlan):
         return options.tensor_plan
     patterns = options.tensor_plan
-    example = _example_of(model) if options.example is None else options.example
+    example = example_of(model) if options.example is None else options.example
 
     def plan_on(device: torch.device) -> TensorPlan:
         moved = to_device(example, device)
@@ -86,7 +86,7 @@ def _check(plan: TensorPlan, mesh: Mesh) -> None:
         )
 
 
-def _example_of(model: nn.Module) -> Any:
+def example_of(model: nn.Module) -> Any:
     """A micro-batch for a model of `transformers`, from what its class and config say; labels are not needed."""
     config = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Matrix", "Segment", "Sight", "matrix_form", "watch"]
+__all__ = ["Matrix", "Segment", "Sight", "matrix_form", "watch", "without_dropout"]
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +83,7 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> Sight:
         elif isinstance(getattr(leaf, "weight", None), nn.Parameter) and leaf.weight.dim() == 2:
             hooks.append(leaf.register_forward_hook(watcher.on_lookup(path)))
     try:
-        with _without_dropout(model), saved_tensors_hooks(_forget, _refuse), watcher:
+        with without_dropout(model), saved_tensors_hooks(_forget, _refuse), watcher:
             output = run()
     finally:
         for hook in hooks:
@@ -308,7 +308,8 @@ def _refuse(nothing: None) -> Tensor:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Runs a model in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -5,6 +5,8 @@ are summed.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
+from meshwright.parallel.blockwise.install import BlockwiseAttention
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.costs import settled
 from meshwright.parallel.data import LocalStates, build_data_engine, spread_over
@@ -51,25 +54,37 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     check_agreement(model, groups)
     plan = make_plan(model, mesh, chosen)
     report = describe(model, mesh, chosen, plan)
+    blockwise = None if chosen.sizes is None else BlockwiseAttention(model, chosen.sizes, chosen.example)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
+    if blockwise is not None:
+        blockwise.install()
     spread = spread_over(model, groups, chosen, plan)
     data = build_data_engine(model, groups, chosen, spread)
-    return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report)
+    return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise)
 
 
 class ParallelModel:
     """A model on a mesh: `step` leaves the plain run's gradients in its parameters."""
 
-    def __init__(self, engine: Engine, groups: Groups, report: WrapReport) -> None:
+    def __init__(
+        self, engine: Engine, groups: Groups, report: WrapReport, blockwise: BlockwiseAttention | None = None
+    ) -> None:
         self.mesh = groups.mesh
         self.rank = groups.rank
-        self.report = report
+        self._report = report
+        self._blockwise = blockwise
         self.schedule: Schedule | None = engine.schedule
         self.last_step: StepStats | None = None
         self._engine = engine
         self._groups = groups
         self._owned: StepOptimizer | None = None
+
+    @property
+    def report(self) -> WrapReport:
+        """What was done to the model, and what not."""
+        said = () if self._blockwise is None else self._blockwise.lines
+        return replace(self._report, notes=(*self._report.notes, *said))
 
     @property
     def module(self) -> nn.Module:
@@ -91,7 +106,8 @@ class ParallelModel:
         Args:
             batch: this data rank's share: a mapping (keywords of forward), a tuple, or a tensor; dim 0 counts samples.
         """
-        self.last_step = self._engine.step(batch)
+        with nullcontext() if self._blockwise is None else self._blockwise.seen_in_first_step():
+            self.last_step = self._engine.step(batch)
         return self.last_step.loss
 
     def ledger_step(self, batch: Any) -> tuple[Tensor, LedgerSummary]:

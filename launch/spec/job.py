@@ -84,6 +84,8 @@ class Job(Conduct, Placement, Training, Program):
         dealt = ("sequence_parallel", "tensor_plan")
         stated = {name: getattr(self.parallel, name) for name in (*names, *dealt)}
         stated["placement"] = self.parallel.asked.placement
+        blockwise = self.parallel.blockwise
+        stated["blockwise"] = None if blockwise is None else blockwise.model_dump()
         return {**stated, "seed": self.train.seed if self.train else 0}
 
     @property

@@ -16,6 +16,7 @@ from meshwright.parallel.pipeline.placements import Placement
 __all__ = [
     "Adamw",
     "Axes",
+    "BlockSizes",
     "Bpe",
     "Data",
     "Decay",
@@ -191,6 +192,19 @@ class Staged(Axes):
         )
 
 
+class BlockSizes(Block):
+    """What is computed by blocks of the sequence; sizes in positions."""
+
+    query_block: Count = Field(default=1024, description="Queries whose attention scores are made at once.")
+    kv_block: Count = Field(default=1024, description="Keys that they meet at once.")
+    ffn_block: Count | None = Field(
+        default=None, description="Positions that a feed-forward layer takes at once; by default all."
+    )
+    loss_block: Count | None = Field(
+        default=None, description="Positions whose scores over the vocabulary are made at once; by default all."
+    )
+
+
 class Parallel(Staged):
     """The mesh, and how a step runs on it."""
 
@@ -214,6 +228,9 @@ class Parallel(Staged):
     tensor_plan: dict[Line, Literal["column", "row", "vocabulary", "replicate"]] | None = Field(
         default=None,
         description="Module pattern: how it is dealt over tp, before what the model and rules say.",
+    )
+    blockwise: BlockSizes | None = Field(
+        default=None, description="Compute attention by blocks of the sequence; {} takes the default sizes."
     )
 
 

@@ -1,0 +1,61 @@
+"""The option `blockwise`: how large the blocks are in which a model computes along its sequence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from meshwright.parallel.errors import WrapError, nearest
+
+__all__ = ["Blockwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blockwise:
+    """Sizes of blocks, in positions of the sequence (arXiv 2305.19370).
+
+    Args:
+        query_block: queries whose scores are made at once.
+        kv_block: keys that they meet at once.
+        ffn_block: positions that a feed-forward layer takes at once; None takes all.
+        loss_block: positions whose scores over the vocabulary are made at once; None makes all.
+
+    Raises:
+        WrapError: for sizes below 1.
+    """
+
+    query_block: int = 1024
+    kv_block: int = 1024
+    ffn_block: int | None = None
+    loss_block: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            may_miss = field.default is None
+            if size is None and may_miss:
+                continue
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise WrapError(
+                    f"blockwise: {field.name}={size!r} is no size of a block; give a whole number of at least 1"
+                    f"{', or None for no blocks' if may_miss else ''}"
+                )
+
+    @classmethod
+    def of(cls, given: "Blockwise | Mapping[str, Any] | None") -> "Blockwise | None":
+        """The option as a user writes it.
+
+        >>> Blockwise.of({"kv_block": 512})
+        Blockwise(query_block=1024, kv_block=512, ffn_block=None, loss_block=None)
+
+        Raises:
+            WrapError: naming the nearest size for an unknown one.
+        """
+        if given is None or isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise WrapError(f"blockwise={given!r} is no mapping of sizes; write blockwise={{}} for the default ones")
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise WrapError(f"blockwise has no size {name!r}; {nearest(str(name), names)}")
+        return cls(**given)
