@@ -1,11 +1,13 @@
 """The ranks along one mesh axis as real processes (`exchange.Axis`): sums, gathers and scatters that wait."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from meshwright.parallel.context.dealing import Dealing, DealingKind
 from meshwright.parallel.progress import Call, Waiting
 
 __all__ = ["PaperAxis", "ProcessAxis"]
@@ -21,6 +23,12 @@ class ProcessAxis:
     rank: int
     size: int
     call: Call = _UNNAMED
+    order: DealingKind = "contiguous"
+
+    @cached_property
+    def dealing(self) -> Dealing:
+        """Which part of a dealt dim each rank holds."""
+        return Dealing(self.order, self.size)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums over the axis in place."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from meshwright.parallel.context.dealing import Dealing
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.layout import deal
+from meshwright.parallel.exchange import rows
 from meshwright.parallel.tensor_plan import Drop
 
 __all__ = ["PlainDropout", "with_plain_dropout"]
@@ -32,6 +33,7 @@ _DRAWING = (
     functional.gumbel_softmax,
 )
 _DEFAULT_GENERATOR = Lock()
+_ALONE = Dealing("contiguous", 1)
 
 _RANDOM = (torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli)
 
@@ -41,8 +43,8 @@ class PlainDropout(TorchFunctionMode):
 
     Args:
         drops: one entry per call with p > 0; None draws as it is called. Empty while calls are only recorded.
-        rank: position along `tp`.
-        degree: ranks of `tp`.
+        rank: position along the axis that deals.
+        dealing: of positions over its ranks.
         length: full sequence length, asked when a dealt sequence is met.
         generator: where random bits come from; None is torch's default.
     """
@@ -52,14 +54,14 @@ class PlainDropout(TorchFunctionMode):
         drops: Sequence[Drop | None] = (),
         *,
         rank: int = 0,
-        degree: int = 1,
+        dealing: Dealing = _ALONE,
         length: Callable[[], int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self._drops = drops
         self._rank = rank
-        self._degree = degree
+        self._dealing = dealing
         self._length = length
         self._generator = generator
         self.shapes: list[tuple[int, ...]] = []
@@ -107,13 +109,15 @@ class PlainDropout(TorchFunctionMode):
         if p < 1:
             whole.div_(1 - p)
         mask = whole.permute([order.index(dim) for dim in range(input.dim())])
-        if drop is not None:
-            mask = mask.narrow(drop.dim, sum(sizes[: self._rank]), sizes[self._rank])
-        return mask
+        if drop is None:
+            return mask
+        if drop.sizes is None:
+            return rows(mask, self._dealing.pieces(sum(sizes), self._rank), drop.dim)
+        return mask.narrow(drop.dim, sum(sizes[: self._rank]), sizes[self._rank])
 
     def _lengths(self) -> tuple[int, ...]:
         assert self._length is not None, "a dealt sequence outside a stream"
-        return tuple(stop - start for start, stop in deal(self._length(), self._degree))
+        return tuple(self._dealing.sizes(self._length()))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **keywords: Any) -> Tensor:
         """Attention as torch computes it on CPU when it drops, with the mask of the plain run."""

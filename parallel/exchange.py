@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from meshwright.parallel.layout import deal
+from meshwright.parallel.context.dealing import Dealing
 
-__all__ = ["Axis", "cut", "enter", "gather", "join", "leave", "scatter_sum"]
+__all__ = ["Axis", "cut", "enter", "gather", "join", "leave", "rows", "scatter_sum"]
 
 
 class Axis(Protocol):
@@ -34,6 +34,11 @@ class Axis(Protocol):
     @property
     def size(self) -> int:
         """Degree of the axis."""
+        ...
+
+    @property
+    def dealing(self) -> Dealing:
+        """Which part of a dealt dim each rank holds."""
         ...
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -83,13 +88,38 @@ def cut(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
     return _Scatter.apply(tensor, axis, dim, False)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _sizes(full: int, axis: Axis) -> list[int]:
-    return [stop - start for start, stop in deal(full, axis.size)]
-
-
 def _own(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-    start, stop = deal(tensor.shape[dim], axis.size)[axis.rank]
-    return tensor.narrow(dim, start, stop - start).clone()  # in the order of memory that dropout masks follow
+    return rows(tensor, axis.dealing.pieces(tensor.shape[dim], axis.rank), dim)
+
+
+def rows(tensor: Tensor, pieces: tuple[range, ...], dim: int) -> Tensor:
+    """Positions of `pieces` in their order, in memory of their own whose order dropout masks follow."""
+    parts = [tensor[(*[slice(None)] * dim, slice(each.start, each.stop, each.step))] for each in pieces]
+    if len(parts) == 1:
+        return parts[0].clone()
+    return torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0).clone()
+
+
+def _joined(tensor: Tensor, axis: Axis, dim: int, full: int) -> Tensor:
+    """The shares of all ranks in the order of positions."""
+    dealing = axis.dealing
+    whole = axis.gather(tensor, dealing.sizes(full), dim)
+    if dealing.kind == "contiguous":
+        return _fresh(whole)
+    ordered, start = torch.empty_like(whole), 0
+    for each in (piece for rank in range(axis.size) for piece in dealing.pieces(full, rank)):
+        ordered[(*[slice(None)] * dim, slice(each.start, each.stop, each.step))] = whole.narrow(dim, start, len(each))
+        start += len(each)
+    return ordered
+
+
+def _scattered(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Sums over the axis; this rank's positions."""
+    full, dealing = tensor.shape[dim], axis.dealing
+    if dealing.kind != "contiguous":
+        pieces = tuple(piece for rank in range(axis.size) for piece in dealing.pieces(full, rank))
+        tensor = rows(tensor, pieces, dim)
+    return _fresh(axis.scatter_sum(tensor, dealing.sizes(full), dim))
 
 
 def _fresh(tensor: Tensor) -> Tensor:
@@ -126,15 +156,12 @@ class _Gather(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tensor, axis, dim, full, summed = inputs
         ctx.axis, ctx.dim, ctx.full, ctx.summed = axis, dim, full, summed
-        return _fresh(axis.gather(tensor, _sizes(full, axis), dim))
+        return _joined(tensor, axis, dim, full)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
-        if ctx.summed:
-            share = ctx.axis.scatter_sum(gradient, _sizes(ctx.full, ctx.axis), ctx.dim)
-        else:
-            share = _own(gradient, ctx.axis, ctx.dim)
+        share = _scattered(gradient, ctx.axis, ctx.dim) if ctx.summed else _own(gradient, ctx.axis, ctx.dim)
         return share, None, None, None, None
 
 
@@ -143,8 +170,8 @@ class _Scatter(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tensor, axis, dim, summed = inputs
         ctx.axis, ctx.dim, ctx.full = axis, dim, tensor.shape[dim]
-        return _fresh(axis.scatter_sum(tensor, _sizes(ctx.full, axis), dim)) if summed else _own(tensor, axis, dim)
+        return _scattered(tensor, axis, dim) if summed else _own(tensor, axis, dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return ctx.axis.gather(gradients[0], _sizes(ctx.full, ctx.axis), ctx.dim), None, None, None
+        return _joined(gradients[0], ctx.axis, ctx.dim, ctx.full), None, None, None

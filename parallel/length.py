@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from meshwright.parallel.exchange import Axis
-from meshwright.parallel.layout import deal
 
 __all__ = ["Length"]
 
@@ -47,5 +46,4 @@ class Length:
         return isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.is_floating_point()
 
     def _share(self) -> int:
-        start, stop = deal(self.full, self.axis.size)[self.axis.rank]
-        return stop - start
+        return self.axis.dealing.size(self.full, self.axis.rank)

@@ -100,7 +100,7 @@ def _run_rank(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], ax
     full = (lambda: length.full) if length is not None else None
     with (
         Promote(),
-        PlainDropout(drops, rank=axis.rank, degree=axis.size, length=full, generator=generator) as dropout,
+        PlainDropout(drops, rank=axis.rank, dealing=axis.dealing, length=full, generator=generator) as dropout,
     ):
         outputs = tensors_of(mine(*args, **kwargs))
         weights = [_like(plain, number, each, axis) for number, each in enumerate(outputs)]

@@ -211,7 +211,7 @@ def _drop_as_plain(unit: nn.Module, axis: Axis, drops: tuple[Any, ...], length: 
     with_plain_dropout(
         unit,
         lambda: PlainDropout(
-            drops, rank=axis.rank, degree=axis.size, length=None if length is None else lambda: length.full
+            drops, rank=axis.rank, dealing=axis.dealing, length=None if length is None else lambda: length.full
         ),
     )
 

@@ -4,23 +4,20 @@ Where the sources disagree the first one that knows a module decides. What is de
 equal to the plain run, unit by unit; everything else stays replicated and is named with the reason.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.regions import Region, find_regions
 from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
-from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, own_copy, run_plain, tensors_of
+from meshwright.parallel.unit_calls import calls_of, signature_of
+from meshwright.parallel.unit_run import Plain, UnitCall, run_plain
 from meshwright.parallel.variants import common_path, subsets, variants
 from meshwright.parallel.vocabulary_plan import with_vocabulary
 from meshwright.parallel.watch import Matrix, Sight, watch
@@ -67,7 +64,7 @@ def plan_tensor(
     base = TensorPlan(degree=degree, sequence=sequence)
     regions, objections = _wished(find_regions(sight), wishes)
     units = _units(model, regions)
-    settled = _settle_all(model, units, _capture(model, run, units), base)
+    settled = _settle_all(model, units, calls_of(model, run, units), base)
     plan = base.joined_with(each.plan.under(path) for path, each in settled.items())
     if sequence:
         streams = _streams(model, settled)
@@ -92,7 +89,8 @@ def _settle_all(
     for path, call in calls.items():
         unit = model.get_submodule(path)
         regions = [_relative(region, path) for region in units[path]]
-        key = _signature(unit, regions, call)
+        parts = tuple((each.paths, each.heads, tuple(column.segments for column in each.columns)) for each in regions)
+        key = signature_of(unit, call, parts)
         if key not in known:
             known[key] = _settle(unit, call, regions, base)
         settled[path] = known[key]
@@ -131,71 +129,11 @@ def _units(model: nn.Module, regions: Sequence[Region]) -> dict[str, list[Region
     return merged
 
 
-def _capture(model: nn.Module, run: Callable[[], Any], units: Iterable[str]) -> dict[str, UnitCall]:
-    """Arguments of the first call of each unit."""
-    found: dict[str, UnitCall] = {}
-    made: dict[int, Any] = {}  # storages that units made, kept alive so that their addresses stay theirs
-
-    def noting(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            del module
-            if path not in found:
-                kept = tree_map(_kept, (args, kwargs))
-                given = keyed_arguments(args, kwargs)
-                passed = (key for key, each in given if isinstance(each, Tensor) and _storage(each) in made)
-                found[path] = UnitCall(kept[0], kept[1], frozenset(passed))
-
-        return hook
-
-    def keeping(module: nn.Module, args: Any, output: Any) -> None:
-        del module, args
-        made.update({_storage(each): each.untyped_storage() for each in tensors_of(output)})
-
-    with ExitStack() as stack:
-        for path in units:
-            hook = model.get_submodule(path).register_forward_pre_hook(noting(path), with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.callback(model.get_submodule(path).register_forward_hook(keeping).remove)
-        stack.enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: torch.empty(0)))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        run()
-    return found
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _kept(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.detach().requires_grad_(leaf.requires_grad)
-    return own_copy(leaf)
-
-
 def _relative(region: Region, unit: str) -> Region:
     def moved(matrix: Matrix) -> Matrix:
         return replace(matrix, path=matrix.path.removeprefix(unit + "." if unit else ""))
 
     return replace(region, columns=tuple(moved(each) for each in region.columns), row=moved(region.row))
-
-
-def _signature(unit: nn.Module, regions: Sequence[Region], call: UnitCall) -> Any:
-    """Units of equal signature are dealt alike; one proof serves them all."""
-    settings = tuple(
-        (
-            path,
-            type(module),
-            tuple((name, each) for name, each in vars(module).items() if type(each) in (float, bool, str)),
-        )
-        for path, module in unit.named_modules()
-    )
-    tensors = tuple((name, tuple(each.shape), each.requires_grad) for name, each in unit.named_parameters())
-    heads = tuple((region.paths, region.heads, tuple(each.segments for each in region.columns)) for region in regions)
-    given = tuple(
-        (key, tuple(each.shape), each.requires_grad) if isinstance(each, Tensor) else (key, type(each))
-        for key, each in keyed_arguments(call.args, call.kwargs)
-    )
-    return settings, tensors, heads, given
 
 
 def _settle(unit: nn.Module, call: UnitCall, regions: Sequence[Region], base: TensorPlan) -> _Settled:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from meshwright.parallel.context.dealing import Dealing
+
 __all__ = ["ThreadAxis", "run_threads"]
 
 Result = TypeVar("Result")
@@ -22,6 +24,7 @@ class ThreadAxis:
     def __init__(self, rank: int, size: int, barrier: Barrier, slots: list[Any]) -> None:
         self.rank = rank
         self.size = size
+        self.dealing = Dealing("contiguous", size)
         self.calls: list[tuple[str, int]] = []
         self._barrier = barrier
         self._slots = slots

@@ -16,7 +16,7 @@ def test_a_share_of_the_mask_is_the_plain_mask(order: tuple[int, int, int]) -> N
     plain, after = functional.dropout(whole, 0.4), torch.rand(1)
     for rank, (start, stop) in enumerate([(0, 2), (2, 6)]):
         torch.manual_seed(0)
-        with PlainDropout([Drop(1, (2, 4))], rank=rank, degree=2):
+        with PlainDropout([Drop(1, (2, 4))], rank=rank):
             share = functional.dropout(whole[:, start:stop], 0.4)
         assert torch.equal(share, plain[:, start:stop])
         assert torch.equal(torch.rand(1), after)
@@ -28,7 +28,7 @@ def test_dropping_attention_is_torchs_own(causal: bool) -> None:
     torch.manual_seed(0)
     plain = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.3, is_causal=causal)
     torch.manual_seed(0)
-    with PlainDropout([Drop(1, (1, 3))], rank=1, degree=2):
+    with PlainDropout([Drop(1, (1, 3))], rank=1):
         mine = functional.scaled_dot_product_attention(
             query[:, 1:], key[:, 1:], value[:, 1:], dropout_p=0.3, is_causal=causal
         )
