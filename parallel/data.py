@@ -17,6 +17,7 @@ from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimize
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
 from meshwright.parallel.pipeline.runtime import States
+from meshwright.parallel.shared import SharedGradients
 from meshwright.parallel.staged import StagedStates
 from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
@@ -100,11 +101,13 @@ class Spread:
 
     Args:
         dealt: over `tp`.
+        context: over `cp`: gradients that are partial on each rank.
         staged: over `pp`.
         stages: what `staged` follows.
     """
 
     dealt: DealtStates
+    context: SharedGradients
     staged: StagedStates
     stages: Stages
 
@@ -143,6 +146,7 @@ class LocalStates(Unscheduled):
         self._groups = groups
         self._norm_axes = (*norm_axes, "tp", "pp")
         self._dealt = spread.dealt
+        self._context = spread.context
         self._staged = spread.staged
         allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
@@ -208,10 +212,13 @@ class LocalStates(Unscheduled):
         return self._staged.wholes(whole)
 
     def _sum_over_copies(self) -> None:
-        """Sums gradients of what ranks of `tp` or `pp` hold several times, or in parts that add up."""
+        """Sums gradients of what ranks of `cp`, `tp` or `pp` hold several times, or in parts that add up."""
+        if self._groups.mesh.cp > 1:
+            self._context.fill(self._trained)
+            self._context.sum(self.local())
         self._staged.fill(self._trained)
         self._dealt.sum_gradients(self.local())
-        self._staged.sum_gradients(self.local(), self._trained)
+        self._staged.sum_gradients(self.local())
 
     def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
         """Builds an ordinary torch optimizer on the local parts."""
@@ -253,10 +260,13 @@ class SharedFlags:
         return flags
 
 
-def spread_over(module: nn.Module, groups: Groups, options: Options, plan: TensorPlan) -> Spread:
-    """Cuts a model, dealt over `tp` already, into stages and keeps those of this rank."""
+def spread_over(
+    module: nn.Module, groups: Groups, options: Options, plan: TensorPlan, context: TensorPlan | None = None
+) -> Spread:
+    """Cuts a model, dealt over `tp` and `cp` already, into stages and keeps those of this rank."""
     stages = stages_of(module, groups.mesh, groups.rank, options)
-    return Spread(DealtStates(plan, groups), StagedStates(module, stages.homes, groups), stages)
+    sums = SharedGradients(context.partial if context is not None else (), groups, "cp")
+    return Spread(DealtStates(plan, groups), sums, StagedStates(module, stages.homes, groups), stages)
 
 
 def build_data_engine(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:

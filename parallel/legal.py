@@ -45,19 +45,32 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     Raises:
         WrapError: naming the axis and the nearest legal layout.
     """
-    for axis in ("cp", "ep"):
-        if mesh.degree(axis) > 1:
-            legal = {**mesh.degrees(), axis: 1, "dp": mesh.dp * mesh.degree(axis)}
-            raise WrapError(
-                f"mesh axis {axis}={mesh.degree(axis)} cannot be wrapped by this version; "
-                f"nearest legal layout: {Mesh.of(legal)}"
-            )
+    if mesh.ep > 1:
+        legal = {**mesh.degrees(), "ep": 1, "dp": mesh.dp * mesh.ep}
+        raise WrapError(
+            f"mesh axis ep={mesh.ep} cannot be wrapped by this version; nearest legal layout: {Mesh.of(legal)}"
+        )
+    _check_context(mesh, settings)
     if settings.sequence_parallel and mesh.tp == 1:
         raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
     _check_deepspeed(mesh, settings)
     _check_schedule(mesh, settings)
     if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
         raise WrapError("offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'")
+
+
+def _check_context(mesh: Mesh, settings: LayoutSettings) -> None:
+    if mesh.cp == 1:
+        return
+    refused = {
+        "sequence_parallel": settings.sequence_parallel,
+        "data_engine='deepspeed'": settings.data_engine == "deepspeed",
+    }
+    for option, given in refused.items():
+        if given:
+            raise WrapError(
+                f"mesh axis cp={mesh.cp} does not go with {option}; nearest legal: the same mesh {mesh} without it"
+            )
 
 
 def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:

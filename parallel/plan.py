@@ -1,11 +1,12 @@
 """The tensor pass of `parallelize`: finds an example, has the plan made, deals the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.context.planner import plan_context
 from meshwright.parallel.dealt import check_duplicates
 from meshwright.parallel.deferred import on_shapes
 from meshwright.parallel.errors import WrapError
@@ -18,7 +19,7 @@ from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.tensor_planner import plan_tensor
 from meshwright.parallel.vocabulary import deal_head, deal_lookup
 
-__all__ = ["deal_model", "example_of", "make_plan"]
+__all__ = ["deal_model", "example_of", "make_context_plan", "make_plan"]
 
 
 def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
@@ -32,27 +33,56 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
     if isinstance(options.tensor_plan, TensorPlan):
         return options.tensor_plan
     patterns = options.tensor_plan
+
+    def planned(run: Callable[[], Any]) -> TensorPlan:
+        return plan_tensor(model, run, mesh.tp, sequence=options.sequence_parallel, patterns=patterns)
+
+    plan = _on_example(model, options, f"tp={mesh.tp}", planned)
+    _check(plan, mesh)
+    return plan
+
+
+def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) -> TensorPlan:
+    """The plan of a model along `cp`; one of degree 1 where there is none.
+
+    Args:
+        model: unwrapped.
+        mesh: with `cp`.
+        options: may hold an example.
+        plan: along `tp`.
+
+    Raises:
+        WrapError: when its blocks do not work on a dealt sequence, or no example is at hand.
+    """
+    if mesh.cp == 1:
+        return TensorPlan(degree=1)
+    found = _on_example(model, options, f"cp={mesh.cp}", lambda run: plan_context(model, run, mesh.cp))
+    twice = [path for path in found.drops if path in plan.drops]
+    if twice:
+        raise WrapError(
+            f"block {twice[0]} draws dropout masks that both tp={mesh.tp} and cp={mesh.cp} deal, which is not built; "
+            f"set its dropout to 0, or use one of the axes"
+        )
+    return found
+
+
+def _on_example(
+    model: nn.Module, options: Options, axis: str, planned: Callable[[Callable[[], Any]], TensorPlan]
+) -> TensorPlan:
+    """Plans from one forward pass on an example, on shapes alone where that can be."""
     example = example_of(model) if options.example is None else options.example
 
     def plan_on(device: torch.device) -> TensorPlan:
         moved = to_device(example, device)
-        return plan_tensor(
-            model,
-            lambda: call(model, moved),
-            mesh.tp,
-            sequence=options.sequence_parallel,
-            patterns=patterns,
-        )
+        return planned(lambda: call(model, moved))
 
     try:
-        plan = on_shapes(model, plan_on)
+        return on_shapes(model, plan_on)
     except (RuntimeError, TypeError, KeyError) as error:
         raise WrapError(
-            f"the model cannot be run on its example, which the axis tp={mesh.tp} needs: {type(error).__name__}: "
+            f"the model cannot be run on its example, which the axis {axis} needs: {type(error).__name__}: "
             f"{error}; pass example= one micro-batch as step() takes it"
         ) from error
-    _check(plan, mesh)
-    return plan
 
 
 def deal_model(model: nn.Module, plan: TensorPlan, axis: Axis) -> None:
@@ -102,6 +132,6 @@ def example_of(model: nn.Module) -> Any:
         height, width = (size, size) if isinstance(size, int) else size
         return {name: torch.randn(2, getattr(config, "num_channels", 3), height, width)}
     raise WrapError(
-        "the axis tp needs one look at a forward pass: pass example= one micro-batch as step() takes it "
+        "the axes tp and cp need one look at a forward pass: pass example= one micro-batch as step() takes it "
         "(a dict of keywords, a tuple, or a tensor)"
     )

@@ -6,11 +6,13 @@ counts only if outputs, gradients of inputs and of all parameters equal the plai
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.layout import deal
@@ -21,7 +23,7 @@ from meshwright.parallel.tensor_plan import Drop, TensorPlan
 from meshwright.parallel.threads import ThreadAxis, run_threads
 from meshwright.parallel.unit_run import Plain, argument, gradients_of, inputs_of, tensors_of
 
-__all__ = ["RefutedError", "prove"]
+__all__ = ["Attending", "RefutedError", "prove"]
 
 _TOLERANCE = 1e-8
 _FLOOR = 1e-6
@@ -31,7 +33,11 @@ class RefutedError(Exception):
     """A variant whose numbers are not the plain run's."""
 
 
-def prove(plain: Plain, plan: TensorPlan) -> TensorPlan:
+Attending = Callable[[nn.Module, TensorPlan, Length], AbstractContextManager[object]]
+"""Makes the context in which a rank's copy of a unit attends over a dealt sequence."""
+
+
+def prove(plain: Plain, plan: TensorPlan, attending: Attending | None = None) -> TensorPlan:
     """Runs a variant on threads; returns it with partial parameters, dropouts and collectives filled in.
 
     Raises:
@@ -39,8 +45,8 @@ def prove(plain: Plain, plan: TensorPlan) -> TensorPlan:
     """
     drops: tuple[Drop | None, ...] = ()
     if plain.drops:
-        drops = _dealt_drops(plain, [each.drops for each in _run(plain, plan, ())], plan)
-    ranks = _run(plain, plan, drops)
+        drops = _dealt_drops(plain, [each.drops for each in _run(plain, plan, (), attending)], plan)
+    ranks = _run(plain, plan, drops, attending)
     for number, whole in enumerate(plain.outputs):
         _check_output(number, whole, ranks, plan, plain)
     for number, gradient in enumerate(plain.given):
@@ -70,18 +76,20 @@ class _Rank:
     drops: list[tuple[int, ...]]
 
 
-def _run(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...]) -> list[_Rank]:
+def _run(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], attending: Attending | None) -> list[_Rank]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return run_threads(lambda axis: _run_rank(plain, plan, drops, axis), plan.degree)
+        return run_threads(lambda axis: _run_rank(plain, plan, drops, axis, attending), plan.degree)
     except Exception as error:  # whatever a unit raises when its heads do not fit, the variant is refuted
         raise RefutedError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
         torch.set_default_dtype(before)
 
 
-def _run_rank(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], axis: ThreadAxis) -> _Rank:
+def _run_rank(
+    plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], axis: ThreadAxis, attending: Attending | None
+) -> _Rank:
     memo = {id(each): each for each in [*plain.unit.parameters(), *plain.unit.buffers()]}
     mine = copy.deepcopy(plain.unit, memo)
     keep_shares(mine, plan.splits, axis.rank)
@@ -99,6 +107,7 @@ def _run_rank(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], ax
     generator = torch.Generator().manual_seed(7)
     full = (lambda: length.full) if length is not None else None
     with (
+        nullcontext() if attending is None or length is None else attending(mine, plan, length),
         Promote(),
         PlainDropout(drops, rank=axis.rank, dealing=axis.dealing, length=full, generator=generator) as dropout,
     ):

@@ -81,13 +81,27 @@ class WrapReport:
         return "\n".join(lines)
 
 
-def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None = None) -> WrapReport:
-    """Says what wrapping `model` on `mesh` will do, before it is done; `plan` is needed where the mesh has `tp`."""
+def describe(
+    model: nn.Module,
+    mesh: Mesh,
+    options: Options,
+    plan: TensorPlan | None = None,
+    context: TensorPlan | None = None,
+) -> WrapReport:
+    """Says what wrapping `model` on `mesh` will do, before it is done.
+
+    Args:
+        model: unwrapped.
+        mesh: of all ranks.
+        options: of the wrap.
+        plan: needed where the mesh has `tp`.
+        context: needed where the mesh has `cp`.
+    """
     whole = sum(each.numel() for each in model.parameters())
     options = settled(options, model)
     mine = model if plan is None else first_shares(model, plan)
     kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in most_held(mine, mesh, options)}
-    known = options.data_engine == "torch" and mesh.pp == 1
+    known = options.data_engine == "torch" and mesh.pp == mesh.cp == 1
     memory, unknown = _memory(model, mesh, options, plan)
     calls = [*predicted_calls(mine, mesh, options), *tensor_calls(mine, mesh, options, plan)] if known else None
     return WrapReport(
@@ -98,7 +112,7 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | 
         parameters_per_rank=sum(kept.values()),
         bytes_per_rank=sum(number * each.element_size() for each, number in kept.items()),
         collectives=None if calls is None else LedgerSummary.of(calls),
-        table="" if plan is None else plan.table(),
+        table="\n".join(each.table() for each in (plan, context) if each is not None and each.decisions),
         memory=memory,
     )
 

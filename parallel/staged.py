@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.shared import Local, SharedGradients
 from meshwright.parallel.weights import alias_groups
 
 __all__ = ["StagedStates"]
 
 T = TypeVar("T")
-_Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
 
 
 class StagedStates:
@@ -36,7 +35,7 @@ class StagedStates:
         self._degree = groups.mesh.pp
         self.aliases = alias_groups(module)
         self._home = {names[0]: _home(names, homes) for names in self.aliases}
-        self._unused: set[str] = set()
+        self._sums = SharedGradients([name for name, home in self._home.items() if home is None], groups, "pp")
         self._trained = [name for name, each in module.named_parameters() if each.requires_grad]
         for names in self.aliases:
             if self._home[names[0]] not in (None, self._rank):
@@ -49,31 +48,14 @@ class StagedStates:
     def fill(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Gives parameters that several ranks hold a gradient, so that all ranks sum the same ones."""
         if self._degree > 1:
-            for name in self._shared(trained):
-                if trained[name].grad is None:
-                    trained[name].grad = torch.zeros_like(trained[name])
-                    self._unused.add(name)
+            self._sums.fill(trained)
 
-    def sum_gradients(self, local: _Local, trained: Mapping[str, nn.Parameter]) -> None:
+    def sum_gradients(self, local: Local) -> None:
         """Sums gradients of what several ranks hold; none is left where no rank had one."""
-        if self._degree == 1:
-            return
-        shared = self._shared(trained)
-        pieces = {name: local[name][1] for name in shared}
-        for dtype in dict.fromkeys(each.dtype for each in pieces.values() if each is not None):
-            same = {name: each for name, each in pieces.items() if each is not None and each.dtype is dtype}
-            used = [float(name not in self._unused) for name in same]
-            flags = torch.tensor(used, dtype=dtype, device=self._groups.device_type)
-            flat = torch.cat([*(each.reshape(-1) for each in same.values()), flags])
-            self._groups.all_reduce(flat, "pp").wait()
-            *parts, flags = flat.split([*(each.numel() for each in same.values()), len(used)])
-            for (name, each), part, flag in zip(same.items(), parts, flags.tolist(), strict=True):
-                each.copy_(part.view_as(each))
-                if not flag:
-                    trained[name].grad = None
-        self._unused.clear()
+        if self._degree > 1:
+            self._sums.sum(local)
 
-    def counted(self, local: _Local) -> _Local:
+    def counted(self, local: Local) -> Local:
         """What this rank counts in a norm: every parameter is counted by one rank of `pp`."""
         if self._rank == 0:
             return local

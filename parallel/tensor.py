@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
 from meshwright.parallel.errors import WrapError
@@ -20,7 +21,7 @@ from meshwright.parallel.length import Length
 from meshwright.parallel.passing import note_passing, on_passing
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["install", "keep_shares"]
+__all__ = ["install", "keep_shares", "length_of", "open_streams"]
 
 
 class _Entry:
@@ -74,25 +75,29 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
         lengths: unit -> its stream, where the caller deals the sequence itself; None makes them from the plan.
     """
     if lengths is None:
-        lengths = _open_streams(model, plan, axis)
+        lengths = open_streams(model, plan, axis)
     entries = {row: _Entry(axis) for row in plan.rows}
     for path, attributes in plan.attributes.items():
         _set_attributes(model.get_submodule(path), attributes, axis.rank)
     for path, (row, keys) in plan.gathers.items():
-        _gather_before(model.get_submodule(path), entries[row], keys, _length_of(path, lengths))
+        _gather_before(model.get_submodule(path), entries[row], keys, length_of(path, lengths))
     for path, keys in plan.joined.items():
-        _run_whole(model.get_submodule(path), axis, keys, _length_of(path, lengths))
+        _run_whole(model.get_submodule(path), axis, keys, length_of(path, lengths))
     for path, row in plan.columns.items():
         _multiply_own(model.get_submodule(path), entries[row], plan.transposed[path])
     for path, transposed in plan.rows.items():
-        _sum_after(model.get_submodule(path), axis, entries[path], transposed, _length_of(path, lengths))
+        _sum_after(model.get_submodule(path), axis, entries[path], transposed, length_of(path, lengths))
     for path, slices in plan.slices.items():
         _cut_before(model.get_submodule(path), axis, slices)
+    for path, dealt in plan.dealt.items():
+        _deal_before(model.get_submodule(path), axis, dealt, length_of(path, lengths))
+    for path, keys in plan.entered.items():
+        _enter_before(model.get_submodule(path), axis, keys)
     for path, drops in plan.drops.items():
-        _drop_as_plain(model.get_submodule(path), axis, drops, _length_of(path, lengths))
+        _drop_as_plain(model.get_submodule(path), axis, drops, length_of(path, lengths))
 
 
-def _length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:
+def length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:
     """The stream of the unit that a module lies in."""
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
@@ -207,6 +212,45 @@ def _cut_before(unit: nn.Module, axis: Axis, slices: tuple[tuple[int | str, Spli
     unit.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def _deal_before(unit: nn.Module, axis: Axis, dealt: Any, length: Length | None) -> None:
+    """Gives a unit its positions of values that have an entry for each, unless they are dealt already."""
+    assert length is not None, "values of positions without a stream"
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        for key, dims in dealt:
+            args, kwargs = _changed(
+                args, kwargs, (key,), lambda value, dims=dims: _dealt_leaves(value, dims, axis, length)
+            )
+        return args, kwargs
+
+    unit.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _dealt_leaves(value: Any, dims: tuple[int | None, ...], axis: Axis, length: Length) -> Any:
+    leaves, structure = tree_flatten(value)
+    for place, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+        if dim is None or not isinstance(leaf, Tensor) or leaf.shape[dim] == axis.dealing.size(length.full, axis.rank):
+            continue  # no positions, or its share already
+        if leaf.shape[dim] != length.full:
+            raise WrapError(
+                f"a block gets a value {tuple(leaf.shape)} where it got one for each of the {length.full} positions in "
+                "the example; pass an example= like the batches to come"
+            )
+        leaves[place] = cut(leaf, axis, dim % leaf.dim())
+    return tree_unflatten(leaves, structure)
+
+
+def _enter_before(unit: nn.Module, axis: Axis, keys: tuple[int | str, ...]) -> None:
+    """Hands values to a unit in which each rank does its own part of the work with them."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        del module
+        return _changed(args, kwargs, keys, lambda value: enter(value, axis) if isinstance(value, Tensor) else value)
+
+    unit.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _drop_as_plain(unit: nn.Module, axis: Axis, drops: tuple[Any, ...], length: Length | None) -> None:
     with_plain_dropout(
         unit,
@@ -216,7 +260,7 @@ def _drop_as_plain(unit: nn.Module, axis: Axis, drops: tuple[Any, ...], length: 
     )
 
 
-def _open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, Length]:
+def open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, Length]:
     """Deals the sequence before the first block of each stream and joins it after the last."""
     lengths: dict[str, Length] = {}
     for stream in plan.streams:

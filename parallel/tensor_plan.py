@@ -62,6 +62,9 @@ class TensorPlan:
         joined: module -> arguments joined before it, because every rank runs it whole on the full sequence.
         slices: unit -> ((argument, split), ...) of values that carry one number or map per head.
         streams: lists of blocks with a dealt sequence.
+        dealt: unit -> ((argument, dim of each tensor in it, or None), ...) of values besides the stream that have an entry for each position.
+        entered: unit -> arguments with a history that it takes whole; their gradients are summed.
+        attends: attention module -> "dealt" where keys are dealt as queries are, "whole" where every rank has all keys.
         attributes: module -> {attribute: its value on each rank}.
         partial: replicated parameters whose gradients are summed over `tp`.
         drops: unit -> one entry per dropout call in it, None where the plain mask is drawn whole.
@@ -81,6 +84,9 @@ class TensorPlan:
     joined: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     slices: Mapping[str, tuple[tuple[int | str, Split], ...]] = field(default_factory=dict)
     streams: tuple[Stream, ...] = ()
+    dealt: Mapping[str, tuple[tuple[int | str, tuple[int | None, ...]], ...]] = field(default_factory=dict)
+    entered: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    attends: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     drops: Mapping[str, tuple[Drop | None, ...]] = field(default_factory=dict)
@@ -101,6 +107,9 @@ class TensorPlan:
             gathers={_moved(name, prefix): (_moved(row, prefix), keys) for name, (row, keys) in self.gathers.items()},
             joined={_moved(name, prefix): each for name, each in self.joined.items()},
             slices={_moved(name, prefix): each for name, each in self.slices.items()},
+            dealt={_moved(name, prefix): each for name, each in self.dealt.items()},
+            entered={_moved(name, prefix): each for name, each in self.entered.items()},
+            attends={_moved(name, prefix): each for name, each in self.attends.items()},
             attributes={_moved(name, prefix): each for name, each in self.attributes.items()},
             partial=frozenset(_moved(name, prefix) for name in self.partial),
             drops={_moved(name, prefix): each for name, each in self.drops.items()},
@@ -152,6 +161,9 @@ _PER_MODULE = (
     "gathers",
     "joined",
     "slices",
+    "dealt",
+    "entered",
+    "attends",
     "attributes",
     "drops",
     "calls",

@@ -1,7 +1,8 @@
 """One unit of a model run alone: its call as the model made it, and the plain numbers that any variant must give."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.promote import Promote
 
 __all__ = [
+    "Around",
     "Plain",
     "UnitCall",
     "argument",
@@ -25,6 +27,10 @@ __all__ = [
     "run_plain",
     "tensors_of",
 ]
+
+
+Around = Callable[[nn.Module], AbstractContextManager[object]]
+"""Makes the context in which a copy of a unit runs."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,8 @@ class Plain:
     drops: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def run_plain(unit: nn.Module, call: UnitCall) -> Plain:
-    """Runs a unit as it is, forward and backward."""
+def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> Plain:
+    """Runs a unit as it is, forward and backward; `around` makes a context for the copy that is run."""
     mine = _with_random_weights(unit)
     args, kwargs = call.fresh()
     stream = _stream_key(args, kwargs)
@@ -80,7 +86,8 @@ def run_plain(unit: nn.Module, call: UnitCall) -> Plain:
         if path
     ]
     generator = torch.Generator().manual_seed(7)
-    with Promote(), PlainDropout(generator=generator) as dropout, derived:
+    inside = nullcontext() if around is None else around(mine)
+    with Promote(), PlainDropout(generator=generator) as dropout, derived, inside:
         outputs = tensors_of(mine(*args, **kwargs))
     for hook in hooks:
         hook.remove()

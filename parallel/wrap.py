@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.blockwise.install import BlockwiseAttention
+from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.context.install import deal_sequence
 from meshwright.parallel.costs import settled
 from meshwright.parallel.data import LocalStates, build_data_engine, spread_over
 from meshwright.parallel.deferred import device_of
@@ -29,7 +31,7 @@ from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.recorder import recording
 from meshwright.parallel.pipeline.timeline import Timeline
-from meshwright.parallel.plan import deal_model, make_plan
+from meshwright.parallel.plan import deal_model, make_context_plan, make_plan
 from meshwright.parallel.report import WrapReport, describe
 from meshwright.parallel.weights import WeightFiles, alias_groups, boxes_of, write_weights
 
@@ -53,13 +55,17 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     groups = Groups(mesh, device_of(model).type)
     check_agreement(model, groups)
     plan = make_plan(model, mesh, chosen)
-    report = describe(model, mesh, chosen, plan)
-    blockwise = None if chosen.sizes is None else BlockwiseAttention(model, chosen.sizes, chosen.example)
+    context = make_context_plan(model, mesh, chosen, plan)
+    report = describe(model, mesh, chosen, plan, context)
+    by_blocks = chosen.sizes is not None and mesh.cp == 1  # cp attends by blocks anyway
+    blockwise = BlockwiseAttention(model, chosen.sizes, chosen.example) if by_blocks else None
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
     if blockwise is not None:
         blockwise.install()
-    spread = spread_over(model, groups, chosen, plan)
+    if mesh.cp > 1:
+        deal_sequence(model, context, groups.axis("cp"), chosen.sizes or Blockwise())
+    spread = spread_over(model, groups, chosen, plan, context)
     data = build_data_engine(model, groups, chosen, spread)
     return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise)
 

@@ -1,0 +1,166 @@
+"""Plans how a model's blocks work on a sequence dealt over `cp`, each proved by running it.
+
+Between blocks every rank holds its positions. A block may then do what concerns one position at a time; its attention
+fetches keys of other ranks. What else it takes for each position (rotary tables, ids) is dealt with the stream. Where a
+block computes something from positions inside of its attention (relative biases, say), that module runs whole on every
+rank. Which of these is true of a block is not read from its code but tried, in float64, on two ranks that are threads.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.blockwise.calls import AttentionCall
+from meshwright.parallel.blockwise.plugs import plugged
+from meshwright.parallel.context.attending import attend_locally, gathered
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.length import Length
+from meshwright.parallel.prove import RefutedError, prove
+from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
+from meshwright.parallel.unit_calls import calls_of, signature_of
+from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, run_plain
+
+__all__ = ["plan_context"]
+
+_PROVED_ON = 2
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What became of one block: its plan (paths relative to it) and its stream, or why there is none."""
+
+    plan: TensorPlan | None
+    stream: int | str | None
+    reason: str
+
+
+def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> TensorPlan:
+    """Decides how the blocks of a model work on their rank's positions.
+
+    Args:
+        model: unwrapped, on any device, meta included; it is not changed.
+        run: one forward pass of the model on an example.
+        degree: of `cp`.
+
+    Raises:
+        WrapError: naming the block that cannot.
+    """
+    calls = calls_of(model, run, list(find_blocks(model)))
+    if not calls:
+        raise WrapError(
+            f"mesh axis cp={degree}: the model has no list of blocks that it calls; deal the batch over dp instead"
+        )
+    known: dict[Any, _Settled] = {}
+    settled: dict[str, _Settled] = {}
+    for path, call in calls.items():
+        unit = model.get_submodule(path)
+        key = signature_of(unit, call)
+        if key not in known:
+            known[key] = _settle(unit, call)
+        settled[path] = known[key]
+    _refuse(settled, degree)
+    plan = TensorPlan(degree=degree, sequence=True)
+    plan = plan.joined_with(each.plan.under(path) for path, each in settled.items() if each.plan is not None)
+    decisions = tuple(Decision(path, "positions", each.reason) for path, each in settled.items())
+    return replace(plan, streams=_streams(settled), decisions=decisions)
+
+
+def _refuse(settled: Mapping[str, _Settled], degree: int) -> None:
+    for path, each in settled.items():
+        if each.plan is None:
+            raise WrapError(
+                f"mesh axis cp={degree}: block {path} does not work on a dealt sequence ({each.reason}); deal the "
+                "batch over dp, or heads over tp"
+            )
+
+
+def _streams(settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
+    lists: dict[str, list[str]] = {}
+    for path in settled:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    found = []
+    for blocks in lists.values():
+        key = settled[blocks[0]].stream
+        assert key is not None, blocks
+        found.append(Stream(tuple(blocks), key))
+    return tuple(found)
+
+
+def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
+    """Finds the first variant of a block that is proved."""
+    asked: list[str] = []
+
+    def plainly(copy: nn.Module) -> AbstractContextManager[object]:
+        return plugged(copy, lambda call: _noted(call, asked))
+
+    try:
+        plain = run_plain(unit, call, plainly)
+    except Exception as error:  # whatever a block raises outside its model, it cannot be proved
+        return _Settled(None, None, f"it cannot be run alone: {type(error).__name__}: {error}")
+    if plain.stream is None:
+        return _Settled(None, None, "it takes no [samples, positions, features]")
+    reasons: list[str] = []
+    for variant in _variants(plain, list(dict.fromkeys(asked))):
+        attends: dict[str, str] = {}
+
+        def attending(copy: nn.Module, plan: TensorPlan, length: Length) -> AbstractContextManager[object]:
+            del plan
+            return plugged(copy, gathered(length, attends.__setitem__))
+
+        try:
+            found = prove(plain, variant, attending)
+        except RefutedError as error:
+            reasons.append(str(error))
+            continue
+        return _Settled(replace(found, attends=attends), plain.stream, _said(found, attends))
+    return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
+
+
+def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
+    asked.append(call.name)
+    return attend_locally(replace(call, dropout_p=0.0))
+
+
+def _said(plan: TensorPlan, attends: Mapping[str, str]) -> str:
+    if plan.joined:
+        return f"{', '.join(plan.joined)} on the whole sequence on every rank, the rest position by position"
+    return f"attention of {', '.join(attends) or 'nothing'}, the rest position by position"
+
+
+def _variants(plain: Plain, asked: list[str]) -> Iterator[TensorPlan]:
+    """The ways in which a block might work on its positions, the likeliest first."""
+    full = plain.shape[-2]
+    base = TensorPlan(degree=_PROVED_ON, sequence=True)
+    given = keyed_arguments(plain.call.args, plain.call.kwargs)
+    others = [(key, value) for key, value in given if key != plain.stream]
+    learned = [key for key, value in others if isinstance(value, Tensor) and value.requires_grad]
+    all_dims = {key: _dims(value, full) for key, value in others}
+    by_position = {key: dims for key, dims in all_dims.items() if any(dim is not None for dim in dims)}
+    plain_keys = [key for key in by_position if key not in learned]
+    seen: list[list[int | str]] = []
+    for keys in (plain_keys, [*by_position], [], *([key] for key in by_position)):
+        if keys not in seen:
+            seen.append(keys)
+            dealt = tuple((key, by_position[key]) for key in keys)
+            entered = tuple(key for key in learned if key not in keys)
+            yield replace(base, dealt={"": dealt} if dealt else {}, entered={"": entered} if entered else {})
+    whole = [path for path in asked if plain.keys.get(path)] or [
+        path for path, keys in plain.keys.items() if keys and "." not in path
+    ]
+    for paths in [whole] if asked else [*([path] for path in whole), whole]:
+        if paths:
+            yield replace(base, joined={path: plain.keys[path] for path in paths})
+
+
+def _dims(value: Any, full: int) -> tuple[int | None, ...]:
+    """For each leaf of an argument its dim of positions, from the end; None where there is none, or more than one."""
+    found: list[int | None] = []
+    for leaf in tree_leaves(value):
+        dims = [dim for dim, size in enumerate(leaf.shape) if size == full] if isinstance(leaf, Tensor) else []
+        found.append(dims[0] - leaf.dim() if len(dims) == 1 else None)
+    return tuple(found)

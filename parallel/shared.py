@@ -1,0 +1,58 @@
+"""Gradients of parameters that several ranks of one axis hold and each have a part of."""
+
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.parallel.collectives import Groups
+
+__all__ = ["Local", "SharedGradients"]
+
+Each = TypeVar("Each")
+Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
+"""Parameter -> itself and the part of its gradient that this rank holds."""
+
+
+class SharedGradients:
+    """Sums parts of gradients along an axis, in one piece for each dtype.
+
+    Args:
+        names: of the parameters; those that a rank does not hold are left out.
+        groups: process groups of the mesh.
+        axis: of the mesh.
+    """
+
+    def __init__(self, names: Collection[str], groups: Groups, axis: str) -> None:
+        self._names = set(names)
+        self._groups = groups
+        self._axis = axis
+        self._unused: set[str] = set()
+
+    def fill(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Gives each parameter a gradient, so that all ranks sum the same ones."""
+        for name, each in self._held(trained).items():
+            if each.grad is None:
+                each.grad = torch.zeros_like(each)
+                self._unused.add(name)
+
+    def sum(self, local: Local) -> None:
+        """Sums them; none is left where no rank had one."""
+        held = self._held(local)
+        parts = {name: gradient for name, (_, gradient) in held.items() if gradient is not None}
+        for dtype in dict.fromkeys(each.dtype for each in parts.values()):
+            same = {name: each for name, each in parts.items() if each.dtype is dtype}
+            used = [float(name not in self._unused) for name in same]
+            flags = torch.tensor(used, dtype=dtype, device=self._groups.device_type)
+            flat = torch.cat([*(each.reshape(-1) for each in same.values()), flags])
+            self._groups.all_reduce(flat, self._axis).wait()
+            *sums, flags = flat.split([*(each.numel() for each in same.values()), len(used)])
+            for (name, each), total, flag in zip(same.items(), sums, flags.tolist(), strict=True):
+                each.copy_(total.view_as(each))
+                if not flag:
+                    held[name][0].grad = None
+        self._unused.clear()
+
+    def _held(self, of: Mapping[str, Each]) -> dict[str, Each]:
+        return {name: each for name, each in of.items() if name in self._names}
