@@ -1,6 +1,5 @@
 """A model whose attention runs by blocks: which of its modules do, which do not, and what the report says of them."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -156,6 +155,8 @@ def _nothing(asked: AttentionCall) -> Tensor:
 
 
 def _named(paths: Sequence[str]) -> str:
-    """Modules of one pattern by the pattern and their number."""
-    patterns = Counter(starred(path) if path else "the model itself" for path in paths)
-    return ", ".join(pattern if number == 1 else f"{number} x {pattern}" for pattern, number in patterns.items())
+    """Modules by their paths, several of one pattern by the pattern and their number."""
+    patterns: dict[str, list[str]] = {}
+    for path in paths:
+        patterns.setdefault(starred(path), []).append(path or "the model itself")
+    return ", ".join(own[0] if len(own) == 1 else f"{len(own)} x {pattern}" for pattern, own in patterns.items())
