@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.parallel.blockwise.attention import attend
+from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.by_hand import HandWatch
 from meshwright.parallel.blockwise.calls import AttentionCall, name_of_calling
 from meshwright.parallel.blockwise.plugs import Plugged, plug_in, plugged
@@ -87,7 +87,7 @@ class BlockwiseAttention:
 
     def install(self) -> None:
         """Begins; the model may have been dealt in the meantime."""
-        self._plugged = plug_in(self._model, partial(_attend, self._sizes))
+        self._plugged = plug_in(self._model, partial(attend_to, sizes=self._sizes))
 
     @property
     def lines(self) -> list[str]:
@@ -132,22 +132,6 @@ def _check(seen: Seen) -> None:
             "of transformers, or leave out blockwise="
         )
     raise WrapError("blockwise: no module of the model attends; leave out blockwise=")
-
-
-def _attend(sizes: Blockwise, asked: AttentionCall) -> Tensor:
-    return attend(
-        asked.query,
-        asked.key,
-        asked.value,
-        mask=asked.mask,
-        bias=asked.bias,
-        scale=asked.scale,
-        softcap=asked.softcap,
-        sinks=asked.sinks,
-        dropout_p=asked.dropout_p,
-        query_block=sizes.query_block,
-        kv_block=sizes.kv_block,
-    )
 
 
 def _nothing(asked: AttentionCall) -> Tensor:

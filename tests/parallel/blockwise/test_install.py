@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import meshwright as mw
 from meshwright.parallel.blockwise import install
+from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.install import look
 from meshwright.parallel.blockwise.sizes import Blockwise
@@ -28,7 +29,7 @@ def _ids(length: int = 6) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_by_blocks_has_the_gradients_of_the_models_own(name: str) -> None:
     sizes = Blockwise(**BLOCKS)
-    error, _ = error_when_plugged(*model_of(name), lambda call: install._attend(sizes, call))
+    error, _ = error_when_plugged(*model_of(name), lambda call: attend_to(call, sizes))
     assert error < 1e-12
 
 
@@ -115,8 +116,7 @@ def test_a_deferred_model_is_looked_at_too() -> None:
 
 def test_evaluation_and_generation_go_by_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[AttentionCall] = []
-    by_blocks = install._attend
-    monkeypatch.setattr(install, "_attend", lambda sizes, call: calls.append(call) or by_blocks(sizes, call))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(install, "attend_to", lambda call, sizes: calls.append(call) or attend_to(call, sizes))  # type: ignore[func-returns-value]
     plain = lm("llama", num_key_value_heads=2, use_cache=True)().eval()
     ids = words()["input_ids"][:2]
     expected = plain.generate(ids, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
