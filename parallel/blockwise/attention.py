@@ -5,7 +5,7 @@ Only query, key, value, output and log-sum-exp are kept for backward, which make
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -14,32 +14,23 @@ from torch.autograd.function import Function
 from meshwright.parallel.blockwise.block import BlockGradients, Upstream
 from meshwright.parallel.blockwise.chunk import Chunk, Work
 from meshwright.parallel.blockwise.kernels import block_backward, block_forward
-from meshwright.parallel.blockwise.mask import Mask
 from meshwright.parallel.blockwise.merge import Partial, empty_partial, merge_into
 from meshwright.parallel.blockwise.partial import Gradients, partial_backward, partial_forward
 from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
-from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring
+from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring, ScoringKeywords
 from meshwright.parallel.errors import WrapError
 
 __all__ = ["AttendKeywords", "attend"]
 
 
-class AttendKeywords(TypedDict, total=False):
+class AttendKeywords(ScoringKeywords, total=False):
     """Keyword arguments of `attend`."""
 
-    mask: Mask | None
     bias: Tensor | BiasFunction | None
-    scale: float | None
-    softcap: float | None
     sinks: Tensor | None
-    dropout_p: float
     dropout_seed: int | None
-    query_block: int
-    kv_block: int
     query_positions: Positions | None
     key_positions: Positions | None
-    first_sample: int
-    first_head: int
 
 
 @overload
@@ -76,7 +67,8 @@ def attend(
         WrapError: for shapes, dtypes or options that do not fit.
     """
     query, key, value = _cast(query, key, value)
-    _check(query, key, value, options.get("sinks"))
+    _check(query, key, value)
+    _check_sinks(options.get("sinks"), query.shape[1])
     bias, call = options.get("bias"), _Call.of(query, key, options)
     own = _four_dims(bias, query, key) if isinstance(bias, Tensor) else None
     with torch.autocast(query.device.type, enabled=False):
@@ -156,21 +148,24 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(each if each.dtype is torch.float64 else each.to(dtype) for each in tensors)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if {query.dim(), key.dim(), value.dim()} != {4}:
         raise WrapError(f"attend() takes [batch, heads, tokens, d], not {shapes}")
+    if 0 in (query.shape[3], value.shape[3], key.shape[1]):
+        raise WrapError(f"{shapes}: without heads or width there is nothing to attend by")
     fits = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
-    if not fits or query.shape[1] % max(key.shape[1], 1) != 0:
+    if not fits or query.shape[1] % key.shape[1]:
         raise WrapError(f"{shapes} do not fit: heads must be a multiple of kv_heads, and the other sizes equal")
     if len({query.dtype, key.dtype, value.dtype}) > 1 or not query.dtype.is_floating_point:
         raise WrapError(
             f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; give them one floating dtype"
         )
-    if 0 in (query.shape[3], value.shape[3], key.shape[1]):
-        raise WrapError(f"{shapes} hold no head or no width to attend by")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise WrapError(f"sinks {list(sinks.shape)} must be one score per head, [{query.shape[1]}]")
+
+
+def _check_sinks(sinks: Tensor | None, heads: int) -> None:
+    if sinks is not None and sinks.shape != (heads,):
+        raise WrapError(f"sinks {list(sinks.shape)} must be one score per head, [{heads}]")
 
 
 def _four_dims(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ pairs that are masked cost as much as others. So a causal rectangle is one whole
 strips of rows: each under one mask, or with the columns that all its rows see apart from the two ends.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ class Part(NamedTuple):
         return float(rows * of_row + (rows + columns) * _GATHER + limits.call_cost)
 
 
-def total_cost(parts: Sequence[Part], limits: Limits) -> float:
+def total_cost(parts: Iterable[Part], limits: Limits) -> float:
     """Of several parts, in pairs."""
     return float(sum(each.cost(limits) for each in parts))
 
@@ -65,11 +65,11 @@ def total_cost(parts: Sequence[Part], limits: Limits) -> float:
 def split(sketch: Diagonals | Uniform, *, rows: int, columns: int, limits: Limits) -> list[Part]:
     """Parts that hold every pair of a band, at the least cost.
 
-    >>> limits = Limits(1024, 1024, fused=True, call_cost=100.0)
-    >>> for part in split(Diagonals(-63, 64), rows=64, columns=128, limits=limits):
+    >>> limits = Limits(1024, 1024, fused=True, call_cost=5000.0)
+    >>> for part in split(Diagonals(-63, 960), rows=64, columns=1024, limits=limits):
     ...     print(part.rows, part.columns, part.sketch)
-    slice(0, 64, None) slice(0, 64, None) Uniform.FULL
-    slice(0, 64, None) slice(64, 128, None) Diagonals(low=-63, high=0)
+    slice(0, 64, None) slice(0, 960, None) Uniform.FULL
+    slice(0, 64, None) slice(960, 1024, None) Diagonals(low=-63, high=0)
     """
     if not isinstance(sketch, Diagonals):
         return [] if sketch is EMPTY else _whole(slice(0, rows), slice(0, columns), limits)
@@ -127,10 +127,6 @@ class _Band(NamedTuple):
     def strips(self, height: int, limits: Limits) -> list[Part]:
         """Rows by `height`, each strip in the cheaper of two ways."""
         parts: list[Part] = []
-
-        def cost(way: list[Part]) -> float:
-            return total_cost(way, limits)
-
         for top in range(max(0, -self.high), min(self.rows, self.columns - self.low), height):
             rows = slice(top, min(top + height, self.rows, self.columns - self.low))
             parts += min(
@@ -139,7 +135,7 @@ class _Band(NamedTuple):
         return parts
 
     def _masked(self, rows: slice, limits: Limits) -> list[Part]:
-        return self._between(rows, 0, self.columns, limits)
+        return self._between(rows, slice(0, self.columns), limits)
 
     def _apart(self, rows: slice, limits: Limits) -> list[Part]:
         """The columns that all rows of a strip see, and the two ends."""
@@ -149,10 +145,11 @@ class _Band(NamedTuple):
         if begin >= end:
             return self._masked(rows, limits)
         middle = _whole(rows, slice(begin, end), limits)
-        return [*self._between(rows, 0, begin, limits), *middle, *self._between(rows, end, self.columns, limits)]
+        left, right = slice(0, begin), slice(end, self.columns)
+        return [*self._between(rows, left, limits), *middle, *self._between(rows, right, limits)]
 
-    def _between(self, rows: slice, begin: int, end: int, limits: Limits) -> list[Part]:
-        """Columns from `begin` to `end` that some row of a strip sees, by `kv_block`."""
-        begin, end = max(begin, rows.start + self.low), min(end, rows.stop + self.high)
+    def _between(self, rows: slice, columns: slice, limits: Limits) -> list[Part]:
+        """Those of `columns` that some row of a strip sees, by `kv_block`."""
+        begin, end = max(columns.start, rows.start + self.low), min(columns.stop, rows.stop + self.high)
         steps = [slice(left, min(left + limits.kv_block, end)) for left in range(begin, end, limits.kv_block)]
         return [each for each in (self.part(rows, step) for step in steps) if each.sketch is not EMPTY]

@@ -33,7 +33,7 @@ def parts_of(pairs: Tensor, limits: Limits) -> list[Part]:
     table: list[list[int]] = kinds.tolist()
     if all(kind == 2 for line in table for kind in line):
         return [Part(slice(0, rows), slice(0, columns), FULL)]
-    by_cells = list(_runs(table, rows, columns, limits))
+    by_cells = list(_runs(table, (rows, columns), limits))
     whole = [Part(slice(0, rows), slice(0, columns), None)]
     return min(by_cells, whole, key=lambda parts: total_cost(parts, limits))
 
@@ -45,15 +45,15 @@ def _cells(pairs: Tensor, *, empty: bool) -> Tensor:
     return padded.reshape(-1, _CELL, padded.shape[1] // _CELL, _CELL)
 
 
-def _runs(table: list[list[int]], rows: int, columns: int, limits: Limits) -> Iterator[Part]:
+def _runs(table: list[list[int]], size: tuple[int, int], limits: Limits) -> Iterator[Part]:
     """Rows of cells that are alike together; in them runs, joined where one call is cheaper than two."""
     top = 0
     for line, alike in groupby(table):
-        bottom = min(top + _CELL * len(list(alike)), rows)
+        bottom = min(top + _CELL * len(list(alike)), size[0])
         found: list[Part] = []
         left = 0
         for kind, run in groupby(line):
-            right = min(left + _CELL * len(list(run)), columns)
+            right = min(left + _CELL * len(list(run)), size[1])
             if kind:
                 found.append(Part(slice(top, bottom), slice(left, right), FULL if kind == 2 else None))
                 _join(found, limits)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from meshwright.parallel.blockwise.block import Block, BlockGradients, Upstream
 from meshwright.parallel.blockwise.merge import Partial
 
-__all__ = ["Kernel", "Operands", "Result", "fused_backward", "fused_forward"]
+__all__ = ["Gradients", "Kernel", "Operands", "Result", "Returned", "fused_backward", "fused_forward"]
 
 
 class Operands(NamedTuple):
@@ -29,6 +29,14 @@ class Operands(NamedTuple):
     mask: Tensor | None
     causal: bool
     scale: float
+
+
+class Returned(NamedTuple):
+    """What a kernel's backward takes besides."""
+
+    grad_out: Tensor
+    out: Tensor
+    lse: Tensor
 
 
 Result: TypeAlias = tuple[Tensor, Tensor]
@@ -43,7 +51,7 @@ class Kernel:
         name: for reports.
         dtypes: that it takes.
         forward: operands to output and log-sum-exp [batch, heads, n].
-        backward: operands, gradient of output, output and log-sum-exp to gradients of query, key and value.
+        backward: operands, and what comes back, to gradients of query, key and value.
         masks: whether it takes a mask.
         whole: widths it takes are multiples of this.
         max_width: and at most this.
@@ -53,7 +61,7 @@ class Kernel:
     name: str
     dtypes: tuple[torch.dtype, ...]
     forward: Callable[[Operands], Result]
-    backward: Callable[[Operands, Tensor, Tensor, Tensor], Gradients]
+    backward: Callable[[Operands, Returned], Gradients]
     masks: bool = True
     whole: int = 1
     max_width: int = 1 << 16
@@ -85,7 +93,8 @@ def fused_backward(kernel: Kernel, block: Block, upstream: Upstream) -> BlockGra
         value = functional.pad(block.value, (0, 1), value=1.0)
         operands = operands._replace(value=_padded(value, width))
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    found = kernel.backward(operands, _padded(grad_out, width), _padded(out.to(grad_out.dtype), width), lse)
+    returned = Returned(_padded(grad_out, width), _padded(out.to(grad_out.dtype), width), lse)
+    found = kernel.backward(operands, returned)
     sizes = (block.query.shape[-1], block.key.shape[-1], block.value.shape[-1])
     query, key, value = (each[..., :size] for each, size in zip(found, sizes, strict=True))
     return BlockGradients(query, key, value, bias=None)

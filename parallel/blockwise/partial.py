@@ -60,7 +60,7 @@ def partial_forward(chunk: Chunk, scoring: Scoring, so_far: Partial | None = Non
 
 
 def partial_backward(
-    chunk: Chunk, scoring: Scoring, upstream: Upstream, so_far: Gradients | None = None, *, with_bias: bool = True
+    chunk: Chunk, scoring: Scoring, upstream: Upstream, *, so_far: Gradients | None = None, with_bias: bool = True
 ) -> Gradients:
     """Gradients by way of a chunk's keys, added in place to `so_far` where that is given.
 

@@ -43,7 +43,7 @@ class Plan:
         if isinstance(tile.sketch, Diagonals):
             found = Allowed(tile.sketch.tensor(*size, frame.device))
         else:
-            found = Allowed(_look(mask, frame, tile.sample, tile.queries, tile.keys))
+            found = Allowed(_Looking(mask, frame)(tile.sample, tile.queries, tile.keys))
         if type(found.pairs) is Tensor and not found.pairs.is_inference() and found.pairs.numel() <= self._room:
             self._room -= found.pairs.numel()
             self._kept[name] = found
@@ -70,15 +70,19 @@ def _plan_of_band(mask: Band | None, key: _Key) -> Plan:
 
 def _made(mask: Mask | None, key: _Key) -> Plan:
     queries, keys, limits, frame = key
-
-    def look(sample: int | None, some: range, others: range) -> Tensor:
-        assert mask is not None, "without a mask every block is known"
-        return _look(mask, frame, sample, some, others)
-
-    return Plan(tuple(tiles_of(mask, queries, keys, limits=limits, look=look)))
+    return Plan(tuple(tiles_of(mask, queries, keys, limits=limits, look=_Looking(mask, frame))))
 
 
-def _look(mask: Mask, frame: Frame, sample: int | None, queries: range, keys: range) -> Tensor:
-    if sample is None:
-        return mask.pairs(queries, keys, frame)
-    return mask.row(sample).pairs(queries, keys, replace(frame, batch=frame.batch[sample : sample + 1]))
+@dataclass(frozen=True, eq=False)
+class _Looking:
+    """Asks a mask for elements."""
+
+    mask: Mask | None
+    frame: Frame
+
+    def __call__(self, sample: int | None, queries: range, keys: range) -> Tensor:
+        assert self.mask is not None, "without a mask every block is known"
+        if sample is None:
+            return self.mask.pairs(queries, keys, self.frame)
+        frame = replace(self.frame, batch=self.frame.batch[sample : sample + 1])
+        return self.mask.row(sample).pairs(queries, keys, frame)

@@ -2,16 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 from torch import Tensor
 
 from meshwright.parallel.blockwise.mask import Mask
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["BiasFunction", "Scoring"]
+__all__ = ["BiasFunction", "Scoring", "ScoringKeywords"]
 
 BiasFunction: TypeAlias = Callable[[range, range], Tensor]
+
+
+class ScoringKeywords(TypedDict, total=False):
+    """Keyword arguments that `attend` has from `Scoring`."""
+
+    mask: Mask | None
+    scale: float | None
+    softcap: float | None
+    dropout_p: float
+    query_block: int
+    kv_block: int
+    first_sample: int
+    first_head: int
 
 
 @dataclass(frozen=True, kw_only=True)

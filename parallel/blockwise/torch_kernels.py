@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from meshwright.parallel.blockwise.fused import Gradients, Kernel, Operands, Result
+from meshwright.parallel.blockwise.fused import Gradients, Kernel, Operands, Result, Returned
 
 __all__ = ["FUSED"]
 
@@ -26,9 +26,9 @@ def _cpu_flash(given: Operands) -> Result:
     return out, lse
 
 
-def _cpu_flash_back(given: Operands, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+def _cpu_flash_back(given: Operands, back: Returned) -> Gradients:
     query, key, value = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, *given[:3], out, lse, 0.0, given.causal, attn_mask=given.mask, scale=given.scale
+        back.grad_out, *given[:3], back.out, back.lse, 0.0, given.causal, attn_mask=given.mask, scale=given.scale
     )
     return query, key, value
 
@@ -38,13 +38,13 @@ def _gpu_flash(given: Operands) -> Result:
     return found[0], found[1]
 
 
-def _gpu_flash_back(given: Operands, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+def _gpu_flash_back(given: Operands, back: Returned) -> Gradients:
     rows, columns = given.query.shape[2], given.key.shape[2]
     state = given.query.new_zeros(2, dtype=torch.uint64)  # of dropout, which there is none of
     unused = state.new_zeros(())
     query, key, value = _aten._scaled_dot_product_flash_attention_backward(
-        grad_out, *given[:3], out, lse.contiguous(), None, None, rows, columns, 0.0, given.causal, state, unused,
-        scale=given.scale,
+        back.grad_out, *given[:3], back.out, back.lse.contiguous(), None, None, rows, columns,
+        0.0, given.causal, state, unused, scale=given.scale,
     )  # fmt: skip
     return query, key, value
 
@@ -57,12 +57,12 @@ def _gpu_efficient(given: Operands) -> Result:
     return out, lse[..., : given.query.shape[2]]
 
 
-def _gpu_efficient_back(given: Operands, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+def _gpu_efficient_back(given: Operands, back: Returned) -> Gradients:
     key, value = _repeated(given)
-    padded = functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)  # inf: rows of weight 0
-    unused = torch.zeros((), dtype=torch.int64, device=lse.device)
+    padded = functional.pad(back.lse, (0, -back.lse.shape[-1] % 32), value=torch.inf)  # inf: rows of weight 0
+    unused = torch.zeros((), dtype=torch.int64, device=back.lse.device)
     grad_query, *others, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        grad_out, given.query, key, value, _aligned(given), out, padded, unused, unused, 0.0,
+        back.grad_out, given.query, key, value, _aligned(given), back.out, padded, unused, unused, 0.0,
         [True, True, True, False], given.causal, scale=given.scale,
     )  # fmt: skip
     grad_key, grad_value = (_summed(each, given.key.shape[1]) for each in others)
