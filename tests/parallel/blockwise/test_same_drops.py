@@ -12,15 +12,14 @@ from tests.parallel.families import FAMILIES
 SIZES = {"query_block": 5, "kv_block": 4}
 
 
-def test_whether_attention_drops_is_found_without_changing_a_model() -> None:
+@pytest.mark.parametrize(("name", "expected"), [("llama", True), ("t5", True), ("translator", True), ("qwen3", False)])
+def test_whether_attention_drops_is_found_without_changing_a_model(name: str, expected: bool) -> None:
+    build_model, build_batch = FAMILIES[name]
+    model, batch = build_model(), build_batch()
     state = torch.get_rng_state()
-    for name, expected in (("llama", True), ("qwen3", False), ("t5", True)):
-        build_model, build_batch = FAMILIES[name]
-        model = build_model()
-        assert drops(model, build_batch()) is expected
-        assert not drops(model.eval(), build_batch())
-        assert torch.equal(torch.get_rng_state(), state) or name != "llama"
-        state = torch.get_rng_state()
+    assert drops(model, batch) is expected
+    assert not drops(model.eval(), batch)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_plain_run_that_drops_nothing_in_attention_stays_the_models_own() -> None:
