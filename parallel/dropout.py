@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from meshwright.parallel.context.dealing import Dealing
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import rows
 from meshwright.parallel.tensor_plan import Drop
 
-__all__ = ["PlainDropout", "with_plain_dropout"]
+__all__ = ["PlainDropout", "first_dropped_head", "with_plain_dropout"]
 
 _ATTENTION = functional.scaled_dot_product_attention  # as torch has it: the name may be replaced later
 # functions that draw inside themselves, where a mode does not look
@@ -75,6 +75,8 @@ class PlainDropout(TorchFunctionMode):
             return self._dropout(*args, **keywords)
         if func is _ATTENTION and _dropout_of(args, keywords) > 0:
             return self._attention(*args, **keywords)
+        if func is first_dropped_head:
+            return self._first_head(*args)
         if func in _RANDOM and self._generator is not None:
             keywords.setdefault("generator", self._generator)
         if func in _DRAWING and self._generator is not None:
@@ -115,6 +117,17 @@ class PlainDropout(TorchFunctionMode):
             return rows(mask, self._dealing.pieces(sum(sizes), self._rank), drop.dim)
         return mask.narrow(drop.dim, sum(sizes[: self._rank]), sizes[self._rank])
 
+    def _first_head(self, query: Tensor, scores: tuple[int, ...]) -> int:
+        """Attention that drops by the numbers of heads counts as one dropout of its scores."""
+        self.shapes.append(scores)
+        number = len(self.shapes) - 1
+        drop = self._drops[number] if number < len(self._drops) else None
+        if drop is None:
+            return 0
+        if drop.dim != 1 or drop.sizes is None:
+            raise WrapError(f"attention scores {list(scores)} that drop are dealt along dim {drop.dim}, not by heads")
+        return sum(drop.sizes[: self._rank])
+
     def _lengths(self) -> tuple[int, ...]:
         assert self._length is not None, "a dealt sequence outside a stream"
         return tuple(self._dealing.sizes(self._length()))
@@ -148,6 +161,19 @@ _ATTENTION_DEFAULTS: dict[str, Any] = {
     "scale": None,
     "enable_gqa": False,
 }
+
+
+def first_dropped_head(query: Tensor, scores: tuple[int, ...]) -> int:
+    """Number in the whole model of the first head of a call whose dropout depends on these numbers.
+
+    Args:
+        query: any tensor of the call.
+        scores: shape [b, heads, s_q, s_k] of what drops.
+    """
+    if has_torch_function((query,)):
+        found: int = handle_torch_function(first_dropped_head, (query,), query, scores)
+        return found
+    return 0
 
 
 def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.blockwise.same_drops import drop_as_blocks_do
 from meshwright.parallel.deferred import materialise
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, num_samples, share, split
@@ -59,6 +60,9 @@ def plain_outcome(trial: Trial) -> Outcome:
     """Runs the step on the unwrapped model; the reference of every comparison."""
     model = materialise(trial.model())
     draw_by_block(find_blocks(model, trial.options.blocks))
+    if trial.options.sizes is not None:
+        with trial.precision():
+            drop_as_blocks_do(model, _microbatches(trial, 0)[0][1])
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     shares: list[dict[str, Tensor]] = []
     losses: list[list[float]] = []

@@ -1,6 +1,5 @@
 """A model whose attention runs by blocks: which of its modules do, which do not, and what the report says of them."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.parallel.blockwise.attention import attend
+from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.by_hand import HandWatch
 from meshwright.parallel.blockwise.calls import AttentionCall, name_of_calling
 from meshwright.parallel.blockwise.plugs import Plugged, plug_in, plugged
@@ -88,7 +87,7 @@ class BlockwiseAttention:
 
     def install(self) -> None:
         """Begins; the model may have been dealt in the meantime."""
-        self._plugged = plug_in(self._model, partial(_attend, self._sizes))
+        self._plugged = plug_in(self._model, partial(attend_to, sizes=self._sizes))
 
     @property
     def lines(self) -> list[str]:
@@ -135,27 +134,13 @@ def _check(seen: Seen) -> None:
     raise WrapError("blockwise: no module of the model attends; leave out blockwise=")
 
 
-def _attend(sizes: Blockwise, asked: AttentionCall) -> Tensor:
-    return attend(
-        asked.query,
-        asked.key,
-        asked.value,
-        mask=asked.mask,
-        bias=asked.bias,
-        scale=asked.scale,
-        softcap=asked.softcap,
-        sinks=asked.sinks,
-        dropout_p=asked.dropout_p,
-        query_block=sizes.query_block,
-        kv_block=sizes.kv_block,
-    )
-
-
 def _nothing(asked: AttentionCall) -> Tensor:
     return asked.query.new_zeros(*asked.query.shape[:-1], asked.value.shape[-1])
 
 
 def _named(paths: Sequence[str]) -> str:
-    """Modules of one pattern by the pattern and their number."""
-    patterns = Counter(starred(path) if path else "the model itself" for path in paths)
-    return ", ".join(pattern if number == 1 else f"{number} x {pattern}" for pattern, number in patterns.items())
+    """Modules by their paths, several of one pattern by the pattern and their number."""
+    patterns: dict[str, list[str]] = {}
+    for path in paths:
+        patterns.setdefault(starred(path), []).append(path or "the model itself")
+    return ", ".join(own[0] if len(own) == 1 else f"{len(own)} x {pattern}" for pattern, own in patterns.items())

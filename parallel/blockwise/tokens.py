@@ -119,6 +119,11 @@ class Documents(Tokens):
 class Padding(Tokens):
     """Numbers other than 0 are attended."""
 
+    def check(self, batch: range, heads: range, *, queries: int, keys: int) -> None:
+        """The positions of keys are covered; there may be more queries, of another sequence."""
+        del queries
+        super().check(batch, heads, queries=0, keys=keys)
+
     def _sketch(self, queries: range, keys: range) -> Sketch:
         kinds = set(self._kinds_in(keys)) if queries else set()
         if 1 not in kinds:
