@@ -60,7 +60,7 @@ def plain_outcome(trial: Trial) -> Outcome:
     """Runs the step on the unwrapped model; the reference of every comparison."""
     model = materialise(trial.model())
     draw_by_block(find_blocks(model, trial.options.blocks))
-    if trial.options.sizes is not None:
+    if trial.options.sizes is not None or trial.mesh.cp > 1:
         with trial.precision():
             drop_as_blocks_do(model, _microbatches(trial, 0)[0][1])
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}

@@ -227,7 +227,7 @@ def _deal_before(unit: nn.Module, axis: Axis, dealt: Any, length: Length | None)
     unit.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _dealt_leaves(value: Any, dims: tuple[int | None, ...], axis: Axis, length: Length) -> Any:
+def _dealt_leaves(value: Any, *, dims: tuple[int | None, ...], axis: Axis, length: Length) -> Any:
     leaves, structure = tree_flatten(value)
     for place, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None or not isinstance(leaf, Tensor) or leaf.shape[dim] == axis.dealing.size(length.full, axis.rank):

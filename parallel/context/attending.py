@@ -1,39 +1,21 @@
 """What the attention of a block that holds its rank's positions only does with the other ranks' keys."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
-from meshwright.parallel.blockwise.attention import attend
+from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
+from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import gather, rows
 from meshwright.parallel.length import Length
 
-__all__ = ["DEALT", "WHOLE", "attend_locally", "gathered", "kind_of", "own_rows", "settings_of"]
+__all__ = ["DEALT", "WHOLE", "attend_to_all", "gathered", "kind_of", "own_rows"]
 
 DEALT = "dealt"
 WHOLE = "whole"
-
-
-def settings_of(asked: AttentionCall) -> dict[str, Any]:
-    """Keyword arguments of `attend` that say what is asked for, but for bias and dropout."""
-    return {"mask": asked.mask, "scale": asked.scale, "softcap": asked.softcap, "sinks": asked.sinks}
-
-
-def attend_locally(asked: AttentionCall, **options: Any) -> Tensor:
-    """A call whose queries and keys are all here."""
-    return attend(
-        asked.query,
-        asked.key,
-        asked.value,
-        bias=asked.bias,
-        dropout_p=asked.dropout_p,
-        **settings_of(asked),
-        **options,
-    )
 
 
 def kind_of(asked: AttentionCall, length: Length) -> str | None:
@@ -61,36 +43,24 @@ def own_rows(bias: Tensor | None, length: Length) -> Tensor | None:
     return rows(bias, dealing.pieces(length.full, length.axis.rank), bias.dim() - 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _Gathered:
-    length: Length
-    note: Callable[[str, str], None]
-
-    def __call__(self, asked: AttentionCall) -> Tensor:
-        kind = kind_of(asked, self.length)
-        if kind is None:
-            return attend_locally(_without_dropout(asked))
-        self.note(asked.name, kind)
-        axis, full = self.length.axis, self.length.full
-        key, value = asked.key, asked.value
-        if kind == DEALT:
-            key, value = gather(key, axis, 2, full), gather(value, axis, 2, full)
-        return attend(
-            asked.query,
-            key,
-            value,
-            bias=own_rows(asked.bias, self.length),
-            query_positions=axis.dealing.pieces(full, axis.rank),
-            **settings_of(asked),
-        )
+def attend_to_all(asked: AttentionCall, length: Length, kind: str, sizes: Blockwise) -> Tensor:
+    """This rank's queries over all keys, joined first where they are dealt."""
+    axis, full = length.axis, length.full
+    key, value = asked.key, asked.value
+    if kind == DEALT:
+        key, value = gather(key, axis, 2, full), gather(value, axis, 2, full)
+    whole = replace(asked, key=key, value=value, bias=own_rows(asked.bias, length))
+    return attend_to(whole, sizes, query_positions=axis.dealing.pieces(full, axis.rank))
 
 
 def gathered(length: Length, note: Callable[[str, str], None]) -> Callable[[AttentionCall], Tensor]:
-    """A handler for proofs: joins keys and values, drops nothing; `note` is told of each module what its keys are."""
-    return _Gathered(length, note)
+    """A handler for proofs, which drops nothing; `note` is told of each module what its keys are."""
 
+    def attend(asked: AttentionCall) -> Tensor:
+        kind = kind_of(asked, length)
+        if kind is None:
+            return attend_to(replace(asked, dropout_p=0.0), Blockwise())
+        note(asked.name, kind)
+        return attend_to_all(replace(asked, dropout_p=0.0), length, kind, Blockwise())
 
-def _without_dropout(asked: AttentionCall) -> AttentionCall:
-    from dataclasses import replace
-
-    return replace(asked, dropout_p=0.0)
+    return attend

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from meshwright.parallel.blockwise.attention import attend
+from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plug_in
 from meshwright.parallel.blockwise.sizes import Blockwise
-from meshwright.parallel.context.attending import DEALT, attend_locally, kind_of, own_rows, settings_of
+from meshwright.parallel.context.attending import DEALT, attend_to_all, kind_of
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.exchange import Axis, gather
+from meshwright.parallel.exchange import Axis
 from meshwright.parallel.length import Length
 from meshwright.parallel.tensor import install, length_of, open_streams
 from meshwright.parallel.tensor_plan import TensorPlan
@@ -40,27 +40,13 @@ class _Handler:
     sizes: Blockwise
 
     def __call__(self, asked: AttentionCall) -> Tensor:
-        blocks = {"query_block": self.sizes.query_block, "kv_block": self.sizes.kv_block}
         kind = self.plan.attends.get(asked.name)
         if kind is None:
-            return attend_locally(asked, **blocks)
+            return attend_to(asked, self.sizes)
         length = length_of(asked.name, self.lengths)
         assert length is not None, asked.name
         _check(asked, kind, length)
-        axis, full = length.axis, length.full
-        key, value = asked.key, asked.value
-        if kind == DEALT:
-            key, value = gather(key, axis, 2, full), gather(value, axis, 2, full)
-        return attend(
-            asked.query,
-            key,
-            value,
-            bias=own_rows(asked.bias, length),
-            dropout_p=asked.dropout_p,
-            query_positions=axis.dealing.pieces(full, axis.rank),
-            **settings_of(asked),
-            **blocks,
-        )
+        return attend_to_all(asked, length, kind, self.sizes)
 
 
 def _check(asked: AttentionCall, kind: str, length: Length) -> None:

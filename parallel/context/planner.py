@@ -9,15 +9,18 @@ rank. Which of these is true of a block is not read from its code but tried, in 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plugged
-from meshwright.parallel.context.attending import attend_locally, gathered
+from meshwright.parallel.blockwise.sizes import Blockwise
+from meshwright.parallel.context.attending import gathered
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.prove import RefutedError, prove
@@ -107,13 +110,8 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
     reasons: list[str] = []
     for variant in _variants(plain, list(dict.fromkeys(asked))):
         attends: dict[str, str] = {}
-
-        def attending(copy: nn.Module, plan: TensorPlan, length: Length) -> AbstractContextManager[object]:
-            del plan
-            return plugged(copy, gathered(length, attends.__setitem__))
-
         try:
-            found = prove(plain, variant, attending)
+            found = prove(plain, variant, partial(_attending, attends))
         except RefutedError as error:
             reasons.append(str(error))
             continue
@@ -121,9 +119,16 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
     return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
 
 
+def _attending(
+    attends: dict[str, str], copy: nn.Module, plan: TensorPlan, length: Length
+) -> AbstractContextManager[object]:
+    del plan
+    return plugged(copy, gathered(length, attends.__setitem__))
+
+
 def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
     asked.append(call.name)
-    return attend_locally(replace(call, dropout_p=0.0))
+    return attend_to(replace(call, dropout_p=0.0), Blockwise())
 
 
 def _said(plan: TensorPlan, attends: Mapping[str, str]) -> str:
