@@ -122,7 +122,7 @@ class PlainDropout(TorchFunctionMode):
         self.shapes.append(scores)
         number = len(self.shapes) - 1
         drop = self._drops[number] if number < len(self._drops) else None
-        if drop is None:
+        if drop is None or drop.dim == 2:  # queries know their positions
             return 0
         if drop.dim != 1 or drop.sizes is None:
             raise WrapError(f"attention scores {list(scores)} that drop are dealt along dim {drop.dim}, not by heads")

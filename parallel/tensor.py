@@ -87,14 +87,18 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
         _multiply_own(model.get_submodule(path), entries[row], plan.transposed[path])
     for path, transposed in plan.rows.items():
         _sum_after(model.get_submodule(path), axis, entries[path], transposed, length_of(path, lengths))
+    _prepare_arguments(model, plan, axis, lengths)
+    for path, drops in plan.drops.items():
+        _drop_as_plain(model.get_submodule(path), axis, drops, length_of(path, lengths))
+
+
+def _prepare_arguments(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str, Length]) -> None:
     for path, slices in plan.slices.items():
         _cut_before(model.get_submodule(path), axis, slices)
     for path, dealt in plan.dealt.items():
         _deal_before(model.get_submodule(path), axis, dealt, length_of(path, lengths))
     for path, keys in plan.entered.items():
         _enter_before(model.get_submodule(path), axis, keys)
-    for path, drops in plan.drops.items():
-        _drop_as_plain(model.get_submodule(path), axis, drops, length_of(path, lengths))
 
 
 def length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:

@@ -62,7 +62,7 @@ class TensorPlan:
         joined: module -> arguments joined before it, because every rank runs it whole on the full sequence.
         slices: unit -> ((argument, split), ...) of values that carry one number or map per head.
         streams: lists of blocks with a dealt sequence.
-        dealt: unit -> ((argument, for each tensor in it its dim of positions or None), ...), of values besides the stream.
+        dealt: unit -> ((argument, dim of positions of each tensor in it), ...), for what comes with the stream.
         entered: unit -> arguments with a history that it takes whole; their gradients are summed.
         attends: attention module -> "dealt" where keys are dealt as queries are, "whole" where every rank has all keys.
         attributes: module -> {attribute: its value on each rank}.

@@ -8,11 +8,12 @@ from torch import Tensor
 from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.sizes import Blockwise
+from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import gather, rows
 from meshwright.parallel.length import Length
 
-__all__ = ["DEALT", "WHOLE", "attend_to_all", "gathered", "kind_of", "own_rows"]
+__all__ = ["DEALT", "WHOLE", "attend_to_all", "gathered", "kind_of", "own_rows", "without_drops"]
 
 DEALT = "dealt"
 WHOLE = "whole"
@@ -59,8 +60,16 @@ def gathered(length: Length, note: Callable[[str, str], None]) -> Callable[[Atte
     def attend(asked: AttentionCall) -> Tensor:
         kind = kind_of(asked, length)
         if kind is None:
-            return attend_to(replace(asked, dropout_p=0.0), Blockwise())
+            return attend_to(without_drops(asked), Blockwise())
         note(asked.name, kind)
-        return attend_to_all(replace(asked, dropout_p=0.0), length, kind, Blockwise())
+        keys = length.full if kind == DEALT else asked.key.shape[2]
+        return attend_to_all(without_drops(asked, keys), length, kind, Blockwise())
 
     return attend
+
+
+def without_drops(asked: AttentionCall, keys: int | None = None) -> AttentionCall:
+    """The same call without dropout, which proofs only count; `keys` is their number over all ranks."""
+    if asked.dropout_p:
+        first_dropped_head(asked.query, (*asked.query.shape[:3], asked.key.shape[2] if keys is None else keys))
+    return replace(asked, dropout_p=0.0)

@@ -20,7 +20,7 @@ from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
-from meshwright.parallel.context.attending import gathered
+from meshwright.parallel.context.attending import gathered, without_drops
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.prove import RefutedError, prove
@@ -128,7 +128,7 @@ def _attending(
 
 def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
     asked.append(call.name)
-    return attend_to(replace(call, dropout_p=0.0), Blockwise())
+    return attend_to(without_drops(call), Blockwise())
 
 
 def _said(plan: TensorPlan, attends: Mapping[str, str]) -> str:
