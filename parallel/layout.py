@@ -4,13 +4,16 @@ A `Split` lists, for each rank, the ranges of the full dim it holds, so that une
 segments, each dealt by heads) and replicated key-value heads (a range held twice) are ordinary cases.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # shares are counted without torch, too
+    from torch import Tensor
 
 __all__ = ["Range", "Split", "deal"]
 
@@ -38,6 +41,7 @@ class Split:
         size: its full size.
         held: for each rank, the ranges it holds, in the order in which they lie in its local tensor.
 
+    >>> import torch
     >>> split = Split.even(dim=0, size=5, degree=2)
     >>> split.take(torch.arange(5), 1)
     tensor([3, 4])
@@ -50,12 +54,12 @@ class Split:
     held: tuple[tuple[Range, ...], ...]
 
     @classmethod
-    def even(cls, dim: int, size: int, degree: int) -> "Split":
+    def even(cls, dim: int, size: int, degree: int) -> Split:
         """Contiguous shares, uneven by at most one."""
         return cls(dim, size, tuple((share,) for share in deal(size, degree)))
 
     @classmethod
-    def of(cls, dim: int, size: int, held: Iterable[Iterable[Range]]) -> "Split":
+    def of(cls, dim: int, size: int, held: Iterable[Iterable[Range]]) -> Split:
         """A split from any nested iterable of ranges; neighbours are joined and empty ranges left out."""
         return cls(dim, size, tuple(_merged(ranges) for ranges in held))
 
@@ -115,6 +119,8 @@ class Split:
         parts = [full.narrow(self.dim, start, stop - start) for start, stop in self.held[rank]]
         if not parts:
             return full.narrow(self.dim, 0, 0).clone()
+        import torch
+
         return torch.cat(parts, dim=self.dim)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -142,7 +148,7 @@ class Split:
     def pieces(self, local: Tensor, rank: int) -> tuple[Tensor, ...]:
         """A rank's local tensor cut into its ranges (views)."""
         sizes = [stop - start for start, stop in self.held[rank]]
-        pieces: tuple[Tensor, ...] = torch.split(local, sizes, dim=self.dim)
+        pieces: tuple[Tensor, ...] = local.split(sizes, dim=self.dim)
         return pieces
 
 

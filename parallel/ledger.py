@@ -3,7 +3,7 @@
 It listens below every library (c10d's own operators), so it also sees what FSDP2, DTensor, DeepSpeed or a
 user's code call. Bytes are exact: `payload_bytes` is the size of the whole tensor a collective works on,
 `sent_bytes` what one rank must send for it with ring algorithms (all-reduce 2(n-1)/n, gather and scatter
-(n-1)/n of the payload; Patarasuk and Yuan 2009).
+(n-1)/n of the payload; Patarasuk and Yuan 2009). Of an uneven all-to-all a rank sends all but what it keeps.
 """
 
 from collections import Counter
@@ -56,16 +56,19 @@ _RING_SHARE = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_al
 
 @dataclass(frozen=True, order=True)
 class Call:
-    """One kind of collective over one axis with one payload size."""
+    """One kind of collective over one axis with one payload size; `kept_bytes` are not sent (-1: an even share)."""
 
     axis: str
     kind: str
     group_size: int
     payload_bytes: int
+    kept_bytes: int = -1
 
     @property
     def sent_bytes(self) -> Fraction:
         """Bytes one rank sends for this call."""
+        if self.kept_bytes >= 0:
+            return Fraction(self.payload_bytes - self.kept_bytes)
         return sent_bytes(self.kind, self.payload_bytes, self.group_size)
 
 
@@ -169,15 +172,15 @@ class Ledger(TorchDispatchMode):
         if name not in _KINDS:
             return
         kind, payload = _KINDS[name]
-        axis, group_size = self._group(args)
+        group = next((found for found in map(_process_group, args) if found is not None), None)
+        axis, group_size = self._named(group)
         sizes = [_num_bytes(arg) for arg in args if _holds_tensors(arg)]
-        self._calls.append(Call(axis, kind, group_size, _payload_bytes(payload, sizes, group_size)))
+        payload_bytes = _payload_bytes(payload, sizes, group_size)
+        kept_bytes = _kept_bytes(args, payload_bytes, group) if kind == "all_to_all" else -1
+        self._calls.append(Call(axis, kind, group_size, payload_bytes, kept_bytes))
 
-    def _group(self, args: tuple[Any, ...]) -> tuple[str, int]:
-        for arg in args:
-            group = _process_group(arg)
-            if group is None:
-                continue
+    def _named(self, group: Any | None) -> tuple[str, int]:
+        if group is not None:
             name = str(group.group_name)
             if name not in self._axis_of:
                 ranks = tuple(sorted(dist.get_process_group_ranks(group)))
@@ -202,12 +205,24 @@ def _process_group(arg: Any) -> Any | None:
     return None
 
 
+def _kept_bytes(args: tuple[Any, ...], payload_bytes: int, group: Any | None) -> int:
+    """What a rank has for itself in an all-to-all with split sizes, of which the last ones are those of the input."""
+    splits = [arg for arg in args if isinstance(arg, (list, tuple)) and all(isinstance(each, int) for each in arg)]
+    if not splits or not splits[-1] or group is None:
+        return -1
+    own = splits[-1][group.rank()]
+    return payload_bytes * own // sum(splits[-1]) if own else 0
+
+
 def _axis_of(mesh: Mesh, rank: int, ranks: tuple[int, ...]) -> str:
     active = [axis for axis in AXES if mesh.degree(axis) > 1]
     for length in range(1, len(active) + 1):
         for axes in combinations(active, length):
             if mesh.group(rank, axes) == ranks:
                 return "+".join(axes)
+    part_of = [axis for axis in active if set(ranks) <= set(mesh.group(rank, (axis,)))]
+    if part_of:
+        return part_of[0]  # some of its ranks
     return "world" if len(ranks) == mesh.world_size else "other"
 
 

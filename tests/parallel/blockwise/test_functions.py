@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.errors import WrapError
-from tests.parallel.blockwise.dense import dense_attention
+from tests.parallel.blockwise.plugged_models import dense_attention
 
 
 class _Calls(nn.Module):
