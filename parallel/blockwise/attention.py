@@ -128,7 +128,9 @@ class _Attention(Function):
             own = None if sinks is None else -((sinks.unsqueeze(-1) - lse).exp() * upstream.delta()).sum((0, 2))
         given = (query, key, value, bias, sinks)
         made = (found.query, found.key, found.value, found.bias, own)
-        return *(None if new is None else new.to(old.dtype) for old, new in zip(given, made, strict=True)), None
+        return *(
+            None if new is None or old is None else new.to(old.dtype) for old, new in zip(given, made, strict=True)
+        ), None
 
 
 def _gradients(chunk: Chunk, scoring: Scoring, upstream: Upstream, *, with_bias: bool) -> Gradients | BlockGradients:
