@@ -61,7 +61,7 @@ def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return plain(query, key, value, *rest, **more)
         plug, module = calling
         settings = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)), **more}
-        lead = torch.broadcast_shapes(*(each.shape[:-3] for each in (query, key, value)))
+        lead = _lead(query, key, value)
         mask, bias = mask_and_bias(_flat_mask(settings.get("attn_mask"), lead))
         if settings.get("is_causal"):
             mask = causal() if mask is None else mask & causal()
@@ -76,13 +76,23 @@ def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             scale=settings.get("scale"),
             dropout_p=settings.get("dropout_p", 0.0),
         )
-        return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
+        return output if len(lead) == 1 else output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
 
     return scaled_dot_product_attention
 
 
+def _lead(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    """Dims before heads, as they broadcast."""
+    shape = query.shape[:-3]
+    if shape == key.shape[:-3] == value.shape[:-3]:
+        return shape
+    return torch.Size(torch.broadcast_shapes(shape, key.shape[:-3], value.shape[:-3]))
+
+
 def _flat(tensor: Tensor, lead: torch.Size) -> Tensor:
     """[..., heads, s, d] as [b, heads, s, d]; what comes without heads has one."""
+    if len(lead) == 1 and tensor.dim() == 4 and tensor.shape[0] == lead[0]:
+        return tensor
     heads = tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
     return heads.expand(*lead, *heads.shape[-3:]).reshape(-1, *heads.shape[-3:])
 

@@ -112,12 +112,12 @@ def _attending(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_unplugged(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """What a module attends by that shares a config with a plugged model, or is none of our business."""
-    before = _name_before(getattr(module, "config", None))
-    if before == _NAME:
+    """What a module attends by that is none of ours, but may share its config with one."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not isinstance(name, _Plugged) or name.before == _NAME:
         return plain
     home = sys.modules[type(module).__module__]
-    own: Callable[..., Any] = getattr(home, _INTERFACE).get_interface(before, getattr(home, _EAGER, None))
+    own: Callable[..., Any] = getattr(home, _INTERFACE).get_interface(name.before, getattr(home, _EAGER, None))
     if own is None:
         raise WrapError(
             f"{type(module).__name__} shares its config with a model whose attention is computed by blocks; give it a "
