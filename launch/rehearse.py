@@ -99,8 +99,7 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
         plan = make_plan(model, mesh, options)
         report = describe(model, mesh, options, plan)
         if options.sizes is not None:
-            attention = BlockwiseAttention(model, options.sizes, options.example)
-            report = replace(report, notes=(*report.notes, *attention.lines))
+            report = BlockwiseAttention(model, options.sizes, options.example).described(report)
         return first_shares(model, plan), report
 
 

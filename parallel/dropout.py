@@ -4,7 +4,8 @@ Inside a unit that tensor or sequence parallelism splits, a rank draws the mask 
 generator state as the plain run and keeps its share, so that masks and the state after them depend on no mesh.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -18,7 +19,7 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import rows
 from meshwright.parallel.tensor_plan import Drop
 
-__all__ = ["PlainDropout", "first_dropped_head", "with_plain_dropout"]
+__all__ = ["PlainDropout", "first_dropped_head", "with_plain_dropout", "without_dropout"]
 
 _ATTENTION = functional.scaled_dot_product_attention  # as torch has it: the name may be replaced later
 # functions that draw inside themselves, where a mode does not look
@@ -185,6 +186,18 @@ def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> Non
             return forward(*args, **kwargs)
 
     unit.forward = inside
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Runs a model in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _dropout_of(args: tuple[Any, ...], keywords: dict[str, Any]) -> float:

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import ScheduleError, WrapError, nearest
 from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
@@ -14,7 +13,7 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.choose import chosen, complaints
 from meshwright.parallel.pipeline.placements import Placement
-from meshwright.parallel.stage_options import StageKeywords, StageOptions
+from meshwright.parallel.sequence_options import SequenceKeywords, SequenceOptions
 from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["DataEngineKind", "OptionKeywords", "Options"]
@@ -22,7 +21,7 @@ __all__ = ["DataEngineKind", "OptionKeywords", "Options"]
 DataEngineKind = Literal["torch", "deepspeed"]
 
 
-class OptionKeywords(StageKeywords, total=False):
+class OptionKeywords(SequenceKeywords, total=False):
     """Keyword arguments of `parallelize`, `verify` and the `parallel:` block of a job; see `Options`."""
 
     loss: LossKind
@@ -34,16 +33,14 @@ class OptionKeywords(StageKeywords, total=False):
     offload: Literal["none", "cpu"]
     seed: int
     bucket_bytes: int
-    sequence_parallel: bool
     tensor_plan: Mapping[str, str] | TensorPlan | None
-    blockwise: Mapping[str, int | None] | Blockwise | None
     example: Any
     predict_memory: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StageOptions):
-    """How a model is split and stepped; `StageOptions` besides.
+class Options(SequenceOptions):
+    """How a model is split and stepped; `SequenceOptions` besides.
 
     Args:
         loss: what the model's loss is: "token_mean", "sample_mean" or "sum".
@@ -55,10 +52,8 @@ class Options(StageOptions):
         offload: "cpu" keeps sharded states in host memory between uses.
         seed: first part of every random key (dropout).
         bucket_bytes: size of one gradient all-reduce along `dp`.
-        sequence_parallel: deal the sequence dim over `tp` between the matrices of blocks (arXiv 2205.05198).
         tensor_plan: module pattern -> "column", "row", "vocabulary" or "replicate", before what the model and rules
             say; or a plan made earlier.
-        blockwise: compute attention by blocks, and what else `Blockwise` names: sizes, or {} for the default ones.
         example: one micro-batch, looked at once to make the tensor plan (models of `transformers` bring their own) and
             to count FLOPs.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
@@ -76,15 +71,12 @@ class Options(StageOptions):
     offload: Literal["none", "cpu"] = "none"
     seed: int = 0
     bucket_bytes: int = 25 << 20
-    sequence_parallel: bool = False
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
-    blockwise: Mapping[str, int | None] | Blockwise | None = None
     example: Any = None
     predict_memory: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "blockwise", Blockwise.of(self.blockwise))
         for name, choices in (
             ("data_engine", get_args(DataEngineKind)),
             ("offload", ("none", "cpu")),
@@ -119,11 +111,6 @@ class Options(StageOptions):
     def contract(self) -> LossContract:
         """The loss contract these options state."""
         return LossContract(self.loss, self.loss_items, self.loss_fn)
-
-    @property
-    def sizes(self) -> Blockwise | None:
-        """Sizes of blocks, where something is computed by blocks."""
-        return Blockwise.of(self.blockwise)
 
     def chosen(self, mesh: Mesh, num_blocks: int) -> tuple[Placement, Schedule]:
         """Which rank holds which blocks of a model, and what ranks do in one step; costs are numbers by now."""

@@ -6,8 +6,7 @@ device (meta included), from shapes and data flow alone.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from math import prod
@@ -21,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Matrix", "Segment", "Sight", "matrix_form", "watch", "without_dropout"]
+from meshwright.parallel.dropout import without_dropout
+
+__all__ = ["Matrix", "Segment", "Sight", "matrix_form", "watch"]
 
 
 @dataclass(frozen=True, order=True)
@@ -305,15 +306,3 @@ def _forget(tensor: Tensor) -> None:
 
 def _refuse(nothing: None) -> Tensor:
     raise AssertionError("the watched pass has no backward")
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Runs a model in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -5,8 +5,6 @@ are summed.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -67,30 +65,24 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
         deal_sequence(model, context, groups.axis("cp"), chosen.sizes or Blockwise())
     spread = spread_over(model, groups, chosen, plan, context)
     data = build_data_engine(model, groups, chosen, spread)
-    return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise)
+    return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise=blockwise)
 
 
 class ParallelModel:
     """A model on a mesh: `step` leaves the plain run's gradients in its parameters."""
 
     def __init__(
-        self, engine: Engine, groups: Groups, report: WrapReport, blockwise: BlockwiseAttention | None = None
+        self, engine: Engine, groups: Groups, report: WrapReport, *, blockwise: BlockwiseAttention | None = None
     ) -> None:
         self.mesh = groups.mesh
         self.rank = groups.rank
-        self._report = report
+        self.report = report if blockwise is None else blockwise.described(report)
         self._blockwise = blockwise
         self.schedule: Schedule | None = engine.schedule
         self.last_step: StepStats | None = None
         self._engine = engine
         self._groups = groups
         self._owned: StepOptimizer | None = None
-
-    @property
-    def report(self) -> WrapReport:
-        """What was done to the model, and what not."""
-        said = () if self._blockwise is None else self._blockwise.lines
-        return replace(self._report, notes=(*self._report.notes, *said))
 
     @property
     def module(self) -> nn.Module:
@@ -112,8 +104,12 @@ class ParallelModel:
         Args:
             batch: this data rank's share: a mapping (keywords of forward), a tuple, or a tensor; dim 0 counts samples.
         """
-        with nullcontext() if self._blockwise is None else self._blockwise.seen_in_first_step():
+        if self._blockwise is None or self._blockwise.is_known:
             self.last_step = self._engine.step(batch)
+        else:
+            with self._blockwise.watched():
+                self.last_step = self._engine.step(batch)
+            self.report = self._blockwise.described(self.report)
         return self.last_step.loss
 
     def ledger_step(self, batch: Any) -> tuple[Tensor, LedgerSummary]:

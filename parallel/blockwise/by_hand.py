@@ -58,16 +58,19 @@ class HandWatch(TorchFunctionMode):
 
     def _follow(self, func: Any, given: list[Tensor], result: Tensor) -> None:
         if func in _PRODUCTS:
-            factors = [each for each in given if each.dim() > 2 and not isinstance(each, nn.Parameter)]
-            if any(each in self._shares for each in factors):
-                place = self._here()
-                if place not in self.found:
-                    self.found.append(place)
-            elif len(factors) > 1:
-                self._scores[result] = True
+            self._multiplied([each for each in given if each.dim() > 2 and not isinstance(each, nn.Parameter)], result)
         elif func in _SOFTMAXES and any(each in self._scores for each in given):
             self._shares[result] = True
         else:
             for marks in (self._scores, self._shares):
                 if any(each in marks for each in given):
                     marks[result] = True
+
+    def _multiplied(self, factors: list[Tensor], result: Tensor) -> None:
+        if not any(each in self._shares for each in factors):
+            if len(factors) > 1:
+                self._scores[result] = True
+            return
+        place = self._here()
+        if place not in self.found:
+            self.found.append(place)

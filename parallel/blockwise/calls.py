@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.parallel.blockwise.masks import Mask
 from meshwright.parallel.errors import WrapError
@@ -56,7 +56,7 @@ class AttentionCall:
 Handler = Callable[[AttentionCall], Tensor]
 """Computes a call: gives [b, heads, s_q, d_v]."""
 
-_PLUGS: Any = WeakIdKeyDictionary()
+_ATTRIBUTE = "_meshwright_plug"
 _CALLING: ContextVar["_Calling | None"] = ContextVar("calling", default=None)
 
 
@@ -66,6 +66,24 @@ class _Calling:
 
     module: nn.Module
     outer: "_Calling | None"
+
+
+class _Member:
+    """What a module of a plugged model carries; a copy of the module that takes it along is none."""
+
+    __slots__ = ("module", "path", "plug")
+
+    def __init__(self, plug: "Plug", module: nn.Module, path: str) -> None:
+        self.plug = plug
+        self.module = ref(module)
+        self.path = path
+
+    def __deepcopy__(self, memo: Any) -> "_Member":
+        del memo
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class Plug:
@@ -81,21 +99,14 @@ class Plug:
 
     def __init__(self, model: nn.Module, handler: Handler) -> None:
         self.arrived: dict[str, str] = {}
-        self._paths: Any = WeakIdKeyDictionary()
-        for path, module in model.named_modules():
-            self._paths[module] = path
+        self._members = [_Member(self, module, path) for path, module in model.named_modules()]
         self._handler = handler
         self._hooks: list[RemovableHandle] = []
 
     @property
     def modules(self) -> list[nn.Module]:
         """Every module of the model that is still there."""
-        return list(self._paths)
-
-    def path_of(self, module: nn.Module) -> str:
-        """Where a module of the model is."""
-        path: str = self._paths[module]
-        return path
+        return [module for each in self._members if (module := each.module()) is not None]
 
     def put_in(self) -> None:
         """Sends calls from here on.
@@ -103,15 +114,15 @@ class Plug:
         Raises:
             WrapError: for a model with a module that is plugged already.
         """
-        for module in self.modules:
-            if module in _PLUGS:
+        for module, each in zip(self.modules, self._members, strict=True):
+            if plug_of(module) is not None:
                 raise WrapError(
-                    f"the attention of module {self._paths[module] or '(the model)'} goes somewhere already; remove "
-                    "that plug first"
+                    f"the attention of module {each.path or '(the model)'} goes somewhere already; remove that plug "
+                    "first"
                 )
-        for module in self.modules:
-            _PLUGS[module] = self
-            if any(True for _ in module.children()) or not self._paths[module]:
+        for module, each in zip(self.modules, self._members, strict=True):
+            module.__dict__[_ATTRIBUTE] = each
+            if any(True for _ in module.children()) or not each.path:
                 self._hooks.append(module.register_forward_pre_hook(_enter, prepend=True))
                 self._hooks.append(module.register_forward_hook(_leave, always_call=True))
 
@@ -120,7 +131,7 @@ class Plug:
         for hook in self._hooks:
             hook.remove()
         for module in self.modules:
-            _PLUGS.pop(module, None)
+            module.__dict__.pop(_ATTRIBUTE, None)
         self._hooks = []
 
     def compute(self, module: nn.Module, how: str, **what: Any) -> Tensor:
@@ -131,7 +142,7 @@ class Plug:
             how: through what the call arrived, for reports.
             what: the other fields of `AttentionCall`.
         """
-        name = self._paths[module]
+        name = path_of(module)
         self.arrived.setdefault(name, how)
         outside = _CALLING.set(None)
         try:
@@ -142,8 +153,14 @@ class Plug:
 
 def plug_of(module: nn.Module) -> Plug | None:
     """The plug of the model that a module belongs to, if there is one."""
-    found: Plug | None = _PLUGS.get(module)
-    return found
+    member: _Member | None = module.__dict__.get(_ATTRIBUTE)
+    return member.plug if member is not None and member.module() is module else None
+
+
+def path_of(module: nn.Module) -> str:
+    """Where a module of a plugged model is."""
+    member: _Member = module.__dict__[_ATTRIBUTE]
+    return member.path
 
 
 def calling_module() -> tuple[Plug, nn.Module] | None:
@@ -158,7 +175,7 @@ def calling_module() -> tuple[Plug, nn.Module] | None:
 def name_of_calling() -> str:
     """Path of the innermost module of a plugged model whose forward runs here, of those that have children."""
     calling = calling_module()
-    return "" if calling is None else calling[0].path_of(calling[1])
+    return "" if calling is None else path_of(calling[1])
 
 
 # Functions and not methods: copies of a module take its hooks along, and must not take a plug along.

@@ -1,39 +1,57 @@
-"""The two functions of torch through which models attend that have no interface of their own.
+"""The function of torch through which models attend that have no interface of their own, and torch's own modules.
 
-What a call means is written in torch's documentation of `scaled_dot_product_attention`.
+What a call means is written in torch's documentation of `scaled_dot_product_attention`, which `nn.MultiheadAttention`
+calls where no weights are asked for.
 """
 
 import sys
 from collections.abc import Callable
-from functools import wraps
-from inspect import signature
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
-from meshwright.parallel.blockwise.calls import calling_module
+from meshwright.parallel.blockwise.calls import calling_module, plug_of
 from meshwright.parallel.blockwise.mask_tensor import mask_and_bias
 from meshwright.parallel.blockwise.masks import causal
 from meshwright.parallel.blockwise.patches import Place
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["function_places"]
+__all__ = ["attribute_places", "function_places", "weight_hooks"]
 
 _SDPA = torch._C._nn.scaled_dot_product_attention
-_MULTI_HEAD = functional.multi_head_attention_forward
-_MULTI_HEAD_SIGNATURE = signature(_MULTI_HEAD)
+_WEIGHTS_WANTED: ContextVar[bool] = ContextVar("weights_wanted", default=False)
+_NEED_WEIGHTS = 4  # position in a call of nn.MultiheadAttention
 
 
 def function_places(modules: list[nn.Module]) -> list[Place]:
-    """What is replaced: names in torch, in the files that the model's classes come from, and on its modules."""
+    """What is replaced in torch, and in the files that the model's classes come from."""
     files = {kind.__module__ for module in modules for kind in type(module).__mro__} - {functional.__name__}
-    spaces = [functional, *(sys.modules[file] for file in sorted(files) if file in sys.modules), *modules]
-    named = [(space, name, value) for space in spaces for name, value in vars(space).items()]
-    wraps = ((_SDPA, _attending), (_MULTI_HEAD, _multi_head))
-    found = [Place(space, name, wrap) for space, name, value in named for plain, wrap in wraps if value is plain]
+    spaces = [functional, *(sys.modules[file] for file in sorted(files) if file in sys.modules)]
+    found = [Place(space, name, _attending) for space in spaces for name in _names_of_function(space)]
     return [*found, Place(torch.backends.mha, "get_fastpath_enabled", _without_fast_path)]
+
+
+def attribute_places(modules: list[nn.Module]) -> list[Place]:
+    """What is replaced on the model's modules: attributes that are the function."""
+    return [Place(module, name, _attending) for module in modules for name in _names_of_function(module)]
+
+
+def weight_hooks(modules: list[nn.Module]) -> list[RemovableHandle]:
+    """Hooks that keep torch's own modules from the path that holds all weights, which most are asked for by default."""
+    hooks = []
+    for module in modules:
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            hooks.append(module.register_forward_pre_hook(_ask_for_none, with_kwargs=True))
+            hooks.append(module.register_forward_hook(_stand_in))
+    return hooks
+
+
+def _names_of_function(space: Any) -> list[str]:
+    return [name for name, value in vars(space).items() if value is _SDPA]
 
 
 def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -43,7 +61,7 @@ def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return plain(query, key, value, *rest, **more)
         plug, module = calling
         settings = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)), **more}
-        lead = torch.broadcast_shapes(*(each.shape[:-3] for each in (query, key, value)))
+        lead = _lead(query, key, value)
         mask, bias = mask_and_bias(_flat_mask(settings.get("attn_mask"), lead))
         if settings.get("is_causal"):
             mask = causal() if mask is None else mask & causal()
@@ -58,13 +76,23 @@ def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             scale=settings.get("scale"),
             dropout_p=settings.get("dropout_p", 0.0),
         )
-        return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
+        return output if len(lead) == 1 else output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
 
     return scaled_dot_product_attention
 
 
+def _lead(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    """Dims before heads, as they broadcast."""
+    shape = query.shape[:-3]
+    if shape == key.shape[:-3] == value.shape[:-3]:
+        return shape
+    return torch.Size(torch.broadcast_shapes(shape, key.shape[:-3], value.shape[:-3]))
+
+
 def _flat(tensor: Tensor, lead: torch.Size) -> Tensor:
     """[..., heads, s, d] as [b, heads, s, d]; what comes without heads has one."""
+    if len(lead) == 1 and tensor.dim() == 4 and tensor.shape[0] == lead[0]:
+        return tensor
     heads = tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
     return heads.expand(*lead, *heads.shape[-3:]).reshape(-1, *heads.shape[-3:])
 
@@ -79,20 +107,21 @@ def _flat_mask(mask: Tensor | None, lead: torch.Size) -> Tensor | None:
     return _flat(whole, lead)
 
 
-def _multi_head(plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
-    def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        calling = calling_module()
-        if calling is None:
-            return plain(*args, **kwargs)
-        given = _MULTI_HEAD_SIGNATURE.bind(*args, **kwargs)
-        given.apply_defaults()
-        wanted = given.arguments["need_weights"]
-        given.arguments["need_weights"] = False  # weights stand for a path that holds all of them
-        output, _ = plain(*given.args, **given.kwargs)
-        return output, _NoWeights(type(calling[1]).__name__) if wanted else None
+def _ask_for_none(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if plug_of(module) is None:  # a copy of a plugged one
+        return None
+    by_place = len(args) > _NEED_WEIGHTS
+    _WEIGHTS_WANTED.set(args[_NEED_WEIGHTS] if by_place else kwargs.get("need_weights", True))
+    if by_place:
+        return (*args[:_NEED_WEIGHTS], False, *args[_NEED_WEIGHTS + 1 :]), kwargs
+    return args, {**kwargs, "need_weights": False}
 
-    return multi_head_attention_forward
+
+def _stand_in(module: nn.Module, args: Any, output: Any) -> Any:
+    del args
+    if plug_of(module) is None or not _WEIGHTS_WANTED.get():
+        return None
+    return output[0], _NoWeights(type(module).__name__)
 
 
 def _without_fast_path(plain: Callable[[], bool]) -> Callable[[], bool]:
@@ -112,7 +141,7 @@ class _NoWeights:
 
     def __getattr__(self, name: str) -> Any:
         raise WrapError(
-            f"{self._asked} uses the attention weights of nn.MultiheadAttention (.{name}), which blockwise attention "
+            f"{self._asked} is asked for its attention weights (.{name}), which blockwise attention "
             "never holds; leave out blockwise="
         )
 

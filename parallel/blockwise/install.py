@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,16 @@ from meshwright.parallel.blockwise.calls import AttentionCall, name_of_calling
 from meshwright.parallel.blockwise.plugs import Plugged, plug_in, plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.deferred import on_shapes
+from meshwright.parallel.dropout import without_dropout
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.plan import example_of
+from meshwright.parallel.report import WrapReport
 from meshwright.parallel.tensor_plan import starred
-from meshwright.parallel.watch import without_dropout
 
 __all__ = ["BlockwiseAttention", "Seen", "look"]
+
+_UNKNOWN = "attention by blocks: which modules is known after the first step, or with example="
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Seen:
     arrived: Mapping[str, str]
     by_hand: Sequence[str]
 
-    def lines(self, sizes: Blockwise) -> list[str]:
+    def lines(self, sizes: Blockwise) -> tuple[str, ...]:
         """What a report says."""
         ways: dict[str, list[str]] = {}
         for path, way in self.arrived.items():
@@ -45,7 +48,7 @@ class Seen:
         found = [f"attention in blocks of {blocks}: {_named(paths)}, by {way}" for way, paths in ways.items()]
         if self.by_hand:
             found.append(f"attention not in blocks, since it is computed by hand: {_named(self.by_hand)}")
-        return found
+        return tuple(found)
 
 
 def look(model: nn.Module, run: Callable[[], Any]) -> Seen:
@@ -90,22 +93,23 @@ class BlockwiseAttention:
         self._plugged = plug_in(self._model, partial(attend_to, sizes=self._sizes))
 
     @property
-    def lines(self) -> list[str]:
-        """What a report says."""
-        if self._seen is None:
-            return ["attention by blocks: which modules is known after the first step, or with example="]
-        return self._seen.lines(self._sizes)
+    def is_known(self) -> bool:
+        """Whether it was seen which modules attend."""
+        return self._seen is not None
+
+    def described(self, report: WrapReport) -> WrapReport:
+        """A report that also says which modules attend by blocks."""
+        notes = tuple(note for note in report.notes if note != _UNKNOWN)
+        said = (_UNKNOWN,) if self._seen is None else self._seen.lines(self._sizes)
+        return replace(report, notes=(*notes, *said))
 
     @contextmanager
-    def seen_in_first_step(self) -> Iterator[None]:
-        """Watches a step, unless what attends is known.
+    def watched(self) -> Iterator[None]:
+        """Sees in a step which modules attend.
 
         Raises:
             WrapError: as when it is made.
         """
-        if self._seen is not None:
-            yield
-            return
         assert self._plugged is not None, "not installed"
         with HandWatch(name_of_calling) as watch:
             yield

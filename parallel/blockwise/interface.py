@@ -23,6 +23,7 @@ __all__ = ["Configs", "interface_places"]
 
 _NAME = "sdpa"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"  # by custom, in the file of each model
 
 
 class _Plugged(str):
@@ -97,27 +98,40 @@ def _configs(modules: list[nn.Module]) -> Iterator[Any]:
 
 
 def _attending(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
-    ) -> Any:
+    def attend(module: nn.Module, *given: Any, **settings: Any) -> Any:
         """Signature and result of transformers' `sdpa_attention_forward`."""
         plug = plug_of(module)
         if plug is None:
-            return plain(module, query, key, value, attention_mask, **settings)
-        asked = _asked(module, (query, key, value), attention_mask, settings)
+            return _of_unplugged(module, plain)(module, *given, **settings)
+        named = dict(zip(("query", "key", "value", "attention_mask"), given, strict=False))
+        asked = _asked(module, {**named, **settings})
         output = plug.compute(module, "the attention interface of transformers", **asked)
         return output.transpose(1, 2).contiguous(), None
 
     return attend
 
 
-def _asked(
-    module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], given: Tensor | None, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _of_unplugged(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What a module attends by that is none of ours, but may share its config with one."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not isinstance(name, _Plugged) or name.before == _NAME:
+        return plain
+    home = sys.modules[type(module).__module__]
+    own: Callable[..., Any] = getattr(home, _INTERFACE).get_interface(name.before, getattr(home, _EAGER, None))
+    if own is None:
+        raise WrapError(
+            f"{type(module).__name__} shares its config with a model whose attention is computed by blocks; give it a "
+            "copy of the config"
+        )
+    return own
+
+
+def _asked(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     """Fields of the call, with the meaning that transformers' `sdpa_attention_forward` gives to what it takes."""
     if settings.get("output_attentions"):
         raise WrapError("output_attentions asks for attention weights, which blockwise attention never holds; leave it")
-    query, key, value = _one_batch(*tensors)
+    given = settings.get("attention_mask")
+    query, key, value = _one_batch(settings["query"], settings["key"], settings["value"])
     mask, bias = mask_and_bias(given)
     position_bias = settings.get("position_bias")
     if given is None and query.shape[2] > 1 and _is_causal(module, settings):
@@ -200,7 +214,7 @@ def _stated(
         mask = padding(valid) if mask is None else mask & padding(valid)
     whole = window(None, None) if mask is None else mask
     device = torch.device(settings.get("device", "cpu"))
-    return MaskTensor(whole, (batch_size, 1, q_length, kv_length), device, settings["dtype"])
+    return MaskTensor(whole, (batch_size, 1, q_length, kv_length), device=device, dtype=settings["dtype"])
 
 
 def _valid(given: Tensor | None, length: int, offset: int) -> Tensor | None:

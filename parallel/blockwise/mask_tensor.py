@@ -5,7 +5,7 @@ them. A tensor [b, 1, s_q, s_k] of bool without memory does for the first three;
 makes them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ __all__ = ["MaskTensor", "mask_and_bias"]
 _aten = torch.ops.aten
 
 
+class _Kind(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+
+
 class _Values:
     """The values that views of one mask share, once somebody asks for them.
 
@@ -27,23 +32,23 @@ class _Values:
         given_away: whether somebody may write into them.
     """
 
-    def __init__(self, mask: Mask, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, mask: Mask, shape: tuple[int, ...], kind: _Kind) -> None:
         self.mask = mask
         self._shape = shape
-        self._device = device
-        self._dtype = dtype
+        self._kind = kind
         self.made: Tensor | None = None
         self.given_away = False
 
     def make(self) -> Tensor:
         if self.made is None:
             samples, heads, queries, keys = (range(size) for size in self._shape)
-            seen = self.mask.pairs(queries, keys, Frame(samples, heads, self._device)).expand(self._shape)
-            if self._dtype is torch.bool:
+            device, dtype = self._kind
+            seen = self.mask.pairs(queries, keys, Frame(samples, heads, device)).expand(self._shape)
+            if dtype is torch.bool:
                 self.made = seen.clone(memory_format=torch.contiguous_format)
             else:
-                lowest = torch.finfo(self._dtype).min
-                self.made = torch.zeros(self._shape, dtype=self._dtype, device=self._device).masked_fill(~seen, lowest)
+                lowest = torch.finfo(dtype).min
+                self.made = torch.zeros(self._shape, dtype=dtype, device=device).masked_fill(~seen, lowest)
         return self.made
 
     def note(self, func: Any, result: Any) -> None:
@@ -66,7 +71,7 @@ class MaskTensor(Tensor):
         dtype: of values.
 
     >>> from meshwright.parallel.blockwise.masks import causal
-    >>> mask = MaskTensor(causal(), (1, 1, 2, 2), torch.device("cpu"))
+    >>> mask = MaskTensor(causal(), (1, 1, 2, 2), device=torch.device("cpu"))
     >>> mask[:, :, :, :2].mask is mask.mask
     True
     >>> mask.logical_not().tolist()
@@ -77,14 +82,15 @@ class MaskTensor(Tensor):
 
     @staticmethod
     def __new__(
-        cls, mask: Mask, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bool
+        cls, mask: Mask, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype = torch.bool
     ) -> "MaskTensor":
         """Makes a tensor without memory."""
-        return cls._view(_Values(mask, shape, device, dtype), shape, device, dtype)
+        kind = _Kind(device, dtype)
+        return cls._view(_Values(mask, shape, kind), shape, kind)
 
     @classmethod
-    def _view(cls, shared: _Values, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> "MaskTensor":
-        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def _view(cls, shared: _Values, shape: tuple[int, ...], kind: _Kind) -> "MaskTensor":
+        made: MaskTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=kind.dtype, device=kind.device)
         made._shared = shared
         return made
 
@@ -95,8 +101,9 @@ class MaskTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Keeps the mask where an operation leaves it as it is, else computes with its values."""
-        if isinstance(args[0], MaskTensor) and (shape := _shape_kept(func, *args)) is not None:
-            return cls._view(args[0]._shared, shape, args[0].device, args[0].dtype)
+        given = args[0] if args else None
+        if isinstance(given, MaskTensor) and (shape := _shape_kept(func, given, args[1:])) is not None:
+            return cls._view(given._shared, shape, _Kind(given.device, given.dtype))
         result = func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
         for each in tree_leaves((args, kwargs)):
             if isinstance(each, MaskTensor):
@@ -142,11 +149,15 @@ def mask_and_bias(given: Tensor | None) -> tuple[Mask | None, Tensor | None]:
     return None, given
 
 
-def _shape_kept(func: Any, given: MaskTensor, dim: int = 0, start: Any = 0, end: Any = None, step: int = 1) -> Any:
+def _shape_kept(func: Any, given: MaskTensor, rest: tuple[Any, ...]) -> tuple[int, ...] | None:
     """Shape of what an operation gives, where that is the mask, perhaps without keys or queries at its end."""
     if func in (_aten.detach.default, _aten.alias.default):
         return tuple(given.shape)
-    if func is not _aten.slice.Tensor or step != 1 or start not in (0, None):
+    if func is not _aten.slice.Tensor:
+        return None
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, end, step = (*rest, *defaults[len(rest) :])
+    if step != 1 or start not in (0, None):
         return None
     shape = list(given.shape)
     if end is None or end >= shape[dim]:

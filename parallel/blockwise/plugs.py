@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import finalize
 
 from torch import nn
 
 from meshwright.parallel.blockwise.calls import Handler, Plug
-from meshwright.parallel.blockwise.functions import function_places
+from meshwright.parallel.blockwise.functions import attribute_places, function_places, weight_hooks
 from meshwright.parallel.blockwise.interface import Configs, interface_places
 from meshwright.parallel.blockwise.patches import Patches
 
 __all__ = ["Plugged", "plug_in", "plugged"]
 
-_PATCHES = Patches()
+_SHARED = Patches()
 
 
 class Plugged:
-    """A model whose attention calls go to a handler until `remove`.
+    """A model whose attention calls go to a handler until `remove`, or until the model is no more.
 
     Attributes:
         plug: what it was plugged with.
@@ -26,18 +27,25 @@ class Plugged:
         self.plug = Plug(model, handler)
         modules = self.plug.modules
         self._configs = Configs(modules)
-        self._places = [*interface_places(), *function_places(modules)]
         self.plug.put_in()
         try:
             self._configs.switch()
         except BaseException:
             self.plug.take_out()
             raise
-        _PATCHES.need(self._places)
+        self._hooks = weight_hooks(modules)
+        self._attributes, self._places = Patches(), attribute_places(modules)
+        self._attributes.need(self._places)
+        shared = [*interface_places(), *function_places(modules)]
+        _SHARED.need(shared)
+        self._release = finalize(model, _SHARED.release, shared)
 
     def remove(self) -> None:
         """Makes the model, its configs and what was patched for it what they were."""
-        _PATCHES.release(self._places)
+        self._release()
+        self._attributes.release(self._places)
+        for hook in self._hooks:
+            hook.remove()
         self._configs.restore()
         self.plug.take_out()
 

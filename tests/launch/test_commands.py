@@ -37,6 +37,14 @@ def test_show_prints_mesh_report_and_order(tmp_path: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["ranks"] == 2
 
 
+def test_show_says_which_modules_attend_by_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{dp: 2, blockwise: {kv_block: 512}}"))
+    assert main(["show", job]) == 0
+    assert "attention in blocks of 1,024 queries x 512 keys: " in capsys.readouterr().out
+    assert main(["show", job, "--set", "parallel.blockwise.kv_block=0"]) != 0
+    assert "kv_block" in capsys.readouterr().err
+
+
 def test_show_draws_the_order_that_a_step_will_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = str(written(tmp_path, parallel="{dp: 2, num_microbatches: 2, schedule: layered}"))
     assert main(["show", job]) == 0

@@ -58,7 +58,7 @@ _FOUR = ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6))
 )
 def test_a_call_gives_value_and_gradients_of_torch(shapes: tuple[Any, ...], options: dict[str, Any]) -> None:
     model, tensors = (
-        _Calls(lambda *args, **kwargs: functional.scaled_dot_product_attention(*args, **kwargs)),
+        _Calls(functional.scaled_dot_product_attention),
         _tensors(*shapes),
     )
     plain = model(*tensors, **options)
@@ -74,7 +74,7 @@ def test_a_call_gives_value_and_gradients_of_torch(shapes: tuple[Any, ...], opti
 def test_positions_of_arguments_are_those_of_torch() -> None:
     tensors = _tensors(*_FOUR)
     calls: list[AttentionCall] = []
-    model = _Calls(lambda *args: functional.scaled_dot_product_attention(*args))
+    model = _Calls(functional.scaled_dot_product_attention)
     with plugged(model, lambda call: calls.append(call) or dense_attention(call)):  # type: ignore[func-returns-value]
         model(*tensors, _SOME, 0.25, False)
     assert calls[0].dropout_p == 0.25
@@ -83,7 +83,7 @@ def test_positions_of_arguments_are_those_of_torch() -> None:
 
 def test_a_bias_that_is_learned_gets_its_gradient() -> None:
     tensors, (bias,) = _tensors(*_FOUR), _tensors((4, 5, 7))
-    model = _Calls(lambda *args, **kwargs: functional.scaled_dot_product_attention(*args, **kwargs))
+    model = _Calls(functional.scaled_dot_product_attention)
     (plain,) = torch.autograd.grad(model(*tensors, attn_mask=bias).square().sum(), [bias])
     with plugged(model, dense_attention):
         (found,) = torch.autograd.grad(model(*tensors, attn_mask=bias).square().sum(), [bias])
@@ -132,7 +132,9 @@ def test_weights_that_a_model_asks_for_and_leaves_are_not_made() -> None:
         found, weights = attention(x, x, x)
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
     for use in (partial(getattr, weights, "shape"), lambda: weights[0]):
-        with pytest.raises(WrapError, match=r"MultiheadAttention uses the attention weights .* leave out blockwise="):
+        with pytest.raises(
+            WrapError, match=r"MultiheadAttention is asked for its attention weights .* leave out blockwise="
+        ):
             use()
 
 

@@ -19,7 +19,7 @@ def _made(dtype: torch.dtype = torch.bool) -> tuple[MaskTensor, Tensor]:
     valid = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     seen = torch.ones(4, 4, dtype=torch.bool).tril() & valid[:, None, None].bool()
     dense = seen if dtype is torch.bool else torch.zeros(2, 1, 4, 4).masked_fill(~seen, LOWEST)
-    return MaskTensor(causal() & padding(valid), (2, 1, 4, 4), CPU, dtype), dense
+    return MaskTensor(causal() & padding(valid), (2, 1, 4, 4), device=CPU, dtype=dtype), dense
 
 
 def test_it_answers_questions_without_values() -> None:
@@ -129,4 +129,4 @@ def test_a_tensor_of_a_model_is_a_mask_where_it_only_hides() -> None:
         assert mask is None
         assert bias is given
     assert mask_and_bias(None) == (None, None)
-    assert mask_and_bias(MaskTensor(causal(), (1, 1, 3, 3), CPU)) == (Band(None, 0), None)
+    assert mask_and_bias(MaskTensor(causal(), (1, 1, 3, 3), device=CPU)) == (Band(None, 0), None)

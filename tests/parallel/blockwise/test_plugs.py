@@ -1,6 +1,7 @@
 """Every attention call of an unmodified model arrives at a handler, whose answer the model goes on with."""
 
 import copy
+import gc
 import pickle
 import warnings
 from typing import Any
@@ -71,15 +72,26 @@ def test_another_model_of_the_process_is_not_touched(name: str) -> None:
         assert all(torch.equal(each, plain[key]) for key, each in run(other, wide(batch)).items())
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "padded llama"])
+def test_a_model_that_shares_the_config_is_not_touched(name: str) -> None:
+    model, batch = model_of(name)
+    other = type(model)(model.config).double().eval()  # type: ignore[call-arg]
+    plain = run(other, wide(batch))
+    with plugged(model, _refuse):
+        found = run(other, wide(batch))
+    assert max(float((each - plain[key]).abs().max()) for key, each in found.items()) < 1e-12
+
+
 def _state_of_the_process() -> list[Any]:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     registers = [dict(each._global_mapping) for each in (AttentionInterface, AttentionMaskInterface)]
-    return [*registers, functional.scaled_dot_product_attention, functional.multi_head_attention_forward]
+    return [*registers, functional.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled]
 
 
 def test_taking_a_plug_out_restores_everything() -> None:
+    gc.collect()  # models of other tests
     model, batch = model_of("gpt_oss")  # has an implementation other than "sdpa"
     before, name = _state_of_the_process(), model.config._attn_implementation  # type: ignore[union-attr]
     plain = run(model, batch)
@@ -91,6 +103,19 @@ def test_taking_a_plug_out_restores_everything() -> None:
         assert model.config._attn_implementation == name  # type: ignore[union-attr]
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert all(torch.equal(each, plain[key]) for key, each in run(model, batch).items())
+
+
+def test_a_model_that_is_no_more_leaves_nothing_behind() -> None:
+    gc.collect()  # models of other tests
+    before = _state_of_the_process()
+    for name in ("llama", "translator"):
+        model, batch = model_of(name)
+        plug_in(model, dense_attention)
+        run(model, wide(batch))
+        assert _state_of_the_process() != before
+        del model
+        gc.collect()
+        assert _state_of_the_process() == before
 
 
 def test_a_model_is_plugged_once() -> None:

@@ -8,6 +8,7 @@ import meshwright as mw
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.options import Options
+from meshwright.parallel.sequence_options import SequenceOptions
 
 
 def test_sizes_have_defaults_and_names() -> None:
@@ -15,6 +16,7 @@ def test_sizes_have_defaults_and_names() -> None:
     assert Options.of(blockwise={"query_block": 7, "loss_block": 3}).sizes == Blockwise(query_block=7, loss_block=3)
     assert Options.of(blockwise=Blockwise(ffn_block=2)).sizes == Blockwise(ffn_block=2)
     assert Options.of().sizes is None
+    assert SequenceOptions(blockwise={}) == SequenceOptions(blockwise=Blockwise())
 
 
 @pytest.mark.parametrize(
