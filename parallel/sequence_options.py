@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from meshwright.parallel.blockwise.sizes import Blockwise
+from meshwright.parallel.context.chosen import ContextKind
+from meshwright.parallel.errors import WrapError, nearest
 from meshwright.parallel.stage_options import StageKeywords, StageOptions
 
 __all__ = ["SequenceKeywords", "SequenceOptions"]
@@ -14,6 +17,7 @@ class SequenceKeywords(StageKeywords, total=False):
 
     sequence_parallel: bool
     blockwise: Mapping[str, int | None] | Blockwise | None
+    cp_kind: ContextKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +27,22 @@ class SequenceOptions(StageOptions):
     Args:
         sequence_parallel: deal the sequence dim over `tp` between the matrices of blocks (arXiv 2205.05198).
         blockwise: compute attention by blocks, and what else `Blockwise` names: sizes, or {} for the default ones.
+        cp_kind: how the ranks of `cp` share attention: "ring", "ulysses" (each computes some heads), "hybrid" (both),
+            "gather" (each gets all keys), or "auto", which takes the one that sends least.
 
     Raises:
-        WrapError: for sizes that do not exist.
+        WrapError: for sizes or kinds that do not exist.
     """
 
     sequence_parallel: bool = False
     blockwise: Mapping[str, int | None] | Blockwise | None = None
+    cp_kind: ContextKind = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "blockwise", Blockwise.of(self.blockwise))
+        if self.cp_kind not in get_args(ContextKind):
+            raise WrapError(f"cp_kind={self.cp_kind!r} does not exist; {nearest(self.cp_kind, get_args(ContextKind))}")
 
     @property
     def sizes(self) -> Blockwise | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from meshwright.parallel.layout import Split
 
-__all__ = ["Decision", "Drop", "Stream", "TensorPlan", "starred"]
+__all__ = ["Attends", "Decision", "Drop", "Stream", "TensorPlan", "starred"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,23 @@ class Drop:
 
     dim: int
     sizes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Attends:
+    """An attention whose queries are a rank's positions.
+
+    Args:
+        dealt: whether keys are dealt as queries are; otherwise every rank has all of them.
+        heads: of queries, of the whole model.
+        kv_heads: of keys.
+        width: of a key.
+    """
+
+    dealt: bool
+    heads: int
+    kv_heads: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class TensorPlan:
         streams: lists of blocks with a dealt sequence.
         dealt: unit -> ((argument, dim of positions of each tensor in it), ...), for what comes with the stream.
         entered: unit -> arguments with a history that it takes whole; their gradients are summed.
-        attends: attention module -> "dealt" where keys are dealt as queries are, "whole" where every rank has all keys.
+        attends: attention module -> how it does, where the sequence is dealt and it fetches keys.
         attributes: module -> {attribute: its value on each rank}.
         partial: replicated parameters whose gradients are summed over `tp`.
         drops: unit -> one entry per dropout call in it, None where the plain mask is drawn whole.
@@ -86,7 +103,7 @@ class TensorPlan:
     streams: tuple[Stream, ...] = ()
     dealt: Mapping[str, tuple[tuple[int | str, tuple[int | None, ...]], ...]] = field(default_factory=dict)
     entered: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    attends: Mapping[str, str] = field(default_factory=dict)
+    attends: Mapping[str, Attends] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     drops: Mapping[str, tuple[Drop | None, ...]] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.blockwise.install import BlockwiseAttention
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.context.chosen import way_of
 from meshwright.parallel.context.install import deal_sequence
 from meshwright.parallel.costs import settled
 from meshwright.parallel.data import LocalStates, build_data_engine, spread_over
@@ -62,7 +63,8 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     if blockwise is not None:
         blockwise.install()
     if mesh.cp > 1:
-        deal_sequence(model, context, groups.axis("cp"), chosen.sizes or Blockwise())
+        way = way_of(chosen.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
+        deal_sequence(model, context, groups, way, chosen.sizes or Blockwise())
     spread = spread_over(model, groups, chosen, plan, context)
     data = build_data_engine(model, groups, chosen, spread)
     return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise=blockwise)

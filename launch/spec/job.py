@@ -81,7 +81,7 @@ class Job(Conduct, Placement, Training, Program):
             "stage_costs",
             "blocks",
         )
-        dealt = ("sequence_parallel", "tensor_plan")
+        dealt = ("sequence_parallel", "tensor_plan", "cp_kind")
         stated = {name: getattr(self.parallel, name) for name in (*names, *dealt)}
         stated["placement"] = self.parallel.asked.placement
         blockwise = self.parallel.blockwise

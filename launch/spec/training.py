@@ -232,6 +232,11 @@ class Parallel(Staged):
     blockwise: BlockSizes | None = Field(
         default=None, description="Compute attention by blocks of the sequence; {} takes the default sizes."
     )
+    cp_kind: Literal["auto", "ring", "ulysses", "hybrid", "gather"] = Field(
+        default="auto",
+        description="How the ranks of cp share attention: by a ring, by heads, both, or with all keys on each rank; "
+        "auto sends least.",
+    )
 
 
 class Adamw(Block):

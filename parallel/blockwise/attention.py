@@ -21,7 +21,7 @@ from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
 from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring, ScoringKeywords
 from meshwright.parallel.errors import WrapError, nearest
 
-__all__ = ["AttendKeywords", "attend"]
+__all__ = ["AttendKeywords", "attend", "draw_seed"]
 
 
 class AttendKeywords(ScoringKeywords, total=False):
@@ -77,6 +77,11 @@ def attend(
     return (out, lse) if with_lse else out
 
 
+def draw_seed() -> int:
+    """A seed for one call's dropout, from torch's generator."""
+    return int(torch.rand((), dtype=torch.float64) * (1 << 53))  # rand: what re-keys random bits knows it
+
+
 @dataclass(frozen=True)
 class _Call:
     """What is not a tensor."""
@@ -95,7 +100,7 @@ class _Call:
         given: Any = {name: each for name, each in options.items() if name in ScoringKeywords.__annotations__}
         bias, seed = options.get("bias"), options.get("dropout_seed")
         if seed is None and options.get("dropout_p", 0.0) > 0.0:
-            seed = int(torch.rand((), dtype=torch.float64) * (1 << 53))  # rand: what re-keys random bits knows it
+            seed = draw_seed()
         queries = pieces_of(options.get("query_positions"), query.shape[2], "queries")
         keys = pieces_of(options.get("key_positions"), key.shape[2], "keys")
         function = None if isinstance(bias, Tensor) else bias

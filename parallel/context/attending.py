@@ -12,19 +12,15 @@ from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import gather, rows
 from meshwright.parallel.length import Length
+from meshwright.parallel.tensor_plan import Attends
 
-__all__ = ["DEALT", "WHOLE", "attend_to_all", "gathered", "kind_of", "own_rows", "without_drops"]
-
-DEALT = "dealt"
-WHOLE = "whole"
+__all__ = ["attend_to_all", "gathered", "has_dealt_keys", "own_rows", "without_drops"]
 
 
-def kind_of(asked: AttentionCall, length: Length) -> str | None:
+def has_dealt_keys(asked: AttentionCall, length: Length) -> bool | None:
     """Whether keys are dealt as queries are, or all here; None where queries are not dealt."""
     own = length.axis.dealing.size(length.full, length.axis.rank)
-    if asked.query.shape[2] != own:
-        return None
-    return DEALT if asked.key.shape[2] == own else WHOLE
+    return None if asked.query.shape[2] != own else asked.key.shape[2] == own
 
 
 def own_rows(bias: Tensor | None, length: Length) -> Tensor | None:
@@ -44,26 +40,26 @@ def own_rows(bias: Tensor | None, length: Length) -> Tensor | None:
     return rows(bias, dealing.pieces(length.full, length.axis.rank), bias.dim() - 2)
 
 
-def attend_to_all(asked: AttentionCall, length: Length, kind: str, sizes: Blockwise) -> Tensor:
-    """This rank's queries over all keys, joined first where they are dealt."""
+def attend_to_all(asked: AttentionCall, length: Length, sizes: Blockwise, *, dealt: bool) -> Tensor:
+    """This rank's queries over all keys, joined first where they are `dealt`."""
     axis, full = length.axis, length.full
     key, value = asked.key, asked.value
-    if kind == DEALT:
+    if dealt:
         key, value = gather(key, axis, 2, full), gather(value, axis, 2, full)
     whole = replace(asked, key=key, value=value, bias=own_rows(asked.bias, length))
     return attend_to(whole, sizes, query_positions=axis.dealing.pieces(full, axis.rank))
 
 
-def gathered(length: Length, note: Callable[[str, str], None]) -> Callable[[AttentionCall], Tensor]:
-    """A handler for proofs, which drops nothing; `note` is told of each module what its keys are."""
+def gathered(length: Length, note: Callable[[str, Attends], None]) -> Callable[[AttentionCall], Tensor]:
+    """A handler for proofs, which drops nothing; `note` is told how each module attends."""
 
     def attend(asked: AttentionCall) -> Tensor:
-        kind = kind_of(asked, length)
-        if kind is None:
+        dealt = has_dealt_keys(asked, length)
+        if dealt is None:
             return attend_to(without_drops(asked), Blockwise())
-        note(asked.name, kind)
-        keys = length.full if kind == DEALT else asked.key.shape[2]
-        return attend_to_all(without_drops(asked, keys), length, kind, Blockwise())
+        note(asked.name, Attends(dealt, asked.query.shape[1], asked.key.shape[1], asked.key.shape[3]))
+        keys = length.full if dealt else asked.key.shape[2]
+        return attend_to_all(without_drops(asked, keys), length, Blockwise(), dealt=dealt)
 
     return attend
 

@@ -159,4 +159,4 @@ def _made(groups: Groups, ranks: list[list[int]], group: Any, *, words: str) -> 
     if groups.device_type == "cuda":
         ring = dist.new_subgroups_by_enumeration(ranks)[0]
         dist.all_reduce(torch.zeros(1, device="cuda"), group=ring)  # its first call must be everybody's
-    return ContextAxis(group, own.index(groups.rank), len(own), call, ring, _Names(words, own))
+    return ContextAxis(group, own.index(groups.rank), len(own), call, ring=ring, names=_Names(words, own))

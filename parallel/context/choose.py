@@ -12,7 +12,7 @@ from meshwright.parallel.context.dealing import Dealing
 from meshwright.parallel.context.kinds import Hybrid, Kind, Ring, Ulysses
 from meshwright.parallel.context.traffic import Shape, Traffic, traffic_of
 
-__all__ = ["Choice", "Links", "choose"]
+__all__ = ["Choice", "Links", "choose", "hybrids"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,15 @@ def choose(shape: Shape, degree: int, *, itemsize: int = 2, causal: bool = True,
         others.append(f"{shape.heads} heads ({shape.kv_heads} of keys) are not dealt evenly over {odd} ranks")
     known = [", ".join(each) for each in (others[: len(costs) - 1], others[len(costs) - 1 :]) if each]
     return Choice(asked.kind(best), "; ".join([reason, *known]))
+
+
+def hybrids(shape: Shape, degree: int) -> list[int]:
+    """Sizes of groups of a `Hybrid` that heads are dealt evenly over.
+
+    >>> hybrids(Shape(batch=1, length=8, heads=4, kv_heads=4, width=8), 8)
+    [2, 4]
+    """
+    return [each for each in range(2, degree) if degree % each == 0 and _fits(shape, each)]
 
 
 def _fits(shape: Shape, ulysses: int) -> bool:

@@ -1,59 +1,97 @@
 """Makes a model's blocks work on their rank's positions: the one place that executes a plan of `cp`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from meshwright.parallel.blockwise.answer import attend_to
+from meshwright.parallel.blockwise.attention import draw_seed
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plug_in
 from meshwright.parallel.blockwise.sizes import Blockwise
-from meshwright.parallel.context.attending import DEALT, attend_to_all, kind_of
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.context.attending import attend_to_all, has_dealt_keys, own_rows
+from meshwright.parallel.context.attention import attend_dealt
+from meshwright.parallel.context.axis import ContextAxis, context_axis
+from meshwright.parallel.context.chosen import ContextWay
+from meshwright.parallel.context.kinds import Kind
+from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.exchange import Axis
 from meshwright.parallel.length import Length
 from meshwright.parallel.tensor import install, length_of, open_streams
-from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.tensor_plan import Attends, TensorPlan
 
 __all__ = ["deal_sequence"]
 
 
-def deal_sequence(model: nn.Module, plan: TensorPlan, axis: Axis, sizes: Blockwise) -> None:
+def deal_sequence(model: nn.Module, plan: TensorPlan, groups: Groups, way: ContextWay, sizes: Blockwise) -> None:
     """Deals the sequence of a model before its blocks and joins it behind them.
 
     Args:
         model: changed in place; its heads may be dealt over `tp` already.
         plan: of `cp`, see `plan_context`.
-        axis: the ranks of `cp`.
+        groups: process groups of the mesh.
+        way: how keys and queries meet.
         sizes: of attention's blocks.
     """
+    axis = replace(context_axis(groups, way.kind), order=way.dealing)
     lengths = open_streams(model, plan, axis)
     install(model, plan, axis, lengths)
-    plug_in(model, _Handler(plan, lengths, sizes))
+    plug_in(model, _Handler(plan.attends, lengths, axis, way.kind, sizes))
 
 
 @dataclass(frozen=True, eq=False)
 class _Handler:
-    plan: TensorPlan
+    attends: Mapping[str, Attends]
     lengths: Mapping[str, Length]
+    axis: ContextAxis
+    kind: Kind
     sizes: Blockwise
 
     def __call__(self, asked: AttentionCall) -> Tensor:
-        kind = self.plan.attends.get(asked.name)
-        if kind is None:
+        attends = self.attends.get(asked.name)
+        if attends is None:
             return attend_to(asked, self.sizes)
         length = length_of(asked.name, self.lengths)
         assert length is not None, asked.name
-        _check(asked, kind, length)
-        return attend_to_all(asked, length, kind, self.sizes)
+        _check(asked, attends, length)
+        if not attends.dealt:
+            return attend_to_all(asked, length, self.sizes, dealt=False)
+        return self._attend(asked, length.full, own_rows(asked.bias, length))
+
+    def _attend(self, asked: AttentionCall, full: int, bias: Tensor | None) -> Tensor:
+        first, seed = 0, None
+        if asked.dropout_p:
+            first = first_dropped_head(asked.query, (*asked.query.shape[:3], full))
+            seed = draw_seed()
+        return attend_dealt(
+            asked.query,
+            asked.key,
+            asked.value,
+            axis=self.axis,
+            dealing=self.axis.dealing,
+            length=full,
+            kind=self.kind,
+            mask=asked.mask,
+            bias=bias,
+            scale=asked.scale,
+            softcap=asked.softcap,
+            sinks=asked.sinks,
+            dropout_p=asked.dropout_p,
+            dropout_seed=seed,
+            first_head=first,
+            query_block=self.sizes.query_block,
+            kv_block=self.sizes.kv_block,
+        )
 
 
-def _check(asked: AttentionCall, kind: str, length: Length) -> None:
-    found = kind_of(asked, length)
-    if found is None or (kind == DEALT and found != DEALT):
+def _check(asked: AttentionCall, attends: Attends, length: Length) -> None:
+    found = has_dealt_keys(asked, length)
+    if found is None or (attends.dealt and not found):
+        where = "dealt as its queries" if attends.dealt else "whole"
         raise WrapError(
             f"attention of {asked.name} has {asked.query.shape[2]} queries and {asked.key.shape[2]} keys here, of a "
-            f"sequence of {length.full}, and its keys were {kind} with the example; pass an example= like the batches "
+            f"sequence of {length.full}, and its keys were {where} with the example; pass an example= like the batches "
             "to come"
         )

@@ -24,7 +24,7 @@ from meshwright.parallel.context.attending import gathered, without_drops
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.prove import RefutedError, prove
-from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
+from meshwright.parallel.tensor_plan import Attends, Decision, Stream, TensorPlan
 from meshwright.parallel.unit_calls import calls_of, signature_of
 from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, run_plain
 
@@ -109,7 +109,7 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
         return _Settled(None, None, "it takes no [samples, positions, features]")
     reasons: list[str] = []
     for variant in _variants(plain, list(dict.fromkeys(asked))):
-        attends: dict[str, str] = {}
+        attends: dict[str, Attends] = {}
         try:
             found = prove(plain, variant, partial(_attending, attends))
         except RefutedError as error:
@@ -120,7 +120,7 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
 
 
 def _attending(
-    attends: dict[str, str], copy: nn.Module, plan: TensorPlan, length: Length
+    attends: dict[str, Attends], copy: nn.Module, plan: TensorPlan, length: Length
 ) -> AbstractContextManager[object]:
     del plan
     return plugged(copy, gathered(length, attends.__setitem__))
@@ -131,7 +131,7 @@ def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
     return attend_to(without_drops(call), Blockwise())
 
 
-def _said(plan: TensorPlan, attends: Mapping[str, str]) -> str:
+def _said(plan: TensorPlan, attends: Mapping[str, Attends]) -> str:
     if plan.joined:
         return f"{', '.join(plan.joined)} on the whole sequence on every rank, the rest position by position"
     return f"attention of {', '.join(attends) or 'nothing'}, the rest position by position"
