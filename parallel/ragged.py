@@ -29,12 +29,12 @@ class Unpadded(NamedTuple):
     Attributes:
         values: [T, ...], the kept tokens of one sequence after those of another.
         cu_seqlens: [b + 1], int32: sequence i is values[cu_seqlens[i] : cu_seqlens[i + 1]].
-        index: [T], int64: where each came from in the batch with its first two dims flattened.
+        indices: [T], int64: where each came from in the batch with its first two dims flattened.
     """
 
     values: Tensor
     cu_seqlens: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 def unpad(padded: Tensor, mask: Tensor) -> Unpadded:
@@ -45,7 +45,7 @@ def unpad(padded: Tensor, mask: Tensor) -> Unpadded:
         mask: [b, s], nonzero where a token counts; padding may stand on either side.
 
     >>> found = unpad(torch.tensor([[5, 6, 0], [7, 0, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    >>> found.values.tolist(), found.cu_seqlens.tolist(), found.index.tolist()
+    >>> found.values.tolist(), found.cu_seqlens.tolist(), found.indices.tolist()
     ([5, 6, 7], [0, 2, 3], [0, 1, 3])
 
     Raises:
@@ -53,9 +53,9 @@ def unpad(padded: Tensor, mask: Tensor) -> Unpadded:
     """
     _check_fit(padded, mask)
     kept = mask.bool()
-    index = kept.flatten().nonzero().flatten()
+    indices = kept.flatten().nonzero().flatten()
     cu_seqlens = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
-    return Unpadded(padded.flatten(0, 1)[index], cu_seqlens, index)
+    return Unpadded(padded.flatten(0, 1)[indices], cu_seqlens, indices)
 
 
 def _check_fit(padded: Tensor, mask: Tensor) -> None:
@@ -66,14 +66,15 @@ def _check_fit(padded: Tensor, mask: Tensor) -> None:
         )
 
 
-def pad_back(values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+def pad_back(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     """The inverse of `unpad`: [T, ...] back to [b, s, ...], zero where the mask kept nothing; gradients flow through.
 
     >>> pad_back(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]), (2, 3)).tolist()
     [[5, 6, 0], [7, 0, 0]]
     """
     rows, length = shape
-    return values.new_zeros(rows * length, *values.shape[1:]).index_copy(0, index, values).unflatten(0, (rows, length))
+    flat = values.new_zeros(rows * length, *values.shape[1:]).index_copy(0, indices, values)
+    return flat.reshape(rows, length, *values.shape[1:])
 
 
 def positions(cu_seqlens: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def unpad_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The mask leaves, `position_ids` come, and a label that a sequence begins with is -100, so that nothing is predicted
     across a border. Models of `transformers` limit attention to sequences where positions start anew and no mask is
-    given. Loss and gradients are those of the padded batch.
+    given. Loss and gradients are those of the batch padded on the right.
 
     Args:
         batch: `attention_mask` [b, s], and tensors with the same first two dims, such as `input_ids` and `labels`.
@@ -114,7 +115,7 @@ def unpad_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, each in batch.items():
         if key not in ("attention_mask", "position_ids"):
             _check_fit(each, mask)
-            row[key] = each.flatten(0, 1)[found.index][None]
+            row[key] = each.flatten(0, 1)[found.indices][None]
     row["position_ids"] = positions(found.cu_seqlens)[None]
     if "labels" in row:
         row["labels"] = row["labels"].masked_fill(row["position_ids"] == 0, _IGNORED)
