@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from meshwright.launch.worker.corpus import Document, read_documents, split_documents
 from meshwright.launch.worker.errors import CorpusError
 from meshwright.launch.worker.order import SortedOrder, share
-from meshwright.launch.worker.packing import Packed, pack
+from meshwright.launch.worker.packing import Packed, fingerprint, pack
 from meshwright.launch.worker.samples import Samples, cut_documents
 from meshwright.launch.worker.tokenizer import Tokenizer, make_tokenizer
 
@@ -74,10 +74,9 @@ class Text:
 
     def fingerprint(self) -> int:
         """Changes with any training token, with the seed, batch size and sorting: with what a step reads."""
-        sorting = (
-            0 if (self.sort_window, self.by_tokens) == (1, False) else (self.sort_window or 0) * 2 + self.by_tokens
-        )
-        return self.training.fingerprint() ^ (self.seed << 20) ^ self.batch_size ^ (sorting << 24)
+        mark = self.training.fingerprint() ^ (self.seed << 20) ^ self.batch_size
+        sorting = (self.sort_window, self.by_tokens)
+        return mark if sorting == (1, False) else mark ^ fingerprint(f"sorted {sorting}")
 
     @cached_property
     def _order(self) -> SortedOrder:
