@@ -150,8 +150,7 @@ def sort_batches(
 ) -> list[list[int]]:
     """One epoch of batches of like lengths: every sequence once, in an order that stays near a random one.
 
-    Shuffles, takes windows of `window` x `batch_size` sequences, sorts each by length, cuts it into batches, and
-    shuffles the batches.
+    Shuffles, takes windows of `window` x `batch_size` sequences, sorts and cuts each, and shuffles the batches.
 
     Args:
         lengths: of all sequences, in tokens.
@@ -171,19 +170,18 @@ def sort_batches(
             raise BatchError(f"{name}={value} holds nothing; give at least 1")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    size = len(order) if window is None else window * batch_size
-    batches: list[list[int]] = []
-    for start in range(0, len(order), max(1, size)):
-        batches += _cut(sorted(order[start : start + size], key=lengths.__getitem__), lengths, batch_size, max_tokens)
+    size = max(1, len(order)) if window is None else window * batch_size
+    limit = max_tokens or batch_size * max(lengths, default=0)
+    windows = (sorted(order[start : start + size], key=lengths.__getitem__) for start in range(0, len(order), size))
+    batches = [batch for each in windows for batch in _cut(each, lengths, batch_size=batch_size, max_tokens=limit)]
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _cut(ordered: list[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
+def _cut(ordered: list[int], lengths: Sequence[int], *, batch_size: int, max_tokens: int) -> Iterator[list[int]]:
     """Batches of sequences that are in ascending order of length."""
     batch: list[int] = []
     for index in ordered:
-        full = max_tokens is not None and (len(batch) + 1) * lengths[index] > max_tokens
-        if batch and (full or len(batch) == batch_size):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > max_tokens):
             yield batch
             batch = []
         batch.append(index)

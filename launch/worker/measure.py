@@ -21,9 +21,13 @@ class Meter:
         device: of this rank.
         dtype: what matmuls compute in.
         num_ranks: whose speeds add up.
+
+    Attributes:
+        tokens: of all ranks since the first step; a resumed run says how many came before.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, *, num_ranks: int) -> None:
+        self.tokens = 0
         self._device = device
         self._dtype = dtype
         self._num_ranks = num_ranks
@@ -46,6 +50,7 @@ class Meter:
         self._spent_s += now_s - self._since_s
         self._since_s = now_s
         self._steps += 1
+        self.tokens += tokens
         self._tokens += tokens
         self._places += places
 

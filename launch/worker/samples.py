@@ -10,6 +10,7 @@ same loss and gradients in both, whatever the number of ranks and micro-batches 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -122,18 +123,16 @@ def cut_documents(
         CorpusError: when no document has two tokens.
     """
     tokens, _ = end_to_end(documents, separator=separator, vocab_size=vocab_size)
-    begins: list[int] = []
-    lengths: list[int] = []
-    position = 0
-    for document in documents:
-        end = position + len(document) + 1
-        for begin in range(position, end - 1, sequence_length):
-            begins.append(begin)
-            lengths.append(min(sequence_length, end - begin))
-        position = end
-    if not begins:
+    ends = list(accumulate(len(document) + 1 for document in documents))
+    pieces = [
+        (begin, min(sequence_length, end - begin))
+        for start, end in zip([0, *ends], ends, strict=False)
+        for begin in range(start, end - 1, sequence_length)
+    ]
+    if not pieces:
         raise CorpusError(
             "no document holds a token, so there is nothing to predict; add files, or raise data.max_bytes or "
             "data.validation_fraction"
         )
-    return Samples(tokens, torch.tensor(begins), tuple(lengths), form, multiple)
+    begins, lengths = zip(*pieces, strict=True)
+    return Samples(tokens, torch.tensor(begins), lengths, form, multiple)

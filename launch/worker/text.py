@@ -12,7 +12,7 @@ from meshwright.launch.worker.packing import Packed, fingerprint, pack
 from meshwright.launch.worker.samples import Samples, cut_documents
 from meshwright.launch.worker.tokenizer import Tokenizer, make_tokenizer
 
-__all__ = ["Size", "Text", "load_text"]
+__all__ = ["Size", "Text", "lay_out", "load_text"]
 
 
 class Size(NamedTuple):
@@ -51,7 +51,8 @@ class Text:
 
         Windows come as one batch for `step` to cut, samples of unequal lengths as a list of its micro-batches.
         """
-        return self._share(self.training, self._order.batch(step - 1), data_rank, data_degree)
+        chosen = self._order.batch(step - 1)
+        return self._share(self.training, chosen, data_rank=data_rank, data_degree=data_degree)
 
     def training_size(self, step: int, data_degree: int) -> Size:
         """Size of the global batch of a step; only its places depend on the number of data ranks."""
@@ -64,7 +65,8 @@ class Text:
     def validation_batch(self, number: int, data_rank: int, data_degree: int) -> Any:
         """A data rank's share of a held-out batch: the same samples in every run, drawn from all held-out documents."""
         assert self.validation is not None, "nothing is held out"
-        return self._share(self.validation, self._held_out_order.batch(number), data_rank, data_degree)
+        chosen = self._held_out_order.batch(number)
+        return self._share(self.validation, chosen, data_rank=data_rank, data_degree=data_degree)
 
     @property
     def usual_length(self) -> int:
@@ -92,7 +94,7 @@ class Text:
     def _parts(self, data_degree: int) -> int:
         return data_degree * self.num_microbatches
 
-    def _share(self, source: Packed | Samples, chosen: list[int], data_rank: int, data_degree: int) -> Any:
+    def _share(self, source: Packed | Samples, chosen: list[int], *, data_rank: int, data_degree: int) -> Any:
         if isinstance(source, Packed):
             return source.batch(share(chosen, data_rank, data_degree))
         parts = source.deal(chosen, self._parts(data_degree))
@@ -116,9 +118,9 @@ def load_text(data: Mapping[str, Any], *, seed: int, batch_size: int, num_microb
     documents = read_documents(data["files"], max_bytes=data["max_bytes"])
     tokenizer = make_tokenizer(data["tokenizer"], documents)
     training, held_out = split_documents(documents, data["validation_fraction"])
-    made = _laid_out(training, tokenizer, data)
+    made = lay_out(training, tokenizer, data)
     try:
-        validation = _laid_out(held_out, tokenizer, data) if held_out else None
+        validation = lay_out(held_out, tokenizer, data) if held_out else None
     except CorpusError as error:
         raise CorpusError(
             f"data.validation_fraction={data['validation_fraction']} holds too little out: {error}"
@@ -136,7 +138,12 @@ def load_text(data: Mapping[str, Any], *, seed: int, batch_size: int, num_microb
     )
 
 
-def _laid_out(documents: list[Document], tokenizer: Tokenizer, data: Mapping[str, Any]) -> Packed | Samples:
+def lay_out(documents: list[Document], tokenizer: Tokenizer, data: Mapping[str, Any]) -> Packed | Samples:
+    """Encodes documents and lays them out as windows or samples, as the `data:` block wants them.
+
+    Raises:
+        CorpusError: when there is too little text.
+    """
     encoded = tokenizer.encode([document.content for document in documents])
     keywords = {
         "separator": tokenizer.separator,

@@ -59,7 +59,6 @@ class Training:
     files: StepFiles
     step: int = 0
     saved: int = -1
-    tokens: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
@@ -89,7 +88,7 @@ class Training:
             )
         self.metrics.restart(self.checkpoints.load(self.model, found))
         self.step = self.saved = found.step
-        self.tokens = self._tokens_read()
+        self.meter.tokens = self._tokens_read()
         self.say(f"resumed from {found.path} at step {found.step}")
 
     def _one_step(self) -> None:
@@ -103,9 +102,7 @@ class Training:
         doing(f"the optimizer's step {self.step}")
         self.optimizer.step()
         doing(f"measuring and logging step {self.step}")
-        size = self.text.training_size(self.step, self.model.mesh.data_degree)
-        self.meter.tick(*size)
-        self.tokens += size.tokens
+        self.meter.tick(*self.text.training_size(self.step, self.model.mesh.data_degree))
         extra["time_unix_s"] = now_unix_s()
         if self.meter.needs_peak:
             self.meter.measure_peak()
@@ -131,7 +128,7 @@ class Training:
         record = {
             "step": self.step,
             "loss": loss,
-            "tokens": self.tokens,
+            "tokens": self.meter.tokens,
             **self.meter.read(),
             "lr": self._rate().at(self.step),
             "gradient_norm": norm,
