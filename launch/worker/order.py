@@ -120,9 +120,11 @@ class SortedOrder:
             return [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
         ends = list(accumulate(self.lengths[sample] for sample in samples))
         borders = [0]
-        for part in range(1, window):  # each batch keeps a sample at least
+        for part in range(
+            1, window
+        ):  # no batch is empty: a sample over two borders has few, and longer ones, behind it
             fair = bisect_left(ends, ends[-1] * part // window) + 1
-            borders.append(min(max(fair, borders[-1] + 1), len(samples) - (window - part)))
+            borders.append(min(fair, len(samples) - (window - part)))
         return [samples[start:end] for start, end in zip(borders, [*borders[1:], len(samples)], strict=True)]
 
 

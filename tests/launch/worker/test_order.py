@@ -1,6 +1,6 @@
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshwright.launch.worker.order import Permutation, SortedOrder, batch_samples, share
@@ -39,6 +39,8 @@ WINDOWS = st.none() | st.integers(1, 7)
 
 
 @given(LENGTHS, st.integers(1, 9), WINDOWS, st.integers(0, 3), st.booleans())
+@example([2, 2, 50], 1, 3, 0, True)  # half of the tokens in one sample
+@example([2, 2, 2, 30, 30, 30], 1, 6, 0, True)
 def test_windows_hold_the_samples_that_unsorted_batches_would(
     lengths: list[int], size: int, window: int | None, seed: int, by_tokens: bool
 ) -> None:
