@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -139,6 +139,7 @@ def test_padding_falls_with_the_window_and_batches_stay_shuffled() -> None:
 
 
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 9))
+@example([0, 0], 2)
 def test_every_sequence_is_in_one_part_and_no_part_is_empty_without_need(lengths: list[int], parts: int) -> None:
     dealt = balance(lengths, parts)
     assert sorted(index for part in dealt for index in part) == list(range(len(lengths)))
