@@ -186,17 +186,18 @@ def _build_model(spec: dict[str, Any], data: dict[str, Any], seed: int) -> "nn.M
 
 
 def _build_batch(data: dict[str, Any], num_samples: int) -> dict[str, Any]:
-    from meshwright.launch.worker.packing import pack
+    import torch
+
+    from meshwright.launch.worker.text import lay_out
 
     tokenizer, documents = _text(data)
-    length = min(data["sequence_length"], _MAX_SEQUENCE_LENGTH)
-    packed = pack(
-        tokenizer.encode([document.content for document in documents]),
-        separator=tokenizer.separator,
-        sequence_length=length,
-        vocab_size=tokenizer.vocab_size,
-    )
-    return packed.batch([window % len(packed) for window in range(num_samples)])
+    short = {**data, "sequence_length": min(data["sequence_length"], _MAX_SEQUENCE_LENGTH)}
+    laid = lay_out(documents, tokenizer, short)
+    if data["batching"] == "packed":  # rows of one length, since ranks take their shares of a batch by rows
+        rows = [laid.batch([(3 * row + place) % len(laid) for place in range(3)]) for row in range(num_samples)]
+        length = min(row["input_ids"].shape[1] for row in rows)
+        return {name: torch.cat([row[name][:, :length] for row in rows]) for name in rows[0]}
+    return laid.batch([each % len(laid) for each in range(num_samples)])
 
 
 def _vocabulary(data: dict[str, Any] | None) -> int:

@@ -83,6 +83,28 @@ def _tokenizer(job: "Job") -> Iterator[Broken]:
         yield "data.tokenizer", f"expected exactly one of bpe and file, {found}"
 
 
+def _lengths(job: "Job") -> Iterator[Broken]:
+    """Keys about samples of unequal lengths."""
+    data = job.data
+    if data is None:
+        return
+    if data.batching == "windows":
+        for key, default in (("sort_window", 1), ("batches_of", "samples"), ("length_multiple", 1)):
+            if getattr(data, key) != default:
+                yield f"data.{key}", f"windows all have one length; {key} goes with batching: padded or packed"
+    elif data.batches_of == "tokens" and data.sort_window == 1:
+        yield (
+            "data.batches_of",
+            "a sort_window of 1 is a single batch, which has none to share tokens with; set sort_window to 2 or more",
+        )
+    if data.batching == "packed" and job.parallel.loss == "sample_mean":
+        yield (
+            "parallel.loss",
+            "a packed row holds several samples, whose means a model cannot tell apart; use loss: token_mean, or "
+            "batching: padded",
+        )
+
+
 def _nodes(job: "Job") -> Iterator[Broken]:
     nodes, simulated = job.nodes, job.cluster.simulate_nodes
     if isinstance(nodes, NodeRange):
@@ -213,6 +235,7 @@ _RULES: tuple[Callable[["Job"], Iterator[Broken]], ...] = (
     _command,
     _model,
     _tokenizer,
+    _lengths,
     _nodes,
     _ranks,
     _step,

@@ -32,6 +32,10 @@ __all__ = [
 SCHEDULES = (*ON_ONE_RANK, *ACROSS_RANKS)
 _SCHEDULE_SCHEMA = {"anyOf": [{"enum": list(SCHEDULES), "type": "string"}, {"type": "string", "pattern": r"\.csv$"}]}
 Precision = Literal["float32", "bfloat16", "float64"]
+Together = Annotated[
+    Annotated[Count, Tag("<integer>")] | Annotated[Literal["all"], Tag("<text>")],
+    BY_KIND,
+]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -90,7 +94,28 @@ class Data(Block):
         default="bytes", description="bytes (256 tokens and a separator), {bpe: {vocab_size: N}} or {file: PATH}."
     )
     sequence_length: Annotated[int, Field(ge=2, le=100_000_000)] = Field(
-        default=256, description="Tokens of one sequence."
+        default=256, description="Tokens of one sequence, at most."
+    )
+    batching: Literal["windows", "padded", "packed"] = Field(
+        default="windows",
+        description="What a sample is, and how a micro-batch holds samples: windows cuts the concatenated text every "
+        "sequence_length tokens; padded and packed take a document as a sample (a longer one is cut into several), "
+        "padded in a row each up to the longest, packed end to end in one row without padding.",
+    )
+    sort_window: Together = Field(
+        default=1,
+        description="Batches whose samples are sorted by length together, for padded and packed: 1 leaves batches as "
+        "they were shuffled, all sorts an epoch.",
+    )
+    batches_of: Literal["samples", "tokens"] = Field(
+        default="samples",
+        description="What the batches of a sort_window hold equally many of: samples (train.batch_size of them), or "
+        "tokens, with train.batch_size samples on average.",
+    )
+    length_multiple: Count = Field(
+        default=1,
+        description="Rows are padded to a multiple of so many tokens, for padded and packed: fewer shapes, for "
+        "pipelines and kernels.",
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.02, description="Part of the text kept for validation, 0 to 1."

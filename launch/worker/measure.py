@@ -20,18 +20,22 @@ class Meter:
     Args:
         device: of this rank.
         dtype: what matmuls compute in.
-        tokens_per_step: of all ranks.
         num_ranks: whose speeds add up.
+
+    Attributes:
+        tokens: of all ranks since the first step; a resumed run says how many came before.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, tokens_per_step: int, num_ranks: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, num_ranks: int) -> None:
+        self.tokens = 0
         self._device = device
         self._dtype = dtype
         self._num_ranks = num_ranks
         self._since_s = time.perf_counter()
         self._spent_s = 0.0
         self._steps = 0
+        self._tokens = 0
+        self._places = 0
         self._per_token: FlopCount | None = None
         self._peak_flops_per_s = 0.0
 
@@ -40,12 +44,15 @@ class Meter:
         """Whether it is still unknown what this device can do."""
         return not self._peak_flops_per_s
 
-    def tick(self) -> None:
-        """Ends a step."""
+    def tick(self, tokens: int, places: int) -> None:
+        """Ends a step of so many tokens on all ranks, and so many places with their padding."""
         now_s = time.perf_counter()
         self._spent_s += now_s - self._since_s
         self._since_s = now_s
         self._steps += 1
+        self.tokens += tokens
+        self._tokens += tokens
+        self._places += places
 
     def pause(self) -> None:
         """Forgets the time since the last step."""
@@ -72,14 +79,18 @@ class Meter:
 
     def read(self) -> dict[str, float | int]:
         """Figures of the steps since the last reading; utilisation under both conventions (see `flops`)."""
-        step_s = self._spent_s / max(1, self._steps)
-        self._spent_s, self._steps = 0.0, 0
-        tokens_per_s = self.tokens_per_step / step_s if step_s else 0.0
+        steps = max(1, self._steps)
+        step_s, tokens_per_step = self._spent_s / steps, self._tokens / steps
+        padding_ratio = 1.0 - self._tokens / self._places if self._places else 0.0
+        self._spent_s, self._steps, self._tokens, self._places = 0.0, 0, 0, 0
+        tokens_per_s = tokens_per_step / step_s if step_s else 0.0
         assert self._per_token is not None, "count first"
         peak = self._peak_flops_per_s
         return {
             "tokens_per_s": round(tokens_per_s, 1),
             "step_s": round(step_s, 6),
+            "tokens_per_step": round(tokens_per_step, 1),
+            "padding_ratio": round(padding_ratio, 4),
             "peak_memory_bytes": peak_memory_bytes(self._device),
             "mfu_full": round(utilisation(self._per_token.full, tokens_per_s, peak), 4),
             "mfu_causal": round(utilisation(self._per_token.causal, tokens_per_s, peak), 4),

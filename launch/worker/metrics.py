@@ -85,6 +85,8 @@ def progress_line(record: Mapping[str, Any], steps: int) -> str:
         parts.append(f"lr {record['lr']:.2e}")
     if "tokens_per_s" in record:
         parts += [f"{int(record['tokens_per_s']):,} tokens/s", f"{record['step_s'] * 1e3:.0f} ms/step"]
+    if record.get("padding_ratio"):
+        parts.append(f"padding {record['padding_ratio']:.1%}")
     if record.get("mfu_full") is not None:
         parts.append(f"MFU {record['mfu_full']:.1%} ({record['mfu_causal']:.1%} causal)")
     return "  ".join(parts)

@@ -3,14 +3,19 @@
 Samples are numbered without end; number n is element n mod size of epoch n div size. Each epoch is a permutation
 computed index by index (a Feistel network with cycle walking: Black and Rogaway, CT-RSA 2002), so that nothing has to
 be stored, and a resumed run or another number of ranks reads the same batches.
+
+Batches of like lengths come from windows of these numbers, sorted by length, cut, and shuffled batch by batch: partial
+sorting (arXiv 2308.08153).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import accumulate
 from typing import TypeVar
 
-__all__ = ["Permutation", "batch_samples", "share"]
+__all__ = ["Permutation", "SortedOrder", "batch_samples", "share"]
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
@@ -69,6 +74,58 @@ def batch_samples(num_samples: int, *, seed: int, step: int, batch_size: int) ->
         end = min(num_samples, start + batch_size - len(found))
         found += [order[index] for index in range(start, end)]
     return found
+
+
+@dataclass
+class SortedOrder:
+    """Global batches of samples sorted by length in windows of `window` batches.
+
+    A window holds the numbers that `window` unsorted batches would. Where an epoch is no whole number of windows, its
+    end is sorted together with the beginning of the next.
+
+    Args:
+        lengths: of all samples, in tokens.
+        seed: of the epochs, and of the order of a window's batches.
+        batch_size: samples of a batch; with `by_tokens` their mean in a window.
+        window: batches that are sorted together: 1 leaves them as `batch_samples` has them, None takes an epoch.
+        by_tokens: a window's batches hold about equally many tokens, instead of equally many samples.
+    """
+
+    lengths: Sequence[int]
+    seed: int
+    batch_size: int
+    window: int | None = 1
+    by_tokens: bool = False
+    _number: int = field(default=-1, init=False)
+    _batches: list[list[int]] = field(default_factory=list, init=False)
+
+    def batch(self, step: int) -> list[int]:
+        """Samples of a step's global batch in ascending order of length, steps counted from 0.
+
+        >>> order = SortedOrder([9, 1, 8, 2], seed=0, batch_size=2, window=None)
+        >>> sorted(order.batch(step) for step in (0, 1))
+        [[1, 3], [2, 0]]
+        """
+        epoch = -(-len(self.lengths) // self.batch_size)
+        window = epoch if self.window is None else min(self.window, epoch)
+        number, place = divmod(step, window)
+        if number != self._number:
+            self._number, self._batches = number, self._sorted(number, window)
+        return self._batches[Permutation.of(window, self.seed, "window", number)[place]]
+
+    def _sorted(self, number: int, window: int) -> list[list[int]]:
+        samples = batch_samples(len(self.lengths), seed=self.seed, step=number, batch_size=window * self.batch_size)
+        samples.sort(key=self.lengths.__getitem__)
+        if not self.by_tokens:
+            return [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
+        ends = list(accumulate(self.lengths[sample] for sample in samples))
+        borders = [0]
+        for part in range(
+            1, window
+        ):  # no batch is empty: a sample over two borders has few, and longer ones, behind it
+            fair = bisect_left(ends, ends[-1] * part // window) + 1
+            borders.append(min(fair, len(samples) - (window - part)))
+        return [samples[start:end] for start, end in zip(borders, [*borders[1:], len(samples)], strict=True)]
 
 
 def share(items: Sequence[Item], index: int, parts: int) -> Sequence[Item]:

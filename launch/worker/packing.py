@@ -18,7 +18,7 @@ from torch import Tensor
 
 from meshwright.launch.worker.errors import CorpusError
 
-__all__ = ["IGNORED", "Packed", "pack"]
+__all__ = ["IGNORED", "Packed", "end_to_end", "fingerprint", "pack"]
 
 IGNORED = -100
 """The label that every loss function of torch leaves out."""
@@ -42,6 +42,11 @@ class Packed:
         """Number of windows; the last one overlaps the one before it where tokens do not divide evenly."""
         return ceil(len(self.tokens) / self.sequence_length)
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each window."""
+        return [self.sequence_length] * len(self)
+
     def batch(self, windows: Sequence[int]) -> dict[str, Tensor]:
         """Inputs and labels of some windows, int64, (windows, sequence_length)."""
         spans = [self._span(window) for window in windows]
@@ -55,10 +60,7 @@ class Packed:
 
     def fingerprint(self) -> int:
         """A 62-bit number that changes with any token, border or window length."""
-        digest = blake2b(f"{self.sequence_length} {len(self.tokens)}".encode(), digest_size=8)
-        for tensor in (self.tokens, self.starts):
-            digest.update(memoryview(bytearray(tensor.contiguous().view(torch.uint8).numpy())))
-        return int.from_bytes(digest.digest(), "big") >> 2
+        return fingerprint(f"{self.sequence_length} {len(self.tokens)}", self.tokens, self.starts)
 
     def _span(self, window: int) -> tuple[int, int, int]:
         """(first token, first token that no earlier window held, end) of a window."""
@@ -67,6 +69,14 @@ class Packed:
         fresh = window * self.sequence_length
         end = min(fresh + self.sequence_length, len(self.tokens))
         return end - self.sequence_length, fresh, end
+
+
+def fingerprint(words: str, *tensors: Tensor) -> int:
+    """A 62-bit number of some words and the values of tensors."""
+    digest = blake2b(words.encode(), digest_size=8)
+    for tensor in tensors:
+        digest.update(memoryview(bytearray(tensor.contiguous().view(torch.uint8).numpy())))
+    return int.from_bytes(digest.digest(), "big") >> 2
 
 
 def pack(documents: Sequence[Tensor], *, separator: int, sequence_length: int, vocab_size: int) -> Packed:
@@ -81,12 +91,22 @@ def pack(documents: Sequence[Tensor], *, separator: int, sequence_length: int, v
     Raises:
         CorpusError: when there are fewer tokens than one window holds.
     """
-    total = sum(len(document) + 1 for document in documents)
-    if total < sequence_length:
+    tokens, starts = end_to_end(documents, separator=separator, vocab_size=vocab_size)
+    if len(tokens) < sequence_length:
         raise CorpusError(
-            f"the corpus has {total} tokens, fewer than data.sequence_length={sequence_length}; "
+            f"the corpus has {len(tokens)} tokens, fewer than data.sequence_length={sequence_length}; "
             "add files, raise data.max_bytes or data.validation_fraction, or shorten the sequences"
         )
+    return Packed(tokens, starts, sequence_length)
+
+
+def end_to_end(documents: Sequence[Tensor], *, separator: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Tokens of all documents, each followed by `separator`, and where documents begin (1-dim, integers and booleans).
+
+    >>> [each.tolist() for each in end_to_end([torch.tensor([1, 2])], separator=9, vocab_size=10)]
+    [[1, 2, 9], [True, False, False]]
+    """
+    total = sum(len(document) + 1 for document in documents)
     tokens = torch.empty(total, dtype=torch.int16 if vocab_size <= 1 << 15 else torch.int32)
     starts = torch.zeros(total, dtype=torch.bool)
     position = 0
@@ -95,4 +115,4 @@ def pack(documents: Sequence[Tensor], *, separator: int, sequence_length: int, v
         tokens[position : position + len(document)] = document
         position += len(document) + 1
         tokens[position - 1] = separator
-    return Packed(tokens, starts, sequence_length)
+    return tokens, starts

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.launch.spec.job import Job
+from meshwright.launch.worker.borders import check_borders
 from meshwright.launch.worker.checkpoint import Checkpoints
 from meshwright.launch.worker.errors import CheckpointError
 from meshwright.launch.worker.example import example_batch
@@ -64,6 +65,7 @@ class Training:
         """Trains from the newest checkpoint, or from the start, to the last step."""
         assert self.job.train is not None, "checked when the job was read"
         self._resume()
+        check_borders(self.model, self.text, _DTYPES[self.job.train.precision])
         if self.step == 0:
             self._validate()
         while self.step < self.job.train.steps and not self._out_of_time():
@@ -86,6 +88,7 @@ class Training:
             )
         self.metrics.restart(self.checkpoints.load(self.model, found))
         self.step = self.saved = found.step
+        self.meter.tokens = self._tokens_read()
         self.say(f"resumed from {found.path} at step {found.step}")
 
     def _one_step(self) -> None:
@@ -99,7 +102,7 @@ class Training:
         doing(f"the optimizer's step {self.step}")
         self.optimizer.step()
         doing(f"measuring and logging step {self.step}")
-        self.meter.tick()
+        self.meter.tick(*self.text.training_size(self.step, self.model.mesh.data_degree))
         extra["time_unix_s"] = now_unix_s()
         if self.meter.needs_peak:
             self.meter.measure_peak()
@@ -125,7 +128,7 @@ class Training:
         record = {
             "step": self.step,
             "loss": loss,
-            "tokens": self.step * self.meter.tokens_per_step,
+            "tokens": self.meter.tokens,
             **self.meter.read(),
             "lr": self._rate().at(self.step),
             "gradient_norm": norm,
@@ -143,7 +146,8 @@ class Training:
         sums = torch.zeros(2, dtype=torch.float64)
         for number in range(min(train.validate_batches, -(-len(self.text.validation) // train.batch_size))):
             batch = self.text.validation_batch(number, self.model.data_rank, self.model.mesh.data_degree)
-            sums += torch.stack(self.model.evaluate(batch)).cpu()
+            for part in batch if isinstance(batch, list) else [batch]:
+                sums += torch.stack(self.model.evaluate(part)).cpu()
         self.model.module.train()
         self.meter.pause()
         record = {"step": self.step, "validation_loss": float(sums[0] / sums[1]), "time_unix_s": now_unix_s()}
@@ -196,6 +200,12 @@ class Training:
             min_ratio=plan.min_lr_ratio,
         )
 
+    def _tokens_read(self) -> int:
+        """Tokens up to this step: what the last record says, and the steps behind it."""
+        known = [record for record in self.metrics.history if "tokens" in record]
+        step, tokens = (known[-1]["step"], known[-1]["tokens"]) if known else (0, 0)
+        return tokens + sum(self.text.training_size(each, 1).tokens for each in range(step + 1, self.step + 1))
+
     @property
     def _is_logged(self) -> bool:
         assert self.job.train is not None, "checked when the job was read"
@@ -217,20 +227,19 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     Raises:
         MeshwrightError: for a model, a text or a mesh that cannot be had.
     """
-    train, data = job.train, job.data
+    train = job.train
     assert train is not None, "checked when the job was read"
-    assert data is not None, train
     plain = job.as_dict()
-    text = load_text(plain["data"], seed=train.seed, batch_size=train.batch_size)
+    text = load_text(
+        plain["data"],
+        seed=train.seed,
+        batch_size=train.batch_size,
+        num_microbatches=job.parallel.num_microbatches,
+    )
     module = _module(job, plain["model"], vocab_size=text.vocab_size, device=device)
     example = example_batch(job)
-    meter = Meter(
-        device,
-        _DTYPES[train.precision],
-        tokens_per_step=train.batch_size * data.sequence_length,
-        num_ranks=job.mesh.world_size,
-    )
-    meter.count(module, example)
+    meter = Meter(device, _DTYPES[train.precision], num_ranks=job.mesh.world_size)
+    meter.count(module, {name: each[:, : text.usual_length] for name, each in example.items()})
     model = parallelize(module, job.mesh, **job.options, example=example)
     plan = train.optimizer
     optimizer = model.make_optimizer(build_adamw(plan.lr, plan.betas, plan.eps), decay_of(plan.weight_decay))

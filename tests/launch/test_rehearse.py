@@ -35,6 +35,19 @@ def test_a_job_equals_the_plain_run(tmp_path: Path, parallel: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_a_job_is_rehearsed_on_batches_of_its_form(tmp_path: Path, form: str) -> None:
+    job = load_job(written(tmp_path, parallel="{dp: 2, num_microbatches: 2}"), [f"data.batching={form}"])
+    rehearsal = rehearse(job)
+    batch = rehearsal.build_batch()
+    if form == "packed":
+        assert (batch["position_ids"] == 0).sum(1).min() > 1, "several documents in each row"
+    else:
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert rehearsal.run().ok
+
+
+@pytest.mark.slow
 def test_a_model_too_large_for_this_machine_is_cut_down_and_says_so(tmp_path: Path) -> None:
     rehearsal = rehearse(load_job(written(tmp_path, config=LARGE)))
     assert "too many to rehearse; cut down: num_hidden_layers 16 -> 2, hidden_size 4096 -> 256" in rehearsal.notes[0]

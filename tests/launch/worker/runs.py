@@ -26,7 +26,7 @@ class Tiny(nn.Module):
         self.head = nn.Linear(width, 257, bias=False)
         self.head.weight = self.embed.weight
 
-    def forward(self, input_ids, labels):
+    def forward(self, input_ids, labels, attention_mask=None, position_ids=None):
         hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = hidden + layer(hidden)

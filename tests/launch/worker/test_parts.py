@@ -67,10 +67,18 @@ def test_metrics_of_a_resumed_run_start_with_those_of_its_checkpoint(tmp_path: P
 
 
 def test_times_between_readings_are_means_over_steps() -> None:
-    meter = Meter(torch.device("cpu"), torch.float32, tokens_per_step=10, num_ranks=1)
+    meter = Meter(torch.device("cpu"), torch.float32, num_ranks=1)
     assert meter.needs_peak
     with pytest.raises(AssertionError, match="count first"):
         meter.read()
+    tokens = torch.tensor([[0, 1, 2], [3, 0, 1]])
+    meter.count(_Normed(), {"input_ids": tokens, "labels": tokens})
+    meter.measure_peak()
+    for read, places in ((6, 8), (10, 12)):
+        meter.tick(read, places)
+    found = meter.read()
+    assert (found["tokens_per_step"], found["padding_ratio"]) == (8.0, 0.2)
+    assert "padding 20.0%" in progress_line({"step": 1, **found}, 10)
 
 
 class _Normed(torch.nn.Module):
@@ -86,7 +94,7 @@ class _Normed(torch.nn.Module):
 
 def test_counting_flops_is_no_training_step() -> None:
     model, tokens = _Normed(), torch.tensor([[0, 1, 2], [3, 0, 1]])
-    meter = Meter(torch.device("cpu"), torch.float32, tokens_per_step=6, num_ranks=1)
+    meter = Meter(torch.device("cpu"), torch.float32, num_ranks=1)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     meter.count(model, {"input_ids": tokens, "labels": tokens})
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -68,6 +68,33 @@ def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path: Path) -> None:
     assert [step for step, _ in losses(job, "two")] == list(range(1, 10))
 
 
+def test_documents_padded_or_packed_give_one_curve_and_say_what_padding_cost(tmp_path: Path) -> None:
+    overrides = ["train.precision=float64", "model.arguments={width: 8, dropout: 0.0}", "train.schedule.decay=constant"]
+    overrides += ["data.files=[lines/*.txt]", "data.sort_window=2", "data.sequence_length=64"]
+    padded = write_job(tmp_path / "padded", parallel="{dp: 2}", steps=8, every=100)
+    packed = write_job(tmp_path / "packed", parallel="{num_microbatches: 2}", steps=5, every=3)
+    for job in (padded, packed):
+        (job.parent / "lines").mkdir()
+        for number in range(60):
+            (job.parent / "lines" / f"{number}.txt").write_text("abcdefghij" * (1 + number % 7) + "x" * (number % 5))
+    code, output = finish(padded, "one", *overrides, "data.batching=padded")
+    assert (code, "  padding " in output) == (0, True), output
+    code, output = finish(packed, "one", *overrides, "data.batching=packed", "train.log_every_steps=4")
+    assert (code, "  padding " in output) == (0, False), output
+    # a checkpoint does not mind the form; tokens of step 2 and 3 stand in no record of it
+    overrides += [f"checkpoint.resume={packed.parent / 'checkpoints' / 'step-00000003'}", "train.steps=8"]
+    code, output = finish(packed, "two", *overrides, "data.batching=padded", "train.log_every_steps=4")
+    assert (code, "at step 3" in output) == (0, True), output
+    whole = {each["step"]: each for each in metrics(padded, "one") if "loss" in each}
+    parts = [each for each in metrics(packed, "two") if "loss" in each]
+    assert [each["step"] for each in parts] == [1, 4, 8]
+    for each in parts:
+        assert each["loss"] == pytest.approx(whole[each["step"]]["loss"], rel=1e-12)
+        assert each["tokens"] == whole[each["step"]]["tokens"]
+        assert (each["padding_ratio"] == 0) == (each["step"] == 1)
+    assert whole[8]["tokens"] == sum(each["tokens_per_step"] for each in whole.values())
+
+
 @pytest.mark.parametrize(
     ("override", "code", "text"),
     [
