@@ -1,15 +1,13 @@
-"""The ranks of the mesh axis `cp` as real processes: hops around a ring, and exchanges of uneven shares.
+"""The ranks of the mesh axis `cp` as real processes, which exchange uneven shares: also what a ring sends.
 
-NCCL forms one line of the messages between two ranks, and whatever else the same group does; rings have a group of
-their own there. Every rank goes through the same rounds, and a message belongs to one of them, so that no two ranks
-can wait for each other.
+A hop is an exchange in which a rank has something for the next one only. So every message belongs to a round that all
+ranks come to, in one order, and no two can wait for each other; NCCL sends nothing where a share is empty.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,57 +18,33 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import Call
 
-__all__ = ["ContextAxis", "Message", "Round", "Shares", "context_axis"]
-
-
-class Message(NamedTuple):
-    """A tensor, contiguous, and the place of the other rank on the axis."""
-
-    tensor: Tensor
-    peer: int
+__all__ = ["ContextAxis", "Shares", "context_axis"]
 
 
 class Shares(NamedTuple):
-    """What one rank has for each of the others: 1-dim, in order of ranks, with so many elements each."""
+    """What one rank has for each of the others.
+
+    Attributes:
+        memory: 1-dim, contiguous, in order of ranks.
+        sizes: elements for each rank.
+    """
 
     memory: Tensor
     sizes: list[int]
 
+    @classmethod
+    def empty(cls, like: Tensor, sizes: list[int]) -> "Shares":
+        """Room for so many elements."""
+        return cls(like.new_empty(sum(sizes)), sizes)
 
-class Round:
-    """Messages under way; nothing may be done with their tensors before `wait`."""
+    @classmethod
+    def for_some(cls, like: Tensor, sizes: Mapping[int, int], degree: int) -> "Shares":
+        """Room for some ranks of so many."""
+        return cls.empty(like, [sizes.get(rank, 0) for rank in range(degree)])
 
-    def __init__(self, pending: Sequence[Pending] = (), held: Sequence[Message] = ()) -> None:
-        self._pending = pending
-        self._held = held
-
-    def wait(self) -> None:
-        """Blocks until all of them have come and gone."""
-        for each in self._pending:
-            each.wait()
-        self._pending = self._held = ()
-
-
-class _Names:
-    """What waiting for some ranks is called: they need not wait as well.
-
-    Args:
-        axis: in words.
-        ranks: of the axis, as numbers in the job.
-    """
-
-    def __init__(self, axis: str, ranks: Sequence[int]) -> None:
-        self._axis = axis
-        self._ranks = ranks
-        self._calls: dict[frozenset[int], Call] = {}
-
-    def of(self, peers: Iterable[int]) -> Call:
-        """For ranks by their place on the axis."""
-        others = frozenset(peers)
-        if others not in self._calls:
-            ranks = tuple(sorted(self._ranks[each] for each in others))
-            self._calls[others] = Call(f"ring over {self._axis}", ranks, together=False)
-        return self._calls[others]
+    def of(self, rank: int) -> Tensor:
+        """The share for one rank."""
+        return self.memory.narrow(0, sum(self.sizes[:rank]), self.sizes[rank])
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +52,9 @@ class ContextAxis(ProcessAxis):
     """The ranks that one sequence is dealt over.
 
     Args:
-        ring: the group for messages between two ranks.
-        names: what waiting for messages is called, by the other ranks.
         split: for a number of consecutive ranks, the axis along these, and the axis across such groups.
     """
 
-    ring: Any = None
-    names: "_Names" = field(default_factory=lambda: _Names("", ()))
     split: dict[int, "tuple[ContextAxis, ContextAxis]"] = field(default_factory=dict)
 
     def parts(self, consecutive: int) -> "tuple[ContextAxis, ContextAxis]":
@@ -103,24 +73,9 @@ class ContextAxis(ProcessAxis):
             )
         return self.split[consecutive]
 
-    def start(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> Round:
-        """Starts one round of messages, at most one to and one from each rank."""
-        if not sends and not receives:
-            return Round()
-        call = self.names.of(each.peer for each in (*receives, *sends))
-        pending = [Pending(work, call) for work in self._messages(sends, receives, tag)]
-        return Round(pending, (*sends, *receives))
-
-    def exchange(self, received: Shares, sent: Shares) -> None:
-        """Fills `received` with what each rank has for this one."""
-        Pending(self._all_to_all(received, sent), self.call).wait()
-
-    def _messages(self, sends: Sequence[Message], receives: Sequence[Message], tag: int) -> list[Any]:
-        def wanted(call: Callable[..., Any], each: Message) -> Any:
-            return dist.P2POp(call, each.tensor, group=self.ring, tag=tag, group_peer=each.peer)
-
-        ops = [wanted(dist.isend, each) for each in sends] + [wanted(dist.irecv, each) for each in receives]
-        return dist.batch_isend_irecv(ops)
+    def exchange(self, received: Shares, sent: Shares) -> Pending:
+        """Starts filling `received` with what each rank has for this one; neither may be touched before it is there."""
+        return Pending(self._all_to_all(received, sent), self.call)
 
     def _all_to_all(self, received: Shares, sent: Shares) -> Any:
         tensors, sizes = (received.memory, sent.memory), (received.sizes, sent.sizes)
@@ -144,19 +99,16 @@ def context_axis(groups: Groups, *kinds: Kind, name: str = "cp") -> ContextAxis:
     for each in sorted({ulysses_degree(kind, size) for kind in kinds} - {1, size}):
         inner = [own[start : start + each] for own in ranks for start in range(0, size, each)]
         outer = [own[start::each] for own in ranks for start in range(each)]
-        made = [dist.new_subgroups_by_enumeration(parts)[0] for parts in (inner, outer)]
-        words = (f"{each} ranks of {name}", f"every {each}th rank of {name}")
-        inside, across = (_made(groups, *of, words=own) for *of, own in zip((inner, outer), made, words, strict=True))
-        split[each] = (inside, across)
-    whole = _made(groups, ranks, groups.wide(name), words=name)
-    return replace(whole, split=split)
+        split[each] = (
+            _made(groups, inner, f"{each} ranks of {name}"),
+            _made(groups, outer, f"every {each}th rank of {name}"),
+        )
+    here = groups.mesh.coordinates(groups.rank)[name]
+    return ContextAxis(groups.wide(name), here, size, groups.call("all_to_all", name), split)
 
 
-def _made(groups: Groups, ranks: list[list[int]], group: Any, *, words: str) -> ContextAxis:
+def _made(groups: Groups, ranks: list[list[int]], words: str) -> ContextAxis:
+    group = dist.new_subgroups_by_enumeration(ranks)[0]
     own = next(each for each in ranks if groups.rank in each)
     call = Call(f"all_to_all over {words}", tuple(each for each in own if each != groups.rank))
-    ring = group
-    if groups.device_type == "cuda":
-        ring = dist.new_subgroups_by_enumeration(ranks)[0]
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=ring)  # its first call must be everybody's
-    return ContextAxis(group, own.index(groups.rank), len(own), call, ring=ring, names=_Names(words, own))
+    return ContextAxis(group, own.index(groups.rank), len(own), call)

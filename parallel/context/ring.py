@@ -3,20 +3,21 @@
   forward    K, V make N - 1 hops
   backward   K, V make N - 1 hops, dK and dV follow one computation later, and their last hop is home
 
-Nothing travels farther than somebody attends to it (`route`). In round h, rank r has the keys of rank r - h.
+After hop h, rank r has the keys of rank r - h. Nothing travels farther than somebody attends to it (`route`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from meshwright.parallel.context.axis import ContextAxis, Message, Round
+from meshwright.parallel.context.axis import ContextAxis, Shares
 from meshwright.parallel.context.join import Pieces
 from meshwright.parallel.context.packed import Packed, Sizes
 from meshwright.parallel.context.route import Route
 from meshwright.parallel.context.supply import Held
+from meshwright.parallel.pending import Pending
 
 __all__ = ["RingSupply"]
 
@@ -37,20 +38,16 @@ class RingSupply:
 
     def keys(self, own: Packed) -> Iterator[Held]:
         """The own ones first; the next ones are under way while some are used."""
-        sizes = Sizes.of(own.key, own.value)
-        held = own
-        for hop in range(self.route.hops + 1):
+        carrier, route = _Carrier(self, own.memory, Sizes.of(own.key, own.value)), self.route
+        held: Packed | None = own
+        for hop in range(route.hops + 1):
             origin, following = self.origin(hop), self.origin(hop + 1)
-            sends, receives, coming = [], [], held
-            if self.route.travels(origin, hop + 1):
-                sends = [Message(held.memory, self.peer(1))]
-            if self.route.travels(following, hop + 1):
-                coming = Packed.empty(own.memory, sizes, self.size(following))
-                receives = [Message(coming.memory, self.peer(-1))]
-            under_way = self.axis.start(sends, receives, tag=2 * hop)
-            yield Held(held, self.positions[origin], self.route.needs[origin][self.axis.rank])
+            sent = {self.peer(1): held} if held and route.travels(origin, hop + 1) else {}
+            wanted = {self.peer(-1): following} if route.travels(following, hop + 1) else {}
+            coming, under_way = carrier.exchange(sent, wanted) if hop < route.hops else ({}, Pending(None))
+            yield Held(held or own, self.positions[origin], wanted=route.needs[origin][self.axis.rank])
             under_way.wait()
-            held = coming
+            held = coming.get(self.peer(-1))
 
     def way_back(self, like: Tensor, sizes: Sizes) -> "_WayBack":
         """Gradients that follow the keys."""
@@ -65,18 +62,46 @@ class RingSupply:
         """The rank so much further along the ring."""
         return (self.axis.rank + distance) % self.axis.size
 
-    def size(self, rank: int) -> int:
-        """Positions of a rank."""
-        return sum(map(len, self.positions[rank]))
+
+class _Carrier:
+    """Sends keys, or gradients of keys, in tensors like a given one."""
+
+    def __init__(self, supply: RingSupply, like: Tensor, sizes: Sizes) -> None:
+        self._axis, self._like, self._sizes = supply.axis, like, sizes
+        self._positions = [sum(map(len, pieces)) for pieces in supply.positions]
+
+    def exchange(self, sent: Mapping[int, Packed], wanted: Mapping[int, int]) -> tuple[dict[int, Packed], Pending]:
+        """Starts one round.
+
+        Args:
+            sent: what goes to a rank; one at most.
+            wanted: from which rank comes what belongs to which one's positions.
+        """
+        degree = self._axis.size
+        out = Shares.for_some(self._like, {}, degree)
+        for rank, each in sent.items():
+            out = Shares(each.memory, [each.memory.numel() if other == rank else 0 for other in range(degree)])
+        sizes = {source: self._sizes.elements(self._positions[origin]) for source, origin in wanted.items()}
+        received = Shares.for_some(self._like, sizes, degree)
+        under_way = self._axis.exchange(received, out)
+        return {source: self._packed(received.of(source), origin) for source, origin in wanted.items()}, under_way
+
+    def zeros(self, origin: int) -> Packed:
+        """Sums to which nobody has added."""
+        return Packed.zeros(self._like, self._sizes, self._positions[origin])
+
+    def _packed(self, memory: Tensor, origin: int) -> Packed:
+        return Packed.within(memory, self._sizes, self._positions[origin])
 
 
 class _WayBack:
     """What other ranks found for the keys that are here comes while this rank computes, and is sent on with its own."""
 
     def __init__(self, supply: RingSupply, like: Tensor, sizes: Sizes) -> None:
-        self._supply, self._like, self._sizes = supply, like, sizes
+        self._supply, self._carrier = supply, _Carrier(supply, like, sizes)
         self._hop = 0
-        self._under_way = Round()
+        self._under_way = Pending(None)
+        self._sent: dict[int, Packed] = {}
         self._coming: Packed | None = None
         self._home: Packed | None = None
 
@@ -84,37 +109,34 @@ class _WayBack:
         """Waits for what others found, adds, and starts sending it on, or home after the last hop."""
         supply, route, hop = self._supply, self._supply.route, self._hop
         self._under_way.wait()
+        self._hop += 1
+        if route.hops == 0:
+            self._home = mine
+            return
         origin, before, own = supply.origin(hop), supply.origin(hop + 1), supply.axis.rank
-        sends, receives = [], []
+        wanted, self._sent = {}, {}
         if route.travels(origin, max(hop, 1)):
             to = supply.peer(1) if route.travels(origin, hop + 1) else origin
-            sends.append(Message(self._sum(mine, origin).memory, to))
+            self._sent = {to: self._sum(mine, origin)}
         elif hop == 0:
             self._home = mine
-        self._coming = None
         if route.travels(before, hop + 1):
-            self._coming = self._room(before)
-            receives.append(Message(self._coming.memory, supply.peer(-1)))
+            wanted[supply.peer(-1)] = before
         if hop == route.last[own] > 0:
-            self._home = self._room(own)
-            receives.append(Message(self._home.memory, supply.peer(hop)))
-        self._under_way = supply.axis.start(sends, receives, tag=2 * hop + 1)
-        self._hop += 1
+            wanted[supply.peer(hop)] = own
+        received, self._under_way = self._carrier.exchange(self._sent, wanted)
+        self._coming = received.get(supply.peer(-1)) if route.travels(before, hop + 1) else None
+        if hop == route.last[own] > 0:
+            self._home = received[supply.peer(hop)]
 
     def home(self) -> Packed:
         """The sums for this rank's own keys, which came with the last message."""
         self._under_way.wait()
-        return self._home or self._zeros(self._supply.axis.rank)
+        return self._home or self._carrier.zeros(self._supply.axis.rank)
 
     def _sum(self, mine: Packed | None, origin: int) -> Packed:
         if mine is None:
-            return self._coming or self._zeros(origin)
+            return self._coming or self._carrier.zeros(origin)
         if self._coming is not None:
             mine.memory.add_(self._coming.memory)
         return mine
-
-    def _room(self, origin: int) -> Packed:
-        return Packed.empty(self._like, self._sizes, self._supply.size(origin))
-
-    def _zeros(self, origin: int) -> Packed:
-        return Packed.zeros(self._like, self._sizes, self._supply.size(origin))

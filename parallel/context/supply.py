@@ -131,10 +131,15 @@ class _Attention(Function):
                 chunk = ctx.wanted.chunk(held, query, bias) if held.wanted else None
                 way_back.add(None if chunk is None else found.add(chunk, ctx.wanted.scoring, upstream))
             grad = way_back.home()
-            of_sinks = None if sinks is None else -((sinks.unsqueeze(-1) - lse).exp() * upstream.delta()).sum((0, 2))
+            of_sinks = None if sinks is None else _of_sinks(sinks, upstream)
         made = (found.query, grad.key, grad.value, found.bias, of_sinks)
         given = (query, own.key, own.value, bias, sinks)
         return *(None if new is None else new.to(old.dtype) for new, old in zip(made, given, strict=True)), None
+
+
+def _of_sinks(sinks: Tensor, upstream: Upstream) -> Tensor:
+    lse = upstream.lse.masked_fill(upstream.lse == -torch.inf, 0.0)
+    return -((sinks.unsqueeze(-1) - lse).exp() * upstream.delta()).sum((0, 2))
 
 
 class _Sums:

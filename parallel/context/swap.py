@@ -126,11 +126,10 @@ class _ToPositions(Function):
 
 
 class _Cut:
-    """One piece of memory, cut by rank and tensor."""
+    """Shares of several tensors for several ranks, in one piece of memory."""
 
     def __init__(self, like: Tensor, shapes: list[list[_Shape]]) -> None:
-        self.sizes = [sum(map(prod, own)) for own in shapes]
-        self.memory = like.new_empty(sum(self.sizes))
+        self.shares = Shares.empty(like, [sum(map(prod, own)) for own in shapes])
         self._shapes = shapes
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -138,13 +137,13 @@ class _Cut:
         begin = 0
         for rank, own in enumerate(self._shapes):
             for number, shape in enumerate(own):
-                yield rank, number, self.memory[begin : begin + prod(shape)].view(shape)
+                yield rank, number, self.shares.memory[begin : begin + prod(shape)].view(shape)
                 begin += prod(shape)
 
 
 def _exchanged(swap: Swap, sent: _Cut, shapes: list[list[_Shape]]) -> _Cut:
-    received = _Cut(sent.memory, shapes)
-    swap.axis.exchange(Shares(received.memory, received.sizes), Shares(sent.memory, sent.sizes))
+    received = _Cut(sent.shares.memory, shapes)
+    swap.axis.exchange(received.shares, sent.shares).wait()
     return received
 
 

@@ -64,7 +64,7 @@ def tensors_of(case: Case) -> dict[str, Tensor]:
 def own_rows(tensors: dict[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
     """What a rank holds: its rows of all that has rows."""
     return {
-        name: each if name == "sinks" or each.shape[-2] == 1 else each[..., list(places), :]
+        name: each if name == "sinks" or (name == "bias" and each.shape[-2] == 1) else each[..., list(places), :]
         for name, each in tensors.items()
     }
 
@@ -75,7 +75,7 @@ def differences(case: Case, *, axis: ContextAxis, dealing: Dealing, kind: Kind) 
     named = [whole.pop(name) for name in ("query", "key", "value")]
     length = case.query.shape[2]
     out = dense(Case(*named, whole, case.options, case.grad))
-    wanted = torch.autograd.grad(out, [*named, *whole.values()], case.grad, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad((out * case.grad).sum(), [*named, *whole.values()])
     places = [place for piece in dealing.pieces(length, axis.rank) for place in piece]
     own = {name: each.detach().clone() for name, each in own_rows(tensors_of(case), places).items()}
     for each in own.values():
@@ -86,7 +86,7 @@ def differences(case: Case, *, axis: ContextAxis, dealing: Dealing, kind: Kind) 
     found = attend_dealt(
         own["query"], own["key"], own["value"], axis=axis, dealing=dealing, length=length, kind=kind, **options
     )
-    grads = torch.autograd.grad(found, list(own.values()), case.grad[:, :, places])
+    grads = torch.autograd.grad((found * case.grad[:, :, places]).sum(), list(own.values()))
     expected = own_rows(dict(zip(own, wanted, strict=True)), places)
     results = {"out": (found, out[:, :, places])}
     for (name, one), grad in zip(expected.items(), grads, strict=True):

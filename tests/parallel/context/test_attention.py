@@ -7,15 +7,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from meshwright.parallel.blockwise.attention import attend
 from meshwright.parallel.blockwise.masks import causal, dense, documents, function, padding, window
-from meshwright.parallel.context.attention import attend_dealt
 from meshwright.parallel.context.dealing import Dealing, DealingKind
 from meshwright.parallel.context.kinds import GatherKV, Hybrid, Kind, Ring, Ulysses
-from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import Mesh
 from meshwright.testing import run_ranks
 from tests.parallel.context.dense import Case, axis_here, differences
