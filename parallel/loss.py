@@ -186,21 +186,22 @@ class LossItems(TorchFunctionMode):
         if reduction not in ("mean", "batchmean") or legacy or not isinstance(result, Tensor):
             self._other.append(f"{func.__name__}(reduction={reduction!r})")
             return
+        shape = (args[0] if args else keywords["input"]).shape  # asked first: scores may be held as something smaller
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            self._calls.append((result, _count(func, args, keywords)))
+            self._calls.append((result, _count(func, shape, (args, keywords))))
 
 
-def _count(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """The denominator that torch divides by for a mean-reduced loss call."""
-    scores = args[0] if args else keywords["input"]
+def _count(func: Any, scored: torch.Size, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    """The denominator that torch divides by for a mean-reduced loss call on scores of shape `scored`."""
+    args, keywords = given
     targets = args[1] if len(args) > 1 else keywords["target"]
     if func in _ELEMENT_LOSSES:
-        shape = torch.broadcast_shapes(scores.shape, targets.shape)
+        shape = torch.broadcast_shapes(scored, targets.shape)
         number = shape[0] if keywords.get("reduction") == "batchmean" else torch.Size(shape).numel()
-        return torch.tensor(float(number), dtype=torch.float64, device=scores.device)
+        return torch.tensor(float(number), dtype=torch.float64, device=targets.device)
     if targets.is_floating_point():  # class probabilities: torch divides by the batch, not by classes
         number = targets.numel() // targets.shape[1 if targets.dim() > 1 else 0]
-        return torch.tensor(float(number), dtype=torch.float64, device=scores.device)
+        return torch.tensor(float(number), dtype=torch.float64, device=targets.device)
     weight = args[2] if len(args) > 2 else keywords.get("weight")
     counted = targets != keywords.get("ignore_index", -100)
     weights: Tensor = counted if weight is None else weight[targets.clamp(0, len(weight) - 1)].mul(counted)

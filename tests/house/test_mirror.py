@@ -24,6 +24,10 @@ THEMES = {
 THROUGH_OTHERS = {
     "meshwright.parallel.legal": "tests/launch/test_commands.py and tests/parallel/test_layered.py are refused by it",
     "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
+    "meshwright.parallel.blockwise.head": "tests/parallel/blockwise/test_entropy.py",
+    "meshwright.parallel.blockwise.wanted": "tests/parallel/blockwise/test_entropy.py asks for halves",
+    "meshwright.parallel.scores": "tests/parallel/test_vocabulary.py and blockwise/test_loss.py use both kinds",
+    "meshwright.parallel.targets": "tests/parallel/test_vocabulary.py and blockwise/test_entropy.py",
     "meshwright.parallel.exchange": "tests/parallel/test_matrix.py: every pair of collectives, forward and backward",
     "meshwright.parallel.meta": "tests/parallel/test_tensor_planner.py plans a model on the meta device",
     "meshwright.parallel.paper": "tests/parallel/test_footprint.py runs steps on it",
