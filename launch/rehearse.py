@@ -97,7 +97,7 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
         options = settled_on_meta(loaded, model)
         options.check(mesh)
         plan = make_plan(model, mesh, options)
-        report = describe(model, mesh, options, plan, make_context_plan(model, mesh, options, plan))
+        report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
         if options.sizes is not None and mesh.cp == 1:
             report = BlockwiseAttention(model, options.sizes, options.example).described(report)
         return first_shares(model, plan), report

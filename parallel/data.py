@@ -1,6 +1,6 @@
 """What every data engine must do, and the choice between them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ from meshwright.parallel.collectives import Groups
 from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.deferred import allocate
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
@@ -23,7 +22,7 @@ from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.weights import boxes_of
 
-__all__ = ["AskScale", "DataEngine", "LocalStates", "SharedFlags", "Spread", "Unscheduled", "build_data_engine"]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "Spread", "Unscheduled", "build_data_engine"]
 __all__ += ["spread_over"]
 
 
@@ -246,22 +245,8 @@ class LocalStates(Unscheduled):
         self.module.load_state_dict(rest)
 
 
-class SharedFlags:
-    """Which parameters some data rank computed a gradient for, where the reductions of gradients do not tell."""
-
-    def __init__(self, flags: Sequence[bool], groups: Groups) -> None:
-        self._flags = torch.tensor(flags, dtype=torch.float64, device=groups.device_type)
-        self._pending = groups.all_reduce(self._flags, *DATA_AXES)
-
-    def read(self) -> list[bool]:
-        """Waits for the other ranks."""
-        self._pending.wait()
-        flags: list[bool] = (self._flags > 0).tolist()
-        return flags
-
-
 def spread_over(
-    module: nn.Module, groups: Groups, options: Options, plan: TensorPlan, context: TensorPlan | None = None
+    module: nn.Module, groups: Groups, options: Options, plan: TensorPlan, *, context: TensorPlan | None = None
 ) -> Spread:
     """Cuts a model, dealt over `tp` and `cp` already, into stages and keeps those of this rank."""
     stages = stages_of(module, groups.mesh, groups.rank, options)

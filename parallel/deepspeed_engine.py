@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, SharedFlags, Unscheduled
+from meshwright.parallel.data import AskScale, Unscheduled
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, grouped
+from meshwright.parallel.shared import SharedFlags
 
 __all__ = ["DeepSpeedStates"]
 

@@ -100,7 +100,7 @@ def rows(tensor: Tensor, pieces: tuple[range, ...], dim: int) -> Tensor:
     return torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0).clone()
 
 
-def _joined(tensor: Tensor, axis: Axis, dim: int, full: int) -> Tensor:
+def _joined(tensor: Tensor, axis: Axis, dim: int, *, full: int) -> Tensor:
     """The shares of all ranks in the order of positions."""
     dealing = axis.dealing
     whole = axis.gather(tensor, dealing.sizes(full), dim)
@@ -156,7 +156,7 @@ class _Gather(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         tensor, axis, dim, full, summed = inputs
         ctx.axis, ctx.dim, ctx.full, ctx.summed = axis, dim, full, summed
-        return _joined(tensor, axis, dim, full)
+        return _joined(tensor, axis, dim, full=full)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -174,4 +174,4 @@ class _Scatter(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _joined(gradients[0], ctx.axis, ctx.dim, ctx.full), None, None, None
+        return _joined(gradients[0], ctx.axis, ctx.dim, full=ctx.full), None, None, None

@@ -1,11 +1,12 @@
 """The tensor pass of `parallelize`: finds an example, has the plan made, deals the model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.planner import plan_context
 from meshwright.parallel.dealt import check_duplicates
 from meshwright.parallel.deferred import on_shapes
@@ -18,6 +19,8 @@ from meshwright.parallel.tensor import install, keep_shares
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.tensor_planner import plan_tensor
 from meshwright.parallel.vocabulary import deal_head, deal_lookup
+
+Plan = TypeVar("Plan", bound=TensorPlan)
 
 __all__ = ["deal_model", "example_of", "make_context_plan", "make_plan"]
 
@@ -37,12 +40,12 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
     def planned(run: Callable[[], Any]) -> TensorPlan:
         return plan_tensor(model, run, mesh.tp, sequence=options.sequence_parallel, patterns=patterns)
 
-    plan = _on_example(model, options, f"tp={mesh.tp}", planned)
+    plan = _on_example(model, options, f"tp={mesh.tp}", planned=planned)
     _check(plan, mesh)
     return plan
 
 
-def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) -> TensorPlan:
+def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, *, plan: TensorPlan) -> ContextPlan:
     """The plan of a model along `cp`; one of degree 1 where there is none.
 
     Args:
@@ -55,8 +58,8 @@ def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, plan: Tens
         WrapError: when its blocks do not work on a dealt sequence, or no example is at hand.
     """
     if mesh.cp == 1:
-        return TensorPlan(degree=1)
-    found = _on_example(model, options, f"cp={mesh.cp}", lambda run: plan_context(model, run, mesh.cp))
+        return ContextPlan(degree=1)
+    found = _on_example(model, options, f"cp={mesh.cp}", planned=lambda run: plan_context(model, run, mesh.cp))
     twice = [path for path in found.drops if path in plan.drops]
     if twice:
         raise WrapError(
@@ -66,13 +69,11 @@ def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, plan: Tens
     return found
 
 
-def _on_example(
-    model: nn.Module, options: Options, axis: str, planned: Callable[[Callable[[], Any]], TensorPlan]
-) -> TensorPlan:
+def _on_example(model: nn.Module, options: Options, axis: str, *, planned: Callable[[Callable[[], Any]], Plan]) -> Plan:
     """Plans from one forward pass on an example, on shapes alone where that can be."""
     example = example_of(model) if options.example is None else options.example
 
-    def plan_on(device: torch.device) -> TensorPlan:
+    def plan_on(device: torch.device) -> Plan:
         moved = to_device(example, device)
         return planned(lambda: call(model, moved))
 

@@ -33,8 +33,18 @@ class RefutedError(Exception):
     """A variant whose numbers are not the plain run's."""
 
 
-Attending = Callable[[nn.Module, TensorPlan, Length], AbstractContextManager[object]]
-"""Makes the context in which a rank's copy of a unit attends over a dealt sequence."""
+Attending = Callable[[nn.Module, Length], AbstractContextManager[object]]
+"""Prepares a rank's copy of a unit that works on a dealt sequence; makes the context in which it attends."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Variant:
+    plan: TensorPlan
+    attending: Attending | None
+    drops: tuple[Drop | None, ...] = ()
+
+    def around(self, unit: nn.Module, length: Length | None) -> AbstractContextManager[object]:
+        return nullcontext() if self.attending is None or length is None else self.attending(unit, length)
 
 
 def prove(plain: Plain, plan: TensorPlan, attending: Attending | None = None) -> TensorPlan:
@@ -45,8 +55,9 @@ def prove(plain: Plain, plan: TensorPlan, attending: Attending | None = None) ->
     """
     drops: tuple[Drop | None, ...] = ()
     if plain.drops:
-        drops = _dealt_drops(plain, [each.drops for each in _run(plain, plan, (), attending)], plan)
-    ranks = _run(plain, plan, drops, attending)
+        seen = [each.drops for each in _run(plain, _Variant(plan, attending))]
+        drops = _dealt_drops(plain, seen, plan)
+    ranks = _run(plain, _Variant(plan, attending, drops))
     for number, whole in enumerate(plain.outputs):
         _check_output(number, whole, ranks, plan, plain)
     for number, gradient in enumerate(plain.given):
@@ -76,20 +87,19 @@ class _Rank:
     drops: list[tuple[int, ...]]
 
 
-def _run(plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], attending: Attending | None) -> list[_Rank]:
+def _run(plain: Plain, variant: _Variant) -> list[_Rank]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return run_threads(lambda axis: _run_rank(plain, plan, drops, axis, attending), plan.degree)
+        return run_threads(lambda axis: _run_rank(plain, variant, axis), variant.plan.degree)
     except Exception as error:  # whatever a unit raises when its heads do not fit, the variant is refuted
         raise RefutedError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
         torch.set_default_dtype(before)
 
 
-def _run_rank(
-    plain: Plain, plan: TensorPlan, drops: tuple[Drop | None, ...], axis: ThreadAxis, attending: Attending | None
-) -> _Rank:
+def _run_rank(plain: Plain, variant: _Variant, axis: ThreadAxis) -> _Rank:
+    plan = variant.plan
     memo = {id(each): each for each in [*plain.unit.parameters(), *plain.unit.buffers()]}
     mine = copy.deepcopy(plain.unit, memo)
     keep_shares(mine, plan.splits, axis.rank)
@@ -107,9 +117,9 @@ def _run_rank(
     generator = torch.Generator().manual_seed(7)
     full = (lambda: length.full) if length is not None else None
     with (
-        nullcontext() if attending is None or length is None else attending(mine, plan, length),
+        variant.around(mine, length),
         Promote(),
-        PlainDropout(drops, rank=axis.rank, dealing=axis.dealing, length=full, generator=generator) as dropout,
+        PlainDropout(variant.drops, rank=axis.rank, dealing=axis.dealing, length=full, generator=generator) as dropout,
     ):
         outputs = tensors_of(mine(*args, **kwargs))
         weights = [_like(plain, number, each, axis) for number, each in enumerate(outputs)]

@@ -7,6 +7,7 @@ from torch import nn
 
 from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
 from meshwright.parallel.context.chosen import way_of
+from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.costs import settled
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.footprint import Footprint, footprint
@@ -87,7 +88,8 @@ def describe(
     mesh: Mesh,
     options: Options,
     plan: TensorPlan | None = None,
-    context: TensorPlan | None = None,
+    *,
+    context: ContextPlan | None = None,
 ) -> WrapReport:
     """Says what wrapping `model` on `mesh` will do, before it is done.
 
@@ -107,7 +109,7 @@ def describe(
     calls = [*predicted_calls(mine, mesh, options), *tensor_calls(mine, mesh, options, plan)] if known else None
     return WrapReport(
         mesh=str(mesh),
-        axes=tuple(_axes(model, mesh, options, plan, context)),
+        axes=(*_context_axis(context, mesh, options), *_axes(model, mesh, options, plan)),
         notes=(*_notes(model), *_padding(mine, mesh), *unknown),
         num_parameters=whole,
         parameters_per_rank=sum(kept.values()),
@@ -137,9 +139,13 @@ def _memory(
         return None, (f"peak memory is not predicted: {error}",)
 
 
-def _axes(
-    model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None, context: TensorPlan | None
-) -> Iterable[tuple[str, str]]:
+def _context_axis(context: ContextPlan | None, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
+    if context is not None and context.degree > 1:
+        way = way_of(options.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
+        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}"
+
+
+def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[tuple[str, str]]:
     if mesh.pp > 1:
         stages = stages_of(model, mesh, 0, options)
         yield (
@@ -149,9 +155,6 @@ def _axes(
         )
     if plan is not None and plan.degree > 1:
         yield "tp", plan.summary()
-    if context is not None and context.degree > 1:
-        way = way_of(options.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
-        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}"
     if options.data_engine == "deepspeed":
         yield (
             "data",

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from meshwright.parallel.blocks import own_parameters
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, SharedFlags, Spread
+from meshwright.parallel.data import AskScale, Spread
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.sharded import ShardedStates
+from meshwright.parallel.shared import SharedFlags
 from meshwright.parallel.units import Unit, shard_parameters
 
 __all__ = ["Rotate"]

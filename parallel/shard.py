@@ -20,8 +20,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, SharedFlags, Spread
+from meshwright.parallel.data import AskScale, Spread
 from meshwright.parallel.sharded import ShardedStates
+from meshwright.parallel.shared import SharedFlags
 
 __all__ = ["Shard"]
 

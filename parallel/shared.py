@@ -1,14 +1,15 @@
 """Gradients of parameters that several ranks of one axis hold and each have a part of."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.mesh import DATA_AXES
 
-__all__ = ["Local", "SharedGradients"]
+__all__ = ["Local", "SharedFlags", "SharedGradients"]
 
 Each = TypeVar("Each")
 Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
@@ -56,3 +57,17 @@ class SharedGradients:
 
     def _held(self, of: Mapping[str, Each]) -> dict[str, Each]:
         return {name: each for name, each in of.items() if name in self._names}
+
+
+class SharedFlags:
+    """Which parameters some data rank computed a gradient for, where the reductions of gradients do not tell."""
+
+    def __init__(self, flags: Sequence[bool], groups: Groups) -> None:
+        self._flags = torch.tensor(flags, dtype=torch.float64, device=groups.device_type)
+        self._pending = groups.all_reduce(self._flags, *DATA_AXES)
+
+    def read(self) -> list[bool]:
+        """Waits for the other ranks."""
+        self._pending.wait()
+        flags: list[bool] = (self._flags > 0).tolist()
+        return flags

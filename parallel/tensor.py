@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
 from meshwright.parallel.errors import WrapError
@@ -21,7 +20,7 @@ from meshwright.parallel.length import Length
 from meshwright.parallel.passing import note_passing, on_passing
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["install", "keep_shares", "length_of", "open_streams"]
+__all__ = ["changed", "install", "keep_shares", "length_of", "open_streams"]
 
 
 class _Entry:
@@ -87,18 +86,10 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
         _multiply_own(model.get_submodule(path), entries[row], plan.transposed[path])
     for path, transposed in plan.rows.items():
         _sum_after(model.get_submodule(path), axis, entries[path], transposed, length_of(path, lengths))
-    _prepare_arguments(model, plan, axis, lengths)
-    for path, drops in plan.drops.items():
-        _drop_as_plain(model.get_submodule(path), axis, drops, length_of(path, lengths))
-
-
-def _prepare_arguments(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str, Length]) -> None:
     for path, slices in plan.slices.items():
         _cut_before(model.get_submodule(path), axis, slices)
-    for path, dealt in plan.dealt.items():
-        _deal_before(model.get_submodule(path), axis, dealt, length_of(path, lengths))
-    for path, keys in plan.entered.items():
-        _enter_before(model.get_submodule(path), axis, keys)
+    for path, drops in plan.drops.items():
+        _drop_as_plain(model.get_submodule(path), axis, drops, length_of(path, lengths))
 
 
 def length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:
@@ -162,7 +153,7 @@ def _gather_before(module: nn.Module, entry: _Entry, keys: tuple[int | str, ...]
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
-        return _changed(args, kwargs, keys, _once(length, lambda value: entry.gathered(value, length.full)))
+        return changed(args, kwargs, keys=keys, change=_once(length, lambda value: entry.gathered(value, length.full)))
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -188,7 +179,7 @@ def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], lengt
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
-        return _changed(args, kwargs, keys, _once(length, lambda value: join(value, axis, 1, length.full)))
+        return changed(args, kwargs, keys=keys, change=_once(length, lambda value: join(value, axis, 1, length.full)))
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
@@ -210,47 +201,8 @@ def _cut_before(unit: nn.Module, axis: Axis, slices: tuple[tuple[int | str, Spli
                     return value
                 return cut(value, axis, split.dim) if value.requires_grad else split.take(value, axis.rank)
 
-            args, kwargs = _changed(args, kwargs, (key,), change)
+            args, kwargs = changed(args, kwargs, keys=(key,), change=change)
         return args, kwargs
-
-    unit.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _deal_before(unit: nn.Module, axis: Axis, dealt: Any, length: Length | None) -> None:
-    """Gives a unit its positions of values that have an entry for each, unless they are dealt already."""
-    assert length is not None, "values of positions without a stream"
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        del module
-        for key, dims in dealt:
-            args, kwargs = _changed(
-                args, kwargs, (key,), lambda value, dims=dims: _dealt_leaves(value, dims, axis, length)
-            )
-        return args, kwargs
-
-    unit.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _dealt_leaves(value: Any, *, dims: tuple[int | None, ...], axis: Axis, length: Length) -> Any:
-    leaves, structure = tree_flatten(value)
-    for place, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        if dim is None or not isinstance(leaf, Tensor) or leaf.shape[dim] == axis.dealing.size(length.full, axis.rank):
-            continue  # no positions, or its share already
-        if leaf.shape[dim] != length.full:
-            raise WrapError(
-                f"a block gets a value {tuple(leaf.shape)} where it got one for each of the {length.full} positions in "
-                "the example; pass an example= like the batches to come"
-            )
-        leaves[place] = cut(leaf, axis, dim % leaf.dim())
-    return tree_unflatten(leaves, structure)
-
-
-def _enter_before(unit: nn.Module, axis: Axis, keys: tuple[int | str, ...]) -> None:
-    """Hands values to a unit in which each rank does its own part of the work with them."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        del module
-        return _changed(args, kwargs, keys, lambda value: enter(value, axis) if isinstance(value, Tensor) else value)
 
     unit.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -265,17 +217,17 @@ def _drop_as_plain(unit: nn.Module, axis: Axis, drops: tuple[Any, ...], length: 
 
 
 def open_streams(model: nn.Module, plan: TensorPlan, axis: Axis) -> dict[str, Length]:
-    """Deals the sequence before the first block of each stream and joins it after the last."""
+    """Deals the sequence before the first block of each stream and joins it after the last; returns block -> stream."""
     lengths: dict[str, Length] = {}
     for stream in plan.streams:
         length = Length(axis)
         lengths.update(dict.fromkeys(stream.blocks, length))
 
-        def before(module: nn.Module, args: Any, kwargs: Any, key: Any = stream.key, length: Length = length) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: Any, *, key: Any = stream.key) -> Any:
             note_passing(module, (args, kwargs))
-            return _changed(args, kwargs, (key,), lambda value: cut(value, axis, value.dim() - 2))
+            return changed(args, kwargs, keys=(key,), change=lambda value: cut(value, axis, value.dim() - 2))
 
-        def after(module: nn.Module, args: Any, output: Any, length: Length = length) -> Any:
+        def after(module: nn.Module, args: Any, output: Any, *, length: Length = length) -> Any:
             del module, args
             return _mapped(
                 output,
@@ -294,7 +246,8 @@ def _open(length: Length, key: int | str, arguments: Any) -> None:
     length.open(args[key] if isinstance(key, int) else kwargs[key])
 
 
-def _changed(args: tuple[Any, ...], kwargs: dict[str, Any], keys: Any, change: Any) -> tuple[Any, dict[str, Any]]:
+def changed(args: tuple[Any, ...], kwargs: dict[str, Any], *, keys: Any, change: Any) -> tuple[Any, dict[str, Any]]:
+    """Arguments of a call, those at `keys` changed."""
     positions = list(args)
     for key in keys:
         if isinstance(key, int) and key < len(positions):

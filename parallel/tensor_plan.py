@@ -6,11 +6,11 @@ one rank made serves all.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from meshwright.parallel.layout import Split
 
-__all__ = ["Attends", "Decision", "Drop", "Stream", "TensorPlan", "starred"]
+__all__ = ["Decision", "Drop", "Stream", "TensorPlan", "starred"]
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,6 @@ class Drop:
 
     dim: int
     sizes: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Attends:
-    """An attention whose queries are a rank's positions.
-
-    Args:
-        dealt: whether keys are dealt as queries are; otherwise every rank has all of them.
-        heads: of queries, of the whole model.
-        kv_heads: of keys.
-        width: of a key.
-    """
-
-    dealt: bool
-    heads: int
-    kv_heads: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -79,9 +62,6 @@ class TensorPlan:
         joined: module -> arguments joined before it, because every rank runs it whole on the full sequence.
         slices: unit -> ((argument, split), ...) of values that carry one number or map per head.
         streams: lists of blocks with a dealt sequence.
-        dealt: unit -> ((argument, dim of positions of each tensor in it), ...), for what comes with the stream.
-        entered: unit -> arguments with a history that it takes whole; their gradients are summed.
-        attends: attention module -> how it does, where the sequence is dealt and it fetches keys.
         attributes: module -> {attribute: its value on each rank}.
         partial: replicated parameters whose gradients are summed over `tp`.
         drops: unit -> one entry per dropout call in it, None where the plain mask is drawn whole.
@@ -101,9 +81,6 @@ class TensorPlan:
     joined: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     slices: Mapping[str, tuple[tuple[int | str, Split], ...]] = field(default_factory=dict)
     streams: tuple[Stream, ...] = ()
-    dealt: Mapping[str, tuple[tuple[int | str, tuple[int | None, ...]], ...]] = field(default_factory=dict)
-    entered: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    attends: Mapping[str, Attends] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
     drops: Mapping[str, tuple[Drop | None, ...]] = field(default_factory=dict)
@@ -112,32 +89,26 @@ class TensorPlan:
     calls: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
 
-    def under(self, prefix: str) -> "TensorPlan":
-        """The same plan for a copy whose root stands at `prefix` in this one."""
-        return TensorPlan(
-            degree=self.degree,
-            sequence=self.sequence,
-            splits={_moved(name, prefix): each for name, each in self.splits.items()},
-            columns={_moved(name, prefix): _moved(row, prefix) for name, row in self.columns.items()},
-            rows={_moved(name, prefix): each for name, each in self.rows.items()},
-            transposed={_moved(name, prefix): each for name, each in self.transposed.items()},
-            gathers={_moved(name, prefix): (_moved(row, prefix), keys) for name, (row, keys) in self.gathers.items()},
-            joined={_moved(name, prefix): each for name, each in self.joined.items()},
-            slices={_moved(name, prefix): each for name, each in self.slices.items()},
-            dealt={_moved(name, prefix): each for name, each in self.dealt.items()},
-            entered={_moved(name, prefix): each for name, each in self.entered.items()},
-            attends={_moved(name, prefix): each for name, each in self.attends.items()},
-            attributes={_moved(name, prefix): each for name, each in self.attributes.items()},
-            partial=frozenset(_moved(name, prefix) for name in self.partial),
-            drops={_moved(name, prefix): each for name, each in self.drops.items()},
-            calls={_moved(name, prefix): each for name, each in self.calls.items()},
-        )
+    def per_module(self) -> tuple[str, ...]:
+        """Names of the attributes that are about modules or parameters by path."""
+        return _PER_MODULE
 
-    def joined_with(self, others: Iterable["TensorPlan"]) -> "TensorPlan":
+    def under(self, prefix: str) -> Self:
+        """The same plan for a copy whose root stands at `prefix` in this one."""
+        moved: dict[str, Any] = {
+            name: {_moved(path, prefix): each for path, each in getattr(self, name).items()}
+            for name in self.per_module()
+        }
+        moved["columns"] = {path: _moved(row, prefix) for path, row in moved["columns"].items()}
+        moved["gathers"] = {path: (_moved(row, prefix), keys) for path, (row, keys) in moved["gathers"].items()}
+        partial = frozenset(_moved(name, prefix) for name in self.partial)
+        return replace(self, **moved, partial=partial, streams=(), lookups=(), heads=(), decisions=())
+
+    def joined_with(self, others: Iterable[Self]) -> Self:
         """One plan from this one and plans of disjoint parts."""
         merged: dict[str, Any] = {}
         for each in (self, *others):
-            for name in _PER_MODULE:
+            for name in self.per_module():
                 merged.setdefault(name, {}).update(getattr(each, name))
             merged["partial"] = merged.get("partial", frozenset()) | each.partial
         return replace(self, **merged)
@@ -178,9 +149,6 @@ _PER_MODULE = (
     "gathers",
     "joined",
     "slices",
-    "dealt",
-    "entered",
-    "attends",
     "attributes",
     "drops",
     "calls",

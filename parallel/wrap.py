@@ -54,18 +54,19 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     groups = Groups(mesh, device_of(model).type)
     check_agreement(model, groups)
     plan = make_plan(model, mesh, chosen)
-    context = make_context_plan(model, mesh, chosen, plan)
-    report = describe(model, mesh, chosen, plan, context)
-    by_blocks = chosen.sizes is not None and mesh.cp == 1  # cp attends by blocks anyway
-    blockwise = BlockwiseAttention(model, chosen.sizes, chosen.example) if by_blocks else None
+    context = make_context_plan(model, mesh, chosen, plan=plan)
+    report = describe(model, mesh, chosen, plan, context=context)
+    blockwise = None
+    if chosen.sizes is not None and mesh.cp == 1:  # cp attends by blocks anyway
+        blockwise = BlockwiseAttention(model, chosen.sizes, chosen.example)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
     if blockwise is not None:
         blockwise.install()
     if mesh.cp > 1:
         way = way_of(chosen.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
-        deal_sequence(model, context, groups, way, chosen.sizes or Blockwise())
-    spread = spread_over(model, groups, chosen, plan, context)
+        deal_sequence(model, context, groups, way=way, sizes=chosen.sizes or Blockwise())
+    spread = spread_over(model, groups, chosen, plan, context=context)
     data = build_data_engine(model, groups, chosen, spread)
     return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise=blockwise)
 

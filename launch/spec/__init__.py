@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from meshwright.launch.spec.conduct import Logs as Logs
     from meshwright.launch.spec.conduct import Secret as Secret
     from meshwright.launch.spec.conduct import Sweep as Sweep
+    from meshwright.launch.spec.data import Data as Data
     from meshwright.launch.spec.health import Health as Health
     from meshwright.launch.spec.job import Job as Job
     from meshwright.launch.spec.machines import LocalCluster as LocalCluster
     from meshwright.launch.spec.machines import NodeRange as NodeRange
     from meshwright.launch.spec.machines import Rendezvous as Rendezvous
     from meshwright.launch.spec.machines import Resources as Resources
-    from meshwright.launch.spec.training import Data as Data
     from meshwright.launch.spec.training import Model as Model
     from meshwright.launch.spec.training import Parallel as Parallel
     from meshwright.launch.spec.training import Train as Train
@@ -46,7 +46,8 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Backoff", "Checkpoint", "Failure", "Logs", "Secret", "Sweep"), "conduct"),
     **dict.fromkeys(("LocalCluster", "NodeRange", "Rendezvous", "Resources"), "machines"),
-    **dict.fromkeys(("Data", "Model", "Parallel", "Train"), "training"),
+    **dict.fromkeys(("Model", "Parallel", "Train"), "training"),
+    "Data": "data",
     "Health": "health",
     "Job": "job",
 }

@@ -8,11 +8,11 @@ from torch import Tensor
 from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.sizes import Blockwise
+from meshwright.parallel.context.plan import Attends
 from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import gather, rows
 from meshwright.parallel.length import Length
-from meshwright.parallel.tensor_plan import Attends
 
 __all__ = ["attend_to_all", "gathered", "has_dealt_keys", "own_rows", "without_drops"]
 

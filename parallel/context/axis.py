@@ -104,7 +104,7 @@ def context_axis(groups: Groups, *kinds: Kind, name: str = "cp") -> ContextAxis:
             _made(groups, outer, f"every {each}th rank of {name}"),
         )
     here = groups.mesh.coordinates(groups.rank)[name]
-    return ContextAxis(groups.wide(name), here, size, groups.call("all_to_all", name), split)
+    return ContextAxis(groups.wide(name), here, size, groups.call("all_to_all", name), split=split)
 
 
 def _made(groups: Groups, ranks: list[list[int]], words: str) -> ContextAxis:

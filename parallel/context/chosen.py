@@ -7,9 +7,9 @@ from typing import Literal, get_args
 from meshwright.parallel.context.choose import choose, hybrids
 from meshwright.parallel.context.dealing import DealingKind
 from meshwright.parallel.context.kinds import GatherKV, Hybrid, Kind, Ring, Ulysses
+from meshwright.parallel.context.plan import Attends
 from meshwright.parallel.context.traffic import Shape
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.tensor_plan import Attends
 
 __all__ = ["ContextKind", "ContextWay", "way_of"]
 

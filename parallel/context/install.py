@@ -11,21 +11,22 @@ from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plug_in
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.context.arguments import deal_arguments
 from meshwright.parallel.context.attending import attend_to_all, has_dealt_keys, own_rows
 from meshwright.parallel.context.attention import attend_dealt
 from meshwright.parallel.context.axis import ContextAxis, context_axis
 from meshwright.parallel.context.chosen import ContextWay
 from meshwright.parallel.context.kinds import Kind
+from meshwright.parallel.context.plan import Attends, ContextPlan
 from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.tensor import install, length_of, open_streams
-from meshwright.parallel.tensor_plan import Attends, TensorPlan
 
 __all__ = ["deal_sequence"]
 
 
-def deal_sequence(model: nn.Module, plan: TensorPlan, groups: Groups, way: ContextWay, sizes: Blockwise) -> None:
+def deal_sequence(model: nn.Module, plan: ContextPlan, groups: Groups, *, way: ContextWay, sizes: Blockwise) -> None:
     """Deals the sequence of a model before its blocks and joins it behind them.
 
     Args:
@@ -38,6 +39,7 @@ def deal_sequence(model: nn.Module, plan: TensorPlan, groups: Groups, way: Conte
     axis = replace(context_axis(groups, way.kind), order=way.dealing)
     lengths = open_streams(model, plan, axis)
     install(model, plan, axis, lengths)
+    deal_arguments(model, plan, lengths)
     plug_in(model, _Handler(plan.attends, lengths, axis, way.kind, sizes))
 
 

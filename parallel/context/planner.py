@@ -9,7 +9,6 @@ rank. Which of these is true of a block is not read from its code but tried, in 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,11 +19,13 @@ from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
+from meshwright.parallel.context.arguments import deal_arguments
 from meshwright.parallel.context.attending import gathered, without_drops
+from meshwright.parallel.context.plan import Attends, ContextPlan
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.prove import RefutedError, prove
-from meshwright.parallel.tensor_plan import Attends, Decision, Stream, TensorPlan
+from meshwright.parallel.tensor_plan import Decision, Stream
 from meshwright.parallel.unit_calls import calls_of, signature_of
 from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, run_plain
 
@@ -37,12 +38,12 @@ _PROVED_ON = 2
 class _Settled:
     """What became of one block: its plan (paths relative to it) and its stream, or why there is none."""
 
-    plan: TensorPlan | None
+    plan: ContextPlan | None
     stream: int | str | None
     reason: str
 
 
-def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> TensorPlan:
+def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> ContextPlan:
     """Decides how the blocks of a model work on their rank's positions.
 
     Args:
@@ -67,7 +68,7 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Tenso
             known[key] = _settle(unit, call)
         settled[path] = known[key]
     _refuse(settled, degree)
-    plan = TensorPlan(degree=degree, sequence=True)
+    plan = ContextPlan(degree=degree, sequence=True)
     plan = plan.joined_with(each.plan.under(path) for path, each in settled.items() if each.plan is not None)
     decisions = tuple(Decision(path, "positions", each.reason) for path, each in settled.items())
     return replace(plan, streams=_streams(settled), decisions=decisions)
@@ -111,19 +112,25 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
     for variant in _variants(plain, list(dict.fromkeys(asked))):
         attends: dict[str, Attends] = {}
         try:
-            found = prove(plain, variant, partial(_attending, attends))
+            found = prove(plain, variant, _Attending(variant, attends))
         except RefutedError as error:
             reasons.append(str(error))
             continue
-        return _Settled(replace(found, attends=attends), plain.stream, _said(found, attends))
+        settled = replace(variant, partial=found.partial, drops=found.drops, calls=found.calls, attends=attends)
+        return _Settled(settled, plain.stream, _said(settled))
     return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
 
 
-def _attending(
-    attends: dict[str, Attends], copy: nn.Module, plan: TensorPlan, length: Length
-) -> AbstractContextManager[object]:
-    del plan
-    return plugged(copy, gathered(length, attends.__setitem__))
+@dataclass(frozen=True)
+class _Attending:
+    """Prepares a rank's copy of a block in a proof; notes how its attention fetches keys."""
+
+    plan: ContextPlan
+    attends: dict[str, Attends]
+
+    def __call__(self, copy: nn.Module, length: Length) -> AbstractContextManager[object]:
+        deal_arguments(copy, self.plan, {"": length})
+        return plugged(copy, gathered(length, self.attends.__setitem__))
 
 
 def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
@@ -131,35 +138,36 @@ def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
     return attend_to(without_drops(call), Blockwise())
 
 
-def _said(plan: TensorPlan, attends: Mapping[str, Attends]) -> str:
+def _said(plan: ContextPlan) -> str:
     if plan.joined:
         return f"{', '.join(plan.joined)} on the whole sequence on every rank, the rest position by position"
-    return f"attention of {', '.join(attends) or 'nothing'}, the rest position by position"
+    return f"attention of {', '.join(plan.attends) or 'nothing'}, the rest position by position"
 
 
-def _variants(plain: Plain, asked: list[str]) -> Iterator[TensorPlan]:
+def _variants(plain: Plain, asked: list[str]) -> Iterator[ContextPlan]:
     """The ways in which a block might work on its positions, the likeliest first."""
-    full = plain.shape[-2]
-    base = TensorPlan(degree=_PROVED_ON, sequence=True)
-    given = keyed_arguments(plain.call.args, plain.call.kwargs)
-    others = [(key, value) for key, value in given if key != plain.stream]
-    learned = [key for key, value in others if isinstance(value, Tensor) and value.requires_grad]
-    all_dims = {key: _dims(value, full) for key, value in others}
-    by_position = {key: dims for key, dims in all_dims.items() if any(dim is not None for dim in dims)}
-    plain_keys = [key for key in by_position if key not in learned]
-    seen: list[list[int | str]] = []
-    for keys in (plain_keys, [*by_position], [], *([key] for key in by_position)):
-        if keys not in seen:
-            seen.append(keys)
-            dealt = tuple((key, by_position[key]) for key in keys)
-            entered = tuple(key for key in learned if key not in keys)
-            yield replace(base, dealt={"": dealt} if dealt else {}, entered={"": entered} if entered else {})
-    whole = [path for path in asked if plain.keys.get(path)] or [
-        path for path, keys in plain.keys.items() if keys and "." not in path
-    ]
+    base = ContextPlan(degree=_PROVED_ON, sequence=True)
+    yield from _on_positions(plain, base)
+    whole = [path for path in asked if plain.keys.get(path)]
+    if not whole:  # attention by hand
+        whole = [path for path, keys in plain.keys.items() if keys and "." not in path]
     for paths in [whole] if asked else [*([path] for path in whole), whole]:
         if paths:
             yield replace(base, joined={path: plain.keys[path] for path in paths})
+
+
+def _on_positions(plain: Plain, base: ContextPlan) -> Iterator[ContextPlan]:
+    """Variants in which all of a block does; they differ in which arguments are dealt with the stream."""
+    given = keyed_arguments(plain.call.args, plain.call.kwargs)
+    others = {key: value for key, value in given if key != plain.stream}
+    learned = [key for key, value in others.items() if isinstance(value, Tensor) and value.requires_grad]
+    dims = {key: _dims(value, plain.shape[-2]) for key, value in others.items()}
+    by_position = [key for key, each in dims.items() if any(dim is not None for dim in each)]
+    likeliest = tuple(key for key in by_position if key not in learned)
+    for keys in dict.fromkeys((likeliest, tuple(by_position), (), *((key,) for key in by_position))):
+        dealt = tuple((key, dims[key]) for key in keys)
+        entered = tuple(key for key in learned if key not in keys)
+        yield replace(base, dealt={"": dealt} if dealt else {}, entered={"": entered} if entered else {})
 
 
 def _dims(value: Any, full: int) -> tuple[int | None, ...]:
