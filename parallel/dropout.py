@@ -48,6 +48,7 @@ class PlainDropout(TorchFunctionMode):
         dealing: of positions over its ranks.
         length: full sequence length, asked when a dealt sequence is met.
         generator: where random bits come from; None is torch's default.
+        heads: whether attention that drops by the numbers of heads counts as a call.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class PlainDropout(TorchFunctionMode):
         dealing: Dealing = _ALONE,
         length: Callable[[], int] | None = None,
         generator: torch.Generator | None = None,
+        heads: bool = True,
     ) -> None:
         super().__init__()
+        self._heads = heads
         self._drops = drops
         self._rank = rank
         self._dealing = dealing
@@ -76,11 +79,15 @@ class PlainDropout(TorchFunctionMode):
             return self._dropout(*args, **keywords)
         if func is _ATTENTION and _dropout_of(args, keywords) > 0:
             return self._attention(*args, **keywords)
-        if func is first_dropped_head:
+        if func is first_dropped_head and self._heads:
             return self._first_head(*args)
-        if func in _RANDOM and self._generator is not None:
+        return func(*args, **keywords) if self._generator is None else self._drawn(func, args, keywords)
+
+    def _drawn(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """A call that may draw, from this generator."""
+        if func in _RANDOM:
             keywords.setdefault("generator", self._generator)
-        if func in _DRAWING and self._generator is not None:
+        if func in _DRAWING:
             return self._seeded(lambda: func(*args, **keywords))
         return func(*args, **keywords)
 
@@ -123,7 +130,7 @@ class PlainDropout(TorchFunctionMode):
         self.shapes.append(scores)
         number = len(self.shapes) - 1
         drop = self._drops[number] if number < len(self._drops) else None
-        if drop is None or drop.dim == 2:  # queries know their positions
+        if drop is None:
             return 0
         if drop.dim != 1 or drop.sizes is None:
             raise WrapError(f"attention scores {list(scores)} that drop are dealt along dim {drop.dim}, not by heads")

@@ -88,8 +88,10 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
         _sum_after(model.get_submodule(path), axis, entries[path], transposed, length_of(path, lengths))
     for path, slices in plan.slices.items():
         _cut_before(model.get_submodule(path), axis, slices)
-    for path, drops in plan.drops.items():
-        _drop_as_plain(model.get_submodule(path), axis, drops, length_of(path, lengths))
+    for path in plan.drops:
+        with_plain_dropout(
+            model.get_submodule(path), partial(_plain_dropout, plan, path, axis, length_of(path, lengths))
+        )
 
 
 def length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:
@@ -207,12 +209,14 @@ def _cut_before(unit: nn.Module, axis: Axis, slices: tuple[tuple[int | str, Spli
     unit.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _drop_as_plain(unit: nn.Module, axis: Axis, drops: tuple[Any, ...], length: Length | None) -> None:
-    with_plain_dropout(
-        unit,
-        lambda: PlainDropout(
-            drops, rank=axis.rank, dealing=axis.dealing, length=None if length is None else lambda: length.full
-        ),
+def _plain_dropout(plan: TensorPlan, path: str, *where: Any) -> PlainDropout:
+    axis, length = where
+    return PlainDropout(
+        plan.drops[path],
+        rank=axis.rank,
+        dealing=axis.dealing,
+        length=None if length is None else lambda: length.full,
+        heads=bool(plan.rows),
     )
 
 

@@ -9,7 +9,6 @@ from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.context.plan import Attends
-from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import gather, rows
 from meshwright.parallel.length import Length
@@ -58,14 +57,11 @@ def gathered(length: Length, note: Callable[[str, Attends], None]) -> Callable[[
         if dealt is None:
             return attend_to(without_drops(asked), Blockwise())
         note(asked.name, Attends(dealt, asked.query.shape[1], asked.key.shape[1], asked.key.shape[3]))
-        keys = length.full if dealt else asked.key.shape[2]
-        return attend_to_all(without_drops(asked, keys), length, Blockwise(), dealt=dealt)
+        return attend_to_all(without_drops(asked), length, Blockwise(), dealt=dealt)
 
     return attend
 
 
-def without_drops(asked: AttentionCall, keys: int | None = None) -> AttentionCall:
-    """The same call without dropout, which proofs only count; `keys` is their number over all ranks."""
-    if asked.dropout_p:
-        first_dropped_head(asked.query, (*asked.query.shape[:3], asked.key.shape[2] if keys is None else keys))
+def without_drops(asked: AttentionCall) -> AttentionCall:
+    """The same call without dropout, whose masks depend on positions alone and need no proof."""
     return replace(asked, dropout_p=0.0)

@@ -27,6 +27,17 @@ _BESIDE: tuple[Layout, ...] = (
     ({"fsdp": 2, "tp": 2}, {"num_microbatches": 2}),
     ({"tp": 2}, {}),
 )
+_CONTEXT: tuple[Layout, ...] = (
+    ({"cp": 2}, {"cp_kind": "ring", "num_microbatches": 2}),
+    ({"cp": 2, "fsdp": 2}, {"cp_kind": "ring"}),
+    ({"cp": 2, "tp": 2}, {"num_microbatches": 2}),
+    ({"cp": 4}, {"cp_kind": "hybrid"}),
+    ({"cp": 2, "dp": 2}, {"cp_kind": "gather"}),
+    ({"cp": 2, "fsdp": 2}, {"schedule": "layered", "num_microbatches": 2}),
+    ({"cp": 2, "pp": 2}, {"schedule": "modular", "num_microbatches": 2}),
+    ({"cp": 2, "pp": 2, "fsdp": 2}, {"schedule": "1f1b", "num_microbatches": 3, "cp_kind": "ring"}),
+    ({"cp": 2, "tp": 2, "fsdp": 2}, {"schedule": "layered", "num_microbatches": 2, "cp_kind": "ring"}),
+)
 _DATA: tuple[Layout, ...] = (
     ({}, {}),
     ({"dp": 2}, {}),
@@ -41,6 +52,7 @@ _TENSOR: tuple[Layout, ...] = (
 )
 WHOLE: tuple[Layout, ...] = (
     ({"tp": 4}, {"sequence_parallel": True, "num_microbatches": 2}),
+    *_CONTEXT,
     *(
         ({**data, **tensor}, {**data_options, **tensor_options, "num_microbatches": parts})
         for (data, data_options), (tensor, tensor_options) in product(_DATA, _TENSOR)
@@ -50,7 +62,10 @@ WHOLE: tuple[Layout, ...] = (
 )
 
 # families that a layout with this word cannot have: word -> family -> a part of the message
+_TWICE = "draws dropout masks that both"
 REFUSED = {
+    "cp x tp": dict.fromkeys(("gpt2", "bert", "t5", "translator"), _TWICE),
+    "cp": dict.fromkeys(("residual_net", "mixer"), "does not work on a dealt sequence"),
     "tp": {"residual_net": "nothing can be dealt"},
     "sequence_parallel": {
         "residual_net": "no list of blocks",
@@ -74,7 +89,7 @@ class Cell:
     @property
     def refusal(self) -> str | None:
         """A part of the message that this cell must be refused with; None where it must run."""
-        words = [word for word in REFUSED if self.options.get(word) or word in self.degrees]
+        words = [word for word in REFUSED if self.options.get(word) or set(word.split(" x ")) <= set(self.degrees)]
         found = [REFUSED[word][self.family] for word in reversed(words) if self.family in REFUSED[word]]
         return found[0] if found else None
 
@@ -93,8 +108,9 @@ def cells(layouts: tuple[Layout, ...]) -> Iterator[Cell]:
 def few_cells() -> Iterator[Cell]:
     """All families on a dealt sequence, and each on one of the other layouts."""
     yield from cells((_SEQUENCE,))
-    for family, (degrees, options) in alternating(FAMILIES, _BESIDE, every=3):
-        yield Cell(family, degrees, options)
+    for layouts in (_BESIDE, _CONTEXT[:3]):
+        for family, (degrees, options) in alternating(FAMILIES, layouts, every=3):
+            yield Cell(family, degrees, options)
 
 
 def main() -> int:
