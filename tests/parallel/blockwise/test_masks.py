@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meshwright.parallel.blockwise import masks
+from meshwright.parallel.blockwise.elements import Dense
 from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.blockwise.masks import EMPTY, FULL, Frame, Mask, Uniform
+from meshwright.parallel.blockwise.tokens import Padding
 from meshwright.parallel.errors import WrapError
 from tests.parallel.blockwise.dense import elements
 
@@ -115,6 +117,11 @@ def test_stripes_have_diagonals() -> None:
     assert masks.causal().sketch(range(1, 64, 4), range(1, 64, 4)) == (-15, 0)
     assert masks.causal().sketch(range(1, 64, 4), range(2, 64, 4)) == (-15, -1)
     assert masks.window(8).sketch(range(1, 64, 4), range(3, 64, 4)) == (-2, -1)
+
+
+def test_a_dense_mask_of_keys_alone_is_padding() -> None:
+    assert isinstance(masks.dense(torch.ones(2, 1, 1, 5).bool()), Padding)
+    assert isinstance(masks.dense(torch.ones(2, 1, 5, 5).bool()), Dense)
 
 
 def test_equal_samples_are_one() -> None:
