@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meshwright.parallel.blockwise import masks
+from meshwright.parallel.blockwise.elements import Dense
 from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.blockwise.masks import EMPTY, FULL, Frame, Mask, Uniform
+from meshwright.parallel.blockwise.tokens import Padding
 from meshwright.parallel.errors import WrapError
 from tests.parallel.blockwise.dense import elements
 
@@ -117,6 +119,11 @@ def test_stripes_have_diagonals() -> None:
     assert masks.window(8).sketch(range(1, 64, 4), range(3, 64, 4)) == (-2, -1)
 
 
+def test_a_dense_mask_of_keys_alone_is_padding() -> None:
+    assert isinstance(masks.dense(torch.ones(2, 1, 1, 5).bool()), Padding)
+    assert isinstance(masks.dense(torch.ones(2, 1, 5, 5).bool()), Dense)
+
+
 def test_equal_samples_are_one() -> None:
     assert masks.documents(torch.zeros(7, 12).long()).rows == 1
     assert masks.documents(_IDS).rows == 2
@@ -128,6 +135,13 @@ def test_documents_do_not_change_with_the_tensor_they_were_made_of() -> None:
     mask = masks.documents(ids)
     ids[2:] = 1
     assert mask.block(range(2), range(2, 4)) is FULL
+
+
+def test_what_has_no_document_does_not_attend_to_its_like() -> None:
+    mask = masks.documents(torch.tensor([-1, -1, 0]))
+    assert mask.block(range(2), range(2)) is EMPTY
+    assert mask.block(range(3), range(2)) is EMPTY
+    assert mask.span(range(2)) == range(0)
 
 
 def test_a_function_knows_where_its_samples_and_heads_stand() -> None:

@@ -10,9 +10,11 @@ from torch import Tensor
 from meshwright.parallel.blockwise import masks
 from meshwright.parallel.blockwise.attention import attend
 from meshwright.parallel.blockwise.biases import alibi
+from meshwright.parallel.blockwise.chunk import Chunk
 from meshwright.parallel.blockwise.merge import merge
-from meshwright.parallel.blockwise.partial import Chunk, Gradients, Scoring, Upstream, partial_backward, partial_forward
+from meshwright.parallel.blockwise.partial import Gradients, Upstream, partial_backward, partial_forward
 from meshwright.parallel.blockwise.positions import pieces_of
+from meshwright.parallel.blockwise.scoring import Scoring
 from meshwright.parallel.errors import WrapError
 from tests.parallel.blockwise.dense import Given, relative_error
 

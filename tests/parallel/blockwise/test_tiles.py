@@ -6,6 +6,7 @@ from torch import Tensor
 
 from meshwright.parallel.blockwise import masks
 from meshwright.parallel.blockwise.bands import Limits
+from meshwright.parallel.blockwise.cells import parts_of
 from meshwright.parallel.blockwise.diagonals import FULL, Diagonals
 from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.blockwise.masks import Frame, Mask
@@ -110,6 +111,14 @@ def test_few_pairs_are_computed_in_vain(mask: Mask, most: float) -> None:
     limits = Limits(1024, 1024, fused=True, call_cost=2500.0)
     tiles = _tiles(mask, ((range(4096),), (range(4096),)), limits)
     assert sum(len(each.queries) * len(each.keys) for each in tiles) <= most * 4096**2
+
+
+def test_cells_at_the_edge_are_whole_too() -> None:
+    pairs = torch.zeros(100, 150, dtype=torch.bool)
+    pairs[64:, 64:] = True
+    (part,) = parts_of(pairs, Limits(1024, 1024, fused=True, call_cost=100.0))
+    assert part == (slice(64, 100), slice(64, 150), FULL)
+    assert parts_of(torch.zeros(3, 4, dtype=torch.bool), LIMITS["fused"]) == []
 
 
 def test_long_sequences_are_planned_in_no_time() -> None:
