@@ -141,8 +141,9 @@ def test_both_derivatives_are_those_of_finite_differences(mask: str) -> None:
             query_block=4, kv_block=5, with_lse=True,
         )  # fmt: skip
 
-    assert gradcheck(work, given.all, fast_mode=True)
-    assert gradgradcheck(work, given.all, fast_mode=True)
+    fast = mask != "nothing"  # the fast way does not take gradients that are 0 throughout
+    assert gradcheck(work, given.all, fast_mode=fast)
+    assert gradgradcheck(work, given.all, fast_mode=fast)
 
 
 @pytest.mark.parametrize("mask", ["causal", "window", "packed", "dense"])
