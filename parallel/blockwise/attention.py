@@ -21,7 +21,7 @@ from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
 from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring, ScoringKeywords
 from meshwright.parallel.errors import WrapError, nearest
 
-__all__ = ["AttendKeywords", "attend", "draw_seed"]
+__all__ = ["AttendKeywords", "attend", "cast_tensors", "check_sinks", "check_tensors", "draw_seed", "without_autocast"]
 
 
 class AttendKeywords(ScoringKeywords, total=False):
@@ -67,12 +67,12 @@ def attend(
     Raises:
         WrapError: for shapes, dtypes or options that do not fit.
     """
-    query, key, value = _cast(query, key, value)
-    _check(query, key, value)
-    _check_sinks(options.get("sinks"), query.shape[1])
+    query, key, value = cast_tensors(query, key, value)
+    check_tensors(query, key, value)
+    check_sinks(options.get("sinks"), query.shape[1])
     bias, call = options.get("bias"), _Call.of(query, key, options)
     own = _four_dims(bias, query, key) if isinstance(bias, Tensor) else None
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         out, lse = _Attention.apply(query, key, value, own, options.get("sinks"), call)  # type: ignore[no-untyped-call]
     return (out, lse) if with_lse else out
 
@@ -139,7 +139,7 @@ class _Attention(Function):
         upstream = Upstream(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
         chunk = Chunk(query, key, value, ctx.call.queries, ctx.call.keys, bias)
         with_bias = bias is not None and ctx.needs_input_grad[3]
-        with _without_autocast(query.device.type):
+        with without_autocast(query.device.type):
             found = _gradients(chunk, ctx.call.scoring, upstream, with_bias=with_bias)
             own = None if sinks is None else _of_sinks(sinks, upstream)
         given = (query, key, value, bias, sinks)
@@ -160,20 +160,27 @@ def _gradients(chunk: Chunk, scoring: Scoring, upstream: Upstream, *, with_bias:
     return partial_backward(chunk, scoring, upstream, with_bias=with_bias)
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does to torch's own attention."""
-    kind = tensors[0].device.type
+    kind = query.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
+        return query, key, value
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(each if each.dtype is torch.float64 else each.to(dtype) for each in tensors)
+    query, key, value = (each if each.dtype is torch.float64 else each.to(dtype) for each in (query, key, value))
+    return query, key, value
 
 
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """A context for a kind of device in which dtypes stay."""
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuses shapes and dtypes that do not fit.
+
+    Raises:
+        WrapError: then.
+    """
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if {query.dim(), key.dim(), value.dim()} != {4}:
         raise WrapError(f"attend() takes [batch, heads, tokens, d], not {shapes}")
@@ -188,7 +195,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _check_sinks(sinks: Tensor | None, heads: int) -> None:
+def check_sinks(sinks: Tensor | None, heads: int) -> None:
+    """Refuses sinks that are not [heads].
+
+    Raises:
+        WrapError: then.
+    """
     if sinks is not None and sinks.shape != (heads,):
         raise WrapError(f"sinks {list(sinks.shape)} must be one score per head, [{heads}]")
 

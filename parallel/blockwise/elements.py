@@ -30,9 +30,9 @@ class Dense(Mask):
         return self._row.setdefault(number, type(self)(self._allowed[number : number + 1]))
 
     def check(self, batch: range, heads: range, *, queries: int, keys: int) -> None:
-        """Every size is 1 or covers what is asked for."""
+        """Every size is 1 or covers what is asked for; heads may be all of the model's."""
         rows, kinds, high, wide = self._allowed.shape
-        fits = rows in (1, len(batch)) and kinds in (1, len(heads))
+        fits = rows in (1, len(batch)) and (kinds in (1, len(heads)) or kinds >= heads.stop)
         if not fits or 1 != high < queries or 1 != wide < keys:
             raise WrapError(
                 f"a dense mask {list(self._allowed.shape)} does not broadcast to {len(batch)} samples, {len(heads)} "
@@ -47,7 +47,10 @@ class Dense(Mask):
         """A slice."""
         sizes = zip(self._allowed.shape[2:], (queries, keys), strict=True)
         high, wide = (slice(None) if size == 1 else slice(at.start, at.stop, at.step) for size, at in sizes)
-        return self._allowed[:, :, high, wide].to(frame.device)
+        kinds = slice(None)
+        if len(frame.heads) < self._allowed.shape[1]:
+            kinds = slice(frame.heads.start, frame.heads.stop)
+        return self._allowed[:, kinds, high, wide].to(frame.device)
 
 
 class Blocks(Dense):
@@ -105,10 +108,11 @@ class Function(Mask):
         numbers = (frame.batch, frame.heads, queries, keys)
         shapes = [[-1 if dim == own else 1 for dim in range(4)] for own in range(4)]
         indices = [places(each, frame.device).reshape(shape) for each, shape in zip(numbers, shapes, strict=True)]
-        wanted = torch.broadcast_shapes(*(each.shape for each in indices))
+        wanted = tuple(map(len, numbers))
         try:
             found = self._allows(*indices)
-            sized = found.dtype is torch.bool and torch.broadcast_shapes(found.shape, wanted) == wanted
+            ends = zip(found.shape[::-1], wanted[::-1], strict=False)
+            sized = found.dtype is torch.bool and found.dim() <= 4 and all(size in (1, full) for size, full in ends)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise WrapError(
                 "a mask function must take index tensors (batch, head, query, key) that broadcast and return bool, "

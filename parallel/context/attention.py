@@ -7,10 +7,16 @@ across their groups keys are brought to queries (`ring`, `gathered`). With one g
 from dataclasses import dataclass, replace
 from typing import Any, Required, TypeAlias, Unpack
 
-import torch
 from torch import Tensor
 
-from meshwright.parallel.blockwise.attention import AttendKeywords, attend
+from meshwright.parallel.blockwise.attention import (
+    AttendKeywords,
+    attend,
+    cast_tensors,
+    check_sinks,
+    check_tensors,
+    without_autocast,
+)
 from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring, ScoringKeywords
 from meshwright.parallel.context.axis import ContextAxis
 from meshwright.parallel.context.dealing import Dealing
@@ -62,10 +68,12 @@ def attend_dealt(query: Tensor, key: Tensor, value: Tensor, **options: Unpack[De
     Raises:
         WrapError: for shapes, options, or numbers of heads that do not fit.
     """
-    tensors = _cast(query, key, value)
+    tensors = cast_tensors(query, key, value)
+    check_tensors(*tensors)
+    check_sinks(options.get("sinks"), query.shape[1])
     call = _Call(options, heads=query.shape[1])
     call.check(tensors)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return call.attend(tensors)
 
 
@@ -94,11 +102,10 @@ class _Call:
     def check(self, tensors: _Tensors) -> None:
         """Refuses what other ranks would wait for, or what would differ between them."""
         options = self._options
-        shapes = " and ".join(str(list(each.shape)) for each in tensors)
-        if any(each.dim() != 4 or each.shape[2] != self._size for each in tensors):
+        if any(each.shape[2] != self._size for each in tensors):
             raise WrapError(
-                f"query, key and value {shapes} must be [batch, heads, {self._size}, d]: this rank has {self._size} of "
-                f"{self._length} positions"
+                f"query {list(tensors[0].shape)} and key {list(tensors[1].shape)} must be [batch, heads, {self._size}, "
+                f"d]: this rank has {self._size} of {self._length} positions"
             )
         if options.get("dropout_p", 0.0) > 0.0 and options.get("dropout_seed") is None:
             raise WrapError("dropout of a dealt sequence needs a dropout_seed=, the same on all its ranks")
@@ -177,12 +184,3 @@ class _BiasOfHeads:
 
 def _four_dims(bias: Tensor) -> Tensor:
     return bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
-
-
-def _cast(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    """What autocast does to torch's own attention, before anything is sent."""
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind) or query.dtype is torch.float64:
-        return query, key, value
-    dtype = torch.get_autocast_dtype(kind)
-    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from meshwright.parallel.blockwise.attention import without_autocast
 from meshwright.parallel.blockwise.merge import Partial, empty_partial, merge_into
 from meshwright.parallel.blockwise.partial import Chunk, Gradients, Scoring, Upstream, partial_backward, partial_forward
 from meshwright.parallel.context.columns import columns_at, place_columns
@@ -126,7 +127,7 @@ class _Attention(Function):
         upstream = Upstream(gradients[0], None, out, lse)
         found = _Sums(query, bias if ctx.needs_input_grad[3] else None)
         way_back = ctx.wanted.supply.way_back(query, ctx.sizes)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             for held in ctx.wanted.supply.keys(own):
                 chunk = ctx.wanted.chunk(held, query, bias) if held.wanted else None
                 way_back.add(None if chunk is None else found.add(chunk, ctx.wanted.scoring, upstream))
