@@ -20,7 +20,7 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.regions import Region, find_regions
 from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
-from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, own_copy, run_plain, tensors_of
+from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, own_copy, run_plain, settings_of, tensors_of
 from meshwright.parallel.variants import common_path, subsets, variants
 from meshwright.parallel.vocabulary_plan import with_vocabulary
 from meshwright.parallel.watch import Matrix, Sight, watch
@@ -181,21 +181,12 @@ def _relative(region: Region, unit: str) -> Region:
 
 def _signature(unit: nn.Module, regions: Sequence[Region], call: UnitCall) -> Any:
     """Units of equal signature are dealt alike; one proof serves them all."""
-    settings = tuple(
-        (
-            path,
-            type(module),
-            tuple((name, each) for name, each in vars(module).items() if type(each) in (float, bool, str)),
-        )
-        for path, module in unit.named_modules()
-    )
-    tensors = tuple((name, tuple(each.shape), each.requires_grad) for name, each in unit.named_parameters())
     heads = tuple((region.paths, region.heads, tuple(each.segments for each in region.columns)) for region in regions)
     given = tuple(
         (key, tuple(each.shape), each.requires_grad) if isinstance(each, Tensor) else (key, type(each))
         for key, each in keyed_arguments(call.args, call.kwargs)
     )
-    return settings, tensors, heads, given
+    return settings_of(unit), heads, given
 
 
 def _settle(unit: nn.Module, call: UnitCall, regions: Sequence[Region], base: TensorPlan) -> _Settled:
