@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
-from meshwright.parallel.unit_run import UnitCall, keyed_arguments, own_copy, tensors_of
+from meshwright.parallel.unit_run import UnitCall, keyed_arguments, own_copy, settings_of, tensors_of
 
 __all__ = ["calls_of", "signature_of"]
 
@@ -47,20 +47,11 @@ def calls_of(model: nn.Module, run: Callable[[], Any], units: Iterable[str]) -> 
 
 def signature_of(unit: nn.Module, call: UnitCall, parts: Any = ()) -> Any:
     """Units of equal signature are dealt alike; one proof serves them all. `parts` is what else tells them apart."""
-    settings = tuple(
-        (
-            path,
-            type(module),
-            tuple((name, each) for name, each in vars(module).items() if type(each) in (float, bool, str)),
-        )
-        for path, module in unit.named_modules()
-    )
-    tensors = tuple((name, tuple(each.shape), each.requires_grad) for name, each in unit.named_parameters())
     given = tuple(
         (key, tuple(each.shape), each.requires_grad) if isinstance(each, Tensor) else (key, type(each))
         for key, each in keyed_arguments(call.args, call.kwargs)
     )
-    return settings, tensors, parts, given
+    return settings_of(unit), parts, given
 
 
 def _storage(tensor: Tensor) -> int:

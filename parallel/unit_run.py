@@ -25,7 +25,9 @@ __all__ = [
     "keyed_arguments",
     "own_copy",
     "run_plain",
+    "settings_of",
     "tensors_of",
+    "with_random_weights",
 ]
 
 
@@ -76,7 +78,7 @@ class Plain:
 
 def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> Plain:
     """Runs a unit as it is, forward and backward; `around` makes a context for the copy that is run."""
-    mine = _with_random_weights(unit)
+    mine = with_random_weights(unit)
     args, kwargs = call.fresh()
     stream = _stream_key(args, kwargs)
     derived = _Derived(None if stream is None else argument(args, kwargs, stream))
@@ -159,6 +161,19 @@ def own_copy(value: Any) -> Any:
     return mine
 
 
+def settings_of(unit: nn.Module) -> Any:
+    """What tells a unit from another of its kind: types, plain settings, shapes of parameters."""
+    settings = tuple(
+        (
+            path,
+            type(module),
+            tuple((name, each) for name, each in vars(module).items() if type(each) in (float, bool, str)),
+        )
+        for path, module in unit.named_modules()
+    )
+    return settings, tuple((name, tuple(each.shape), each.requires_grad) for name, each in unit.named_parameters())
+
+
 class _Derived(TorchFunctionMode):
     """Follows one tensor through a unit and notes which modules receive values made from it, in its shape."""
 
@@ -221,7 +236,7 @@ def _valued(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _with_random_weights(unit: nn.Module) -> nn.Module:
+def with_random_weights(unit: nn.Module) -> nn.Module:
     """A copy in float64 whose weights are random, since freshly made zeros and ones would hide faults."""
     generator = torch.Generator().manual_seed(3)
     memo: dict[int, Any] = {}

@@ -117,7 +117,7 @@ def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
 
 def unwatched() -> AbstractContextManager[Any]:
     """Inside, autograd keeps what it saves as it is, whatever hooks on saved tensors stand around."""
-    return saved_tensors_hooks(_same, _same)
+    return saved_tensors_hooks(Tensor.detach, _same)  # a graph that holds its own results would never be let go
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ THEMES = {
 THROUGH_OTHERS = {
     "meshwright.parallel.legal": "tests/launch/test_commands.py and tests/parallel/test_layered.py are refused by it",
     "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
+    "meshwright.parallel.blockwise.block_dropout": "tests/parallel/blockwise/test_pointwise.py draws masks",
     "meshwright.parallel.blockwise.head": "tests/parallel/blockwise/test_entropy.py",
     "meshwright.parallel.blockwise.wanted": "tests/parallel/blockwise/test_entropy.py asks for halves",
     "meshwright.parallel.scores": "tests/parallel/test_vocabulary.py and blockwise/test_loss.py use both kinds",
