@@ -4,7 +4,8 @@ Only query, key, value, output and log-sum-exp are kept for backward, which make
 (arXiv 2112.05682, 2205.14135, 2305.19370).
 """
 
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -18,7 +19,7 @@ from meshwright.parallel.blockwise.merge import Partial, empty_partial, merge_in
 from meshwright.parallel.blockwise.partial import Gradients, partial_backward, partial_forward
 from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
 from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring, ScoringKeywords
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.errors import WrapError, nearest
 
 __all__ = ["AttendKeywords", "attend"]
 
@@ -71,7 +72,7 @@ def attend(
     _check_sinks(options.get("sinks"), query.shape[1])
     bias, call = options.get("bias"), _Call.of(query, key, options)
     own = _four_dims(bias, query, key) if isinstance(bias, Tensor) else None
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         out, lse = _Attention.apply(query, key, value, own, options.get("sinks"), call)  # type: ignore[no-untyped-call]
     return (out, lse) if with_lse else out
 
@@ -86,23 +87,31 @@ class _Call:
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, options: AttendKeywords) -> "_Call":
-        names = {each.name for each in fields(Scoring)} - {"bias", "dropout_seed"}
-        given: Any = {name: each for name, each in options.items() if name in names}
+        unknown = [name for name in options if name not in AttendKeywords.__annotations__]
+        if unknown:
+            raise WrapError(
+                f"attend() has no option {unknown[0]!r}; {nearest(unknown[0], AttendKeywords.__annotations__)}"
+            )
+        given: Any = {name: each for name, each in options.items() if name in ScoringKeywords.__annotations__}
         bias, seed = options.get("bias"), options.get("dropout_seed")
         if seed is None and options.get("dropout_p", 0.0) > 0.0:
             seed = int(torch.rand((), dtype=torch.float64) * (1 << 53))  # rand: what re-keys random bits knows it
-        return cls(
-            Scoring(**given, bias=None if isinstance(bias, Tensor) else bias, dropout_seed=seed or 0),
-            pieces_of(options.get("query_positions"), query.shape[2], "queries"),
-            pieces_of(options.get("key_positions"), key.shape[2], "keys"),
-        )
+        queries = pieces_of(options.get("query_positions"), query.shape[2], "queries")
+        keys = pieces_of(options.get("key_positions"), key.shape[2], "keys")
+        function = None if isinstance(bias, Tensor) else bias
+        if function is not None and function(range(1), range(1)).requires_grad:
+            raise WrapError(
+                "the bias function gives scores that want a gradient, which cannot reach what they are made of; give "
+                "the bias as a tensor"
+            )
+        return cls(Scoring(**given, bias=function, dropout_seed=seed or 0), queries, keys)
 
 
 class _Attention(Function):
     """Output and log-sum-exp; sinks are keys whose value is 0."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         query, key, value, bias, sinks, call = inputs
         chunk = Chunk(query, key, value, call.queries, call.keys, bias)
         whole = Work(chunk, call.scoring, fused=True).whole if sinks is None else None
@@ -110,11 +119,13 @@ class _Attention(Function):
         if sinks is not None:
             nothing = empty_partial(query, value.shape[-1])
             merge_into(Partial(out, lse), nothing._replace(lse=nothing.lse.copy_(sinks.unsqueeze(-1))))
-        out = out.to(query.dtype)
+        return out.to(query.dtype), lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
-        ctx.call = call
-        return out, lse
+        ctx.save_for_backward(*inputs[:-1], *output)
+        ctx.call = inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -123,14 +134,17 @@ class _Attention(Function):
         upstream = Upstream(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
         chunk = Chunk(query, key, value, ctx.call.queries, ctx.call.keys, bias)
         with_bias = bias is not None and ctx.needs_input_grad[3]
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device.type):
             found = _gradients(chunk, ctx.call.scoring, upstream, with_bias=with_bias)
-            own = None if sinks is None else -((sinks.unsqueeze(-1) - lse).exp() * upstream.delta()).sum((0, 2))
+            own = None if sinks is None else _of_sinks(sinks, upstream)
         given = (query, key, value, bias, sinks)
-        made = (found.query, found.key, found.value, found.bias, own)
-        return *(
-            None if new is None or old is None else new.to(old.dtype) for old, new in zip(given, made, strict=True)
-        ), None
+        made = (found.query, found.key, found.value, found.bias if with_bias else None, own)
+        return *(None if new is None else new.to(old.dtype) for old, new in zip(given, made, strict=True)), None
+
+
+def _of_sinks(sinks: Tensor, upstream: Upstream) -> Tensor:
+    lse = upstream.lse.masked_fill(upstream.lse == -torch.inf, 0.0)
+    return -((sinks.unsqueeze(-1) - lse).exp() * upstream.delta()).sum((0, 2))
 
 
 def _gradients(chunk: Chunk, scoring: Scoring, upstream: Upstream, *, with_bias: bool) -> Gradients | BlockGradients:
@@ -144,10 +158,14 @@ def _gradients(chunk: Chunk, scoring: Scoring, upstream: Upstream, *, with_bias:
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to torch's own attention."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(each if each.dtype is torch.float64 else each.to(dtype) for each in tensors)
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

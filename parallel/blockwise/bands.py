@@ -74,11 +74,10 @@ def split(sketch: Diagonals | Uniform, *, rows: int, columns: int, limits: Limit
     if not isinstance(sketch, Diagonals):
         return [] if sketch is EMPTY else _whole(slice(0, rows), slice(0, columns), limits)
     band = _Band(sketch.low, sketch.high, rows, columns)
-    heights = [1 << power for power in range(6, 20) if rows >> 9 <= 1 << power < min(limits.query_block, rows)]
-    choices = [band.strips(height, limits) for height in (*heights, limits.query_block)]
-    if limits.fused:
-        choices += [triangle for triangle in [band.triangle()] if triangle]
-    return min(choices, key=lambda parts: total_cost(parts, limits))
+    heights = [1 << power for power in range(6, 20) if 1 << power < min(limits.query_block, rows)]
+    best = min((*heights, limits.query_block), key=lambda height: band.about(height, limits))
+    strips, triangle = band.strips(best, limits), band.triangle() if limits.fused else []
+    return triangle if triangle and total_cost(triangle, limits) <= total_cost(strips, limits) else strips
 
 
 def grid(rows: int, columns: int, limits: Limits) -> Iterator[tuple[slice, slice]]:
@@ -124,15 +123,29 @@ class _Band(NamedTuple):
         parts = [(rows, slice(0, ahead)), (slice(top, below), beside), (slice(below, self.rows), beside)]
         return [self.part(down, right) for down, right in parts if down.start < down.stop and right.start < right.stop]
 
+    @property
+    def _lines(self) -> range:
+        """Rows that see some column."""
+        return range(max(0, -self.high), min(self.rows, self.columns - self.low))
+
+    def about(self, height: int, limits: Limits) -> float:
+        """What a row costs in strips of a height, judged by the one in the middle."""
+        lines = self._lines
+        top = max(lines.start, (lines.start + lines.stop - height) // 2)
+        rows = slice(top, min(top + height, lines.stop))
+        return total_cost(self._strip(rows, limits), limits) / (rows.stop - rows.start)
+
     def strips(self, height: int, limits: Limits) -> list[Part]:
-        """Rows by `height`, each strip in the cheaper of two ways."""
+        """Rows by `height`."""
         parts: list[Part] = []
-        for top in range(max(0, -self.high), min(self.rows, self.columns - self.low), height):
-            rows = slice(top, min(top + height, self.rows, self.columns - self.low))
-            parts += min(
-                self._masked(rows, limits), self._apart(rows, limits), key=lambda each: total_cost(each, limits)
-            )
+        for top in self._lines[::height]:
+            parts += self._strip(slice(top, min(top + height, self._lines.stop)), limits)
         return parts
+
+    def _strip(self, rows: slice, limits: Limits) -> list[Part]:
+        """Some rows, in the cheaper of two ways."""
+        together, apart = self._masked(rows, limits), self._apart(rows, limits)
+        return apart if total_cost(apart, limits) < total_cost(together, limits) else together
 
     def _masked(self, rows: slice, limits: Limits) -> list[Part]:
         return self._between(rows, slice(0, self.columns), limits)

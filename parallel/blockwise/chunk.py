@@ -15,7 +15,6 @@ from meshwright.parallel.blockwise.plan import Plan, plan_for
 from meshwright.parallel.blockwise.positions import Pieces
 from meshwright.parallel.blockwise.scoring import Scoring
 from meshwright.parallel.blockwise.tiles import Tile
-from meshwright.parallel.errors import WrapError
 
 __all__ = ["Chunk", "Work", "bias_of", "columns_of", "rows_of"]
 
@@ -84,16 +83,11 @@ class Work:
         return replace(block, allowed=allowed, bias=self._bias(tile), kept=self._kept(tile))
 
     def _bias(self, tile: Tile) -> Tensor | None:
-        own = None if self._chunk.bias is None else bias_of(self._chunk.bias, tile)
-        if self._scoring.bias is None:
-            return own
-        made = self._scoring.bias(tile.queries, tile.keys)
-        if made.requires_grad:
-            raise WrapError(
-                "a bias function gives scores that want a gradient, which cannot reach what it is made of; give the "
-                "bias as a tensor"
-            )
-        return made if own is None else made + own
+        parts = [] if self._chunk.bias is None else [bias_of(self._chunk.bias, tile)]
+        if self._scoring.bias is not None:
+            parts.append(self._scoring.bias(tile.queries, tile.keys))
+        parts = [each.masked_fill(each <= torch.finfo(each.dtype).min, -torch.inf) for each in parts]
+        return sum(parts[1:], parts[0]) if parts else None
 
     def _kept(self, tile: Tile) -> Tensor | None:
         share, seed, frame = self._scoring.dropout_p, self._scoring.dropout_seed, self._frame

@@ -122,9 +122,14 @@ def _mask(block: Block) -> Tensor | None:
         return scores
     bias = block.bias.to(dtype)
     bias = bias.reshape(*(1,) * (4 - bias.dim()), *bias.shape)
-    return bias if scores is None else bias + scores
+    return _by_rows(bias if scores is None else bias + scores)
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:
     missing = width - tensor.shape[-1]
-    return tensor if missing == 0 else functional.pad(tensor, (0, missing))
+    return _by_rows(tensor) if missing == 0 else functional.pad(tensor, (0, missing))
+
+
+def _by_rows(tensor: Tensor) -> Tensor:
+    """Numbers of a row side by side: kernels read them so, whatever the stride is."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -5,6 +5,7 @@ torch in which it means something else costs speed and not truth.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from meshwright.parallel.blockwise.block import Allowed, Block, BlockGradients, Upstream
 from meshwright.parallel.blockwise.diagonals import Diagonals
@@ -26,7 +27,12 @@ def block_forward(block: Block) -> Partial:
 
 def block_backward(block: Block, upstream: Upstream, *, with_bias: bool) -> BlockGradients:
     """Gradients by way of the block alone; in plain torch where they will be differentiated."""
-    kernel = None if with_bias or torch.is_grad_enabled() else kernel_for(block)
+    differentiated = torch.is_grad_enabled()
+    if differentiated and not torch._C._are_functorch_transforms_active():  # they take no checkpoints
+        made = checkpoint(plain_backward, block, upstream, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(made, BlockGradients), type(made)
+        return made
+    kernel = None if with_bias or differentiated else kernel_for(block)
     return plain_backward(block, upstream) if kernel is None else fused_backward(kernel, block, upstream)
 
 

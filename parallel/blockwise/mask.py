@@ -49,7 +49,9 @@ class Mask:
 
     def __and__(self, other: "Mask") -> "Mask":
         if isinstance(self, Band) and isinstance(other, Band):
-            return Band(_tighter(self.left, other.left), _tighter(self.right, other.right))
+            left, right = _tighter(self.left, other.left), _tighter(self.right, other.right)
+            if left is None or right is None or -left <= right:
+                return Band(left, right)
         return _Both(self, other)
 
     def __or__(self, other: "Mask") -> "Mask":

@@ -35,8 +35,10 @@ def merge(one: Partial, other: Partial) -> Partial:
     top = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf is no number
     weights = [(each.lse - top).exp() for each in (one, other)]
     total = weights[0] + weights[1]  # 0, or at least 1
-    shares = [(each / total.clamp_min(1.0)).unsqueeze(-1) for each in weights]
-    return Partial(one.out * shares[0] + other.out * shares[1], top + total.log())
+    some = total.clamp_min(1.0)
+    shares = [(each / some).unsqueeze(-1) for each in weights]
+    lse = (top + some.log()).masked_fill(total == 0.0, -torch.inf)
+    return Partial(one.out * shares[0] + other.out * shares[1], lse)
 
 
 def empty_partial(query: Tensor, width: int) -> Partial:

@@ -14,7 +14,7 @@ from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.errors import WrapError
-from tests.parallel.blockwise.dense import dense_attention
+from tests.parallel.blockwise.unplugged import dense_attention
 
 
 class _Calls(nn.Module):
