@@ -78,7 +78,7 @@ def _readers() -> dict[Any, _Reader]:
     examples: dict[str, tuple[Sequence[Any], _Reader]] = {
         "and_masks": ((), _read_and),
         "or_masks": ((), _read_or),
-        "sliding_window_overlay": ((1,), lambda inside, _: window(inside["sliding_window"] - 1, None)),
+        "sliding_window_overlay": ((1,), _read_window),
         "sliding_window_bidirectional_overlay": ((1,), lambda inside, _: window(*[inside["sliding_window"]] * 2)),
         "chunked_overlay": ((1, nothing), _read_chunks),
         "blockwise_overlay": ((nothing,), _read_groups),
@@ -116,6 +116,13 @@ def _read_and(inside: Mapping[str, Any], around: _Around) -> Mask | None:
 def _read_or(inside: Mapping[str, Any], around: _Around) -> Mask | None:
     read = [mask for part in inside["mask_functions"] if (mask := _read(part, around)) is not None]
     return reduce(or_, read) if len(read) == len(inside["mask_functions"]) else None
+
+
+def _read_window(inside: Mapping[str, Any], around: _Around) -> Mask | _Unreadable:
+    """A window of 0, which some configs state for none, holds nothing."""
+    del around
+    size = inside["sliding_window"]
+    return window(size - 1, None) if size > 0 else _Unreadable()
 
 
 def _read_chunks(inside: Mapping[str, Any], around: _Around) -> Mask | _Unreadable:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meshwright.parallel.blockwise.by_hand import HandWatch
-from tests.parallel.blockwise.plugged_models import by_hand
+from tests.parallel.blockwise.unplugged import by_hand
 
 
 def _einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -114,6 +114,11 @@ def test_an_unknown_function_stays_a_function_beside_known_ones(use_vmap: bool) 
     assert parts == "Band Function Documents"
 
 
+def test_a_window_of_nothing_shows_nothing() -> None:
+    found, _ = _read(made.sliding_window_causal_mask_function(0))
+    assert not found.any()
+
+
 def test_a_function_of_single_positions_is_asked_one_by_one() -> None:
     table = _random(0, 2, (LENGTH, LENGTH)).bool()
 

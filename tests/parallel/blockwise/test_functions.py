@@ -12,8 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention as imported
 
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plugged
+from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.errors import WrapError
-from tests.parallel.blockwise.plugged_models import dense_attention
+from tests.parallel.blockwise.unplugged import dense_attention
 
 
 class _Calls(nn.Module):
@@ -124,18 +125,34 @@ def test_layers_of_torch_attend_elsewhere(masked: str, training: bool) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
 
 
-def test_weights_that_a_model_asks_for_and_leaves_are_not_made() -> None:
+@pytest.mark.parametrize("asked", [(), (None, True)])
+def test_weights_that_a_model_asks_for_and_leaves_are_not_made(asked: tuple[Any, ...]) -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
     (x,) = _tensors((3, 5, 8))
-    plain, _ = attention(x, x, x)
-    with plugged(attention, dense_attention):
-        found, weights = attention(x, x, x)
+    plain, _ = attention(x, x, x, *asked)
+    with plugged(attention, dense_attention) as plug:
+        found, weights = attention(x, x, x, *asked)
+    assert plug.arrived == {"": "scaled_dot_product_attention"}
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
     for use in (partial(getattr, weights, "shape"), lambda: weights[0]):
-        with pytest.raises(
-            WrapError, match=r"MultiheadAttention is asked for its attention weights .* leave out blockwise="
-        ):
+        with pytest.raises(WrapError, match=r"MultiheadAttention is asked for .* weights .* leave out blockwise="):
             use()
+
+
+def test_weights_that_a_model_does_not_ask_for_are_none() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    (x,) = _tensors((3, 5, 8))
+    with plugged(attention, dense_attention):
+        assert attention(x, x, x)[1] is not None
+        assert attention(x, x, x, need_weights=False)[1] is None
+        assert attention(x, x, x, None, False)[1] is None
+
+
+def test_modes_that_look_at_calls_of_other_models_see_them() -> None:
+    query, key, value = (each.detach() for each in _tensors(*_FOUR))
+    with plugged(nn.MultiheadAttention(8, 2), dense_attention), PlainDropout() as dropout:
+        functional.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+    assert dropout.shapes == [(2, 4, 5, 7)]
 
 
 def test_what_a_handler_calls_does_not_come_back_to_it() -> None:

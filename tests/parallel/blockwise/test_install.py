@@ -14,7 +14,7 @@ from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.install import look
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import WrapError
-from tests.parallel.blockwise.plugged_models import MODELS, Handwritten, by_hand, error_when_plugged, model_of
+from tests.parallel.blockwise.unplugged import MODELS, Handwritten, by_hand, error_when_plugged, model_of
 from tests.parallel.families import FAMILIES, lm, words
 from tests.parallel.models import VOCABULARY
 

@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
 from meshwright.parallel.blockwise.mask_tensor import MaskTensor
 from meshwright.parallel.blockwise.plugs import plugged
-from tests.parallel.blockwise.plugged_models import dense_attention, model_of
+from tests.parallel.blockwise.unplugged import dense_attention, model_of
 
 BATCH = 2
 

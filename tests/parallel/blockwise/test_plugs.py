@@ -16,7 +16,7 @@ from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plug_in, plugged
 from meshwright.parallel.capture import Flow, captured
 from meshwright.parallel.errors import WrapError
-from tests.parallel.blockwise.plugged_models import (
+from tests.parallel.blockwise.unplugged import (
     MODELS,
     Handwritten,
     dense_attention,

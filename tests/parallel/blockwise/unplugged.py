@@ -149,6 +149,13 @@ MODELS: dict[str, Family] = {
              decoder_start_token_id=1, use_cache=False),
         translation,
     ),
+    "pegasus_x": (  # attends by "eager" alone
+        made("PegasusXForConditionalGeneration", "PegasusXConfig", d_model=32, encoder_layers=2, decoder_layers=2,
+             encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+             vocab_size=VOCABULARY, max_position_embeddings=64, num_global_tokens=4, block_size=8, pad_token_id=0,
+             bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, use_cache=False),
+        translation,
+    ),
     "swin": (
         made("SwinForImageClassification", "SwinConfig", image_size=16, patch_size=2, embed_dim=8, depths=[2, 2],
              num_heads=[2, 4], window_size=4, num_labels=5),
