@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from meshwright.parallel.context.plan import Attends, ContextPlan
 from meshwright.parallel.dropout import first_dropped_head
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
+from meshwright.parallel.passing import on_passing
 from meshwright.parallel.tensor import install, length_of, open_streams
 
 __all__ = ["deal_sequence"]
@@ -40,6 +42,8 @@ def deal_sequence(model: nn.Module, plan: ContextPlan, groups: Groups, *, way: C
     lengths = open_streams(model, plan, axis)
     install(model, plan, axis, lengths)
     deal_arguments(model, plan, lengths)
+    for stream in plan.streams:
+        on_passing(model.get_submodule(stream.blocks[0]), partial(_check_length, lengths[stream.blocks[0]]))
     plug_in(model, _Handler(plan.attends, lengths, axis, way.kind, sizes))
 
 
@@ -85,6 +89,15 @@ class _Handler:
             first_head=first,
             query_block=self.sizes.query_block,
             kv_block=self.sizes.kv_block,
+        )
+
+
+def _check_length(length: Length, arguments: object) -> None:
+    del arguments
+    if length.full < length.axis.size:
+        raise WrapError(
+            f"a sequence of {length.full} positions leaves some of the {length.axis.size} ranks of cp without any; "
+            "give longer ones, or deal the batch over dp"
         )
 
 

@@ -116,7 +116,7 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
         except RefutedError as error:
             reasons.append(str(error))
             continue
-        settled = replace(variant, partial=found.partial, drops=found.drops, calls=found.calls, attends=attends)
+        settled = replace(variant, partial=found.partial | _untried(plain, variant), drops=found.drops, calls=found.calls, attends=attends)
         return _Settled(settled, plain.stream, _said(settled))
     return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
 
@@ -136,6 +136,13 @@ class _Attending:
 def _noted(call: AttentionCall, asked: list[str]) -> Tensor:
     asked.append(call.name)
     return attend_to(without_drops(call), Blockwise())
+
+
+def _untried(plain: Plain, variant: ContextPlan) -> frozenset[str]:
+    """Parameters that the example did not use, such as experts without tokens: they serve positions like the rest."""
+    whole = tuple(f"{path}." for path in variant.joined)
+    unused = (name for name, gradient in plain.gradients.items() if gradient is None)
+    return frozenset(name for name in unused if not name.startswith(whole))
 
 
 def _said(plan: ContextPlan) -> str:

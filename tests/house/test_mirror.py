@@ -22,6 +22,9 @@ THEMES = {
 
 # modules without a test file of their own that no test names either: reached through their users
 THROUGH_OTHERS = {
+    "meshwright.parallel.context.arguments": "tests/parallel/context/test_install.py: what blocks take besides",
+    "meshwright.parallel.context.attending": "tests/parallel/context/test_planner.py proves with it",
+    "meshwright.launch.spec.data": "tests/launch/test_spec.py and test_malformed.py, through Job",
     "meshwright.parallel.legal": "tests/launch/test_commands.py and tests/parallel/test_layered.py are refused by it",
     "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
     "meshwright.parallel.blockwise.block_dropout": "tests/parallel/blockwise/test_pointwise.py draws masks",

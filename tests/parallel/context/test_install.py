@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import meshwright as mw
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.errors import RankError, WrapError
 from tests.parallel.families import FAMILIES, VOCABULARY, lm, words
 
 
@@ -36,8 +36,11 @@ def test_windows_shorter_than_a_share_are_the_plain_run() -> None:
     checked(FAMILIES["gemma3"][0], FAMILIES["gemma3"][1], cp=4, cp_kind="ring")
 
 
-def test_a_sequence_shorter_than_the_ranks_leaves_some_without_positions() -> None:
-    checked(lm("qwen3", num_key_value_heads=2), lambda: words(6, 3), cp=4, cp_kind="ring")
+def test_sequences_of_one_position_for_each_rank_are_the_plain_run_and_shorter_ones_refused() -> None:
+    build = lm("qwen3", num_key_value_heads=2)
+    checked(build, lambda: words(6, 4), cp=4, cp_kind="ring")
+    with pytest.raises(RankError, match="3 positions leaves some of the 4 ranks of cp without any"):
+        mw.verify(build, lambda: words(6, 3), mw.Mesh(cp=4), example=words(2, 8))
 
 
 def test_layers_cross_stages_with_their_positions_dealt() -> None:
@@ -47,7 +50,7 @@ def test_layers_cross_stages_with_their_positions_dealt() -> None:
 
 def test_sharded_states_and_recompute_go_with_dealt_positions() -> None:
     build, batch = FAMILIES["gpt2"]
-    checked(build, batch, cp=2, fsdp=2, schedule="layered", num_microbatches=2, recompute=True, cp_kind="ring")
+    checked(build, batch, cp=2, fsdp=2, schedule="layered", num_microbatches=2, recompute="blocks", cp_kind="ring")
 
 
 class Experts(nn.Module):
