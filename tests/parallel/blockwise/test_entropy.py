@@ -179,6 +179,20 @@ def test_errors_of_narrow_weights_gradients_do_not_grow_with_blocks() -> None:
         assert error(plain) <= 1.4 * torchs  # each block is rounded once, their sum is not
 
 
+def test_small_gradients_of_float16_do_not_vanish() -> None:
+    torch.manual_seed(0)
+    weight, rows = torch.randn(1000, 8).half().requires_grad_(), torch.randn(1000, 8).half().requires_grad_()
+    call = replace(CALL, classes=1000, block=100, dtype=torch.float32, in_advance=True)
+    scale = torch.tensor(2.0**16)
+    blockwise_cross_entropy(call, rows, torch.arange(1000), weight=weight).backward(gradient=scale)
+    exact = weight.detach().double().requires_grad_()
+    functional.cross_entropy(rows.detach().double() @ exact.T, torch.arange(1000)).backward()
+    assert weight.grad is not None
+    assert exact.grad is not None
+    error = (weight.grad.double() / scale - exact.grad).norm() / exact.grad.norm()
+    assert float(error) < 2e-3
+
+
 @pytest.mark.parametrize(("degree", "block"), [(2, 2), (3, 100)])
 def test_dealt_classes_ask_for_the_same_collectives_and_give_the_same(degree: int, block: int) -> None:
     hidden, weight, bias = _inputs()

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from meshwright.parallel.blockwise.pointwise import Pointwise, run_by_blocks
+from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.errors import WrapError
 
 
@@ -22,10 +23,10 @@ class Gated(nn.Module):
         self.gate, self.up, self.down = nn.Linear(6, 10), nn.Linear(6, 10, bias=False), nn.Linear(10, 6)
         self.again = self.up
         self.spare = nn.Parameter(torch.ones(6))
-        self.drop = nn.Dropout(dropout)
+        self.drop, self.bend = nn.Dropout(dropout), nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.drop(functional.silu(self.gate(x)) * self.up(x) + self.again(x).sin())
+        wide = self.drop(functional.silu(self.gate(x)) * self.up(x) + self.bend(self.again(x)))
         return self.drop(self.down(wide))
 
 
@@ -40,7 +41,7 @@ def _blocks(module: nn.Module, block: int = 3) -> Any:
 def _gradients(module: nn.Module, work: Any, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
     torch.manual_seed(5)
     module.zero_grad()
-    x = X.to(dtype).requires_grad_(any(each.requires_grad for each in module.parameters()))
+    x = X.detach().to(dtype).requires_grad_(any(each.requires_grad for each in module.parameters()))
     output = work(x)
     after = torch.rand(3)
     output.square().sum().backward()
@@ -122,7 +123,7 @@ def test_narrow_parameters_get_sums_of_wide_numbers() -> None:
 
 def test_it_can_be_gone_through_again_and_derived() -> None:
     module = Gated(0.0).double()
-    x = X[:, :4].double().requires_grad_()
+    x = X.detach()[:, :4].double().requires_grad_()
     output = _blocks(module)(x)
     asked = [x, module.gate.weight, module.up.weight]
     first = torch.autograd.grad(output.sum(), asked, retain_graph=True)
@@ -138,7 +139,7 @@ def test_a_derivative_of_the_second_order_has_the_masks_of_the_first(p: float) -
 
     def second(work: Any) -> Tensor:
         torch.manual_seed(3)
-        x = X.double().requires_grad_()
+        x = X.detach().double().requires_grad_()
         (first,) = torch.autograd.grad(work(x).square().sum(), x, create_graph=True)
         module.zero_grad()
         first.square().sum().backward()
@@ -152,12 +153,24 @@ def test_a_derivative_of_the_second_order_has_the_masks_of_the_first(p: float) -
 def test_nothing_of_forward_is_held_but_the_input() -> None:
     module = Gated()
     made: list[Any] = []
-    module.gate.register_forward_hook(lambda _, __, output: made.append(ref(output)))
+    module.bend.register_forward_hook(lambda _, __, output: made.append(ref(output)))
     output = _blocks(module)(X.requires_grad_())
     assert len(made) == 3
     assert [each() for each in made] == [None] * 3
     output.sum().backward()
     assert [each() for each in made] == [None] * 6
+
+
+def test_masks_that_another_mode_draws_are_kept() -> None:
+    module, found = Gated().double(), []
+    for work in (_blocks(module), module):
+        with PlainDropout(generator=torch.Generator().manual_seed(7)) as dropout:
+            module.zero_grad()
+            x = X.detach().double().requires_grad_()
+            work(x).square().sum().backward()
+        found.append([x.grad, *(each.grad for each in module.parameters())])
+        assert dropout.shapes == [(2, 7, 10), (2, 7, 6)]
+    _same(*found)
 
 
 def test_parameters_that_change_before_backward_are_refused() -> None:
