@@ -15,6 +15,7 @@ from meshwright.parallel.blockwise.install import look
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import WrapError
 from tests.parallel.blockwise.unplugged import MODELS, Handwritten, by_hand, error_when_plugged, model_of
+from tests.parallel.cells import beyond
 from tests.parallel.families import FAMILIES, lm, words
 from tests.parallel.models import VOCABULARY
 
@@ -34,18 +35,22 @@ def test_attention_by_blocks_has_the_gradients_of_the_models_own(name: str) -> N
 
 
 _PLAIN_LLAMA = (lm("llama", num_key_value_heads=2), words)
-_PARITY: list[tuple[Any, dict[str, int], dict[str, Any]]] = [
-    (_PLAIN_LLAMA, {}, {}),
-    (_PLAIN_LLAMA, {"dp": 2}, {"num_microbatches": 2}),
+_Cell = tuple[Any, dict[str, int], dict[str, Any]]
+_PARITY: list[_Cell] = [
     (_PLAIN_LLAMA, {"tp": 2}, {"sequence_parallel": True}),
     (_PLAIN_LLAMA, {"fsdp": 2}, {"schedule": "layered", "num_microbatches": 2, "recompute": "blocks"}),
     (MODELS["padded bert"], {"pp": 2}, {"schedule": "1f1b", "num_microbatches": 2}),
+    (MODELS["packed gemma3"], {"dp": 2}, {"num_microbatches": 2}),
+    (MODELS["gpt_oss"], {"tp": 2}, {}),
+]
+_PARITY += beyond(
+    (_PLAIN_LLAMA, {}, {}),
     (MODELS["padded t5"], {"tp": 2}, {"schedule": "layered", "num_microbatches": 2}),
     (MODELS["packed gemma3"], {"pp": 2}, {"schedule": "modular", "num_microbatches": 2}),
-    (MODELS["gpt_oss"], {"tp": 2}, {}),
     (MODELS["deepseek_v3"], {"dp": 2}, {}),
     (MODELS["vit"], {"tp": 2}, {"loss": "sample_mean"}),
-]
+    (MODELS["swin"], {"dp": 2}, {"loss": "sample_mean"}),
+)
 
 
 @pytest.mark.slow

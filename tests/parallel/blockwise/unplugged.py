@@ -154,7 +154,7 @@ MODELS: dict[str, Family] = {
              encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
              vocab_size=VOCABULARY, max_position_embeddings=64, num_global_tokens=4, block_size=8, pad_token_id=0,
              bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, use_cache=False),
-        translation,
+        words,  # and has no masks then
     ),
     "swin": (
         made("SwinForImageClassification", "SwinConfig", image_size=16, patch_size=2, embed_dim=8, depths=[2, 2],
