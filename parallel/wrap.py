@@ -5,6 +5,7 @@ are summed.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.blockwise.install import BlockwiseAttention
 from meshwright.parallel.blockwise.sizes import Blockwise
+from meshwright.parallel.blockwise.tiling import tile_heads, tile_networks
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.context.chosen import way_of
 from meshwright.parallel.context.install import deal_sequence
@@ -59,8 +61,10 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     blockwise = None
     if chosen.sizes is not None and mesh.cp == 1:  # cp attends by blocks anyway
         blockwise = BlockwiseAttention(model, chosen.sizes, chosen.example)
+    said = tile_networks(model, chosen.sizes)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
+    report = replace(report, notes=(*report.notes, *said, *tile_heads(model, chosen.sizes)))
     if blockwise is not None:
         blockwise.install()
     if mesh.cp > 1:
