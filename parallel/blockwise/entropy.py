@@ -5,6 +5,9 @@
 Backward keeps the rows that the head was given and one number for each of them, and computes scores anew. Where it
 follows at once, gradients can be computed in advance, while the scores are there (as in Liger-Kernel, arXiv
 2410.10989): that saves one of four products, and holds the gradient of the weight from forward to backward.
+`F.linear_cross_entropy` of torch does so too, knows no steps after the product and no dealt classes, and has no second
+derivative; `python -m benchmarks.loss` found it as fast (0.95 to 0.98 of our time, noise 0.1) with 1.36 times our peak
+of memory, so it is not used.
 """
 
 from dataclasses import dataclass
