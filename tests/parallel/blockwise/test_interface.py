@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as made
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from meshwright.parallel.blockwise.mask_tensor import MaskTensor
 from meshwright.parallel.blockwise.plugs import plugged
@@ -89,6 +90,27 @@ def test_a_mask_is_the_one_that_the_implementation_before_made(asked: str, befor
     assert found._shared.made is None
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(found.values(), expected)
+
+
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+@pytest.mark.parametrize("settings", [{}, {"is_causal": False}, {"is_causal": True}], ids=str)
+def test_no_mask_means_what_it_meant_to_the_implementation_before(before: str, settings: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    model, _ = model_of("llama")
+    model.set_attn_implementation(before)  # type: ignore[operator]
+    module: Any = model.get_submodule("model.layers.0.self_attn")
+    query, key = torch.randn(2, 4, 5, 8, dtype=torch.float64), torch.randn(2, 2, 5, 8, dtype=torch.float64)
+
+    def attended() -> Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+        output: Tensor = attend(module, query, key, key, None, scaling=0.3, **settings)[0]
+        return output
+
+    expected = attended()
+    with plugged(model, dense_attention) as plug:
+        torch.testing.assert_close(attended(), expected, rtol=1e-6, atol=1e-6)  # softmax in float32 under eager
+    assert list(plug.arrived) == ["model.layers.0.self_attn"]
 
 
 def test_the_config_says_what_it_said_where_it_is_written_or_copied() -> None:
