@@ -28,7 +28,7 @@ from meshwright.parallel.context.ring import RingSupply
 from meshwright.parallel.context.routes import route_for
 from meshwright.parallel.context.supply import Supply, Wanted, attend_supplied
 from meshwright.parallel.context.swap import Swap, to_heads, to_positions
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.errors import WrapError, nearest
 
 __all__ = ["DealtKeywords", "attend_dealt"]
 
@@ -84,6 +84,10 @@ class _Call:
         axis, dealing, length, kind = options["axis"], options["dealing"], options["length"], options["kind"]
         if dealing.degree != axis.size:
             raise WrapError(f"a sequence dealt over {dealing.degree} ranks cannot be attended to on {axis.size}")
+        unknown = [name for name in options if name not in DealtKeywords.__annotations__]
+        if unknown:
+            close = nearest(unknown[0], DealtKeywords.__annotations__)
+            raise WrapError(f"attend_dealt() has no option {unknown[0]!r}; {close}")
         own: Any = {name: each for name, each in options.items() if name not in DealtKeywords.__required_keys__}
         self._options: AttendKeywords = own
         each = ulysses_degree(kind, axis.size)

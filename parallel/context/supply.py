@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from meshwright.parallel.blockwise.attention import without_autocast
+from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.blockwise.merge import Partial, empty_partial, merge_into
 from meshwright.parallel.blockwise.partial import Chunk, Gradients, Scoring, Upstream, partial_backward, partial_forward
 from meshwright.parallel.context.columns import columns_at, place_columns
 from meshwright.parallel.context.join import Pieces
 from meshwright.parallel.context.packed import Packed, Sizes
+from meshwright.parallel.context.ranked import ranked
 from meshwright.parallel.errors import WrapError
 
 __all__ = ["Held", "Return", "Supply", "Wanted", "attend_supplied"]
@@ -78,7 +80,17 @@ class Wanted:
     def chunk(self, held: Held, query: Tensor, bias: Tensor | None) -> Chunk:
         """The queries and some keys."""
         own = None if bias is None else columns_at(bias, held.positions)
-        return Chunk(query, held.packed.key, held.packed.value, self.queries, held.positions, own)
+        queries, keys = self.queries, held.positions
+        if self._by_order:
+            queries, keys = ranked(queries, keys)
+        return Chunk(query, held.packed.key, held.packed.value, queries, keys, own)
+
+    @property
+    def _by_order(self) -> bool:
+        """Whether only the order of positions counts."""
+        scoring = self.scoring
+        causal = scoring.mask is None or scoring.mask == Band(None, 0)
+        return causal and scoring.bias is None and scoring.dropout_p == 0.0
 
 
 def attend_supplied(
@@ -130,7 +142,8 @@ class _Attention(Function):
         with without_autocast(query.device.type):
             for held in ctx.wanted.supply.keys(own):
                 chunk = ctx.wanted.chunk(held, query, bias) if held.wanted else None
-                way_back.add(None if chunk is None else found.add(chunk, ctx.wanted.scoring, upstream))
+                scoring, at = ctx.wanted.scoring, held.positions
+                way_back.add(None if chunk is None else found.add(chunk, scoring, upstream, columns=at))
             grad = way_back.home()
             of_sinks = None if sinks is None else _of_sinks(sinks, upstream)
         made = (found.query, grad.key, grad.value, found.bias, of_sinks)
@@ -151,8 +164,8 @@ class _Sums:
         self.query = torch.zeros_like(query, dtype=wide)
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
 
-    def add(self, chunk: Chunk, scoring: Scoring, upstream: Upstream) -> Packed:
-        """Computes by way of some keys; returns their gradients."""
+    def add(self, chunk: Chunk, scoring: Scoring, upstream: Upstream, *, columns: Pieces) -> Packed:
+        """Computes by way of some keys; returns their gradients. A bias has them in these columns."""
         keys = Packed.zeros(self.query, Sizes.of(chunk.key, chunk.value), chunk.key.shape[2])
         bias = None
         if self.bias is not None and chunk.bias is not None:
@@ -160,5 +173,5 @@ class _Sums:
         so_far = Gradients(self.query, keys.key, keys.value, bias)
         partial_backward(chunk, scoring, upstream, so_far=so_far, with_bias=bias is not None)
         if self.bias is not None and bias is not None:
-            place_columns(self.bias, bias, chunk.keys)
+            place_columns(self.bias, bias, columns)
         return keys

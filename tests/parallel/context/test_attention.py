@@ -194,6 +194,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     r"needs a dropout_seed": {"dropout_p": 0.1},
     r"dealt over 2 ranks cannot be attended to on 4": {"dealing": Dealing("zigzag", 2)},
     r"rows of this rank's positions, columns of all": {"bias": torch.zeros(3, 16)},
+    r"no option 'sink'; did you mean 'sinks'": {"sink": None},
     r"do not fit": {"key": torch.zeros(1, 3, 4, 3)},
 }
 
