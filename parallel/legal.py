@@ -14,6 +14,11 @@ class LayoutSettings(Protocol):
     """What `Options` and the `parallel:` block of a job have in common here."""
 
     @property
+    def blockwise(self) -> object:
+        """Sizes of blocks, or None."""
+        ...
+
+    @property
     def data_engine(self) -> str:
         """Who replicates and shards."""
         ...
@@ -53,6 +58,7 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     _check_context(mesh, settings)
     if settings.sequence_parallel and mesh.tp == 1:
         raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
+    _check_blocks(settings)
     _check_deepspeed(mesh, settings)
     _check_schedule(mesh, settings)
     if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
@@ -71,6 +77,17 @@ def _check_context(mesh: Mesh, settings: LayoutSettings) -> None:
             raise WrapError(
                 f"mesh axis cp={mesh.cp} does not go with {option}; nearest legal: the same mesh {mesh} without it"
             )
+
+
+def _check_blocks(settings: LayoutSettings) -> None:
+    of_networks, of_scores = (getattr(settings.blockwise, name, None) for name in ("ffn_block", "loss_block"))
+    if of_networks and settings.sequence_parallel:
+        raise WrapError("blockwise: ffn_block does not go with sequence_parallel; use one of them")
+    if (of_networks or of_scores) and settings.data_engine == "deepspeed":
+        raise WrapError(
+            "blockwise: ffn_block and loss_block compute with parameters after their module's call, when DeepSpeed has "
+            "sharded them again; use data_engine='torch', or leave them out"
+        )
 
 
 def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:

@@ -94,10 +94,10 @@ class _Handler:
 
 def _check_length(length: Length, arguments: object) -> None:
     del arguments
-    if length.full < length.axis.size:
+    if length.full < 2 * length.axis.size:  # models take one position alone for a step of generation, without a mask
         raise WrapError(
-            f"a sequence of {length.full} positions leaves some of the {length.axis.size} ranks of cp without any; "
-            "give longer ones, or deal the batch over dp"
+            f"a sequence of {length.full} positions leaves some of the {length.axis.size} ranks of cp with fewer than "
+            "two; give longer ones, or deal the batch over dp"
         )
 
 

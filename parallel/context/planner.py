@@ -116,7 +116,8 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
         except RefutedError as error:
             reasons.append(str(error))
             continue
-        settled = replace(variant, partial=found.partial | _untried(plain, variant), drops=found.drops, calls=found.calls, attends=attends)
+        partial = found.partial | _untried(plain, variant)
+        settled = replace(variant, partial=partial, drops=found.drops, calls=found.calls, attends=attends)
         return _Settled(settled, plain.stream, _said(settled))
     return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
 

@@ -36,11 +36,11 @@ def test_windows_shorter_than_a_share_are_the_plain_run() -> None:
     checked(FAMILIES["gemma3"][0], FAMILIES["gemma3"][1], cp=4, cp_kind="ring")
 
 
-def test_sequences_of_one_position_for_each_rank_are_the_plain_run_and_shorter_ones_refused() -> None:
+def test_sequences_of_two_positions_for_each_rank_are_the_plain_run_and_shorter_ones_refused() -> None:
     build = lm("qwen3", num_key_value_heads=2)
-    checked(build, lambda: words(6, 4), cp=4, cp_kind="ring")
-    with pytest.raises(RankError, match="3 positions leaves some of the 4 ranks of cp without any"):
-        mw.verify(build, lambda: words(6, 3), mw.Mesh(cp=4), example=words(2, 8))
+    checked(build, lambda: words(6, 8), cp=4, cp_kind="ring")
+    with pytest.raises(RankError, match="7 positions leaves some of the 4 ranks of cp with fewer than two"):
+        mw.verify(build, lambda: words(6, 7), mw.Mesh(cp=4), example=words(2, 8))
 
 
 def test_layers_cross_stages_with_their_positions_dealt() -> None:
