@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import meshwright as mw
-from meshwright.parallel.errors import RankError, WrapError
+from meshwright.parallel.errors import WrapError
 from tests.parallel.families import FAMILIES, VOCABULARY, lm, words
 
 
@@ -39,7 +39,7 @@ def test_windows_shorter_than_a_share_are_the_plain_run() -> None:
 def test_sequences_of_two_positions_for_each_rank_are_the_plain_run_and_shorter_ones_refused() -> None:
     build = lm("qwen3", num_key_value_heads=2)
     checked(build, lambda: words(6, 8), cp=4, cp_kind="ring")
-    with pytest.raises(RankError, match="7 positions leaves some of the 4 ranks of cp with fewer than two"):
+    with pytest.raises(WrapError, match="7 positions leaves some of the 4 ranks of cp with fewer than two"):
         mw.verify(build, lambda: words(6, 7), mw.Mesh(cp=4), example=words(2, 8))
 
 
