@@ -101,7 +101,7 @@ def context_axis(groups: Groups, *kinds: Kind, name: str = "cp") -> ContextAxis:
         outer = [own[start::each] for own in ranks for start in range(each)]
         split[each] = (
             _made(groups, inner, f"{each} ranks of {name}"),
-            _made(groups, outer, f"every {each}th rank of {name}"),
+            _made(groups, outer, f"{name} ranks {each} apart"),
         )
     here = groups.mesh.coordinates(groups.rank)[name]
     return ContextAxis(groups.wide(name), here, size, groups.call("all_to_all", name), split=split)

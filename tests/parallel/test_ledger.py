@@ -76,3 +76,22 @@ def test_summaries_compare_by_value_and_print() -> None:
     assert "all_gather" in str(LedgerSummary.of(calls))
     assert str(LedgerSummary.of([])) == "no collectives"
     assert LedgerSummary.of(calls).as_dict()[0]["calls"] == 1
+
+
+def _uneven() -> LedgerSummary:
+    mesh, rank = Mesh(cp=3), dist.get_rank()
+    pair = dist.new_group([0, 1])
+    with Ledger(mesh, rank) as ledger:
+        sizes = [[2, 1, 0], [1, 4, 3], [0, 3, 5]][rank]
+        dist.all_to_all_single(torch.zeros(sum(sizes)), torch.zeros(sum(sizes)), sizes, sizes)
+        functional.wait_tensor(functional.all_to_all_single(torch.zeros(sum(sizes)), sizes, sizes, dist.group.WORLD))
+        if rank < 2:
+            dist.all_reduce(torch.zeros(2), group=pair)
+    return ledger.summary()
+
+
+@pytest.mark.slow
+def test_an_uneven_all_to_all_sends_all_but_what_is_kept_and_some_ranks_of_an_axis_bear_its_name() -> None:
+    found = run_ranks(_uneven, Mesh(cp=3))
+    assert [each.sent_bytes("all_to_all", "cp") for each in found] == [2 * 4 * kept for kept in (1, 4, 3)]
+    assert [each.count("all_reduce", "cp") for each in found] == [1, 1, 0]
