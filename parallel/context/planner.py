@@ -6,7 +6,7 @@ block computes something from positions inside of its attention (relative biases
 rank. Which of these is true of a block is not read from its code but tried, in float64, on two ranks that are threads.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.context.arguments import deal_arguments
 from meshwright.parallel.context.attending import gathered, without_drops
-from meshwright.parallel.context.plan import Attends, ContextPlan
+from meshwright.parallel.context.plan import Attends, ContextPlan, Dealt
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.prove import RefutedError, prove
@@ -165,23 +165,28 @@ def _variants(plain: Plain, asked: list[str]) -> Iterator[ContextPlan]:
 
 
 def _on_positions(plain: Plain, base: ContextPlan) -> Iterator[ContextPlan]:
-    """Variants in which all of a block does; they differ in which arguments are dealt with the stream."""
+    """Variants in which all of a block does; they differ in which arguments are dealt with the stream, and where."""
     given = keyed_arguments(plain.call.args, plain.call.kwargs)
     others = {key: value for key, value in given if key != plain.stream}
     learned = [key for key, value in others.items() if isinstance(value, Tensor) and value.requires_grad]
-    dims = {key: _dims(value, plain.shape[-2]) for key, value in others.items()}
-    by_position = [key for key, each in dims.items() if any(dim is not None for dim in each)]
-    likeliest = tuple(key for key in by_position if key not in learned)
-    for keys in dict.fromkeys((likeliest, tuple(by_position), (), *((key,) for key in by_position))):
-        dealt = tuple((key, dims[key]) for key in keys)
-        entered = tuple(key for key in learned if key not in keys)
+    for dealt in dict.fromkeys(_ways_to_deal(others, learned, plain.shape[-2])):
+        entered = tuple(key for key in learned if key not in dict(dealt))
         yield replace(base, dealt={"": dealt} if dealt else {}, entered={"": entered} if entered else {})
 
 
-def _dims(value: Any, full: int) -> tuple[int | None, ...]:
-    """For each leaf of an argument its dim of positions, from the end; None where there is none, or more than one."""
+def _ways_to_deal(others: Mapping[int | str, Any], learned: Sequence[int | str], full: int) -> Iterator[Dealt]:
+    for most in (1, 2):  # a table [positions, width] may be as wide as it is long
+        dims = {key: _dims(value, full, most) for key, value in others.items()}
+        by_position = [key for key, each in dims.items() if any(dim is not None for dim in each)]
+        likeliest = [key for key in by_position if key not in learned]
+        for keys in (likeliest, by_position, [], *([key] for key in by_position)):
+            yield tuple((key, dims[key]) for key in keys)
+
+
+def _dims(value: Any, full: int, most: int) -> tuple[int | None, ...]:
+    """For each leaf of an argument its first dim of positions, from the end; None where none are, or more than `most`."""
     found: list[int | None] = []
     for leaf in tree_leaves(value):
         dims = [dim for dim, size in enumerate(leaf.shape) if size == full] if isinstance(leaf, Tensor) else []
-        found.append(dims[0] - leaf.dim() if len(dims) == 1 else None)
+        found.append(dims[0] - leaf.dim() if 0 < len(dims) <= most else None)
     return tuple(found)

@@ -79,7 +79,7 @@ def test_show_writes_the_order_as_text_picture_and_trace(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("parallel", "why"),
     [
-        ("{cp: 2}", "cp=2 cannot be wrapped by this version; nearest legal layout: dp=2"),
+        ("{dp: 2, ep: 2}", "ep=2 cannot be wrapped by this version; nearest legal layout: dp=4"),
         ("{pp: 2}", "schedule='modular'"),
         ("{dp: 2, sequence_parallel: true}", "give the mesh tp=2 or more"),
         ("{fsdp: 2, schedule: layered, offload: cpu}", "schedule='layered' does not go with offload='cpu'"),
@@ -199,7 +199,7 @@ def test_show_and_simulate_know_how_a_model_is_dealt(tmp_path: Path, capsys: pyt
 def test_a_mesh_that_cannot_be_had_is_one_line_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert main([command, str(written(tmp_path, parallel="{cp: 2}"))]) == 65
+    assert main([command, str(written(tmp_path, parallel="{dp: 2, ep: 2}"))]) == 65
     error = capsys.readouterr().err
-    assert "mesh axis cp=2 cannot be wrapped by this version; nearest legal layout: dp=2" in error
+    assert "mesh axis ep=2 cannot be wrapped by this version; nearest legal layout: dp=4" in error
     assert "Traceback" not in error

@@ -12,7 +12,7 @@ from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.planner import plan_context
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import call
-from tests.parallel.families import FAMILIES
+from tests.parallel.families import FAMILIES, words
 
 WIDTH = 16
 
@@ -63,6 +63,14 @@ def test_rotary_tables_are_dealt_with_the_stream_and_attention_fetches_keys() ->
     assert (plan.attends["model.layers.1.self_attn"].heads, plan.attends["model.layers.1.self_attn"].kv_heads) == (4, 2)
     assert "model.layers.0.input_layernorm.weight" in plan.partial
     assert not any(name.startswith("model.embed") for name in plan.partial)
+
+
+def test_tables_as_wide_as_the_example_is_long_are_dealt_by_rows() -> None:
+    build_model, _ = FAMILIES["llama"]
+    model, batch = build_model(), words(2, 8)  # heads are 8 wide
+    plan = plan_context(model, lambda: call(model, batch), 2)
+    assert dict(plan.dealt["model.layers.0"])["position_embeddings"] == (-2, -2)
+    assert plan.attends["model.layers.0.self_attn"].dealt
 
 
 def test_keys_of_an_encoder_are_whole_and_their_gradients_summed() -> None:
