@@ -50,8 +50,8 @@ class DealtKeywords(ScoringKeywords, total=False):
 def attend_dealt(query: Tensor, key: Tensor, value: Tensor, **options: Unpack[DealtKeywords]) -> Tensor:
     """What `attend` gives for the whole sequence, for the positions of this rank.
 
-    Every rank of the axis must call it, with the same mask and seed, and go back through it. Gradients of what all ranks hold alike (sinks, a
-    bias without rows) are each rank's part of the sum.
+    Every rank of the axis must call it, with the same mask and seed, and go back through it. Gradients of what all
+    ranks hold alike (sinks, a bias without rows) are each rank's part of the sum.
 
     Args:
         query: [batch, heads, own positions, d], those of `dealing.pieces(length, axis.rank)`.
