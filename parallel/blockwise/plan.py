@@ -19,7 +19,7 @@ __all__ = ["Plan", "plan_for"]
 _Key: TypeAlias = tuple[Pieces, Pieces, Limits, Frame]
 
 _KEPT_PLANS = 8  # of one mask
-_KEPT_PAIRS = 1 << 25  # of one plan; kernels have them as scores of 4 or 8 bytes
+_KEPT_PAIRS = 1 << 24  # of one plan; kernels have them as scores of 4 or 8 bytes
 _PLANS: WeakKeyDictionary[Mask, dict[_Key, "Plan"]] = WeakKeyDictionary()
 
 

@@ -157,6 +157,21 @@ def test_fused_blocks_have_second_derivatives(mask: str) -> None:
     assert gradgradcheck(work, given.all, fast_mode=True)
 
 
+def test_functional_derivatives_are_the_same() -> None:
+    given = Given.random(batch=1, heads=(2, 1), lengths=(5, 11), widths=(3, 2))
+
+    def once(query: Tensor) -> Tensor:
+        return attend(query, given.key.detach(), given.value.detach(), mask=masks.causal(), kv_block=5).square().sum()
+
+    def twice(query: Tensor) -> Tensor:
+        return torch.func.grad(once)(query).square().sum()
+
+    (first,) = torch.autograd.grad(once(given.query), given.query, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), given.query)
+    assert relative_error(torch.func.grad(once)(given.query.detach()), first) <= 1e-12
+    assert relative_error(torch.func.grad(twice)(given.query.detach()), second) <= 1e-12
+
+
 @pytest.mark.slow
 def test_every_element_of_both_derivatives_is_right() -> None:
     given = Given.random(batch=1, heads=(2, 1), lengths=(3, 4), widths=(2, 2), bias=(2, 3, 1), sinks=True)

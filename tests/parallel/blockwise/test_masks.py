@@ -137,6 +137,13 @@ def test_documents_do_not_change_with_the_tensor_they_were_made_of() -> None:
     assert mask.block(range(2), range(2, 4)) is FULL
 
 
+def test_what_has_no_document_does_not_attend_to_its_like() -> None:
+    mask = masks.documents(torch.tensor([-1, -1, 0]))
+    assert mask.block(range(2), range(2)) is EMPTY
+    assert mask.block(range(3), range(2)) is EMPTY
+    assert mask.span(range(2)) == range(0)
+
+
 def test_a_function_knows_where_its_samples_and_heads_stand() -> None:
     mask = masks.function(lambda b, h, q, k: (b == 5) & (h == 7) & (q >= k))
     assert mask.block(range(2), range(2), Frame(range(4), range(8))) is EMPTY
