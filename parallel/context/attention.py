@@ -50,8 +50,8 @@ class DealtKeywords(ScoringKeywords, total=False):
 def attend_dealt(query: Tensor, key: Tensor, value: Tensor, **options: Unpack[DealtKeywords]) -> Tensor:
     """What `attend` gives for the whole sequence, for the positions of this rank.
 
-    Every rank of the axis must call it, with the same mask and seed. Gradients of what all ranks hold alike (sinks, a
-    bias without rows) are each rank's part of the sum.
+    Every rank of the axis must call it, with the same mask and seed, and go back through it. Gradients of what all
+    ranks hold alike (sinks, a bias without rows) are each rank's part of the sum.
 
     Args:
         query: [batch, heads, own positions, d], those of `dealing.pieces(length, axis.rank)`.
@@ -163,11 +163,13 @@ class _Call:
             found["sinks"] = sinks[start:stop]
         if isinstance(bias, Tensor):
             bias = _four_dims(bias)
-            if bias.shape[2] == 1:
+            sizes = self._here.sizes
+            if bias.shape[2] == 1 and min(sizes) > 1:
                 found["bias"] = bias[:, start:stop] if bias.shape[1] > 1 else bias
-            else:
+            else:  # also where a rank could not tell its only row from none
                 kinds = dealt if bias.shape[1] > 1 else ((0, 1),) * self._inner.size
-                found["bias"] = to_heads(replace(swap, heads=(kinds,)), bias)[0]
+                rows = bias.expand(-1, -1, sizes[self._inner.rank], -1)
+                found["bias"] = to_heads(replace(swap, heads=(kinds,)), rows)[0]
         elif bias is not None:
             found["bias"] = _BiasOfHeads(bias, self._heads, slice(start, stop))
         return found
