@@ -184,7 +184,7 @@ def _ways_to_deal(others: Mapping[int | str, Any], learned: Sequence[int | str],
 
 
 def _dims(value: Any, full: int, most: int) -> tuple[int | None, ...]:
-    """For each leaf of an argument its first dim of positions, from the end; None where none are, or more than `most`."""
+    """For each leaf of an argument its first dim of positions, from the end; None of none or more than `most`."""
     found: list[int | None] = []
     for leaf in tree_leaves(value):
         dims = [dim for dim, size in enumerate(leaf.shape) if size == full] if isinstance(leaf, Tensor) else []
