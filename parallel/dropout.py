@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
+from meshwright.parallel.blockwise.calls import calling_module
 from meshwright.parallel.context.dealing import Dealing
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import rows
@@ -87,7 +88,7 @@ class PlainDropout(TorchFunctionMode):
         """A call that may draw, from this generator."""
         if func in _RANDOM:
             keywords.setdefault("generator", self._generator)
-        if func in _DRAWING:
+        if func in _DRAWING and not _is_plugged(func):
             return self._seeded(lambda: func(*args, **keywords))
         return func(*args, **keywords)
 
@@ -205,6 +206,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _is_plugged(func: Any) -> bool:
+    """Whether the attention in a function arrives elsewhere, where it may wait for other threads and draws nothing."""
+    return func is functional.multi_head_attention_forward and calling_module() is not None
 
 
 def _dropout_of(args: tuple[Any, ...], keywords: dict[str, Any]) -> float:
