@@ -212,9 +212,8 @@ class LocalStates(Unscheduled):
 
     def _sum_over_copies(self) -> None:
         """Sums gradients of what ranks of `cp`, `tp` or `pp` hold several times, or in parts that add up."""
-        if self._groups.mesh.cp > 1:
-            self._context.fill(self._trained)
-            self._context.sum(self.local())
+        self._context.fill(self._trained)
+        self._context.sum(self.local())
         self._staged.fill(self._trained)
         self._dealt.sum_gradients(self.local())
         self._staged.sum_gradients(self.local())

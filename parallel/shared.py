@@ -17,7 +17,7 @@ Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
 
 
 class SharedGradients:
-    """Sums parts of gradients along an axis, in one piece for each dtype.
+    """Sums parts of gradients along an axis, in one piece for each dtype; along one of degree 1 there is nothing to do.
 
     Args:
         names: of the parameters; those that a rank does not hold are left out.
@@ -26,7 +26,7 @@ class SharedGradients:
     """
 
     def __init__(self, names: Collection[str], groups: Groups, axis: str) -> None:
-        self._names = set(names)
+        self._names = set(names) if groups.mesh.degree(axis) > 1 else set()
         self._groups = groups
         self._axis = axis
         self._unused: set[str] = set()
