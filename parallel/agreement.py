@@ -10,8 +10,9 @@ from meshwright.parallel.deferred import recipe_text
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import AXES, DATA_AXES
 
-__all__ = ["check_agreement", "check_buffers", "fingerprint"]
+__all__ = ["check_agreement", "check_buffers", "check_losses", "fingerprint"]
 
+_LOSS_TOLERANCE = 1e-7  # relative, about one step of float32: the same numbers in the same order
 _ROW = 1024  # elements hashed together: the order of rows counts, the order inside one does not
 
 
@@ -78,4 +79,23 @@ def check_buffers(model: nn.Module, groups: Groups) -> None:
             f"buffers differ between data ranks after a step: {', '.join(odd)}; batch statistics must be one: freeze "
             "them (module.eval()), set track_running_stats=False, or convert the model with "
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm (GPU)"
+        )
+
+
+def check_losses(losses: Tensor, groups: Groups) -> None:
+    """Compares the losses of micro-batches (1-dim) over `cp`, whose ranks compute them from the same joined values.
+
+    Raises:
+        WrapError: where something of a block reached the loss beside the stream, of one rank's positions only.
+    """
+    if groups.group("cp") is None:
+        return
+    found = torch.stack(groups.all_gather(losses.detach().nan_to_num(), "cp"))
+    spread = (found - found[0]).abs().amax(0)
+    if bool((spread > _LOSS_TOLERANCE * found[0].abs()).any()):
+        each = ", ".join(f"{float(loss):.9g}" for loss in found[:, int(spread.argmax())])
+        raise WrapError(
+            f"ranks of cp come to different losses ({each}): something that blocks make besides the stream reaches the "
+            "loss (router logits, hidden states), and each rank has that of its own positions; switch it off "
+            "(output_router_logits=False), or deal the batch over dp"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.parallel.agreement import check_buffers
+from meshwright.parallel.agreement import check_buffers, check_losses
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import captured
@@ -96,6 +96,7 @@ class Engine:
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
         if not self._buffers_checked:
             check_buffers(self.data.module, self._groups)
+            check_losses(stats.microbatch_losses, self._groups)
             self._buffers_checked = True
         self.num_steps += 1
         HERE.end()

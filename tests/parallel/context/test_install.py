@@ -116,6 +116,18 @@ def test_what_does_not_go_with_dealt_positions_is_refused(
         mw.verify(build, batch, mw.Mesh(**degrees), **options)
 
 
+def test_router_logits_that_reach_the_loss_beside_the_stream_are_refused_in_the_first_step() -> None:
+    build = lm(
+        "mixtral",
+        num_key_value_heads=2,
+        num_local_experts=4,
+        experts_implementation="eager",
+        output_router_logits=True,
+    )
+    with pytest.raises(WrapError, match=r"ranks of cp come to different losses .*output_router_logits=False"):
+        mw.verify(build, words, mw.Mesh(cp=2))
+
+
 def test_models_that_mix_positions_are_refused_before_a_rank_starts() -> None:
     with pytest.raises(WrapError, match="does not work on a dealt sequence"):
         mw.verify(FAMILIES["mixer"][0], FAMILIES["mixer"][1], mw.Mesh(cp=2))  # type: ignore[arg-type]
