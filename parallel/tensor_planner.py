@@ -13,6 +13,7 @@ from torch import nn
 
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.regions import Region, find_regions
 from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
@@ -66,15 +67,19 @@ def plan_tensor(
     units = _units(model, regions)
     settled = _settle_all(model, units, calls_of(model, run, units), base)
     plan = base.joined_with(each.plan.under(path) for path, each in settled.items())
+    refuse_mixed(model, plan, list(settled), axis=f"tp={degree}")
     if sequence:
-        streams = _streams(model, settled)
-        ends = {f"stream of {each.blocks[0]}": settled[each.blocks[0]].ends for each in streams}
-        plan = replace(plan, streams=streams, calls={**plan.calls, **ends})
+        plan = _with_streams(plan, _streams(model, settled), settled)
     plan, vocabulary = with_vocabulary(model, plan, sight, wishes)
     _check_wishes(wishes, plan)
     dealt = [row for path, each in settled.items() for row in _decide(path, units[path], each, wishes)]
     said = [*objections, *dealt, *vocabulary]
     return replace(plan, decisions=(*said, *_left(sight, said, wishes)))
+
+
+def _with_streams(plan: TensorPlan, streams: tuple[Stream, ...], settled: Mapping[str, _Settled]) -> TensorPlan:
+    ends = {f"stream of {each.blocks[0]}": settled[each.blocks[0]].ends for each in streams}
+    return replace(plan, streams=streams, calls={**plan.calls, **ends})
 
 
 def _settle_all(

@@ -24,6 +24,7 @@ from meshwright.parallel.context.attending import gathered, without_drops
 from meshwright.parallel.context.plan import Attends, ContextPlan, Dealt
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
+from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.tensor_plan import Decision, Stream
 from meshwright.parallel.unit_calls import calls_of, signature_of
@@ -70,7 +71,7 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
     _refuse(settled, degree)
     plan = ContextPlan(degree=degree, sequence=True)
     plan = plan.joined_with(each.plan.under(path) for path, each in settled.items() if each.plan is not None)
-    _refuse_mixed(model, plan, list(settled))
+    refuse_mixed(model, plan, list(settled), axis=f"cp={degree}")
     decisions = tuple(Decision(path, "positions", each.reason) for path, each in settled.items())
     return replace(plan, streams=_streams(settled), decisions=decisions)
 
@@ -81,27 +82,6 @@ def _refuse(settled: Mapping[str, _Settled], degree: int) -> None:
             raise WrapError(
                 f"mesh axis cp={degree}: block {path} does not work on a dealt sequence ({each.reason}); deal the "
                 "batch over dp, or heads over tp"
-            )
-
-
-def _refuse_mixed(model: nn.Module, plan: ContextPlan, blocks: Sequence[str]) -> None:
-    """A gradient must be a part on every rank, or whole on every rank: both at once cannot be summed.
-
-    Raises:
-        WrapError: naming a parameter that is both.
-    """
-    uses: dict[int, dict[str, bool]] = {}
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        block = next((path for path in blocks if name.startswith(f"{path}.")), "")
-        mine = uses.setdefault(id(parameter), {})
-        mine[block] = mine.get(block, False) or name in plan.partial
-        names.setdefault(id(parameter), []).append(name)
-    for key, mine in uses.items():
-        if len(set(mine.values())) > 1:
-            raise WrapError(
-                f"mesh axis cp={plan.degree}: {' and '.join(names[key])} are one parameter, which serves a rank's "
-                "positions in one place and the whole sequence in another; untie them, or deal the batch over dp"
             )
 
 

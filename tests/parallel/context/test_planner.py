@@ -106,28 +106,6 @@ def test_a_block_that_mixes_positions_beside_its_attention_is_refused(mix: Calla
         plan_of(Model(mix))
 
 
-class Tied(Model):
-    """Blocks that share a matrix, with what stands behind them too where `outside`."""
-
-    def __init__(self, *, outside: bool) -> None:
-        super().__init__(nn.Identity())
-        for layer in self.layers:
-            layer.out = self.layers[0].out
-        self.last = self.layers[0].out if outside else nn.Identity()
-
-    def forward(self, stream: Tensor) -> Tensor:
-        return self.last(super().forward(stream))
-
-
-def test_a_parameter_of_several_blocks_is_partial_wherever_it_stands() -> None:
-    assert {"layers.0.out.weight", "layers.1.out.weight"} <= plan_of(Tied(outside=False)).partial
-
-
-def test_a_parameter_of_blocks_and_of_what_stands_around_them_is_refused() -> None:
-    with pytest.raises(WrapError, match=r"layers\.0\.out\.weight and .*last\.weight are one parameter"):
-        plan_of(Tied(outside=True))
-
-
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(WrapError, match="no list of blocks"):
         plan_context(nn.Linear(2, 2), lambda: None, 2)
