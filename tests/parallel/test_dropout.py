@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
+from meshwright.parallel import dropout
+from meshwright.parallel.blockwise.calls import AttentionCall
+from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.tensor_plan import Drop
 
@@ -42,3 +46,18 @@ def test_nothing_is_drawn_where_nothing_is_dropped() -> None:
     with PlainDropout():
         functional.dropout(torch.ones(3), 0.5, training=False)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_no_lock_is_held_over_attention_that_arrives_elsewhere() -> None:
+    attention, given = nn.MultiheadAttention(4, 2, dropout=0.5), torch.ones(3, 1, 4)
+    locked: list[bool] = []
+
+    def attend(call: AttentionCall) -> Tensor:
+        locked.append(dropout._DEFAULT_GENERATOR.locked())
+        return call.value
+
+    with plugged(attention, attend), PlainDropout(generator=torch.Generator()):
+        attention(given, given, given)
+    with PlainDropout(generator=torch.Generator()):
+        attention(given, given, given)
+    assert locked == [False]
