@@ -28,20 +28,30 @@ from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.tensor_plan import Decision, Stream
 from meshwright.parallel.unit_calls import calls_of, signature_of
-from meshwright.parallel.unit_run import Plain, UnitCall, keyed_arguments, run_plain
+from meshwright.parallel.unit_run import Kinds, Plain, UnitCall, keyed_arguments, kinds_of, run_plain
 
-__all__ = ["plan_context"]
+__all__ = ["Settled", "plan_context", "settle_blocks"]
 
 _PROVED_ON = 2
 
 
 @dataclass(frozen=True)
-class _Settled:
-    """What became of one block: its plan (paths relative to it) and its stream, or why there is none."""
+class Settled:
+    """What became of one block.
+
+    Attributes:
+        plan: of it, with paths relative to it; None where it does not work on a dealt sequence.
+        stream: the argument that is dealt.
+        reason: what was tried.
+        kinds: of the arguments of the call it was proved for.
+        only_streams: whether all it gives has an entry for each position of each sample.
+    """
 
     plan: ContextPlan | None
     stream: int | str | None
     reason: str
+    kinds: Kinds = ()
+    only_streams: bool = False
 
 
 def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> ContextPlan:
@@ -55,19 +65,11 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
     Raises:
         WrapError: naming the block that cannot.
     """
-    calls = calls_of(model, run, list(find_blocks(model)))
-    if not calls:
+    settled = settle_blocks(model, run)
+    if not settled:
         raise WrapError(
             f"mesh axis cp={degree}: the model has no list of blocks that it calls; deal the batch over dp instead"
         )
-    known: dict[Any, _Settled] = {}
-    settled: dict[str, _Settled] = {}
-    for path, call in calls.items():
-        unit = model.get_submodule(path)
-        key = signature_of(unit, call)
-        if key not in known:
-            known[key] = _settle(unit, call)
-        settled[path] = known[key]
     _refuse(settled, degree)
     plan = ContextPlan(degree=degree, sequence=True)
     plan = plan.joined_with(each.plan.under(path) for path, each in settled.items() if each.plan is not None)
@@ -76,7 +78,25 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
     return replace(plan, streams=_streams(settled), decisions=decisions)
 
 
-def _refuse(settled: Mapping[str, _Settled], degree: int) -> None:
+def settle_blocks(model: nn.Module, run: Callable[[], Any]) -> dict[str, Settled]:
+    """Finds out of each block of a model whether it works on some positions of a sequence; equal ones are tried once.
+
+    Args:
+        model: unwrapped, on any device, meta included; it is not changed.
+        run: one forward pass of the model on an example.
+    """
+    known: dict[Any, Settled] = {}
+    settled: dict[str, Settled] = {}
+    for path, call in calls_of(model, run, list(find_blocks(model))).items():
+        unit = model.get_submodule(path)
+        key = signature_of(unit, call)
+        if key not in known:
+            known[key] = _settle(unit, call)
+        settled[path] = known[key]
+    return settled
+
+
+def _refuse(settled: Mapping[str, Settled], degree: int) -> None:
     for path, each in settled.items():
         if each.plan is None:
             raise WrapError(
@@ -85,7 +105,7 @@ def _refuse(settled: Mapping[str, _Settled], degree: int) -> None:
             )
 
 
-def _streams(settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
+def _streams(settled: Mapping[str, Settled]) -> tuple[Stream, ...]:
     lists: dict[str, list[str]] = {}
     for path in settled:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
@@ -97,7 +117,7 @@ def _streams(settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
     return tuple(found)
 
 
-def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
+def _settle(unit: nn.Module, call: UnitCall) -> Settled:
     """Finds the first variant of a block that is proved."""
     asked: list[str] = []
 
@@ -107,9 +127,9 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
     try:
         plain = run_plain(unit, call, plainly)
     except Exception as error:  # whatever a block raises outside its model, it cannot be proved
-        return _Settled(None, None, f"it cannot be run alone: {type(error).__name__}: {error}")
+        return Settled(None, None, f"it cannot be run alone: {type(error).__name__}: {error}")
     if plain.stream is None:
-        return _Settled(None, None, "it takes no [samples, positions, features]")
+        return Settled(None, None, "it takes no [samples, positions, features]")
     reasons: list[str] = []
     for variant in _variants(plain, list(dict.fromkeys(asked))):
         attends: dict[str, Attends] = {}
@@ -120,8 +140,9 @@ def _settle(unit: nn.Module, call: UnitCall) -> _Settled:
             continue
         partial = found.partial | _untried(plain, variant)
         settled = replace(variant, partial=partial, drops=found.drops, calls=found.calls, attends=attends)
-        return _Settled(settled, plain.stream, _said(settled))
-    return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
+        only_streams = all(each.dim() == 3 and each.shape[:-1] == plain.shape[:-1] for each in plain.outputs)
+        return Settled(settled, plain.stream, _said(settled), kinds_of(call.args, call.kwargs), only_streams)
+    return Settled(None, None, f"not equal to the plain run: {reasons[0]}")
 
 
 @dataclass(frozen=True)

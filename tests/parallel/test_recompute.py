@@ -132,6 +132,7 @@ def test_a_block_that_changes_its_input_or_computes_otherwise_is_refused() -> No
     ("options", "message"),
     [
         ({"recompute": "all"}, r"write 'blocks' for all, or a list: \['all'\]"),
+        ({"recompute": True}, "recompute=True is no choice of blocks; write 'blocks' for all"),
         ({"offload_inputs": True}, "name these with recompute='blocks'"),
         ({"recompute": ["layer.0"]}, r"recompute: no block fits 'layer\.0'.*blocks\.0"),
         ({"recompute": "blocks", "schedule": "accumulate"}, "use schedule='layered', or the model's own"),
