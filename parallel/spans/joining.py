@@ -26,6 +26,8 @@ class Spans(list[slice]):
 
     >>> Spans(7, most=3)
     [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
+    >>> Spans(3, most=2)
+    [slice(0, 3, None)]
     """
 
     def __init__(self, full: int, most: int) -> None:

@@ -16,6 +16,7 @@ SIZES = {"query_block": 5, "kv_block": 4, "layer_block": 5, "loss_block": 7}
 LAYOUTS: tuple[tuple[str, dict[str, int], dict[str, Any]], ...] = (
     ("llama", {"fsdp": 2}, {"schedule": "layered", "num_microbatches": 2}),
     ("gpt2", {"tp": 2}, {}),
+    ("translator", {"tp": 2}, {}),
     ("bert", {"pp": 2}, {"schedule": "zb-h1", "num_microbatches": 2}),
     *beyond(
         ("llama", {"tp": 2}, {"num_microbatches": 2}),
@@ -23,7 +24,6 @@ LAYOUTS: tuple[tuple[str, dict[str, int], dict[str, Any]], ...] = (
         ("gemma3", {"fsdp": 2}, {"recompute": ["*layers.*"], "schedule": "layered", "num_microbatches": 2}),
         ("whisper", {"pp": 2}, {"schedule": "1f1b", "num_microbatches": 2}),
         ("mixtral", {"dp": 2}, {"schedule": "layered", "num_microbatches": 2}),
-        ("translator", {"dp": 2}, {}),
         ("vit", {"pp": 2, "dp": 2}, {"schedule": "modular", "num_microbatches": 2}),
     ),
 )
