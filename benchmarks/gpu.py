@@ -18,7 +18,7 @@ from benchmarks.sections import Sections, asked
 
 __all__ = ["main"]
 
-_SHARES: dict[ModuleType, float] = {gpu_attention: 0.3, gpu_context: 0.4, gpu_layered: 0.15, gpu_ranks: 0.15}
+_SHARES: dict[ModuleType, float] = {gpu_attention: 0.28, gpu_context: 0.44, gpu_layered: 0.14, gpu_ranks: 0.14}
 _GRACE_S = 15.0  # for what began just before the end
 _START_S = 10.0  # imports, and the first use of a GPU
 

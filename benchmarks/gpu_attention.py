@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.attention_peers import Pattern, Peer, patterns, peers
 from benchmarks.device import Device, compared, timed
-from benchmarks.gpu_exact import errors, trusted
+from benchmarks.gpu_exact import costs, errors, text, trusted
 from benchmarks.sections import Sections, aligned, asked
 from meshwright.parallel.blockwise.attention import attend
 
@@ -33,6 +33,7 @@ def measure(sections: Sections) -> None:
     device = sections.device
     sections.run("kernels", lambda: trusted(device))
     sections.run("exactness", lambda: errors(device, length=96 if sections.tiny else 1000))
+    sections.run("costs", lambda: costs(device, length=256 if sections.tiny else 8192))
     lengths = (256,) if sections.tiny else (4096, 16384, 65536)
     names = list(patterns(8))
     cells = [(length, *each) for length in lengths for each in product(_SHAPES, names, _WAYS)]
@@ -95,17 +96,18 @@ def _step(call: Callable[..., Tensor], given: list[Tensor], *, backward: bool) -
 def table(found: dict[str, Any]) -> str:
     """What was measured, as text."""
     sections = found["sections"]
-    lines = [f"kernels: {sections.get('kernels')}\n", f"exactness: {sections.get('exactness')}\n"]
+    lines, skipped = [text(sections)], 0
     rows = [["", "ours ms", "torch", "flash", "to torch", "to flash", "+-", "noise", "MB", "torch", "flash", "differs"]]
     for name, each in sections.items():
-        if name in ("kernels", "exactness"):
+        if name in ("kernels", "exactness", "costs"):
             continue
         if "median_s" not in each:
-            lines.append(f"{name}: {each}\n")
+            lines += [f"{name}: {each}\n"] if "skipped" not in each else []
+            skipped += "skipped" in each
             continue
         rows.append([name, *_numbers(each)])
         lines += [f"{name}, {peer}: {why}\n" for peer, why in each["missing"].items()]
-    return aligned(rows) + "".join(lines)
+    return aligned(rows) + "".join(lines) + (f"{skipped} left out for want of time\n" if skipped else "")
 
 
 def _numbers(each: dict[str, Any]) -> list[str]:

@@ -1,22 +1,25 @@
-"""How exact attention by blocks is on a device: which fused kernels agree with plain torch, and errors by feature."""
+"""How exact attention by blocks is on a device, which kernels it trusts there, what its plans should reckon with."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.device import Device
+from benchmarks.device import Device, timed
 from meshwright.parallel.blockwise.attention import attend
-from meshwright.parallel.blockwise.block import Block, Upstream
+from meshwright.parallel.blockwise.block import Allowed, Block, Upstream
+from meshwright.parallel.blockwise.diagonals import Diagonals
 from meshwright.parallel.blockwise.fused import Kernel, fused_backward, fused_forward
-from meshwright.parallel.blockwise.kernels import agrees
+from meshwright.parallel.blockwise.kernels import agrees, block_backward, block_forward
 from meshwright.parallel.blockwise.masks import Mask, causal, documents, window
 from meshwright.parallel.blockwise.plain import plain_backward, plain_forward
 from meshwright.parallel.blockwise.torch_kernels import FUSED
 
-__all__ = ["errors", "trusted"]
+__all__ = ["costs", "errors", "text", "trusted"]
 
 _HEADS, _WIDTH = 4, 64
 
@@ -34,13 +37,15 @@ def trusted(device: Device) -> dict[str, Any]:
 
 
 def _differences(kernel: Kernel, dtype: torch.dtype, device: Device, *, heads: int) -> dict[str, str]:
-    """Of a whole and a causal block: the error, or the largest difference of each result over the largest value."""
+    """Of a whole, a causal and a masked block: the error, or each result's largest difference over its largest value."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 2 * heads, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16), (2, 2 * heads, 40, 16))
     query, key, value, grad = (torch.randn(*each, generator=generator).to(device.kind, dtype) for each in sizes)
     found = {}
-    for name, is_causal in (("whole", False), ("causal", True)):
-        block = Block(query, key, value, 0.25, causal=is_causal)
+    band = Allowed(Diagonals(-30, 5).tensor(40, 40, query.device))
+    blocks: dict[str, dict[str, Any]] = {"whole": {}, "causal": {"causal": True}, "masked": {"allowed": band}}
+    for name, options in blocks.items():
+        block = Block(query, key, value, 0.25, **options)
         try:
             ours = plain_forward(block)
             upstream = Upstream(grad, grad[..., 0].float(), ours.out.to(dtype), ours.lse)
@@ -127,8 +132,9 @@ def _plain(given: list[Tensor], options: dict[str, Any]) -> Tensor:
         scores = scores.masked_fill(~pairs.to(scores.device), -torch.inf)
     if "sinks" in options:
         column = options["sinks"].to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        return torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ value
-    return scores.softmax(-1) @ value
+        scores = torch.cat((scores, column), -1)
+    weighted: Tensor = scores.softmax(-1)[..., : key.shape[2]] @ value
+    return weighted
 
 
 def _dropout(device: Device, length: int) -> dict[str, Any]:
@@ -144,3 +150,48 @@ def _dropout(device: Device, length: int) -> dict[str, Any]:
             "by block size": _error(blocks, once),
             "from a CPU": _error(once.cpu(), there),
         }
+
+
+def costs(device: Device, *, length: int) -> dict[str, float]:
+    """What plans reckon with, forward and backward together, in pairs of one head of width 64.
+
+    `call` is what a call costs besides its pairs, `masked` what a pair costs under a mask.
+    """
+    small, large = _block(device, 64), _block(device, length)
+    band = Allowed(Diagonals(1 - length, length // 2).tensor(length, length, small.query.device))
+    masked = replace(large, allowed=band)
+    timing = {"small": small, "large": large, "masked": masked, "causal": replace(large, causal=True)}
+    times = timed({name: partial(_both, each) for name, each in timing.items()}, device, limit_s=2.0)
+    middle = {name: median(each) for name, each in times.items()}
+    pair_s = middle["large"] / (large.query.shape[1] * length**2)
+    found = {"pair_s": pair_s, "call": middle["small"] / pair_s, "masked": middle["masked"] / middle["large"]}
+    return found | {"causal": middle["causal"] / middle["large"]}
+
+
+def _block(device: Device, length: int) -> Block:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 16, length, _WIDTH, generator=generator).to(device.kind, torch.bfloat16) for _ in range(3)
+    )
+    return Block(query, key, value, _WIDTH**-0.5)
+
+
+def _both(block: Block) -> None:
+    with torch.no_grad():
+        out, lse = block_forward(block)
+        block_backward(block, Upstream(block.query, None, out, lse), with_bias=False)
+
+
+def text(sections: dict[str, Any]) -> str:
+    """What was found of kernels, costs and errors."""
+    kernels = sections.get("kernels") or {}
+    lines = [f"trusted: {'; '.join(name for name, why in kernels.items() if why is True)}"]
+    lines += [f"not trusted: {name}: {why}" for name, why in kernels.items() if why is not True]
+    lines += [f"{name}: {_short(value)}" for name, value in (sections.get("exactness") or {}).items()]
+    return "\n".join([*lines, f"costs: {_short(sections.get('costs'))}"]) + "\n"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(each)}" for name, each in value.items())
+    return f"{value:.1e}" if isinstance(value, float) else str(value)

@@ -21,7 +21,7 @@ from meshwright.parallel.ranks import RankPool
 __all__ = ["main", "measure", "table"]
 
 _MODEL = Model(hidden=64, layers=4, heads=4, intermediate=128, vocabulary=256)
-_CALL_S = 45.0
+_CALL_S = 30.0
 
 LAYOUTS: dict[str, tuple[mw.Mesh, dict[str, Any]]] = {
     "dp": (mw.Mesh(dp=2), {}),

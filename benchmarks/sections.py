@@ -52,7 +52,9 @@ class Sections:
         sys.stderr.write(f"[{time.monotonic() - start_s:6.1f} s, {self.left_s:6.1f} s left] {name}\n")
         sys.stderr.flush()
         if self.path is not None:
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+            part = self.path.with_name(f"{self.path.name}.part")
+            part.write_text(json.dumps(self.found, indent=1) + "\n")
+            part.replace(self.path)  # whole, also for who reads it after this process was stopped
         self.device.clear()
         return made
 
