@@ -37,7 +37,7 @@ def trusted(device: Device) -> dict[str, Any]:
 
 
 def _differences(kernel: Kernel, dtype: torch.dtype, device: Device, *, heads: int) -> dict[str, str]:
-    """Of a whole, a causal and a masked block: the error, or each result's largest difference over its largest value."""
+    """Of a whole, a causal and a masked block: the error, or largest differences over largest values, by result."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((2, 2 * heads, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16), (2, 2 * heads, 40, 16))
     query, key, value, grad = (torch.randn(*each, generator=generator).to(device.kind, dtype) for each in sizes)
