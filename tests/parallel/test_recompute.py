@@ -1,5 +1,6 @@
 """Blocks whose insides are made anew: the same bits, with only their inputs kept."""
 
+import gc
 from typing import Any
 from weakref import ref
 
@@ -92,6 +93,17 @@ def test_only_named_blocks_run_twice_and_keep_nothing() -> None:
     assert runs == [6, 3, 6, 6]
     assert most <= 3 + 2  # those of block 1, of the block that runs, and of the one before it as it lets go
     assert _counted(recompute="blocks")[1] <= 2
+
+
+def test_nothing_holds_a_model_that_is_let_go() -> None:
+    build_model, build_batch = FAMILIES["llama"]
+    model = build_model()
+    wrapped = mw.parallelize(model, mw.Mesh(), schedule="layered", recompute="blocks", blockwise={"ffn_block": 4})
+    wrapped.step(build_batch())
+    held = ref(model)
+    del model, wrapped
+    gc.collect()
+    assert held() is None
 
 
 def test_inputs_leave_the_device_and_come_back() -> None:
