@@ -91,18 +91,20 @@ class Ours:
     """The same model, wrapped.
 
     Args:
-        options: of `parallelize`; `ffn_block` and `loss_block` are set besides.
+        options: of `parallelize`; `loss_block` is set besides.
         blockwise: more sizes of blocks.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    blockwise: Mapping[str, int] = field(default_factory=dict)
+    blockwise: Mapping[str, int] = field(default_factory=lambda: {"ffn_block": 4096})
 
     def step(self, model: Model, *, length: Callable[[], int], device: str, dtype: torch.dtype) -> Step:
         """A training step on as many positions as `length` says then."""
-        sizes = {"ffn_block": 4096, "loss_block": _LOSS_ROWS, **self.blockwise}
+        sizes = {"loss_block": _LOSS_ROWS, **self.blockwise}
         module = build(model, attention="sdpa", device=device, dtype=dtype)
-        wrapped = mw.parallelize(module, mw.Mesh(), blockwise=sizes, **self.options)
+        tokens = _tokens(model, 16, device)
+        example = {"input_ids": tokens, "labels": tokens}
+        wrapped = mw.parallelize(module, mw.Mesh(), blockwise=sizes, example=example, **self.options)
         optimizer = wrapped.make_optimizer(lambda each: torch.optim.AdamW(each, lr=1e-4, fused=True))
 
         def step() -> Tensor:
@@ -115,6 +117,7 @@ class Ours:
 
 
 Policy = Theirs | Ours
+_SPANS = {"layer_block": 4096}
 _LAYERED: dict[str, Any] = {"schedule": "layered", "recompute": "blocks"}
 
 POLICIES: dict[str, Policy] = {
@@ -124,8 +127,10 @@ POLICIES: dict[str, Policy] = {
     "flash, layers checkpointed": Theirs("sdpa", layers=True),
     "flash, layers checkpointed, loss by rows": Theirs("sdpa", layers=True, loss=True),
     "ours": Ours(),
+    "ours, layers by spans": Ours(blockwise=_SPANS),
     "ours, layers recomputed": Ours(_LAYERED),
-    "ours, layers recomputed, inputs in host memory": Ours({**_LAYERED, "offload_inputs": True}),
+    "ours, layers recomputed by spans": Ours(_LAYERED, _SPANS),
+    "ours, layers recomputed by spans, inputs in host memory": Ours({**_LAYERED, "offload_inputs": True}, _SPANS),
 }
 """What may be kept for backward, by name."""
 
