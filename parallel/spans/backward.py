@@ -47,8 +47,8 @@ def run_backward(
         gradients: of the tensors of the output.
         wish: what is asked for.
     """
-    with BlockDropout(call.spans.full, call.masks) as dropout, aliases(call.places, wish.parameters) as stand_ins:
-        visit = Visit(call, tensors, wish.tensors, dropout=dropout)
+    visit = Visit(call, tensors, wish.tensors, dropout=BlockDropout(call.spans.full, call.masks))
+    with aliases(call.places, wish.parameters) as stand_ins:
         way = _WayBack(visit, kept, [stand_ins[each] for each in wish.parameters])
         with torch.enable_grad():
             way.from_output(gradients)

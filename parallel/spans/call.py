@@ -1,6 +1,7 @@
 """One call of a block that is run by spans, as a value."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class Visit:
         call: what is run.
         tensors: of its arguments, whole.
         learned: which of them want gradients.
-        dropout: entered.
+        dropout: of the call; where the first span drops nothing, the others run without, since it takes time.
 
     Attributes:
         tensors: the same.
@@ -73,6 +74,7 @@ class Visit:
         self.call = call
         self.drops = Drops(heads=list(call.heads))
         self.joined: dict[int, Joining] = {}
+        self._mode: AbstractContextManager[object] = dropout
         self.tensors, self.learned, self._dropout = tensors, learned, dropout
 
     def __iter__(self) -> Iterator[tuple[slice, Given]]:
@@ -84,6 +86,7 @@ class Visit:
         first: Tensor | None = None
         for span in self.call.spans:
             self._dropout.at(span)
+            self._mode = self._dropout if first is None or self._dropout.masks else nullcontext()
             yield span, self.call.arguments.at(span, self.tensors, self.learned)
             state = _random_state()
             if first is not None and not torch.equal(first, state):
@@ -99,7 +102,7 @@ class Visit:
         With its attention calls, that one included.
         """
         call, asked = self.call, list[AttentionCall]()
-        with call.answers.given(known, self.drops, asked), called(call.module):
+        with self._mode, call.answers.given(known, self.drops, asked), called(call.module):
             try:
                 return call.forward(*given.args, **given.kwargs), asked
             except ReachedError:

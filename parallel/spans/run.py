@@ -48,8 +48,9 @@ class _BySpans(Function):
     def forward(ctx: Any, begin: tuple[SpanCall, Output, ThreadState], *inputs: Tensor) -> tuple[Tensor, ...]:
         call, output, state = begin
         tensors = inputs[: len(call.arguments.dims)]
-        with BlockDropout(call.spans.full) as dropout, aliases(call.places, []):
-            visit = Visit(call, tensors, [False] * len(tensors), dropout=dropout)
+        dropout = BlockDropout(call.spans.full)
+        visit = Visit(call, tensors, [False] * len(tensors), dropout=dropout)
+        with aliases(call.places, []):
             kept = run_forward(visit, output)
         ctx.call = replace(call, masks=dropout.masks if dropout.kept else None, heads=visit.drops.heads)
         ctx.state, ctx.versions = state, versions_of(call.places)
