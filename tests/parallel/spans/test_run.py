@@ -213,6 +213,33 @@ def test_parameters_that_change_between_forward_and_backward_are_noticed() -> No
             loss.backward()
 
 
+def test_spans_may_be_viewed_as_the_whole_may() -> None:
+    class Views(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(x.shape[0] * x.shape[1], -1).view(x.shape))
+
+    model, handler = by_spans(Stack([Views(8), Views(8)]), 12, 8, 4)
+    with plugged(model, handler):
+        model(torch.randn(2, 12, 8)).backward()
+    assert [each.uses for each in forwards(model)] == [{"by spans": 1}] * 2
+
+
+def test_what_backward_saves_for_itself_is_no_business_of_hooks_on_saved_tensors() -> None:
+    model, handler = by_spans(Stack([Layer(8), Layer(8)]), 12, 8, 4)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor
+
+    with plugged(model, handler):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(torch.randn(2, 12, 8, requires_grad=True))
+        before = len(packed)
+        loss.backward()
+    assert 0 < before == len(packed)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 11, 40])
 def test_every_length_is_exact(length: int) -> None:
     def batch() -> dict[str, Tensor]:
