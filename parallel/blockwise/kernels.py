@@ -42,19 +42,17 @@ def kernel_for(block: Block) -> Kernel | None:
     """The fused kernel that can compute a block."""
     if block.softcap is not None or block.kept is not None:
         return None
-    masked = block.allowed is not None or block.bias is not None
-    for kernel in FUSED.get(block.query.device.type, ()):
-        fits = block.query.dtype in kernel.dtypes and kernel.width(block, more=1) <= kernel.max_width
-        if fits and (kernel.masks or not masked) and _takes_band(kernel, block) and _trusted(kernel, block):
-            return kernel
-    return None
+    fitting = (kernel for kernel in FUSED.get(block.query.device.type, ()) if _fits(kernel, block))
+    return next((kernel for kernel in fitting if _trusted(kernel, block)), None)
 
 
-def _takes_band(kernel: Kernel, block: Block) -> bool:
-    if block.band is None or block.causal:
-        return True
-    ahead = block.key.shape[2] - block.query.shape[2]
-    return kernel.bands and block.band.low <= ahead <= block.band.high
+def _fits(kernel: Kernel, block: Block) -> bool:
+    if block.query.dtype not in kernel.dtypes or kernel.width(block, more=1) > kernel.max_width:
+        return False
+    if block.band is not None and not block.causal:
+        ahead = block.key.shape[2] - block.query.shape[2]
+        return kernel.bands and block.bias is None and block.band.low <= ahead <= block.band.high
+    return kernel.masks or (block.allowed is None and block.bias is None)
 
 
 def _trusted(kernel: Kernel, block: Block) -> bool:
