@@ -64,7 +64,8 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     said = tile_networks(model, chosen.sizes)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
-    report = replace(report, notes=(*report.notes, *said, *tile_heads(model, chosen.sizes)))
+    said += tile_heads(model, chosen.sizes, groups.axis("cp") if mesh.cp > 1 else None)
+    report = replace(report, notes=(*report.notes, *said))
     if blockwise is not None:
         blockwise.install()
     if mesh.cp > 1:
