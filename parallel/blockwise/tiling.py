@@ -45,13 +45,14 @@ def tile_heads(model: nn.Module, sizes: Blockwise | None, rows: Axis | None = No
     """
     if sizes is None or sizes.loss_block is None:
         return []
-    paths = list(tile_loss(model, sizes.loss_block, rows=rows))
+    paths = list(tile_loss(model, sizes.loss_block, in_advance=sizes.loss_in_advance, rows=rows))
     if not paths:
         raise WrapError(
             "blockwise: loss_block needs a head, one matrix from the stream to scores; none is found, so leave it out"
         )
-    shared = "" if rows is None else f", each of {rows.size} ranks its share of the rows"
-    return [f"cross entropy in blocks of {sizes.loss_block:,} rows of scores: {_named(paths)}{shared}"]
+    said = f"cross entropy in blocks of {sizes.loss_block:,} rows of scores: {_named(paths)}"
+    said += "" if rows is None else f", each of {rows.size} ranks its share of the rows"
+    return [said + (", gradients with it" if sizes.loss_in_advance else "")]
 
 
 def _named(paths: Iterable[str]) -> str:
