@@ -32,7 +32,10 @@ def _calls(family: str, mesh: mw.Mesh, options: dict[str, Any]) -> tuple[str, st
 _DEALT = [name for name in FAMILIES if name not in ("residual_net", "mixer")]
 _LOSS = {"blockwise": {"loss_block": 5}}
 _CASES = [
-    *((family, {"cp": 4 if kind == "hybrid" else 2}, {"cp_kind": kind}) for family, kind in alternating(_DEALT, KINDS)),
+    *(
+        (family, {"cp": 4 if kind == "hybrid" else 2}, {"cp_kind": kind})
+        for family, kind in alternating(_DEALT, KINDS, every=3)
+    ),
     *((family, {"cp": 2}, _LOSS) for family in ("llama", "bert", "t5", *beyond("whisper", "gpt2"))),
     ("llama", {"cp": 2, "fsdp": 2}, {"cp_kind": "ring", "schedule": "layered", **_LOSS}),
     ("gemma3", {"cp": 2, "tp": 2}, {"cp_kind": "ring", **_LOSS}),
