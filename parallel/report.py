@@ -148,10 +148,10 @@ def _memory(
 
 
 def _untold(mesh: Mesh, options: Options, positions: Positions | None) -> Iterable[str]:
-    """Why collectives along `cp` are not predicted."""
-    if positions is None or mesh.pp > 1:
+    """Why collectives along `tp` and `cp` are not predicted."""
+    if mesh.pp > 1 or mesh.tp == mesh.cp == 1:
         return
-    reason = reason_unknown(positions.plan, positions.way, options.sizes)
+    reason = None if positions is None else reason_unknown(positions.plan, positions.way, options.sizes)
     if reason is None and options.recompute:
         reason = "recompute runs those of forward again"
     if reason is not None:
