@@ -48,6 +48,8 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
     """
     if options.example is None:
         raise WrapError("no example was given")
+    if mesh.cp > 1:
+        raise WrapError("the memory of a dealt sequence is not known")
     if mesh.fsdp > 1 or mesh.pp > 1 or options.data_engine != "torch":
         raise WrapError("the memory of sharded states is not known before they are sharded")
     groups: Any = PaperGroups(mesh, device_of(model).type)

@@ -1,13 +1,19 @@
 """Which collectives one step runs, by formula: equal to what the ledger counts."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from torch import nn
 
 from meshwright.parallel.blocks import own_blocks, own_parameters
+from meshwright.parallel.context.chosen import ContextWay, way_of
+from meshwright.parallel.context.dealing import Dealing
+from meshwright.parallel.context.plan import ContextPlan
+from meshwright.parallel.context.predicted import DealtLoss, losses_of, microbatch_calls
 from meshwright.parallel.dealt import summed_elements
+from meshwright.parallel.layout import deal
 from meshwright.parallel.ledger import Call
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.meta import without_values
@@ -15,11 +21,11 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.replicate import cut_buckets
 from meshwright.parallel.stages import stages_of
-from meshwright.parallel.tensor import keep_shares
+from meshwright.parallel.tensor import keep_shares, length_of
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.units import padded_rows
 
-__all__ = ["first_shares", "padded_elements", "predicted_calls", "tensor_calls"]
+__all__ = ["Positions", "context_calls", "first_shares", "padded_elements", "predicted_calls", "tensor_calls"]
 
 
 def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call]:
@@ -39,18 +45,73 @@ def predicted_calls(model: nn.Module, mesh: Mesh, options: Options) -> list[Call
     return calls
 
 
-def tensor_calls(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[Call]:
+@dataclass(frozen=True)
+class Positions:
+    """How `cp` deals the positions of a model.
+
+    Args:
+        plan: along `cp`.
+        way: how keys and queries meet.
+        losses: whose rows are dealt.
+    """
+
+    plan: ContextPlan
+    way: ContextWay
+    losses: tuple[DealtLoss, ...]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, mine: nn.Module, *, mesh: Mesh, options: Options, plan: ContextPlan | None
+    ) -> "Positions | None":
+        """Those of a whole model, of which the first rank of `tp` holds `mine`; None without `cp`."""
+        if plan is None or plan.degree == 1:
+            return None
+        way = way_of(options.cp_kind, plan.attends, degree=mesh.cp, tp=mesh.tp)
+        return cls(plan, way, tuple(losses_of(plan, model, mine=mine, sizes=options.sizes)))
+
+    def share_of(self, path: str, calls: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:
+        """What is left of collectives of `tp` on whole sequences, where a rank has its positions only."""
+        full = length_of(path, self.plan.lengths)
+        if full:
+            own = Dealing(self.way.dealing, self.plan.degree).size(full, 0)
+            return [(kind, elements // full * own) for kind, elements in calls]
+        for loss in self.losses:
+            if loss.head == path:
+                rows = deal(loss.scored.rows, self.plan.degree)[0][1]
+                entering, *of_rows = calls
+                return [entering, *((kind, elements // loss.scored.rows * rows) for kind, elements in of_rows)]
+        return calls
+
+
+def tensor_calls(
+    model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None, *, positions: Positions | None = None
+) -> Iterable[Call]:
     """The collectives of `tp`: those of each unit as its proof counted them on the example, and one sum at the end."""
     if plan is None or plan.degree == 1:
         return
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     size_bytes = next(iter(trained.values())).element_size()
-    for calls in plan.calls.values():
-        for kind, elements in calls:
+    for path, calls in plan.calls.items():
+        for kind, elements in calls if positions is None else positions.share_of(path, calls):
             yield from [Call("tp", kind, mesh.tp, elements * size_bytes)] * options.num_microbatches
     summed = summed_elements(plan, {name: tuple(each.shape) for name, each in trained.items()}, mesh.fsdp)
     if summed:
         yield Call("tp", "all_reduce", mesh.tp, summed * size_bytes)
+
+
+def context_calls(mine: nn.Module, mesh: Mesh, options: Options, *, positions: Positions | None) -> Iterable[Call]:
+    """The collectives of `cp` on the first rank: those of each micro-batch, and one sum at the end."""
+    if positions is None:
+        return
+    trained = {name: each for name, each in mine.named_parameters() if each.requires_grad}
+    itemsize = next(iter(trained.values())).element_size()
+    found = microbatch_calls(positions.plan, positions.way, positions.losses, itemsize=itemsize, tp=mesh.tp)
+    yield from [*found] * options.num_microbatches
+    partial = {name: each for name, each in trained.items() if name in positions.plan.partial}
+    for dtype in dict.fromkeys(each.dtype for each in partial.values()):
+        shapes = {name: tuple(each.shape) for name, each in partial.items() if each.dtype is dtype}
+        summed = summed_elements(positions.plan, shapes, mesh.fsdp) + len(shapes)  # and whether each was used
+        yield Call("cp", "all_reduce", mesh.cp, summed * dtype.itemsize)
 
 
 def first_shares(model: nn.Module, plan: TensorPlan) -> nn.Module:

@@ -8,13 +8,21 @@ from torch import nn
 from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
 from meshwright.parallel.context.chosen import way_of
 from meshwright.parallel.context.plan import ContextPlan
+from meshwright.parallel.context.predicted import reason_unknown
 from meshwright.parallel.costs import settled
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.footprint import Footprint, footprint
-from meshwright.parallel.ledger import LedgerSummary
+from meshwright.parallel.ledger import Call, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
-from meshwright.parallel.predicted import first_shares, padded_elements, predicted_calls, tensor_calls
+from meshwright.parallel.predicted import (
+    Positions,
+    context_calls,
+    first_shares,
+    padded_elements,
+    predicted_calls,
+    tensor_calls,
+)
 from meshwright.parallel.stages import stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 
@@ -32,8 +40,8 @@ class WrapReport:
         num_parameters: of the whole model.
         parameters_per_rank: largest number of elements a rank keeps between steps (padding included).
         bytes_per_rank: of them.
-        collectives: predicted calls of one step, equal to what the ledger counts; those of `tp` for micro-batches
-            shaped like the example.
+        collectives: predicted calls of one step of the first rank, equal to what the ledger counts; those of `tp` and
+            `cp` for micro-batches shaped like the example.
         memory: of the first rank, if `predict_memory` asked for it and it can be told.
         table: module, placement and reason, where the mesh has `tp`.
     """
@@ -104,13 +112,13 @@ def describe(
     options = settled(options, model)
     mine = model if plan is None else first_shares(model, plan)
     kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in most_held(mine, mesh, options)}
-    known = options.data_engine == "torch" and mesh.pp == mesh.cp == 1
     memory, unknown = _memory(model, mesh, options, plan)
-    calls = [*predicted_calls(mine, mesh, options), *tensor_calls(mine, mesh, options, plan)] if known else None
+    positions = Positions.of(model, mine, mesh=mesh, options=options, plan=context)
+    calls = _calls(mine, mesh, options, plan=plan, positions=positions)
     return WrapReport(
         mesh=str(mesh),
         axes=(*_context_axis(context, mesh, options), *_axes(model, mesh, options, plan)),
-        notes=(*_notes(model), *_padding(mine, mesh), *unknown),
+        notes=(*_notes(model), *_padding(mine, mesh), *unknown, *_untold(mesh, options, positions)),
         num_parameters=whole,
         parameters_per_rank=sum(kept.values()),
         bytes_per_rank=sum(number * each.element_size() for each, number in kept.items()),
@@ -137,6 +145,31 @@ def _memory(
         return footprint(model, mesh, options, plan or TensorPlan(degree=1)), ()
     except WrapError as error:
         return None, (f"peak memory is not predicted: {error}",)
+
+
+def _untold(mesh: Mesh, options: Options, positions: Positions | None) -> Iterable[str]:
+    """Why collectives along `tp` and `cp` are not predicted."""
+    if mesh.pp > 1 or mesh.tp == mesh.cp == 1:
+        return
+    reason = None if positions is None else reason_unknown(positions.plan, positions.way, options.sizes)
+    if reason is None and options.recompute:
+        reason = "recompute runs those of forward again"
+    if reason is not None:
+        yield f"collectives are not predicted: {reason}"
+
+
+def _calls(
+    mine: nn.Module, mesh: Mesh, options: Options, *, plan: TensorPlan | None, positions: Positions | None
+) -> list[Call] | None:
+    """The collectives of a step on the first rank; None where they are not known."""
+    if options.data_engine != "torch" or mesh.pp > 1 or any(_untold(mesh, options, positions)):
+        return None
+    of_tensors = tensor_calls(mine, mesh, options, plan, positions=positions)
+    return [
+        *predicted_calls(mine, mesh, options),
+        *of_tensors,
+        *context_calls(mine, mesh, options, positions=positions),
+    ]
 
 
 def _context_axis(context: ContextPlan | None, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:

@@ -36,6 +36,10 @@ class Targets:
         place = (target - span[0]).masked_fill(~mine, 0)
         return cls(counted, mine, place, counted.sum(dtype=torch.float64))
 
+    def rows(self, some: slice) -> "Targets":
+        """Those of some rows, beside the number of all that count."""
+        return Targets(self.counted[some], self.mine[some], self.place[some], self.items)
+
     def reduce(self, losses: Tensor, reduction: str) -> Tensor:
         """The loss from those of rows, which are zero where ignored."""
         if reduction == "none":

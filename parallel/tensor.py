@@ -7,7 +7,7 @@ and hooks put the collectives of `exchange` where a region begins and ends. The 
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +19,8 @@ from meshwright.parallel.layout import Split
 from meshwright.parallel.length import Length
 from meshwright.parallel.passing import note_passing, on_passing
 from meshwright.parallel.tensor_plan import TensorPlan
+
+Each = TypeVar("Each")
 
 __all__ = ["changed", "install", "keep_shares", "length_of", "open_streams"]
 
@@ -94,8 +96,8 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
         )
 
 
-def length_of(path: str, lengths: Mapping[str, Length]) -> Length | None:
-    """The stream of the unit that a module lies in."""
+def length_of(path: str, lengths: Mapping[str, Each]) -> Each | None:
+    """What is known of the stream of the unit that a module lies in."""
     parts = path.split(".")
     for end in range(len(parts), -1, -1):
         found = lengths.get(".".join(parts[:end]))

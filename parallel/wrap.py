@@ -58,14 +58,14 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     plan = make_plan(model, mesh, chosen)
     context = make_context_plan(model, mesh, chosen, plan=plan)
     report = describe(model, mesh, chosen, plan, context=context)
-    blockwise = None
-    if chosen.sizes is not None and mesh.cp == 1:  # cp attends by blocks anyway
-        blockwise = BlockwiseAttention(model, chosen.sizes, chosen.example)
+    blocks = chosen.sizes if mesh.cp == 1 else None  # cp attends by blocks anyway
+    blockwise = None if blocks is None else BlockwiseAttention(model, blocks, chosen.example)
     said = tile_networks(model, chosen.sizes)
-    handler, of_spans = run_by_spans(model, chosen)
+    handler, spanned = run_by_spans(model, chosen)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
-    report = replace(report, notes=(*report.notes, *said, *of_spans, *tile_heads(model, chosen.sizes)))
+    said += [*spanned, *tile_heads(model, chosen.sizes, groups.axis("cp") if mesh.cp > 1 else None)]
+    report = replace(report, notes=(*report.notes, *said))
     if blockwise is not None:
         blockwise.install(handler)
     if mesh.cp > 1:

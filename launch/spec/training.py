@@ -158,7 +158,7 @@ class Staged(Axes):
 
 
 class BlockSizes(Block):
-    """What is computed by blocks of the sequence; sizes in positions."""
+    """What is computed by blocks of the sequence, and when; sizes in positions."""
 
     query_block: Count = Field(default=1024, description="Queries whose attention scores are made at once.")
     kv_block: Count = Field(default=1024, description="Keys that they meet at once.")
@@ -170,6 +170,9 @@ class BlockSizes(Block):
     )
     loss_block: Count | None = Field(
         default=None, description="Positions whose scores over the vocabulary are made at once; by default all."
+    )
+    loss_in_advance: bool = Field(
+        default=False, description="Gradients of a loss by blocks are computed with it, for schedule accumulate."
     )
 
 

@@ -8,6 +8,8 @@ follows at once, gradients can be computed in advance, while the scores are ther
 `F.linear_cross_entropy` of torch does so too, knows no steps after the product and no dealt classes, and has no second
 derivative; `python -m benchmarks.loss` found it as fast (0.95 to 0.98 of our time, noise 0.1) with 1.36 times our peak
 of memory, so it is not used.
+
+Ranks that all have the same rows can share them: each computes some, then losses and gradients are made whole.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn import functional
 
+from meshwright.parallel.blockwise.dealt_rows import DealtRows
 from meshwright.parallel.blockwise.head import Gradients, Head
 from meshwright.parallel.blockwise.product import Product
 from meshwright.parallel.blockwise.wanted import wanted
@@ -42,7 +45,9 @@ class Entropy:
         reduction: "mean" (over targets that count), "sum" or "none".
         axis: over which classes are dealt; the gradient of rows is then this rank's part of a sum.
         span: the classes of this rank.
-        in_advance: whether gradients are computed while the scores are there.
+        in_advance: whether gradients are computed while the scores are there. It saves a quarter of the work where
+            backward follows at once; micro-batches that went forward each hold a gradient of the weight until then.
+        rows: ranks that have the same rows, targets and weight, and share the work; None for this rank alone.
     """
 
     product: Product
@@ -54,6 +59,7 @@ class Entropy:
     axis: Axis | None = None
     span: Range | None = None
     in_advance: bool = False
+    rows: Axis | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -66,7 +72,8 @@ def blockwise_cross_entropy(
 ) -> Tensor:
     """What `F.cross_entropy` gives for the scores of rows `hidden` [rows, inputs] and class indices `target` [rows].
 
-    Its second derivative is exact too, and makes the scores whole.
+    Its second derivative is exact too, and makes the scores whole. Ranks that share rows all get the whole loss and
+    whole gradients.
 
     >>> call = Entropy(Product(), classes=3, block=1, dtype=torch.float32)
     >>> blockwise_cross_entropy(call, torch.zeros(2, 3), torch.tensor([1, -100]), weight=torch.eye(3))
@@ -82,14 +89,18 @@ class _Entropy(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         target, call = inputs[3:]
+        dealt = DealtRows(call.rows, len(target))
         targets = Targets.of(target, call.ignore_index, call.span or (0, call.classes), classes=call.classes)
-        head = Head(call.product, inputs[:3], call.block)
+        targets = targets.rows(dealt.own)
+        mine = (dealt.taken(inputs[0]), *inputs[1:3])
+        head = Head(call.product, mine, call.block)
         needed = ctx.needs_input_grad[:3]
-        early = Gradients(head, inputs[:3], needed) if _is_early(call, head, needed) else None
+        early = Gradients(head, mine, needed) if _is_early(call, head, needed) else None
         lse, losses = _forward(call, head, targets, early=early)
-        ctx.items, ctx.targets, ctx.call = targets.items, targets, call
-        ctx.early = None if early is None else early.found()
-        ctx.save_for_backward(*inputs[:4], lse)
+        ctx.items, ctx.targets, ctx.call, ctx.dealt = targets.items, targets, call, dealt
+        ctx.early = None if early is None else early.found(dealt)
+        ctx.save_for_backward(*mine, target, lse)
+        losses = dealt.joined(losses) if call.reduction == "none" else dealt.summed(losses.sum())
         result: Tensor = targets.reduce(losses, call.reduction).to(call.dtype)
         return result
 
@@ -105,8 +116,10 @@ class _Entropy(Function):
                 found[number], ctx.early[number] = early.mul_(gradients[0].to(early.dtype)), None
         missing = [need and each is None for need, each in zip(needed, found, strict=True)]
         if any(missing):
-            rows = ctx.targets.spread(gradients[0].to(ctx.call.wide), ctx.call.reduction)
-            rest = _backward(ctx.call, inputs, missing, targets=ctx.targets, lse=lse, factors=rows)
+            of_losses = gradients[0][ctx.dealt.own] if ctx.call.reduction == "none" else gradients[0]
+            factors = ctx.targets.spread(of_losses.to(ctx.call.wide), ctx.call.reduction)
+            found_here = _backward(ctx.call, inputs, missing, targets=ctx.targets, lse=lse, factors=factors)
+            rest = found_here.found(ctx.dealt)
             found = [other if each is None else each for each, other in zip(found, rest, strict=True)]
         return (*found, None, None)
 
@@ -142,9 +155,7 @@ def _forward(call: Entropy, head: Head, targets: Targets, *, early: Gradients | 
     return total.log() + largest, (total.log() - own).masked_fill(~targets.counted, 0.0)
 
 
-def _backward(
-    call: Entropy, inputs: Any, needed: Any, *, targets: Targets, lse: Tensor, factors: Tensor
-) -> list[Tensor | None]:
+def _backward(call: Entropy, inputs: Any, needed: Any, *, targets: Targets, lse: Tensor, factors: Tensor) -> Gradients:
     """Gradients from the log-sum-exp and the gradient of each row's loss."""
     head = Head(call.product, inputs, call.block)
     gradients = Gradients(head, inputs, needed)
@@ -154,7 +165,7 @@ def _backward(
         shares = _powers(values, lse[block], spare=product is scores or values.dtype != scores.dtype)
         gradient = _of_scores(shares, targets, block, factors=factors)
         gradients.add(block, head.gradient(product, scores, gradient))
-    return gradients.found()
+    return gradients
 
 
 def _powers(values: Tensor, shift: Tensor, *, spare: bool) -> Tensor:
@@ -174,6 +185,8 @@ def _differentiable(
     call: Entropy, inputs: Any, target: Tensor, *, gradient: Tensor, needed: Any
 ) -> list[Tensor | None]:
     """The same gradients with a history, from whole scores."""
+    if call.rows is not None:
+        raise WrapError("second derivatives of a cross entropy whose rows are dealt over cp cannot be had; use cp=1")
     if call.axis is not None:
         raise WrapError(
             "second derivatives of a cross entropy whose classes are dealt over tp cannot be had; use tp=1, or leave "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from meshwright.parallel.blockwise.dealt_rows import DealtRows
 from meshwright.parallel.blockwise.product import Product
 
 __all__ = ["Gradients", "Head", "unwatched"]
@@ -93,10 +94,11 @@ class Gradients:
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=self._bias.dtype)
 
-    def found(self) -> list[Tensor | None]:
-        """The gradients; None for what is not needed."""
-        totals = (self._rows, self._weight, self._bias)
-        pairs = zip(totals, self._inputs, strict=True)
+    def found(self, dealt: DealtRows) -> list[Tensor | None]:
+        """The gradients of all rows, and those of weight and bias from all rows; None for what is not needed."""
+        totals = zip((dealt.joined, dealt.summed, dealt.summed), (self._rows, self._weight, self._bias), strict=True)
+        whole = [None if total is None else of_all(total) for of_all, total in totals]
+        pairs = zip(whole, self._inputs, strict=True)
         return [None if total is None or like is None else total.to(like.dtype) for total, like in pairs]
 
 

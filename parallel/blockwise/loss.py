@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.blockwise.dealt_rows import DealtRows
 from meshwright.parallel.blockwise.entropy import Entropy, blockwise_cross_entropy
 from meshwright.parallel.blockwise.product import Product, narrow_dtype
 from meshwright.parallel.errors import WrapError
@@ -26,21 +27,25 @@ from meshwright.parallel.watch import matrix_form
 
 __all__ = ["TiledHead", "TiledScores", "find_heads", "tile_loss"]
 
+_BY_BLOCKS = "cross_entropy by blocks"
+
 
 def tile_loss(
-    model: nn.Module, block: int, *, heads: Sequence[str] | None = None, in_advance: bool = False
+    model: nn.Module,
+    block: int,
+    *,
+    heads: Sequence[str] | None = None,
+    in_advance: bool = False,
+    rows: Axis | None = None,
 ) -> dict[str, "TiledHead"]:
-    """Makes heads give scores that cross entropy computes `block` rows at a time; after `tp` was dealt.
+    """Makes heads give scores that cross entropy computes `block` rows at a time; returns them by their paths.
 
     Args:
-        model: changed in place.
+        model: changed in place; dealt over `tp` already.
         block: rows (tokens) at a time; [block, vocabulary] scores are in memory at once.
         heads: paths of modules that multiply by one matrix; None takes those of `find_heads`.
-        in_advance: compute gradients with the loss. It saves a quarter of the work where backward follows forward at
-            once; where several micro-batches go forward first, each holds a gradient of the head's weight meanwhile.
-
-    Returns:
-        Path -> tiled head, which counts what its scores were used for.
+        in_advance: compute gradients with the loss, see `Entropy`.
+        rows: ranks that give their heads the same rows and share the work of the loss; None for this rank alone.
 
     Raises:
         WrapError: for a head that is no matrix.
@@ -53,10 +58,11 @@ def tile_loss(
     >>> model["head"].forward.uses
     Counter({'cross_entropy by blocks': 1})
     """
-    tiled = {}
-    for path in find_heads(model) if heads is None else heads:
-        tiled[path] = _tiled(path, model.get_submodule(path), block, in_advance=in_advance)
-        model.get_submodule(path).forward = tiled[path]
+    paths = find_heads(model) if heads is None else heads
+    found = {path: _tiled(path, model.get_submodule(path), block) for path in paths}
+    tiled = {path: replace(each, block=block, in_advance=in_advance, rows=rows) for path, each in found.items()}
+    for path, each in tiled.items():
+        model.get_submodule(path).forward = each
     return tiled
 
 
@@ -80,12 +86,12 @@ def find_heads(model: nn.Module) -> list[str]:
     return found
 
 
-def _tiled(path: str, head: nn.Module, block: int, *, in_advance: bool) -> "TiledHead":
+def _tiled(path: str, head: nn.Module, block: int) -> "TiledHead":
     known = head.forward
     if isinstance(known, TiledHead):
-        return replace(known, block=block, in_advance=in_advance)
+        return known
     if isinstance(known, DealtHead):
-        return TiledHead(head, known.vocabulary, block, axis=known.axis, in_advance=in_advance)
+        return TiledHead(head, known.vocabulary, block, axis=known.axis)
     form = matrix_form(head)
     if form is None:
         raise WrapError(
@@ -95,7 +101,7 @@ def _tiled(path: str, head: nn.Module, block: int, *, in_advance: bool) -> "Tile
     weight = head.weight
     assert isinstance(weight, Tensor), type(weight)
     transposed = form == "transposed"
-    return TiledHead(head, weight.shape[1 if transposed else 0], block, transposed=transposed, in_advance=in_advance)
+    return TiledHead(head, weight.shape[1 if transposed else 0], block, transposed=transposed)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class TiledHead:
         axis: over which classes are dealt.
         transposed: whether the weight is [inputs, classes].
         in_advance: whether gradients are computed with the loss.
+        rows: ranks that share the rows of a loss.
         uses: what scores were used for -> how often.
     """
 
@@ -118,6 +125,7 @@ class TiledHead:
     axis: Axis | None = field(default=None, kw_only=True)
     transposed: bool = field(default=False, kw_only=True)
     in_advance: bool = field(default=False, kw_only=True)
+    rows: Axis | None = field(default=None, kw_only=True)
     uses: Counter[str] = field(default_factory=Counter, kw_only=True)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -214,7 +222,9 @@ class TiledScores(Scores):
         """By blocks of rows."""
         source, head = self.source, self.source.head
         source.check()
-        head.uses["cross_entropy by blocks"] += 1
+        if not head.uses[_BY_BLOCKS]:
+            DealtRows(head.rows, len(target)).check(self.held(), target)
+        head.uses[_BY_BLOCKS] += 1
         narrow = source.probe.dtype in (torch.float16, torch.bfloat16)
         cast = narrow and narrow_dtype(source.probe.device) is not None  # autocast takes losses in float32
         call = Entropy(
@@ -227,6 +237,7 @@ class TiledScores(Scores):
             axis=head.axis,
             span=head.span,
             in_advance=head.in_advance,
+            rows=head.rows,
         )
         return blockwise_cross_entropy(call, self.held(), target, weight=source.weight, bias=source.bias)
 

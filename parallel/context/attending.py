@@ -7,11 +7,13 @@ from torch import Tensor
 
 from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall
+from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.blockwise.sizes import Blockwise
-from meshwright.parallel.context.plan import Attends
+from meshwright.parallel.context.plan import Attends, Seen
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import gather, rows
 from meshwright.parallel.length import Length
+from meshwright.parallel.threads import ThreadAxis
 
 __all__ = ["attend_to_all", "gathered", "has_dealt_keys", "own_rows", "without_drops"]
 
@@ -50,16 +52,36 @@ def attend_to_all(asked: AttentionCall, length: Length, sizes: Blockwise, *, dea
 
 
 def gathered(length: Length, note: Callable[[str, Attends], None]) -> Callable[[AttentionCall], Tensor]:
-    """A handler for proofs, which drops nothing; `note` is told how each module attends."""
+    """A handler for proofs, which drops nothing; `note` is told how each module attends, by one rank.
+
+    How keys are fetched here says nothing of how they will be, so it is not among the axis' calls.
+    """
+    assert isinstance(length.axis, ThreadAxis), type(length.axis)
+    fetching = Length(length.axis.unnoted(), full=length.full, width=length.width)
 
     def attend(asked: AttentionCall) -> Tensor:
         dealt = has_dealt_keys(asked, length)
         if dealt is None:
             return attend_to(without_drops(asked), Blockwise())
-        note(asked.name, Attends(dealt, asked.query.shape[1], asked.key.shape[1], asked.key.shape[3]))
-        return attend_to_all(without_drops(asked), length, Blockwise(), dealt=dealt)
+        if length.axis.rank == 0:
+            note(asked.name, _attends(asked, length.full, dealt=dealt))
+        return attend_to_all(without_drops(asked), fetching, Blockwise(), dealt=dealt)
 
     return attend
+
+
+def _attends(asked: AttentionCall, full: int, *, dealt: bool) -> Attends:
+    query, key, value, mask = asked.query, asked.key, asked.value, asked.mask
+    band = Band(None, None) if mask is None else mask
+    seen = Seen(
+        batch=query.shape[0],
+        length=full,
+        value_width=value.shape[3],
+        window=(band.left, band.right) if isinstance(band, Band) else None,
+        biased=asked.bias is not None and asked.bias.shape[-2] > 1,
+        learned=any(each.requires_grad for each in (query, key, value)),
+    )
+    return Attends(dealt, query.shape[1], key.shape[1], key.shape[3], seen)
 
 
 def without_drops(asked: AttentionCall) -> AttentionCall:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from meshwright.parallel.blocks import find_blocks
@@ -21,14 +23,14 @@ from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.context.arguments import deal_arguments
 from meshwright.parallel.context.attending import gathered, without_drops
-from meshwright.parallel.context.plan import Attends, ContextPlan, Dealt
+from meshwright.parallel.context.plan import Attends, ContextPlan, Dealt, Scored
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
 from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.tensor_plan import Decision, Stream
 from meshwright.parallel.unit_calls import calls_of, signature_of
-from meshwright.parallel.unit_run import Kinds, Plain, UnitCall, keyed_arguments, kinds_of, run_plain
+from meshwright.parallel.unit_run import Kinds, Plain, UnitCall, argument, keyed_arguments, kinds_of, run_plain
 
 __all__ = ["Settled", "plan_context", "settle_blocks"]
 
@@ -43,6 +45,7 @@ class Settled:
         plan: of it, with paths relative to it; None where it does not work on a dealt sequence.
         stream: the argument that is dealt.
         reason: what was tried.
+        given: streams that the block gives.
         kinds: of the arguments of the call it was proved for.
         only_streams: whether all it gives has an entry for each position of each sample.
     """
@@ -50,6 +53,7 @@ class Settled:
     plan: ContextPlan | None
     stream: int | str | None
     reason: str
+    given: int = 0
     kinds: Kinds = ()
     only_streams: bool = False
 
@@ -65,35 +69,50 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
     Raises:
         WrapError: naming the block that cannot.
     """
-    settled = settle_blocks(model, run)
-    if not settled:
+    with _Losses() as losses:
+        calls = calls_of(model, run, list(find_blocks(model)))
+    if not calls:
         raise WrapError(
             f"mesh axis cp={degree}: the model has no list of blocks that it calls; deal the batch over dp instead"
         )
+    settled = settle_blocks(model, calls, degree)
     _refuse(settled, degree)
-    plan = ContextPlan(degree=degree, sequence=True)
+    plan = ContextPlan(degree=degree, sequence=True, losses=tuple(losses.seen))
     plan = plan.joined_with(each.plan.under(path) for path, each in settled.items() if each.plan is not None)
     refuse_mixed(model, plan, list(settled), axis=f"cp={degree}")
     decisions = tuple(Decision(path, "positions", each.reason) for path, each in settled.items())
-    return replace(plan, streams=_streams(settled), decisions=decisions)
+    return replace(_with_streams(plan, calls, settled), decisions=decisions)
 
 
-def settle_blocks(model: nn.Module, run: Callable[[], Any]) -> dict[str, Settled]:
+def settle_blocks(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) -> dict[str, Settled]:
     """Finds out of each block of a model whether it works on some positions of a sequence; equal ones are tried once.
 
     Args:
         model: unwrapped, on any device, meta included; it is not changed.
-        run: one forward pass of the model on an example.
+        calls: of its blocks in one forward pass.
+        degree: ranks whose collectives are counted.
     """
     known: dict[Any, Settled] = {}
     settled: dict[str, Settled] = {}
-    for path, call in calls_of(model, run, list(find_blocks(model))).items():
+    for path, call in calls.items():
         unit = model.get_submodule(path)
         key = signature_of(unit, call)
         if key not in known:
-            known[key] = _settle(unit, call)
+            known[key] = _settle(unit, call, degree)
         settled[path] = known[key]
     return settled
+
+
+def _with_streams(plan: ContextPlan, calls: Mapping[str, UnitCall], settled: Mapping[str, Settled]) -> ContextPlan:
+    """Adds the streams, and the collectives at their ends."""
+    streams = _streams(settled)
+    ends = {
+        f"stream of {each.blocks[0]}": _ends(
+            calls[each.blocks[0]], each.key, given=settled[each.blocks[-1]].given, degree=plan.degree
+        )
+        for each in streams
+    }
+    return replace(plan, streams=streams, calls={**plan.calls, **ends})
 
 
 def _refuse(settled: Mapping[str, Settled], degree: int) -> None:
@@ -117,7 +136,19 @@ def _streams(settled: Mapping[str, Settled]) -> tuple[Stream, ...]:
     return tuple(found)
 
 
-def _settle(unit: nn.Module, call: UnitCall) -> Settled:
+def _ends(call: UnitCall, key: int | str, *, given: int, degree: int) -> tuple[tuple[str, int], ...]:
+    """Collectives where a stream is dealt, in backward only, and where what the last block gives is joined."""
+    value = argument(call.args, call.kwargs, key)
+    gathered = ("all_gather", _padded(value.numel(), value.shape[-2], degree))
+    return (gathered,) * (given + int(value.requires_grad))
+
+
+def _padded(elements: int, length: int, degree: int) -> int:
+    """Elements of a tensor whose `length` positions travel in shares as large as the largest."""
+    return elements // length * -(-length // degree) * degree
+
+
+def _settle(unit: nn.Module, call: UnitCall, degree: int) -> Settled:
     """Finds the first variant of a block that is proved."""
     asked: list[str] = []
 
@@ -139,10 +170,42 @@ def _settle(unit: nn.Module, call: UnitCall) -> Settled:
             reasons.append(str(error))
             continue
         partial = found.partial | _untried(plain, variant)
-        settled = replace(variant, partial=partial, drops=found.drops, calls=found.calls, attends=attends)
+        length = plain.shape[-2]
+        calls = {"": tuple((kind, _on(degree, length, kind=kind, elements=each)) for kind, each in found.calls[""])}
+        settled = replace(
+            variant, partial=partial, drops=found.drops, calls=calls, attends=attends, lengths={"": length}
+        )
+        given = sum(each.shape == plain.shape for each in plain.outputs)
+        kinds = kinds_of(call.args, call.kwargs)
         only_streams = all(each.dim() == 3 and each.shape[:-1] == plain.shape[:-1] for each in plain.outputs)
-        return Settled(settled, plain.stream, _said(settled), kinds_of(call.args, call.kwargs), only_streams)
+        return Settled(settled, plain.stream, _said(settled), given, kinds, only_streams)
     return Settled(None, None, f"not equal to the plain run: {reasons[0]}")
+
+
+def _on(degree: int, length: int, *, kind: str, elements: int) -> int:
+    """Elements of a collective of the proof on `degree` ranks: shares of positions are padded to the largest."""
+    if kind == "all_reduce":
+        return elements
+    padded = _padded(length, length, _PROVED_ON)
+    return _padded(elements // padded * length, length, degree)
+
+
+class _Losses(TorchFunctionMode):
+    """Notes cross entropies of rows of scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Scored] = []
+
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
+        """Passes every call on."""
+        args, keywords = given[0] if given else (), given[1] if len(given) > 1 and given[1] else {}
+        if func is functional.cross_entropy:
+            scores = args[0] if args else keywords["input"]
+            if scores.dim() == 2:
+                rows, classes = scores.shape
+                self.seen.append(Scored(rows, classes, reduced=keywords.get("reduction", "mean") != "none"))
+        return func(*args, **keywords)
 
 
 @dataclass(frozen=True)
@@ -154,7 +217,15 @@ class _Attending:
 
     def __call__(self, copy: nn.Module, length: Length) -> AbstractContextManager[object]:
         deal_arguments(copy, self.plan, {"": length})
-        return plugged(copy, gathered(length, self.attends.__setitem__))
+        if length.axis.rank == 0:
+            self.attends.clear()  # a proof may take two runs
+        return plugged(copy, gathered(length, self._note))
+
+    def _note(self, name: str, attends: Attends) -> None:
+        before = self.attends.get(name)
+        if before is not None and before.seen is not None and attends.seen is not None:
+            attends = replace(attends, seen=replace(attends.seen, times=before.seen.times + 1))
+        self.attends[name] = attends
 
 
 def _noted(call: AttentionCall, asked: list[str]) -> Tensor:

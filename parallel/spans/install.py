@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.calls import AttentionCall, Handler
 from meshwright.parallel.blockwise.sizes import Blockwise
@@ -16,6 +17,7 @@ from meshwright.parallel.spans.answers import Answers
 from meshwright.parallel.spans.arguments import Dims
 from meshwright.parallel.spans.block import SpannedBlock
 from meshwright.parallel.tensor_plan import starred
+from meshwright.parallel.unit_calls import calls_of
 
 __all__ = ["Spanned", "plan_spans", "span_blocks"]
 
@@ -49,7 +51,7 @@ def plan_spans(model: nn.Module, run: Callable[[], Any]) -> Spanned:
     Raises:
         WrapError: where none may.
     """
-    settled = settle_blocks(model, run)
+    settled = settle_blocks(model, calls_of(model, run, list(find_blocks(model))), degree=2)
     whole = {path: reason for path, each in settled.items() if (reason := _why_not(each)) is not None}
     if len(whole) == len(settled):
         first = next((f" ({path}: {reason})" for path, reason in whole.items()), ": it has no list of blocks")

@@ -93,6 +93,8 @@ def test_what_cannot_be_predicted_is_said_in_the_report() -> None:
     model, options = build_model(), Options.of(example=build_batch())
     with pytest.raises(WrapError, match="sharded states"):
         footprint(model, mw.Mesh(fsdp=2), options, make_plan(model, mw.Mesh(), options))
+    with pytest.raises(WrapError, match="a dealt sequence"):
+        footprint(model, mw.Mesh(cp=2), options, make_plan(model, mw.Mesh(), options))
     with pytest.raises(WrapError, match="no example"):
         footprint(model, mw.Mesh(), replace(options, example=None), make_plan(model, mw.Mesh(), options))
     report = mw.parallelize(model, mw.Mesh(), predict_memory=True).report

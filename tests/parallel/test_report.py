@@ -9,6 +9,7 @@ import torch
 import meshwright as mw
 from meshwright.parallel.microbatch import share
 from meshwright.parallel.options import Options
+from meshwright.parallel.plan import make_context_plan, make_plan
 from meshwright.parallel.report import describe
 from meshwright.testing import run_ranks
 from tests.parallel.cells import alternating, beyond
@@ -71,6 +72,17 @@ def test_collectives_of_tp_are_predicted_for_every_family(family: str, degrees: 
     mesh = mw.Mesh(**degrees)
     predicted, counted = run_ranks(_tensor_calls, mesh, family, mesh, options)[0]  # others may hold other heads
     assert counted == predicted
+
+
+def test_collectives_that_recompute_runs_again_are_not_predicted() -> None:
+    model = llama()()
+    options = Options.of(schedule="layered", recompute="blocks", example=tokens()())
+    said = "collectives are not predicted: recompute runs those of forward again"
+    for mesh, known in ((mw.Mesh(tp=2), False), (mw.Mesh(cp=2), False), (mw.Mesh(dp=2), True)):
+        plan = make_plan(model, mesh, options)
+        report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
+        assert (report.collectives is not None) == known
+        assert (said in report.notes) != known
 
 
 def test_zero_three_gathers_grow_with_micro_batches_and_zero_one_does_not() -> None:

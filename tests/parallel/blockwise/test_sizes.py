@@ -28,6 +28,8 @@ def test_sizes_have_defaults_and_names() -> None:
         ({"kv_block": True}, "kv_block=True is no size"),
         ({"query_block": None}, "query_block=None is no size"),
         ({"ffn_block": 1.5}, "ffn_block=1.5 is no size of a block; give a whole number of at least 1, or None"),
+        ({"loss_block": 3, "loss_in_advance": 1}, "loss_in_advance=1 is neither True nor False"),
+        ({"loss_in_advance": True}, "loss_in_advance is about a loss by blocks; give loss_block too"),
         (True, "blockwise=True is no mapping of sizes; write blockwise={} for the default ones"),
     ],
 )

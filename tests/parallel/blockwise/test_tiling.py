@@ -37,6 +37,9 @@ def test_the_report_names_what_runs_by_blocks() -> None:
     model, sizes = lm("llama")(), Blockwise.of(SIZES)
     assert tile_networks(model, sizes) == ["feed-forward in blocks of 5 positions: 2 x model.layers.*.mlp"]
     assert tile_heads(model, sizes) == ["cross entropy in blocks of 7 rows of scores: lm_head"]
+    model, early = lm("llama")(), Blockwise.of({**SIZES, "loss_in_advance": True})
+    assert tile_heads(model, early) == ["cross entropy in blocks of 7 rows of scores: lm_head, gradients with it"]
+    assert model.get_submodule("lm_head").forward.in_advance  # type: ignore[union-attr]
 
 
 def test_sizes_that_are_not_asked_for_change_nothing() -> None:
