@@ -30,10 +30,12 @@ class BiLevelRouting(Routing):
     Args:
         node_scores: [tokens, n], the p above.
         local_scores: [tokens, m] of one intra gate for all nodes, or [tokens, n, m] of one for each; the q above.
+        k_local: choices of a token in each of its nodes, which stand together in `experts`.
     """
 
     node_scores: Tensor
     local_scores: Tensor
+    k_local: int
 
     @property
     def num_nodes(self) -> int:
@@ -118,6 +120,7 @@ class BiLevel:
             real=real,
             node_scores=p.exp(),
             local_scores=q.exp(),
+            k_local=self.k_local,
         )
         return self._limited(routing, nodes)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meshwright.moe.errors import RoutingError
 
-__all__ = ["Routing", "check_real", "first_largest", "usable_logits"]
+__all__ = ["Routing", "check_real", "count_choices", "first_largest", "usable_logits"]
 
 _MOST_ROUNDS = 16  # measured on CPU: beyond, one stable sort is faster than one search for each choice
 
@@ -95,9 +95,29 @@ class Routing:
         return (self.asked & ~self.kept).sum()
 
     def _count(self, which: Tensor) -> Tensor:
-        place = self.experts + self.num_experts * torch.arange(self.k, device=self.experts.device)
-        found = place.new_zeros(self.k * self.num_experts)
-        return found.index_add_(0, place.flatten(), which.flatten().long()).view(self.k, self.num_experts)
+        return count_choices(self.experts, which, num_experts=self.num_experts)[0]
+
+
+def count_choices(experts: Tensor, which: Tensor, *, num_experts: int, parts: int = 1) -> Tensor:
+    """Counts choices by their level, without asking a device for a value.
+
+    Args:
+        experts: int64 [tokens, k].
+        which: bool [tokens, k], those that count.
+        num_experts: of all ranks.
+        parts: equal parts of the tokens, each counted alone.
+
+    Returns:
+        int64 [parts, k, num_experts]
+
+    >>> count_choices(torch.tensor([[1], [0]]), torch.tensor([[True], [False]]), num_experts=2).tolist()
+    [[[0, 1]]]
+    """
+    tokens, k = experts.shape
+    part = torch.arange(parts, device=experts.device).repeat_interleave(tokens // parts)
+    place = experts + num_experts * (torch.arange(k, device=experts.device) + k * part[:, None])
+    found = experts.new_zeros(parts * k * num_experts)
+    return found.index_add_(0, place.flatten(), which.flatten().long()).view(parts, k, num_experts)
 
 
 def usable_logits(logits: Tensor, num_experts: int, *, real: Tensor | None, name: str = "logits") -> Tensor:
