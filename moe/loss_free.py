@@ -92,7 +92,7 @@ class LoadBias(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoadBias":
         before = self.bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if torch.promote_types(self.bias.dtype, torch.float32) != self.bias.dtype:
             self.bias = before.to(self.bias.device)  # not back from the narrow one, whose digits are gone
         return self
