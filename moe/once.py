@@ -62,12 +62,8 @@ def visit_once(routing: Routing, *, num_nodes: int) -> Visits:
     there = torch.zeros(routing.num_tokens, num_nodes, dtype=torch.int64, device=nodes.device)
     there.scatter_add_(1, nodes, routing.kept.long())
     node, token = (there > 0).T.nonzero().unbind(1)
-    departure = Departure(
-        places=token * num_nodes + node,
-        counts=(there > 0).sum(0),
-        num_tokens=routing.num_tokens,
-        slots=num_nodes,
-    )
+    places, counts = token * num_nodes + node, (there > 0).sum(0)
+    departure = Departure(places=places, counts=counts, num_tokens=routing.num_tokens, slots=num_nodes)
     here = routing.kept[token] & (nodes[token] == node[:, None])
     experts = torch.where(here, routing.experts[token] - node[:, None] * each, -1)
     return Visits(departure, experts, torch.where(here, routing.weights[token], 0.0))
