@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from meshwright.moe.balance import Total
 from meshwright.moe.errors import BalanceError
 from meshwright.moe.routing import Routing
+from meshwright.parallel.recompute import is_run_again
 
 __all__ = ["LoadBias", "next_bias"]
 
@@ -46,7 +47,7 @@ def next_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3, centred: bool
 
 
 class LoadBias(nn.Module):
-    """A bias and the counts that move it, as buffers: the bias is saved with the model, the counts are not.
+    """A bias, as a buffer that is saved with the model, and what was counted since it moved.
 
     Casting the model to a narrower dtype leaves the bias in float32.
 
@@ -64,21 +65,26 @@ class LoadBias(nn.Module):
     """
 
     bias: Tensor
-    counts: Tensor
 
     def __init__(self, num_experts: int, *, rate: float = 1e-3, centred: bool = False) -> None:
         super().__init__()
         self.rate, self.centred = rate, centred
+        # no buffer: those of a forward that may be run again must not change
+        self._counted: Tensor | None = None
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
-        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [num_experts]: choices of each expert since the last step."""
+        return torch.zeros_like(self.bias, dtype=torch.int64) if self._counted is None else self._counted
 
     def count(self, routing: Routing) -> None:
         """Adds what a micro-batch asked for; call it once for each, in forward.
 
-        Counts nothing in evaluation, nor while backward runs, which is where forwards are recomputed.
+        Counts nothing in evaluation, nor in a forward that is run again.
         """
-        if self.training and not _inside_backward():
-            self.counts += routing.counts().sum(0)
+        if self.training and not is_run_again():
+            self._counted = self.counts + routing.counts().sum(0)
 
     def step(self, total: Total | None = None) -> None:
         """Moves the bias; call it once for each global batch.
@@ -86,9 +92,9 @@ class LoadBias(nn.Module):
         Args:
             total: adds an int64 vector over the ranks that share the batch; this rank is alone where None.
         """
-        counts = self.counts.clone() if total is None else total(self.counts.clone())
+        counts = self.counts if total is None else total(self.counts)
         self.bias.copy_(next_bias(self.bias, counts, rate=self.rate, centred=self.centred))
-        self.counts.zero_()
+        self._counted = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoadBias":
         before = self.bias
@@ -96,7 +102,3 @@ class LoadBias(nn.Module):
         if torch.promote_types(self.bias.dtype, torch.float32) != self.bias.dtype:
             self.bias = before.to(self.bias.device)  # not back from the narrow one, whose digits are gone
         return self
-
-
-def _inside_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined,no-any-return,unused-ignore]

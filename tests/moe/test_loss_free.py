@@ -11,6 +11,7 @@ from meshwright.moe.errors import BalanceError
 from meshwright.moe.loss_free import LoadBias, next_bias
 from meshwright.moe.routing import Routing
 from meshwright.moe.top_k import TopK
+from meshwright.parallel.recompute import Frame
 from tests.moe.golden import flat_logits
 
 
@@ -77,6 +78,21 @@ def test_evaluation_leaves_counts_as_they_were() -> None:
     load = LoadBias(4).eval()
     routed(flat_logits(), load)
     assert load.counts.tolist() == [0] * 4
+
+
+def test_a_block_that_the_engine_runs_again_counts_once() -> None:
+    load = LoadBias(4)
+    logits = flat_logits().requires_grad_()
+    leaves = {id(logits): logits.detach().requires_grad_()}
+    frame = Frame(
+        "block", lambda each: routed(each, load).weights, ((logits,), {}), leaves=leaves, buffers=list(load.buffers())
+    )
+    weights = frame.run()
+    frame.recompute()
+    weights.sum().backward()
+    assert load.counts.sum() == 16
+    routed(flat_logits(), load)
+    assert load.counts.sum() == 32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

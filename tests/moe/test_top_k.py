@@ -109,8 +109,17 @@ def test_padding_changes_nothing_for_what_is_real(sizes: tuple[int, int, int], p
     for name in ("experts", "weights", "asked", "kept", "scores"):
         assert torch.equal(getattr(padded, name)[place], getattr(bare, name)), name
     assert torch.equal(padded.counts(), bare.counts())
-    assert padded.weights.sum() == bare.weights[bare.kept].sum() or padding
-    assert not padded.asked.sum() - bare.asked.sum()
+    assert padded.asked.sum() == bare.asked.sum()
+
+
+def test_padding_weighs_nothing_and_has_no_gradient() -> None:
+    logits = flat_logits().requires_grad_()
+    real = torch.arange(8) != 3
+    routing = TopK(num_experts=4, k=2, renormalise=True).route(logits, real=real)
+    assert routing.weights[3].tolist() == [0.0, 0.0]
+    routing.weights.square().sum().backward()
+    assert logits.grad is not None
+    assert (logits.grad.abs().sum(1) > 0).tolist() == real.tolist()
 
 
 @pytest.mark.parametrize(
