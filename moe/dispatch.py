@@ -120,23 +120,7 @@ def combine(rows: Tensor, departure: Departure, weights: Tensor | None = None) -
             f"{len(rows)} rows and weights {None if weights is None else list(weights.shape)} for a departure of "
             f"{departure.num_rows} rows of {list(shape)} choices"
         )
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    served = _placed(rows, departure)
-    total: Tensor | None = None
-    for slot in range(departure.slots):
-        part = served[:, slot].to(wide)
-        if weights is not None:
-            part = part * weights[:, slot].view(-1, *[1] * (part.dim() - 1))
-        total = part if total is None else total + part
-    assert total is not None, f"{departure} has no slots"
-    return total.to(rows.dtype)
-
-
-def _placed(rows: Tensor, departure: Departure) -> Tensor:
-    """[tokens, slots, ...], zeros where nothing was sent."""
-    shape = departure.num_tokens, departure.slots
-    room = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:])
-    return room.index_copy(0, departure.places, rows).view(*shape, *rows.shape[1:])
+    return _Combine.apply(departure, rows, weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Depart(Function):
@@ -148,3 +132,55 @@ class _Depart(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return combine(gradients[0], ctx.departure), None
+
+
+class _Combine(Function):
+    """By hand, since autograd would add to all rows once for each slot."""
+
+    @staticmethod
+    def forward(ctx: Any, departure: Departure, *tensors: Tensor | None) -> Tensor:
+        rows, weights = tensors
+        assert rows is not None
+        ctx.departure = departure
+        ctx.save_for_backward(rows, weights)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        arrivals = _arrivals(departure)
+        if departure.num_rows < arrivals.numel():
+            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])  # stands for what was not sent
+        total: Tensor | None = None
+        for slot in range(departure.slots):
+            part = rows.index_select(0, arrivals[:, slot]).to(wide)
+            if weights is not None:
+                part.mul_(_beside(weights[:, slot].to(wide), part))
+            total = part if total is None else total.add_(part)
+        assert total is not None, f"{departure} has no slots"
+        return total.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, weights = ctx.saved_tensors
+        departure = ctx.departure
+        own = gradients[0].index_select(0, departure.tokens)
+        if weights is None:
+            return None, own, None
+        of_rows = of_weights = None
+        if ctx.needs_input_grad[1]:
+            of_rows = (own * _beside(weights.flatten()[departure.places], own)).to(rows.dtype)
+        if ctx.needs_input_grad[2]:
+            wide = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
+            products = (own.to(wide) * rows.to(wide)).flatten(1).sum(1).to(weights.dtype)
+            of_weights = torch.zeros_like(weights).flatten().index_copy(0, departure.places, products).view_as(weights)
+        return None, of_rows, of_weights
+
+
+def _arrivals(departure: Departure) -> Tensor:
+    """int64 [tokens, slots]: the row that serves each choice; one behind the last for what was not sent."""
+    places = departure.places
+    found = places.new_full((departure.num_tokens * departure.slots,), departure.num_rows)
+    found.scatter_(0, places, torch.arange(departure.num_rows, device=places.device))
+    return found.view(departure.num_tokens, departure.slots)
+
+
+def _beside(factors: Tensor, rows: Tensor) -> Tensor:
+    """One factor for each row, broadcastable."""
+    return factors.view(-1, *[1] * (rows.dim() - 1))
