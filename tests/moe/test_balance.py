@@ -69,7 +69,9 @@ def test_an_even_spread_costs_one_or_k(family: Family, k: int) -> None:
 
 
 def test_transformers_computes_the_same_over_its_layers_and_its_padding() -> None:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    mixtral = pytest.importorskip(
+        "transformers.models.mixtral.modeling_mixtral", reason="the extra 'hf' is not installed"
+    )
 
     layers = tuple(drawn(24, 6, seed).float() for seed in range(3))
     real = torch.rand(24, generator=torch.Generator().manual_seed(9)) < 0.8
@@ -77,7 +79,7 @@ def test_transformers_computes_the_same_over_its_layers_and_its_padding() -> Non
     for mask in (None, real):
         tallies = [tally(router.route(logits, real=mask)) for logits in layers]
         found = balance_loss(tallies[0] + tallies[1] + tallies[2], "huggingface")
-        expected = load_balancing_loss_func(layers, 6, 2, None if mask is None else mask.view(2, 12))
+        expected = mixtral.load_balancing_loss_func(layers, 6, 2, None if mask is None else mask.view(2, 12))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
@@ -186,3 +188,18 @@ def test_what_cannot_be_balanced_is_refused() -> None:
         tally(HashRouter.modulo(vocabulary=8, num_experts=4).route(torch.arange(8)))
     with pytest.raises(RoutingError, match=r"real is torch\.bool \[7\]"):
         z_loss(flat_logits(), real=torch.ones(7, dtype=torch.bool))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_deepspeed_computes_the_same() -> None:
+    sharded_moe = pytest.importorskip("deepspeed.moe.sharded_moe", reason="the extra 'deepspeed' is not installed")
+    logits = flat_logits().float()
+    theirs = {
+        (1, "switch"): sharded_moe.top1gating(logits, 1.0, 1, use_rts=False)[0],
+        (2, "switch"): sharded_moe.top2gating(logits, 1.0, 1, top2_2nd_expert_sampling=False)[0],
+        (3, "megatron"): sharded_moe.topkgating(logits, 3, 1.0, 1)[0],
+    }
+    for (k, family), expected in theirs.items():
+        found = balance_loss(tally(TopK(num_experts=4, k=k).route(logits)), family)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -28,7 +28,7 @@ def test_the_golden_slots() -> None:
 
 
 def test_a_factor_is_the_decimal_that_it_is_written_as() -> None:
-    assert [Capacity(factor=1.1).slots(num_choices=10 * n, num_experts=1) for n in (1, 3, 7)] == [11, 33, 77]
+    assert [Capacity(factor=1.1).slots(num_choices=n, num_experts=1) for n in (50, 90, 110)] == [55, 99, 121]
     assert Capacity(factor=1.25).slots(num_choices=7, num_experts=4) == 3
     assert Capacity(factor=0.01, minimum=4).slots(num_choices=7, num_experts=4) == 4
 
