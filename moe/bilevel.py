@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from meshwright.moe.capacity import Capacity
+from meshwright.moe.capacity import Capacity, Peers
 from meshwright.moe.errors import RoutingError
-from meshwright.moe.routing import Routing, first_largest, usable_logits
+from meshwright.moe.routing import Routing, asked_of, first_largest, usable_logits
 from meshwright.moe.top_k import check_k
 
 __all__ = ["BiLevel", "BiLevelRouting"]
@@ -61,7 +61,7 @@ class BiLevel:
         k_local: experts of each token in each of its nodes.
         renormalise: divide the weights of a token by their sum.
         scale: of all weights.
-        node_capacity: tokens that a node takes from a rank, each once however many experts it visits there.
+        node_capacity: tokens that a node takes, each once however many experts it visits there.
         capacity: of experts, for what nodes have taken; its factor too is relative to all choices, spread evenly.
 
     Raises:
@@ -88,31 +88,31 @@ class BiLevel:
         if not 0 < self.scale < float("inf"):
             raise RoutingError(f"weights scaled by {self.scale}: use a number above 0, such as 1.0")
 
-    def route(self, inter: Tensor, intra: Tensor, *, real: Tensor | None = None) -> BiLevelRouting:
+    def route(
+        self, inter: Tensor, intra: Tensor, *, real: Tensor | None = None, peers: Peers | None = None
+    ) -> BiLevelRouting:
         """Decides.
 
         Args:
             inter: logits [tokens, n].
             intra: logits [tokens, m] of one gate for all nodes, or [tokens, n, m] of one for each.
             real: bool [tokens], False for padding, which goes nowhere and counts nowhere.
+            peers: ranks that share the slots of nodes and experts.
 
         Raises:
             RoutingError: for logits that do not fit or are not finite.
         """
-        self._check_shapes(inter, intra)
-        p = usable_logits(inter, self.num_nodes, real=real, name="inter logits").log_softmax(-1)
-        q = usable_logits(intra, self.num_local, real=real, name="intra logits").log_softmax(-1)
+        p, q = self._log_scores(inter, intra, real=real)
         nodes = first_largest(p, self.k_nodes)
         tokens, n, m = len(p), self.num_nodes, self.num_local
         each = q if q.dim() == 3 else q[:, None].expand(tokens, n, m)
         of_nodes = each.gather(1, nodes[..., None].expand(tokens, self.k_nodes, m))
         inside = first_largest(of_nodes, self.k_local)
         logs = (p.gather(1, nodes)[..., None] + of_nodes.gather(2, inside)).flatten(1)
-        asked = torch.ones_like(logs, dtype=torch.bool) if real is None else real[:, None].expand_as(logs)
-        weights = logs.softmax(-1) if self.renormalise else logs.exp()
+        asked = asked_of(logs, real)
         routing = BiLevelRouting(
             experts=(nodes[..., None] * m + inside).flatten(1),
-            weights=torch.where(asked, weights * self.scale, 0.0),
+            weights=torch.where(asked, self._weights(logs), 0.0),
             asked=asked,
             kept=asked,
             num_experts=n * m,
@@ -122,9 +122,12 @@ class BiLevel:
             local_scores=q.exp(),
             k_local=self.k_local,
         )
-        return self._limited(routing, nodes)
+        return self._limited(routing, nodes, peers)
 
-    def _check_shapes(self, inter: Tensor, intra: Tensor) -> None:
+    def _weights(self, logs: Tensor) -> Tensor:
+        return self.scale * (logs.softmax(-1) if self.renormalise else logs.exp())
+
+    def _log_scores(self, inter: Tensor, intra: Tensor, *, real: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens, n, m = len(inter), self.num_nodes, self.num_local
         if inter.dim() != 2 or tuple(intra.shape) not in {(tokens, m), (tokens, n, m)}:
             raise RoutingError(
@@ -132,21 +135,24 @@ class BiLevel:
                 f"is [tokens, {n}], intra is [tokens, {m}] of one gate for all nodes, or [tokens, {n}, {m}] of one for "
                 "each"
             )
+        p = usable_logits(inter, n, real=real, name="inter logits").log_softmax(-1)
+        return p, usable_logits(intra, m, real=real, name="intra logits").log_softmax(-1)
 
-    def _limited(self, routing: BiLevelRouting, nodes: Tensor) -> BiLevelRouting:
+    def _limited(self, routing: BiLevelRouting, nodes: Tensor, peers: Peers | None) -> BiLevelRouting:
         if self.node_capacity is not None:
-            kept = self._kept_by_nodes(self.node_capacity, routing, nodes)
+            kept = self._kept_by_nodes(routing, nodes, peers)
             routing = replace(routing, kept=kept, weights=torch.where(kept, routing.weights, 0.0))
         if self.capacity is None:
             return routing
-        limited = self.capacity.limit(routing)
+        limited = self.capacity.limit(routing, peers)
         return replace(routing, **{field.name: getattr(limited, field.name) for field in fields(Routing)})
 
-    def _kept_by_nodes(self, capacity: Capacity, routing: BiLevelRouting, nodes: Tensor) -> Tensor:
+    def _kept_by_nodes(self, routing: BiLevelRouting, nodes: Tensor, peers: Peers | None) -> Tensor:
         """bool [tokens, k]; a node's queue has each token once, by the sum of its weights there."""
         weights = routing.weights.detach().view(*nodes.shape, self.k_local).sum(-1)
         asked = routing.asked[:, :: self.k_local]
         of_nodes = Routing(
             experts=nodes, weights=weights, asked=asked, kept=asked, num_experts=self.num_nodes, real=routing.real
         )
-        return capacity.limit(of_nodes).kept.repeat_interleave(self.k_local, dim=1)
+        assert self.node_capacity is not None
+        return self.node_capacity.limit(of_nodes, peers).kept.repeat_interleave(self.k_local, dim=1)

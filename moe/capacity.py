@@ -8,6 +8,7 @@ An expert has ceil(factor k T / E) slots (Switch, arXiv 2101.03961; GShard, arXi
 and what finds no slot is dropped: weight exactly 0, no gradient. Weights that were renormalised stay as they were.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
@@ -17,25 +18,25 @@ import torch
 from torch import Tensor
 
 from meshwright.moe.errors import RoutingError
-from meshwright.moe.routing import Routing
+from meshwright.moe.routing import Routing, count_choices
 from meshwright.parallel.errors import nearest
 
-__all__ = ["Capacity", "Order", "Queue", "queue_starts"]
+__all__ = ["Capacity", "Order", "Peers", "queue_starts"]
 
 Order = Literal["position", "score"]
 
 
 @dataclass(frozen=True, eq=False)
-class Queue:
-    """What stands in the queues of experts before the tokens of this rank, where ranks share them.
+class Peers:
+    """Ranks whose tokens stand in the same queues, in the order of their ranks, as if one process had them all.
 
     Args:
-        starts: int64 [k, num_experts], this rank's part of `queue_starts`.
-        num_tokens: of all ranks.
+        rank: this one.
+        gather: int64 [n] of this rank -> [ranks, n] of all; called once for each capacity.
     """
 
-    starts: Tensor
-    num_tokens: int
+    rank: int
+    gather: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,12 @@ class Capacity:
         """
         return max(ceil(Fraction(repr(float(self.factor))) * num_choices / num_experts), self.minimum)
 
-    def limit(self, routing: Routing, queue: Queue | None = None) -> Routing:
+    def limit(self, routing: Routing, peers: Peers | None = None) -> Routing:
         """Drops what finds no slot.
 
         Args:
             routing: whose `kept` choices queue; those of padding need no slots and make none.
-            queue: where experts are shared with other ranks; each has slots of its own where None.
+            peers: that share slots; each rank has slots of its own where None.
 
         Raises:
             RoutingError: for a shared queue by score, which no rank can know from counts.
@@ -91,14 +92,14 @@ class Capacity:
         >>> Capacity(factor=1.0).limit(routing).kept.flatten().tolist()
         [True, True, True, False]
         """
-        if queue is not None and self.order == "score":
+        if peers is not None and self.order == "score":
             raise RoutingError("ranks cannot share queues ordered by score; use order='position'")
-        num_tokens = int(routing.num_real()) if queue is None else queue.num_tokens
+        starts, num_tokens = _starts(routing, peers)
         slots = self.slots(num_choices=num_tokens * routing.k, num_experts=routing.num_experts)
-        kept = routing.kept & (self._places(routing, queue) < slots)
+        kept = routing.kept & (self._places(routing, starts) < slots)
         return replace(routing, kept=kept, weights=torch.where(kept, routing.weights, 0.0))
 
-    def _places(self, routing: Routing, queue: Queue | None) -> Tensor:
+    def _places(self, routing: Routing, starts: Tensor) -> Tensor:
         """int64 [tokens, k]: how many stand before each choice that is kept so far."""
         # choices as they queue: [k, tokens], so that first choices come first; what does not queue goes to a last place
         number, k = routing.num_experts, routing.k
@@ -108,7 +109,6 @@ class Capacity:
             return _ranked(experts.flatten(), number + 1, by_score).view(k, -1).T
         level = torch.arange(k, device=experts.device)[:, None] * (number + 1)
         in_level = _ranked((experts + level).flatten(), k * (number + 1)).view(k, -1)
-        starts = queue_starts(_counts(experts, number)[None])[0] if queue is None else queue.starts
         padded = torch.nn.functional.pad(starts, (0, 1))
         return (in_level + padded.gather(1, experts)).T
 
@@ -130,9 +130,13 @@ def queue_starts(counts: Tensor) -> Tensor:
     return (by_level.cumsum(0) - by_level).view(k, ranks, num_experts).transpose(0, 1)
 
 
-def _counts(experts: Tensor, num_experts: int) -> Tensor:
-    found = experts.new_zeros(len(experts), num_experts + 1)
-    return found.scatter_add_(1, experts, torch.ones_like(experts))[:, :-1]
+def _starts(routing: Routing, peers: Peers | None) -> tuple[Tensor, int]:
+    """Where this rank's choices begin, int64 [k, num_experts], and the tokens of all ranks."""
+    counts = count_choices(routing.experts, routing.kept, num_experts=routing.num_experts)
+    if peers is None:
+        return queue_starts(counts)[0], int(routing.num_real())
+    found = peers.gather(torch.cat([counts.flatten(), routing.num_real()[None]]))
+    return queue_starts(found[:, :-1].unflatten(1, counts.shape[1:]))[peers.rank], int(found[:, -1].sum())
 
 
 def _ranked(keys: Tensor, num_keys: int, first: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meshwright.moe.errors import RoutingError
-from meshwright.moe.routing import Routing, check_real
+from meshwright.moe.routing import Routing, asked_of, check_real
 from meshwright.parallel.randomness import seed_of
 
 __all__ = ["HashRouter"]
@@ -119,7 +119,7 @@ class HashRouter:
                 "vocabulary, or mark padding by real="
             )
         experts = self.table.to(ids.device)[ids]
-        asked = torch.ones_like(experts, dtype=torch.bool) if real is None else real[:, None].expand_as(experts)
+        asked = asked_of(experts, real)
         weights = asked.to(torch.float32) / experts.shape[1]
         return Routing(
             experts=experts, weights=weights, asked=asked, kept=asked, num_experts=self.num_experts, real=real

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meshwright.moe.errors import RoutingError
 
-__all__ = ["Routing", "check_real", "count_choices", "first_largest", "usable_logits"]
+__all__ = ["Routing", "asked_of", "check_real", "count_choices", "first_largest", "usable_logits"]
 
 _MOST_ROUNDS = 16  # measured on CPU: beyond, one stable sort is faster than one search for each choice
 
@@ -151,6 +151,16 @@ def usable_logits(logits: Tensor, num_experts: int, *, real: Tensor | None, name
     return wide
 
 
+def asked_of(choices: Tensor, real: Tensor | None) -> Tensor:
+    """bool [tokens, k]: all choices of tokens that are not padding.
+
+    >>> asked_of(torch.zeros(2, 1), torch.tensor([True, False])).tolist()
+    [[True], [False]]
+    """
+    yes = torch.ones_like(choices, dtype=torch.bool)
+    return yes if real is None else yes & real[:, None]
+
+
 def check_real(real: Tensor | None, num_tokens: int) -> None:
     """Whether a mask of real tokens fits.
 
@@ -170,7 +180,7 @@ def first_largest(scores: Tensor, k: int) -> Tensor:
     `torch.topk` may order equal scores otherwise from call to call, and differs between devices.
 
     Args:
-        scores: [..., n] of which at least k in each row are above -inf.
+        scores: [..., n] floats; -inf is the least of them, and no index comes twice.
         k: how many.
 
     Returns:
@@ -181,7 +191,7 @@ def first_largest(scores: Tensor, k: int) -> Tensor:
     """
     if k > _MOST_ROUNDS:
         return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    left, found = scores.detach().clone(), []
+    left, found = scores.detach().clamp_min(torch.finfo(scores.dtype).min), []
     for _ in range(k):
         found.append(left.argmax(-1, keepdim=True))
         left.scatter_(-1, found[-1], -torch.inf)

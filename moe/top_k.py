@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from meshwright.moe.capacity import Capacity, Queue
+from meshwright.moe.capacity import Capacity, Peers
 from meshwright.moe.errors import RoutingError
 from meshwright.moe.groups import Groups
-from meshwright.moe.routing import Routing, first_largest, usable_logits
+from meshwright.moe.routing import Routing, asked_of, first_largest, usable_logits
 from meshwright.parallel.errors import nearest
 
 __all__ = ["Score", "TopK", "check_k"]
@@ -70,7 +70,7 @@ class TopK:
             self.groups.check(self.num_experts, self.k)
 
     def route(
-        self, logits: Tensor, *, bias: Tensor | None = None, real: Tensor | None = None, queue: Queue | None = None
+        self, logits: Tensor, *, bias: Tensor | None = None, real: Tensor | None = None, peers: Peers | None = None
     ) -> Routing:
         """Decides.
 
@@ -78,7 +78,7 @@ class TopK:
             logits: [tokens, num_experts] from the gate.
             bias: [num_experts], float32 or wider, added to scores where experts are ranked.
             real: bool [tokens], False for padding, which goes nowhere and counts nowhere.
-            queue: what stands before this rank's tokens, where ranks share capacity.
+            peers: ranks that share the slots of experts.
 
         Raises:
             RoutingError: for logits or a bias that do not fit, or that are not finite.
@@ -89,7 +89,7 @@ class TopK:
         scores = shares if self.score == "softmax" else logits.sigmoid()
         experts = first_largest(self._ranking(scores, bias), self.k)
         chosen = logs.gather(1, experts).softmax(-1) if self.renormalise else scores.gather(1, experts)
-        asked = torch.ones_like(experts, dtype=torch.bool) if real is None else real[:, None].expand_as(experts)
+        asked = asked_of(experts, real)
         routing = Routing(
             experts=experts,
             weights=torch.where(asked, chosen * self.scale, 0.0),
@@ -99,7 +99,7 @@ class TopK:
             scores=shares,
             real=real,
         )
-        return routing if self.capacity is None else self.capacity.limit(routing, queue)
+        return routing if self.capacity is None else self.capacity.limit(routing, peers)
 
     def _ranking(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         ranking = scores.detach()

@@ -1,16 +1,21 @@
 """Ranks as items of lists: exchanges without processes, and what one process would compute."""
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from meshwright.moe.capacity import Peers
 from meshwright.moe.dispatch import combine, depart, sort_choices
 from meshwright.moe.journey import Hops, Journey, plan_journey
 from meshwright.moe.once import route_on_node, visit_once
 from meshwright.moe.routing import Routing
 
-__all__ = ["GRIDS", "dense", "exchanged", "groups", "plans", "through_experts", "visiting_once"]
+__all__ = ["GRIDS", "dense", "exchanged", "groups", "plans", "through_experts", "visiting_once", "with_peers"]
 
 GRIDS = [(1, 4), (4, 1), (2, 2), (2, 4), (4, 2), (2, 3)]
 """Nodes and ranks on each."""
@@ -116,3 +121,18 @@ def dense(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
         part = torch.stack(made) if made else tokens
         total = total + torch.where(routing.kept[:, choice, None], part, 0.0) * routing.weights[:, choice, None]
     return total
+
+
+def with_peers(number: int, work: Callable[[Peers], Any]) -> list[Any]:
+    """What each of some ranks makes of `work`, on threads that gather from each other."""
+    barrier = threading.Barrier(number)
+    given: list[Tensor] = [torch.empty(0)] * number
+
+    def gather(rank: int, own: Tensor) -> Tensor:
+        barrier.wait()  # all have read what was gathered before
+        given[rank] = own
+        barrier.wait()
+        return torch.stack(given)
+
+    with ThreadPoolExecutor(number) as threads:
+        return list(threads.map(lambda rank: work(Peers(rank, partial(gather, rank))), range(number)))

@@ -10,10 +10,11 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from meshwright.moe.bilevel import BiLevel
-from meshwright.moe.capacity import Capacity
+from meshwright.moe.capacity import Capacity, Peers
 from meshwright.moe.errors import RoutingError
 from meshwright.moe.top_k import TopK
 from tests.moe.golden import inter_logits, intra_logits
+from tests.moe.simulated import with_peers
 
 GATES = [0.340302, 0.304305, 0.335060, 0.318929, 0.302795, 0.338441, 0.293457, 0.345253]
 SIZES = some.tuples(some.integers(0, 20), some.integers(1, 5), some.integers(1, 5), some.integers(0, 2**30))
@@ -154,6 +155,24 @@ def test_drops_of_both_levels_compose(
     assert torch.equal(found.kept, expected)
     assert torch.equal(found.weights, torch.where(expected, free.weights, 0.0))
     assert torch.equal(found.counts(), free.counts())
+
+
+@pytest.mark.parametrize("shares", [[9, 4, 0, 11], [24]])
+def test_ranks_that_share_slots_drop_at_both_levels_what_one_process_drops(shares: list[int]) -> None:
+    tight = Capacity(factor=0.8)
+    router = BiLevel(num_nodes=3, num_local=2, k_nodes=2, k_local=2, node_capacity=tight, capacity=tight)
+    logits = drawn(24, 3, seed=0), drawn(24, 3, 2, seed=1)
+    whole, real = router.route(*logits, real=torch.arange(24) % 7 != 0), torch.arange(24) % 7 != 0
+    cut = [each.split(shares) for each in (*logits, real)]
+
+    def part(peers: Peers) -> Any:
+        inter, intra, own = (each[peers.rank] for each in cut)
+        return router.route(inter, intra, real=own, peers=peers)
+
+    found = with_peers(len(shares), part)
+    assert torch.equal(torch.cat([each.kept for each in found]), whole.kept)
+    assert torch.equal(torch.cat([each.weights for each in found]), whole.weights)
+    assert 0 < int(whole.drops()) < 24
 
 
 def test_a_dropped_token_has_no_gradient_at_either_level() -> None:

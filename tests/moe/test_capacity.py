@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from meshwright.moe.capacity import Capacity, Queue, queue_starts
+from meshwright.moe.capacity import Capacity, Peers
 from meshwright.moe.errors import RoutingError
 from meshwright.moe.top_k import TopK
 from tests.moe.golden import flat_logits
+from tests.moe.simulated import with_peers
 
 SIZES = some.tuples(some.integers(0, 40), some.integers(1, 6), some.integers(1, 6), some.integers(0, 2**30))
 
@@ -76,6 +77,7 @@ def test_more_slots_than_tokens_drop_nothing() -> None:
     assert routing.kept.all()
 
 
+@settings(max_examples=40)
 @given(SIZES, some.lists(some.integers(0, 12), min_size=1, max_size=5), some.floats(0.1, 2))
 def test_ranks_that_share_queues_drop_what_one_process_drops(
     sizes: tuple[int, int, int, int], shares: list[int], factor: float
@@ -85,12 +87,10 @@ def test_ranks_that_share_queues_drop_what_one_process_drops(
     capacity = Capacity(factor=factor)
     logits = drawn(sum(shares), num_experts, seed)
     whole = capacity.limit(router.route(logits))
-    parts = [router.route(part) for part in logits.split(shares)]
-    starts = queue_starts(torch.stack([part.counts() for part in parts]))
-    limited = [
-        replace(router, capacity=capacity).route(part, queue=Queue(start, sum(shares)))
-        for part, start in zip(logits.split(shares), starts, strict=True)
-    ]
+    parts = logits.split(shares)
+    limited = with_peers(
+        len(shares), lambda peers: replace(router, capacity=capacity).route(parts[peers.rank], peers=peers)
+    )
     assert torch.equal(torch.cat([part.kept for part in limited]), whole.kept)
     assert torch.equal(torch.cat([part.weights for part in limited]), whole.weights)
 
@@ -113,4 +113,4 @@ def test_capacities_that_cannot_be_are_refused(options: dict[str, Any], words: s
 def test_queues_by_score_cannot_be_shared() -> None:
     router = TopK(num_experts=4, k=1, capacity=Capacity(factor=1.0, order="score"))
     with pytest.raises(RoutingError, match="cannot share queues ordered by score; use order='position'"):
-        router.route(flat_logits(), queue=Queue(torch.zeros(1, 4, dtype=torch.int64), 8))
+        router.route(flat_logits(), peers=Peers(0, lambda own: own[None]))

@@ -21,8 +21,11 @@ FITTING: dict[str, Any] = {
 }
 
 
-@given(some.lists(some.lists(some.integers(0, 3), min_size=20, max_size=20), max_size=4), some.integers(1, 20))
-def test_of_equal_scores_the_lower_index_comes_first_by_search_and_by_sort(rows: list[list[int]], k: int) -> None:
+VALUES = some.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 1.0])
+
+
+@given(some.lists(some.lists(VALUES, min_size=20, max_size=20), max_size=4), some.integers(1, 20))
+def test_of_equal_scores_the_lower_index_comes_first_by_search_and_by_sort(rows: list[list[float]], k: int) -> None:
     scores = torch.tensor(rows, dtype=torch.float32).view(-1, 20)
     expected = [sorted(range(20), key=lambda at, row=row: (-row[at], at))[:k] for row in rows]
     assert first_largest(scores, k).tolist() == expected
