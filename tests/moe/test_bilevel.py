@@ -131,7 +131,7 @@ def test_drops_of_both_levels_compose(
 ) -> None:
     tokens, n, m, seed = sizes
     k_nodes, k_local = min(k_nodes, n), min(k_local, m)
-    plain = {"num_nodes": n, "num_local": m, "k_nodes": k_nodes, "k_local": k_local}
+    plain: Any = {"num_nodes": n, "num_local": m, "k_nodes": k_nodes, "k_local": k_local}
     first, second = Capacity(factor=at_nodes), Capacity(factor=at_experts)
     logits = drawn(tokens, n, seed=seed), drawn(tokens, n, m, seed=seed + 1)
     free = BiLevel(**plain).route(*logits)
