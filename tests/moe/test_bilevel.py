@@ -187,9 +187,10 @@ def test_a_dropped_token_has_no_gradient_at_either_level() -> None:
         assert grad[1:].tolist() == [[0.0, 0.0]] * 2
 
 
-def test_padding_goes_nowhere_and_needs_no_slots() -> None:
+@pytest.mark.parametrize("each", [None, Capacity(factor=1.0)])
+def test_padding_goes_nowhere_and_needs_no_slots(each: Capacity | None) -> None:
     inter, intra = drawn(4, 2, seed=0), drawn(4, 2, seed=1)
-    router = BiLevel(num_nodes=2, num_local=2, node_capacity=Capacity(factor=1.0), capacity=Capacity(factor=1.0))
+    router = BiLevel(num_nodes=2, num_local=2, node_capacity=each, capacity=each)
     bare = router.route(inter, intra)
     spoilt = torch.full((1, 2), torch.nan, dtype=torch.float64)
     real = torch.tensor([False, True, True, True, True])
