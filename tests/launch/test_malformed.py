@@ -178,7 +178,7 @@ def _wrong_types() -> Iterator[tuple[str, str]]:
     for path, alternatives in _fields(SCHEMA, ""):
         legal = _legal_types(alternatives)
         seen = set()
-        for kind in legal & WRONG.keys():
+        for kind in sorted(legal & WRONG.keys()):
             for value in WRONG[kind]:
                 small = isinstance(value, (int, float)) and not isinstance(value, bool) and value in (-5, -5.0, 2**70)
                 if repr(value) not in seen and (small or not any(_is(value, each) for each in legal)):
