@@ -109,6 +109,13 @@ def _laid(tensor: Tensor, axes: str) -> Tensor:
     return tensor.contiguous() if axes == "b h n d" else tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _output(tensor: Tensor, axes: str) -> Tensor:
+    """The same with as much memory behind it, so that a kernel that takes other strides for granted reads zeros."""
+    laid = _laid(tensor, axes)
+    room = laid.new_zeros(2 * laid.numel())
+    return room.as_strided(laid.shape, laid.stride()).copy_(laid)
+
+
 def _wanted(block: Block, grad: Tensor, grad_lse: Tensor | None) -> Found:
     wide = replace(block, query=block.query.double(), key=block.key.double(), value=block.value.double())
     out, lse = plain_forward(wide)
@@ -129,7 +136,7 @@ def _wrapped(trial: _Trial, block: Block, grad: Tensor) -> Found:
         )
         lse = _padded(lse, trial)
         back = _aten._scaled_dot_product_efficient_attention_backward(
-            grad, *given, None, _laid(out, trial.out), lse, seed, offset, 0.0,
+            grad, *given, None, _output(out, trial.out), lse, seed, offset, 0.0,
             [True, True, True, False], block.causal, **options,
         )  # fmt: skip
     return out, lse[..., : trial.rows], back[0], back[1], back[2]
@@ -148,7 +155,7 @@ def _below(trial: _Trial, block: Block, grad: Tensor) -> Found:
         out, lse, seed, offset, _, _ = _aten._efficient_attention_forward(
             query, key, value, None, None, None, None, None, 0.0, int(block.causal), True, scale=block.scale
         )
-        read = _laid(out.transpose(1, 2), trial.out).transpose(1, 2)
+        read = _output(out.transpose(1, 2), trial.out).transpose(1, 2)
         back = _aten._efficient_attention_backward(
             grad.transpose(1, 2), query, key, value, None, read, None, None, trial.rows, trial.rows, lse, 0.0,
             seed, offset, int(block.causal), False, scale=block.scale,
