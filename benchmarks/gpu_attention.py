@@ -17,6 +17,8 @@ from torch import Tensor
 
 from benchmarks.attention_peers import Pattern, Peer, patterns, peers
 from benchmarks.device import Device, compared, timed
+from benchmarks.gpu_efficient import layouts
+from benchmarks.gpu_efficient import table as layouts_table
 from benchmarks.gpu_exact import costs, errors, text, trusted
 from benchmarks.sections import Sections, aligned, asked
 from meshwright.parallel.blockwise.attention import attend
@@ -24,6 +26,7 @@ from meshwright.parallel.blockwise.attention import attend
 __all__ = ["main", "measure", "table"]
 
 _SHAPES = {"d=64": (16, 16, 64), "d=128, 4 kv heads": (16, 4, 128)}  # heads, key heads, width
+_PATTERNS = ("causal", "window", "documents")
 _WAYS = ("forward", "forward and backward")
 _BY_PATTERN = "flash by pattern"
 
@@ -32,11 +35,12 @@ def measure(sections: Sections) -> None:
     """All sections."""
     device = sections.device
     sections.run("kernels", lambda: trusted(device))
+    sections.run("efficient", lambda: layouts(device))
     sections.run("exactness", lambda: errors(device, length=96 if sections.tiny else 1000))
     sections.run("costs", lambda: costs(device, length=256 if sections.tiny else 8192))
-    lengths = (256,) if sections.tiny else (4096, 16384, 65536)
-    names = list(patterns(8))
-    cells = [(length, *each) for length in lengths for each in product(_SHAPES, names, _WAYS)]
+    lengths = (256,) if sections.tiny else (16384, 65536)
+    cells = [(lengths[0] if sections.tiny else 4096, "d=64", "causal", _WAYS[1])]  # where calls weigh most
+    cells += [(length, *each) for length in lengths for each in product(_SHAPES, _PATTERNS, _WAYS)]
     for number, (length, shape, name, way) in enumerate(cells):
         limit_s = min(3.0, max(0.2, sections.left_s / (len(cells) - number)))
         cell = partial(_cell, device, patterns(length)[name], _SHAPES[shape], way=way, limit_s=limit_s)
@@ -99,7 +103,7 @@ def table(found: dict[str, Any]) -> str:
     lines, skipped = [text(sections)], 0
     rows = [["", "ours ms", "torch", "flash", "to torch", "to flash", "+-", "noise", "MB", "torch", "flash", "differs"]]
     for name, each in sections.items():
-        if name in ("kernels", "exactness", "costs"):
+        if name in ("kernels", "efficient", "exactness", "costs"):
             continue
         if "median_s" not in each:
             lines += [f"{name}: {each}\n"] if "skipped" not in each else []
@@ -107,6 +111,7 @@ def table(found: dict[str, Any]) -> str:
             continue
         rows.append([name, *_numbers(each)])
         lines += [f"{name}, {peer}: {why}\n" for peer, why in each["missing"].items()]
+    lines.insert(1, layouts_table(sections.get("efficient") or {}))
     return aligned(rows) + "".join(lines) + (f"{skipped} left out for want of time\n" if skipped else "")
 
 

@@ -1,184 +1,155 @@
 """The longest sequence that trains in a given GPU memory, and step times at long ones, against torch and transformers.
 
 A llama of 8 layers of width 512 and 32,000 tokens, in bfloat16, forward, backward and AdamW. Each side is taken at its
-best policy of what is kept for backward. Step times are against flash attention with the inputs of layers kept (and, as
-the lengths ask for it, the loss by rows under `torch.utils.checkpoint`).
+best policy of what is kept for backward. Step times are against flash attention with the inputs of layers kept, and the
+loss by rows under `torch.utils.checkpoint`.
 `python -m benchmarks.gpu_context [--device cuda|cpu] [--tiny] [--seconds S] [--json PATH]`
 """
 
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.device import Device, compared, timed
-from benchmarks.long_models import POLICIES, SIDES, Model, Step
+from benchmarks.device import compared, timed
+from benchmarks.long_models import SIDES
+from benchmarks.long_runs import SLOW_S, SLOW_TRIES, Run, Setting
 from benchmarks.longest import longest
 from benchmarks.sections import Sections, aligned, asked
 
 __all__ = ["main", "measure", "table"]
 
 _PEER = "flash, layers checkpointed, loss by rows"
-_BUDGET_BYTES = 2 << 30
-_RATIO_LENGTHS = (32768, 131072)
-_RATIO_S = 55.0  # kept back for step times
-
-
-@dataclass
-class _Setting:
-    """What all runs have in common."""
-
-    device: Device
-    model: Model = field(default_factory=Model)
-    budget_bytes: int = _BUDGET_BYTES
-    probes: tuple[int, int] = (4096, 8192)
-    probes_of_scores: tuple[int, int] = (512, 1024)
-    lengths: tuple[int, ...] = _RATIO_LENGTHS
-
-    @classmethod
-    def of(cls, sections: Sections) -> "_Setting":
-        """As the command line asks."""
-        if not sections.tiny:
-            return cls(sections.device)
-        small = Model(hidden=64, layers=2, heads=2, intermediate=128, vocabulary=512)
-        return cls(sections.device, small, 5 << 20, (128, 192), (64, 96), (128, 192))
-
-
-class _Run:
-    """Steps of one policy on sequences of any length."""
-
-    def __init__(self, policy: str, setting: _Setting) -> None:
-        self.seconds: dict[int, float] = {}
-        self._policy = policy
-        self._setting = setting
-        self._length = 0
-        self._step: Step | None = None
-
-    def step(self, length: int) -> Step:
-        """One step."""
-        if self._step is None:
-            kind = self._setting.device.kind
-            self._step = POLICIES[self._policy].step(
-                self._setting.model, length=lambda: self._length, device=kind, dtype=torch.bfloat16
-            )
-        made = self._step
-
-        def step() -> object:
-            self._length = length
-            return made()
-
-        return step
-
-    def peak(self, length: int) -> int | None:
-        """Bytes in use at most, parameters and optimizer included; None where the memory does not suffice."""
-        setting = self._setting
-        setting.device.clear()
-        start_s = time.monotonic()
-        try:
-            found = _peak(setting, self.step(length))
-        except torch.OutOfMemoryError:
-            self._step = None  # what it left behind is not to count
-            return None
-        self.seconds[length] = time.monotonic() - start_s
-        return found if found <= setting.budget_bytes else None
-
-    def close(self) -> None:
-        """Gives back the model."""
-        self._step = None
-        self._setting.device.clear()
-
-
-def _peak(setting: _Setting, step: Step) -> int:
-    if not setting.device.is_gpu:
-        return setting.device.peak_bytes(step)
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+_HOST = "ours, layers recomputed by spans, inputs in host memory"
+_BASELINES = ("vanilla, layers checkpointed", "flash, layers checkpointed", _PEER)
+_RATIOS = ("ours", "ours, layers by spans", "ours, layers recomputed")
 
 
 def measure(sections: Sections) -> None:
-    """All sections."""
-    setting = _Setting.of(sections)
-    found: dict[str, int] = {}
-    for policy in POLICIES:
-        made = sections.run(f"longest: {policy}", partial(_longest, policy, setting, sections))
-        found[policy] = 0 if made is None else made["length"]
-    best = {side: max(found[name] for name in names) for side, names in SIDES.items()}
-    sections.run("context", partial(_ratios, best, setting))
-    ours = [name for name in SIDES["ours"] if found[name]]
-    lengths = dict.fromkeys(setting.lengths, ours)
-    lengths.setdefault(best["ours"], [name for name in ours if found[name] == best["ours"]])
-    runs = {name: _Run(name, setting) for name in (_PEER, *ours)}
-    for number, (length, names) in enumerate(sorted(lengths.items())):
-        limit_s = max(1.0, sections.left_s / (len(lengths) - number) / 2)
-        each = {name: runs[name] for name in (_PEER, *names)}
-        sections.run(f"step at {length}", partial(_times, each, length, setting, limit_s=limit_s))
+    """All sections; those that the others build on first."""
+    setting = Setting.of(sections)
+    trial = _Trial(sections, setting)
+    for policy in _BASELINES:
+        trial.search(policy, left_s=70.0)
+    trial.times(setting.lengths[0], limit_s=8.0)
+    trial.search(_HOST, left_s=32.0)
+    trial.search("ours, layers recomputed by spans", left_s=28.0)
+    trial.ratios()
+    trial.times(setting.lengths[1], limit_s=min(10.0, sections.left_s - 25.0))
+    trial.search("ours, layers by spans", left_s=10.0)
+    trial.ratios()
+    peer = trial.longest[_PEER]
+    if peer and peer not in setting.lengths:
+        trial.times(peer, limit_s=sections.left_s / 2)
+        trial.ratios()
 
 
-def _limit(setting: _Setting) -> None:
+class _Trial:
+    """What was found so far.
+
+    Args:
+        sections: that note it.
+        setting: of all runs.
+    """
+
+    def __init__(self, sections: Sections, setting: Setting) -> None:
+        self.longest: dict[str, int] = {}
+        self._sections = sections
+        self._setting = setting
+        self._runs = {name: Run(name, setting) for name in (_PEER, *_RATIOS)}
+        self._steps: dict[int, dict[str, Any]] = {}
+
+    def search(self, policy: str, *, left_s: float) -> None:
+        """The longest sequence of a policy, in what time there is but for `left_s`."""
+        for run in self._runs.values():
+            run.close()  # their models would count
+        find = partial(_longest, policy, self._setting, self._sections, left_s=left_s)
+        made = self._sections.run(f"longest: {policy}", find)
+        self.longest[policy] = 0 if made is None else made["length"]
+
+    def times(self, length: int, *, limit_s: float) -> None:
+        """Step times at a length."""
+        measure = partial(_times, self._runs, length, self._setting, limit_s=limit_s)
+        made = self._sections.run(f"step at {length}", measure)
+        if made is not None:
+            self._steps[length] = made
+
+    def ratios(self) -> None:
+        """Each side's longest sequence, ours over it, and our best step time over the peer's."""
+        best = {side: max(self.longest.get(name, 0) for name in names) for side, names in SIDES.items()}
+        over = {_key(side): best["ours"] / (each or 1) for side, each in best.items() if side != "ours"}
+        budget = {"budget_bytes": self._setting.budget_bytes}
+        steps = {
+            f"{name}_{length}": each[name] for length, each in self._steps.items() for name in _BEST if name in each
+        }
+        self._sections.run("context", lambda: {**budget, "length": best, **over, **steps})
+
+
+_BEST = ("step_ratio", "step_ratio_within_peer_memory")
+
+
+def _key(side: str) -> str:
+    return f"length_over_{side.replace(' ', '_').replace(',', '')}"
+
+
+def _limit(setting: Setting) -> None:
     if setting.device.is_gpu:
         total_bytes = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(setting.budget_bytes / total_bytes)
 
 
-def _free(setting: _Setting) -> None:
+def _free(setting: Setting) -> None:
     if setting.device.is_gpu:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _longest(policy: str, setting: _Setting, sections: Sections) -> dict[str, Any]:
+def _longest(policy: str, setting: Setting, sections: Sections, *, left_s: float) -> dict[str, Any]:
     """The longest sequence of one policy."""
-    run = _Run(policy, setting)
-    scores = policy.startswith("vanilla")
+    run = Run(policy, setting)
+    whole = policy in _BASELINES and policy != _PEER
+    spare_s = 0.0 if sections.tiny else left_s
 
     def may_try(length: int) -> str | None:
-        last = max(run.seconds, default=length)
-        expected_s = run.seconds.get(last, 0.0) * (length / last) ** 2
-        spare_s = sections.left_s - (0.0 if sections.tiny else _RATIO_S)
-        return None if expected_s < spare_s else f"{length} positions would take {expected_s:.0f} s"
+        expected_s = run.expected_s(length)
+        if length > setting.most:
+            return f"longer than {setting.most} is not tried"
+        if run.slow_tries >= SLOW_TRIES:
+            return f"{run.slow_tries} tries took more than {SLOW_S:.0f} s"
+        fits = expected_s < sections.left_s - spare_s
+        return None if fits else f"{length} positions would take {expected_s:.0f} s"
 
     _limit(setting)
     try:
-        run.peak(setting.probes_of_scores[0])  # makes the optimizer's states
-        search = longest(
-            run.peak,
-            setting.budget_bytes,
-            probes=setting.probes_of_scores if scores else setting.probes,
-            power=2 if scores else 1,
-            may_try=may_try,
-        )
+        probes = setting.probes_of_scores if whole else setting.probes
+        power = 2 if policy.startswith("vanilla") else 1
+        search = longest(run.peak, setting.budget_bytes, probes=probes, power=power, may_try=may_try)
     finally:
         run.close()
         _free(setting)
     return asdict(search) | {"length": search.length, "verified": search.verified, "seconds": run.seconds}
 
 
-def _ratios(best: dict[str, int], setting: _Setting) -> dict[str, Any]:
-    """Each side's longest sequence, and ours over it."""
-    ours = best["ours"]
-    over = {f"length_over_{name.replace(' ', '_').replace(',', '')}": ours / (each or 1) for name, each in best.items()}
-    return {"budget_bytes": setting.budget_bytes, "length": best, **over}
-
-
-def _times(runs: dict[str, _Run], length: int, setting: _Setting, *, limit_s: float) -> dict[str, Any]:
+def _times(runs: dict[str, Run], length: int, setting: Setting, *, limit_s: float) -> dict[str, Any]:
     """Step time and peak of each policy at one length, all memory allowed."""
     steps, missing, peaks = {}, {}, {}
     for name, run in runs.items():
         try:
             steps[name] = run.step(length)
             setting.device.clear()
-            peaks[name] = setting.device.peak_bytes(steps[name])
+            peaks[name] = setting.device.peak_bytes(steps[name]) + run.own_bytes
         except torch.OutOfMemoryError as error:
             steps.pop(name, None)
             missing[name] = str(error).splitlines()[0]
             run.close()
-    again = {f"{_PEER} again": steps[_PEER]} if length <= max(setting.lengths) else {}
+    again = {f"{_PEER} again": steps[_PEER]}
     times = timed(steps | again, setting.device, limit_s=limit_s, warm=False)
-    return compared(times, _PEER) | {"peak_bytes": peaks, "missing": missing}
+    found = compared(times, _PEER) | {"peak_bytes": peaks, "missing": missing}
+    ours = {name: found["ratio"][name] for name in _RATIOS if name in found["ratio"]}
+    small = [ratio for name, ratio in ours.items() if peaks[name] <= peaks[_PEER]]
+    best = {"step_ratio": min(ours.values())} if ours else {}
+    return found | best | ({"step_ratio_within_peer_memory": min(small)} if small else {})
 
 
 def table(found: dict[str, Any]) -> str:

@@ -67,6 +67,10 @@ class Theirs:
     layers: bool = False
     loss: bool = False
 
+    def sizes(self, length: int) -> dict[str, int]:
+        """Sizes of blocks for sequences of a length: none."""
+        return {}
+
     def step(self, model: Model, *, length: Callable[[], int], device: str, dtype: torch.dtype) -> Step:
         """A training step on as many positions as `length` says then."""
         module = build(model, attention=self.attention, device=device, dtype=dtype)
@@ -91,16 +95,21 @@ class Ours:
     """The same model, wrapped.
 
     Args:
-        options: of `parallelize`; `loss_block` is set besides.
-        blockwise: more sizes of blocks.
+        options: of `parallelize`.
+        spans: compute whole layers span by span; else only their feed-forward parts.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    blockwise: Mapping[str, int] = field(default_factory=lambda: {"ffn_block": 4096})
+    spans: bool = False
+
+    def sizes(self, length: int) -> dict[str, int]:
+        """Sizes of blocks for sequences of a length; spans of long ones are a sixteenth."""
+        rows = {"layer_block": max(4096, length // 16)} if self.spans else {"ffn_block": 4096}
+        return {"loss_block": _LOSS_ROWS, **rows}
 
     def step(self, model: Model, *, length: Callable[[], int], device: str, dtype: torch.dtype) -> Step:
-        """A training step on as many positions as `length` says then."""
-        sizes = {"loss_block": _LOSS_ROWS, **self.blockwise}
+        """A training step on as many positions as `length` says then; sizes of blocks are those of its answer now."""
+        sizes = self.sizes(length())
         module = build(model, attention="sdpa", device=device, dtype=dtype)
         tokens = _tokens(model, 16, device)
         example = {"input_ids": tokens, "labels": tokens}
@@ -117,7 +126,6 @@ class Ours:
 
 
 Policy = Theirs | Ours
-_SPANS = {"layer_block": 4096}
 _LAYERED: dict[str, Any] = {"schedule": "layered", "recompute": "blocks"}
 
 POLICIES: dict[str, Policy] = {
@@ -127,10 +135,10 @@ POLICIES: dict[str, Policy] = {
     "flash, layers checkpointed": Theirs("sdpa", layers=True),
     "flash, layers checkpointed, loss by rows": Theirs("sdpa", layers=True, loss=True),
     "ours": Ours(),
-    "ours, layers by spans": Ours(blockwise=_SPANS),
+    "ours, layers by spans": Ours(spans=True),
     "ours, layers recomputed": Ours(_LAYERED),
-    "ours, layers recomputed by spans": Ours(_LAYERED, _SPANS),
-    "ours, layers recomputed by spans, inputs in host memory": Ours({**_LAYERED, "offload_inputs": True}, _SPANS),
+    "ours, layers recomputed by spans": Ours(_LAYERED, spans=True),
+    "ours, layers recomputed by spans, inputs in host memory": Ours({**_LAYERED, "offload_inputs": True}, spans=True),
 }
 """What may be kept for backward, by name."""
 

@@ -73,7 +73,7 @@ def longest(
         budget_bytes: that it has to fit into.
         probes: two lengths that surely fit, the shorter one first.
         power: of the length that the peak grows with.
-        may_try: says why a length is not to be tried; None lets it.
+        may_try: says why a length is not to be tried; None lets it. What is predicted is made shorter until it lets it.
     """
     found = Longest()
     for length in probes:
@@ -82,11 +82,11 @@ def longest(
             found.why = f"{length} positions do not fit"
             return found
         found.probes[length] = bytes_
-    short, long = probes
-    slope = (found.probes[long] - found.probes[short]) / (long**power - short**power)
-    room = (budget_bytes - found.probes[short]) / max(slope, 1e-9) + short**power
-    found.predicted = max(room, 1.0) ** (1 / power)
-    place = max(place_of(found.predicted), place_of(long) + 1)
+    found.predicted = _predicted(found.probes, budget_bytes, power)
+    first = place_of(max(probes)) + 1
+    place = max(place_of(found.predicted), first)
+    while place > first and may_try(size_at(place)) is not None:
+        place -= 1
     while not found.verified:
         found.why = may_try(size_at(place))
         if found.why is not None:
@@ -96,3 +96,11 @@ def longest(
         if size_at(place) in {*found.tried, *found.probes}:
             break
     return found
+
+
+def _predicted(probes: dict[int, int], budget_bytes: int, power: int) -> float:
+    """The length that fills the budget."""
+    short, long = sorted(probes)
+    slope = (probes[long] - probes[short]) / (long**power - short**power)
+    room = (budget_bytes - probes[short]) / max(slope, 1e-9) + short**power
+    return float(max(room, 1.0) ** (1 / power))

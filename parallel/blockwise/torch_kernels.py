@@ -2,7 +2,9 @@
 
 The CPU kernel ends the process on empty tensors, so blocks are never empty; it takes grouped heads, any width, and a
 mask of the width of its sums. Flash on GPUs takes bands and no mask. The memory-efficient kernel takes as many key
-heads as query heads, pads its log-sum-exp to 32 rows, and reads masks whose rows begin at multiples of 16 elements.
+heads as query heads, pads its log-sum-exp to 32 rows, and reads masks whose rows begin at multiples of 16 elements. Its
+backward in half precision takes for granted that the output lies in memory as it left it, [batch, n, heads, d], and
+reads others' numbers else.
 """
 
 from typing import Any
@@ -75,11 +77,16 @@ def _gpu_efficient_back(given: Operands, back: Returned) -> Gradients:
     padded = functional.pad(back.lse, (0, -back.lse.shape[-1] % 32), value=torch.inf)  # inf: rows of weight 0
     unused = torch.zeros((), dtype=torch.int64, device=back.lse.device)
     grad_query, *others, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        back.grad_out, given.query, key, value, _aligned(given), back.out, padded, unused, unused, 0.0,
+        back.grad_out, given.query, key, value, _aligned(given), _rows_first(back.out), padded, unused, unused, 0.0,
         [True, True, True, False], given.causal, scale=given.scale,
     )  # fmt: skip
     grad_key, grad_value = (_summed(each, given.key.shape[1]) for each in others)
     return grad_query, grad_key, grad_value
+
+
+def _rows_first(tensor: Tensor) -> Tensor:
+    """[batch, heads, n, d] in the memory of [batch, n, heads, d]."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _repeated(given: Operands) -> tuple[Tensor, Tensor]:

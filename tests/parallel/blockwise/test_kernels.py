@@ -176,6 +176,7 @@ class _Aten:
     ) -> tuple[Tensor | None, ...]:
         out, lse, _, _, dropout, wanted, causal_ = rest
         assert (dropout, wanted, lse.shape[-1] % 32) == (0.0, [True, True, True, False], 0)
+        assert out.transpose(1, 2).is_contiguous()  # its strides are not looked at
         bias = None if bias is None else bias.contiguous()
         given = Operands(query, key, value, bias, causal_, scale)
         back = torch_kernels.Returned(grad, out, lse[..., : query.shape[2]])
