@@ -43,6 +43,7 @@ faults: $(STAMP) ## kill and resume training runs 20 times
 matrix: $(STAMP) ## every family on every pair and triple of axes, every cell of every test; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix
 	$(BIN)/python -m tests.parallel.schedules_matrix
+	$(BIN)/python -m tests.parallel.sequence_matrix
 	MESHWRIGHT_MATRIX=1 $(BIN)/python -m pytest -q tests/parallel
 
 clean: ## remove the virtual environment, caches and runs

@@ -104,7 +104,7 @@ class Ours:
 
     def sizes(self, length: int) -> dict[str, int]:
         """Sizes of blocks for sequences of a length; spans of long ones are a sixteenth."""
-        rows = {"layer_block": max(4096, length // 16)} if self.spans else {"ffn_block": 4096}
+        rows = {"layer_block": max(8192, length // 10)} if self.spans else {"ffn_block": 4096}
         return {"loss_block": _LOSS_ROWS, **rows}
 
     def step(self, model: Model, *, length: Callable[[], int], device: str, dtype: torch.dtype) -> Step:

@@ -16,6 +16,7 @@ THEMES = {
     "tests/launch/test_malformed.py": "hundreds of broken job files",
     "tests/launch/worker/test_hang.py": "a rank that stops or dies in the middle of a schedule",
     "tests/launch/worker/test_faults.py": "training runs killed at random moments",
+    "tests/parallel/test_sequences.py": "the parity matrix of long sequences: models x masks x ways",
     "tests/parallel/test_matrix.py": "the parity matrix: families x layouts",
     "tests/launch/worker/test_parts.py": "the small parts of the training program",
 }

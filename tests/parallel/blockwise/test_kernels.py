@@ -197,7 +197,9 @@ class _Aten:
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(("kernel", "dtype"), [(_GPU_FLASH, torch.bfloat16), (_EFFICIENT, torch.float32)], ids=["flash", "efficient"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [(_GPU_FLASH, torch.bfloat16), (_EFFICIENT, torch.float32)], ids=["flash", "efficient"]
+)
 def test_gpu_kernels_are_called_as_they_are_documented(
     kernel: Kernel, dtype: torch.dtype, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
