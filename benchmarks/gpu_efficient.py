@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.device import Device
 from benchmarks.sections import aligned
 from meshwright.parallel.blockwise.block import Block, Upstream
+from meshwright.parallel.blockwise.diagonals import Diagonals
 from meshwright.parallel.blockwise.fused import fused_backward, fused_forward
 from meshwright.parallel.blockwise.plain import plain_backward, plain_forward
 from meshwright.parallel.blockwise.torch_kernels import FUSED
@@ -96,7 +97,8 @@ def _errors(trial: _Trial, dtype: torch.dtype, device: Device) -> list[float]:
     shape = (2, 4, trial.rows, trial.width)
     made = [torch.randn(*shape, generator=generator).to(device.kind, dtype) for _ in range(4)]
     query, key, value = (_laid(each, trial.operands) for each in made[:3])
-    block = Block(query, key, value, trial.width**-0.5, causal=trial.causal)
+    band = Diagonals(1 - trial.rows, 0) if trial.causal else None
+    block = Block(query, key, value, trial.width**-0.5, band=band)
     grad_lse = made[3][..., 0].float() if trial.way.endswith("dlse") else None
     with torch.no_grad():
         wanted = _wanted(block, made[3], grad_lse)

@@ -43,7 +43,7 @@ def _differences(kernel: Kernel, dtype: torch.dtype, device: Device, *, heads: i
     query, key, value, grad = (torch.randn(*each, generator=generator).to(device.kind, dtype) for each in sizes)
     found = {}
     band = Allowed(Diagonals(-30, 5).tensor(40, 40, query.device))
-    blocks: dict[str, dict[str, Any]] = {"whole": {}, "causal": {"causal": True}, "masked": {"allowed": band}}
+    blocks: dict[str, dict[str, Any]] = {"whole": {}, "causal": {"band": Diagonals(-39, 0)}, "masked": {"allowed": band}}
     for name, options in blocks.items():
         block = Block(query, key, value, 0.25, **options)
         try:
@@ -160,7 +160,7 @@ def costs(device: Device, *, length: int) -> dict[str, float]:
     small, large = _block(device, 64), _block(device, length)
     band = Allowed(Diagonals(1 - length, length // 2).tensor(length, length, small.query.device))
     masked = replace(large, allowed=band)
-    timing = {"small": small, "large": large, "masked": masked, "causal": replace(large, causal=True)}
+    timing = {"small": small, "large": large, "masked": masked, "causal": replace(large, band=Diagonals(1 - length, 0))}
     times = timed({name: partial(_both, each) for name, each in timing.items()}, device, limit_s=2.0)
     middle = {name: median(each) for name, each in times.items()}
     pair_s = middle["large"] / (large.query.shape[1] * length**2)

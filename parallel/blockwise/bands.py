@@ -15,7 +15,6 @@ from meshwright.parallel.blockwise.diagonals import EMPTY, FULL, Diagonals, Unif
 __all__ = ["Limits", "Part", "grid", "split", "total_cost"]
 
 # measured on CPU, forward and backward together, in pairs of a whole rectangle
-_MASKED = 1.15  # what a pair costs under a mask
 _DIAGONAL = 256.0  # pairs of a row that a triangle costs beside its half
 _GATHER = 20.0  # what merging the results of a row, or adding those of a column, costs
 
@@ -30,6 +29,7 @@ class Limits:
         fused: of whole rectangles and triangles no scores exist, so these may be of any size.
         call_cost: what a call costs besides its pairs, in pairs.
         banded: whether the kernel takes any band of diagonals, and computes little else.
+        masked_cost: what a pair costs under a mask, in pairs of a whole rectangle.
     """
 
     query_block: int
@@ -37,6 +37,7 @@ class Limits:
     fused: bool
     call_cost: float
     banded: bool = False
+    masked_cost: float = 1.15
 
 
 class Part(NamedTuple):
@@ -54,7 +55,7 @@ class Part(NamedTuple):
         """In pairs."""
         rows, columns = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
         triangle = rows == columns and self.sketch == (1 - rows, 0)
-        of_row = columns * (1.0 if self.sketch is FULL else _MASKED)
+        of_row = columns * (1.0 if self.sketch is FULL else limits.masked_cost)
         if triangle:
             of_row = min(columns, columns / 2 + _DIAGONAL)
         elif limits.banded and isinstance(self.sketch, Diagonals):

@@ -19,9 +19,9 @@ from meshwright.parallel.blockwise.tiles import Tile
 
 __all__ = ["Chunk", "Work", "bias_of", "columns_of", "rows_of"]
 
-# what a call costs, in pairs of one head of width 64; measured, on an H200
-_CPU_CALL_COST = 2e4
-_GPU_CALL_COST = 1.6e8
+# what a call costs, in pairs of one head of width 64, and a pair under a mask; measured, on an H200
+_CPU_COSTS = 2e4, 1.15
+_GPU_COSTS = 1.3e8, 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +120,14 @@ class Work:
         plain = chunk.bias is not None or scoring.bias is not None or scoring.dropout_p > 0.0
         probe = Block(chunk.query, chunk.key, chunk.value, self._scale, scoring.softcap)
         kernel = kernel_for(probe) if self._fused and not plain else None
-        cost = _CPU_CALL_COST if chunk.query.device.type == "cpu" else _GPU_CALL_COST
+        call_cost, masked_cost = _CPU_COSTS if chunk.query.device.type == "cpu" else _GPU_COSTS
         many = chunk.query.shape[1] * (chunk.query.shape[0] if mask is None or mask.rows == 1 else 1)
         return Limits(
             scoring.query_block,
             scoring.kv_block,
             fused=kernel is not None,
-            call_cost=cost / many,
+            call_cost=call_cost / many,
+            masked_cost=masked_cost,
             banded=kernel is not None and kernel.bands,
         )
 
