@@ -43,7 +43,11 @@ def _differences(kernel: Kernel, dtype: torch.dtype, device: Device, *, heads: i
     query, key, value, grad = (torch.randn(*each, generator=generator).to(device.kind, dtype) for each in sizes)
     found = {}
     band = Allowed(Diagonals(-30, 5).tensor(40, 40, query.device))
-    blocks: dict[str, dict[str, Any]] = {"whole": {}, "causal": {"band": Diagonals(-39, 0)}, "masked": {"allowed": band}}
+    blocks: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "causal": {"band": Diagonals(-39, 0)},
+        "masked": {"allowed": band},
+    }
     for name, options in blocks.items():
         block = Block(query, key, value, 0.25, **options)
         try:

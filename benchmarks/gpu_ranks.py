@@ -45,7 +45,7 @@ def measure(sections: Sections) -> None:
     pool = RankPool()
     sections.run("two ranks start", partial(_started, pool, device))
     for name, (mesh, options) in LAYOUTS.items():
-        sections.run(name, partial(_on_two, pool, mesh, options, device=device), needs_s=3.0)
+        sections.run(name, partial(_on_two, pool, mesh, options, device=device), needs_s=1.0)
     pool.close()
 
 

@@ -21,7 +21,7 @@ __all__ = ["Chunk", "Work", "bias_of", "columns_of", "rows_of"]
 
 # what a call costs, in pairs of one head of width 64, and a pair under a mask; measured, on an H200
 _CPU_COSTS = 2e4, 1.15
-_GPU_COSTS = 1.3e8, 3.0
+_GPU_COSTS = 1e8, 3.3
 
 
 @dataclass(frozen=True, eq=False)
