@@ -175,7 +175,13 @@ def _calls(
 def _context_axis(context: ContextPlan | None, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
     if context is not None and context.degree > 1:
         way = way_of(options.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
-        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}"
+        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}; {_around(options)}"
+
+
+def _around(options: Options) -> str:
+    if options.sizes is None or options.sizes.loss_block is None:
+        return "what stands around blocks runs whole on each, head and loss too (loss_block of blockwise= shares these)"
+    return "what stands around blocks runs whole on each, but the rows of the loss are shared"
 
 
 def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[tuple[str, str]]:

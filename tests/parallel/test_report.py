@@ -85,6 +85,15 @@ def test_collectives_that_recompute_runs_again_are_not_predicted() -> None:
         assert (said in report.notes) != known
 
 
+@pytest.mark.parametrize(("sizes", "said"), [(None, "head and loss too"), ({"loss_block": 4}, "rows of the loss")])
+def test_the_report_says_what_runs_whole_on_each_rank_of_cp(sizes: Any, said: str) -> None:
+    model, mesh = llama()(), mw.Mesh(cp=2)
+    options = Options.of(blockwise=sizes, example=tokens()())
+    plan = make_plan(model, mesh, options)
+    report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
+    assert said in dict(report.axes)["cp"]
+
+
 def test_zero_three_gathers_grow_with_micro_batches_and_zero_one_does_not() -> None:
     model = llama()()
 

@@ -263,6 +263,7 @@ def _sent(sizes: dict[str, int] | None) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_step_sends_what_the_shares_need_and_nothing_more() -> None:
     whole, shared = (run_ranks(_sent, mw.Mesh(cp=2), sizes)[0] for sizes in (None, SIZES))
     (reduced, gathered), (reduced_shared, gathered_shared) = whole[0], shared[0]
@@ -273,3 +274,33 @@ def test_a_step_sends_what_the_shares_need_and_nothing_more() -> None:
     assert gathered_shared[1] - gathered[1] == 2 * 4 * rows * hidden
     assert shared[1] == {"cross_entropy by blocks": 2 * 2}
     assert "cross entropy in blocks of 7 rows of scores: lm_head, each of 2 ranks its share of the rows" in shared[2]
+
+
+def _evaluated(sizes: dict[str, int] | None) -> list[float]:
+    model = mw.parallelize(TIED[0](), mw.Mesh(cp=2), blockwise=sizes, example=words(6, 10))
+    return [float(each) for each in model.evaluate(words(6, 10))]
+
+
+def test_evaluation_shares_rows_too() -> None:
+    whole, shared = (run_ranks(_evaluated, mw.Mesh(cp=2), sizes) for sizes in (None, SIZES))
+    assert whole[0][1] == shared[0][1] == float((words(6, 10)["labels"][:, 1:] != -100).sum())
+    assert shared[0] == shared[1]
+    assert shared[0][0] == pytest.approx(whole[0][0], rel=1e-6)
+
+
+def _head_gradient(mesh: mw.Mesh, dtype: torch.dtype) -> Tensor:
+    sizes = SIZES if mesh.cp > 1 else None
+    model = mw.parallelize(TIED[0]().to(dtype), mesh, blockwise=sizes, example=words(8, 16), num_microbatches=2)
+    model.step(words(8, 16))
+    gradient = model.full_gradients()["model.embed_tokens.weight"]
+    assert gradient is not None
+    return gradient.double()
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_to_the_exact_gradients_as_the_plain_run() -> None:
+    one, two = mw.Mesh(), mw.Mesh(cp=2)
+    exact = run_ranks(_head_gradient, one, one, torch.float64)[0]
+    plain, shared = (run_ranks(_head_gradient, mesh, mesh, torch.bfloat16)[0] for mesh in (one, two))
+    errors = [float((each - exact).norm() / exact.norm()) for each in (plain, shared)]
+    assert errors[1] <= 1.2 * errors[0]
