@@ -16,10 +16,13 @@ from meshwright.parallel.blockwise.dealt_rows import DealtRows
 from meshwright.parallel.blockwise.entropy import Entropy, blockwise_cross_entropy
 from meshwright.parallel.blockwise.loss import tile_loss
 from meshwright.parallel.blockwise.product import Product
+from meshwright.parallel.collectives import Groups
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.exchange import enter
 from meshwright.parallel.following import Call
 from meshwright.parallel.loss import items_of_graph
 from meshwright.parallel.threads import ThreadAxis, run_threads
+from meshwright.parallel.vocabulary import own_range
 from meshwright.testing import run_ranks
 from tests.parallel.cells import beyond
 from tests.parallel.families import FAMILIES, lm, words
@@ -215,6 +218,40 @@ def test_a_second_derivative_of_dealt_rows_is_refused() -> None:
 
     with pytest.raises(WrapError, match=r"second derivatives .* rows are dealt over cp .* use cp=1"):
         run_threads(work, 2)
+
+
+def _few(mesh: mw.Mesh) -> list[tuple[Tensor, ...]]:
+    groups, found = Groups(mesh), []
+    classes, rows = groups.axis("tp"), groups.axis("cp")
+    start, stop = own_range(CLASSES, classes)
+    for number in (0, 1, 3, ROWS):
+        hidden, weight, bias = _inputs()
+        mine = _fresh((hidden[:number], weight[start:stop], bias[start:stop]))
+        call = replace(CALL, axis=classes, span=(start, stop), rows=rows, ignore_index=IGNORED)
+        loss = _loss(call, (enter(mine[0], classes), *mine[1:]), TARGETS["some ranks have few"][:number])
+        loss.backward()
+        found.append((loss.detach(), *(each.grad for each in mine if each.grad is not None)))
+    return found
+
+
+def test_few_rows_and_dealt_classes_on_real_ranks_are_torch_s() -> None:
+    mesh = mw.Mesh(cp=2, tp=2)
+    ranks = run_ranks(_few, mesh, mesh)
+    for place, number in enumerate((0, 1, 3, ROWS)):
+        hidden, weight, bias = _fresh(_inputs())
+        scores = functional.linear(hidden[:number], weight, bias).tanh()
+        plain = functional.cross_entropy(scores, TARGETS["some ranks have few"][:number], ignore_index=IGNORED)
+        plain.backward()
+        for rank, found in enumerate(ranks):
+            loss, of_rows, of_weight, of_bias = found[place]
+            own = slice(0, 7) if rank % 2 == 0 else slice(7, CLASSES)
+            torch.testing.assert_close(loss, plain.detach(), rtol=1e-13, atol=0, equal_nan=True)
+            assert hidden.grad is not None
+            assert weight.grad is not None
+            assert bias.grad is not None
+            expected = (hidden.grad[:number], weight.grad[own], bias.grad[own])
+            for one, other in zip((of_rows, of_weight, of_bias), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 SIZES: dict[str, int] = {"loss_block": 7}
