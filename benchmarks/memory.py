@@ -55,4 +55,4 @@ def measured_peak_bytes(module: nn.Module, step: Callable[[], Any]) -> int:
     before_bytes = _in_use_bytes(mallinfo2)
     with _Peak(mallinfo2) as peak:
         step()
-    return held_bytes + peak.bytes - before_bytes
+    return int(held_bytes + peak.bytes - before_bytes)

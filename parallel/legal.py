@@ -58,7 +58,7 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     _check_context(mesh, settings)
     if settings.sequence_parallel and mesh.tp == 1:
         raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
-    _check_blocks(settings)
+    _check_blocks(mesh, settings)
     _check_deepspeed(mesh, settings)
     _check_schedule(mesh, settings)
     if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
@@ -79,13 +79,15 @@ def _check_context(mesh: Mesh, settings: LayoutSettings) -> None:
             )
 
 
-def _check_blocks(settings: LayoutSettings) -> None:
-    of_networks, of_scores = (getattr(settings.blockwise, name, None) for name in ("ffn_block", "loss_block"))
-    if of_networks and settings.sequence_parallel:
-        raise WrapError("blockwise: ffn_block does not go with sequence_parallel; use one of them")
-    if (of_networks or of_scores) and settings.data_engine == "deepspeed":
+def _check_blocks(mesh: Mesh, settings: LayoutSettings) -> None:
+    given = [name for name in ("ffn_block", "layer_block", "loss_block") if getattr(settings.blockwise, name, None)]
+    if given and given[0] != "loss_block" and settings.sequence_parallel:
+        raise WrapError(f"blockwise: {given[0]} does not go with sequence_parallel; use one of them")
+    if "layer_block" in given and mesh.cp > 1:
+        raise WrapError(f"blockwise: layer_block does not go with cp={mesh.cp}; use ffn_block with it")
+    if given and settings.data_engine == "deepspeed":
         raise WrapError(
-            "blockwise: ffn_block and loss_block compute with parameters after their module's call, when DeepSpeed has "
+            f"blockwise: {' and '.join(given)} compute with parameters after their module's call, when DeepSpeed has "
             "sharded them again; use data_engine='torch', or leave them out"
         )
 

@@ -82,6 +82,7 @@ class LossContract:
         with LossItems() as counted:
             loss = self._loss(forward(), batch)
         items = counted.items(loss)
+        counted.forget()
         if torch.is_grad_enabled() and not self._graph_tells:
             told = items_of_graph(loss)
             self._graph_tells.append(told is not None and bool(told == items))
@@ -179,6 +180,10 @@ class LossItems(TorchFunctionMode):
         seen = "no mean-reduced loss call" if not found else f"{len(found)} mean-reduced loss calls"
         also = f" (and {', '.join(self._other)})" if self._other else ""
         raise LossError(f"loss='token_mean', but the model made {seen}{also}; {_HOW_OUT}")
+
+    def forget(self) -> None:
+        """Lets go of losses: their graph may hold this context, which was entered while it was made."""
+        self._calls.clear()
 
     def _note(self, func: Any, result: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         reduction = keywords.get("reduction", "mean")

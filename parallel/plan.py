@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.blockwise.calls import Handler
 from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.planner import plan_context
 from meshwright.parallel.dealt import check_duplicates
@@ -15,14 +16,15 @@ from meshwright.parallel.exchange import Axis
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.options import Options
+from meshwright.parallel.spans.install import plan_spans, span_blocks
 from meshwright.parallel.tensor import install, keep_shares
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.tensor_planner import plan_tensor
 from meshwright.parallel.vocabulary import deal_head, deal_lookup
 
-Plan = TypeVar("Plan", bound=TensorPlan)
+Plan = TypeVar("Plan")
 
-__all__ = ["deal_model", "example_of", "make_context_plan", "make_plan"]
+__all__ = ["deal_model", "example_of", "make_context_plan", "make_plan", "run_by_spans"]
 
 
 def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
@@ -40,7 +42,7 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
     def planned(run: Callable[[], Any]) -> TensorPlan:
         return plan_tensor(model, run, mesh.tp, sequence=options.sequence_parallel, patterns=patterns)
 
-    plan = _on_example(model, options, f"tp={mesh.tp}", planned=planned)
+    plan = _on_example(model, options, f"the axis tp={mesh.tp}", planned=planned)
     _check(plan, mesh)
     return plan
 
@@ -59,7 +61,7 @@ def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, *, plan: T
     """
     if mesh.cp == 1:
         return ContextPlan(degree=1)
-    found = _on_example(model, options, f"cp={mesh.cp}", planned=lambda run: plan_context(model, run, mesh.cp))
+    found = _on_example(model, options, f"the axis cp={mesh.cp}", planned=lambda run: plan_context(model, run, mesh.cp))
     twice = [path for path in found.drops if path in plan.drops]
     if twice:
         raise WrapError(
@@ -69,7 +71,19 @@ def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, *, plan: T
     return found
 
 
-def _on_example(model: nn.Module, options: Options, axis: str, *, planned: Callable[[Callable[[], Any]], Plan]) -> Plan:
+def run_by_spans(model: nn.Module, options: Options) -> tuple[Handler | None, list[str]]:
+    """Makes blocks run by spans where `layer_block` is asked for: what computes attention then, and what a report says.
+
+    Raises:
+        WrapError: when none may, or no example is at hand.
+    """
+    if options.sizes is None or options.sizes.layer_block is None:
+        return None, []
+    spanned = _on_example(model, options, "layer_block", planned=lambda run: plan_spans(model, run))
+    return span_blocks(model, spanned, options.sizes), spanned.lines(options.sizes)
+
+
+def _on_example(model: nn.Module, options: Options, who: str, *, planned: Callable[[Callable[[], Any]], Plan]) -> Plan:
     """Plans from one forward pass on an example, on shapes alone where that can be."""
     example = example_of(model) if options.example is None else options.example
 
@@ -81,7 +95,7 @@ def _on_example(model: nn.Module, options: Options, axis: str, *, planned: Calla
         return on_shapes(model, plan_on)
     except (RuntimeError, TypeError, KeyError) as error:
         raise WrapError(
-            f"the model cannot be run on its example, which the axis {axis} needs: {type(error).__name__}: "
+            f"the model cannot be run on its example, which {who} needs: {type(error).__name__}: "
             f"{error}; pass example= one micro-batch as step() takes it"
         ) from error
 
@@ -133,6 +147,6 @@ def example_of(model: nn.Module) -> Any:
         height, width = (size, size) if isinstance(size, int) else size
         return {name: torch.randn(2, getattr(config, "num_channels", 3), height, width)}
     raise WrapError(
-        "the axes tp and cp need one look at a forward pass: pass example= one micro-batch as step() takes it "
-        "(a dict of keywords, a tuple, or a tensor)"
+        "the axes tp and cp, and layer_block, need one look at a forward pass: pass example= one micro-batch as step() "
+        "takes it (a dict of keywords, a tuple, or a tensor)"
     )

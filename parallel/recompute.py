@@ -6,7 +6,7 @@ here it is an action of the schedule, done once, while the rank waits for what i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Frame"]
+__all__ = ["Frame", "is_run_again"]
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+_AGAIN: ContextVar[bool] = ContextVar("again", default=False)
+
+
+def is_run_again() -> bool:
+    """Whether this forward runs a second time, by a `Frame` or by `torch.utils.checkpoint`: what counts has counted it.
+
+    >>> is_run_again()
+    False
+    """
+    return _AGAIN.get() or torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True)
@@ -120,11 +130,18 @@ class Frame:
         try:
             args, kwargs = tree_map(_as_given, self._given)
             with saved_tensors_hooks(lambda tensor: found.append(tensor.detach()), lambda nothing: nothing):
-                self._context.run(self._work, *args, **kwargs)
+                self._context.run(self._work_again, *args, **kwargs)
         finally:
             outside.enter()
         self._check(found)
         self._found = found
+
+    def _work_again(self, *args: Any, **kwargs: Any) -> None:
+        token = _AGAIN.set(True)
+        try:
+            self._work(*args, **kwargs)
+        finally:
+            _AGAIN.reset(token)
 
     def forget(self) -> None:
         """Lets go of everything, after backward."""

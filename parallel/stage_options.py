@@ -121,6 +121,8 @@ class StageOptions:
 def _check_recompute(recompute: str | Sequence[str] | None, offload_inputs: bool) -> None:
     if isinstance(recompute, str) and recompute != "blocks":
         raise WrapError(f"recompute={recompute!r} is one text; write 'blocks' for all, or a list: [{recompute!r}]")
+    if isinstance(recompute, bool):
+        raise WrapError(f"recompute={recompute} is no choice of blocks; write 'blocks' for all, or leave it out")
     if offload_inputs and not recompute:
         raise WrapError("offload_inputs moves the inputs of recomputed blocks; name these with recompute='blocks'")
 

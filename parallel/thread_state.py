@@ -16,6 +16,9 @@ class ThreadState:
     Args:
         random: generators too, which take longer than all the rest.
 
+    Attributes:
+        grad: whether histories are kept.
+
     >>> before = ThreadState()
     >>> with torch.no_grad():
     ...     before.enter()
@@ -24,7 +27,7 @@ class ThreadState:
     """
 
     def __init__(self, *, random: bool = True) -> None:
-        self._grad = torch.is_grad_enabled()
+        self.grad = torch.is_grad_enabled()
         self._random = torch.default_generator.get_state() if random else None
         self._cuda_random = torch.cuda.get_rng_state() if random and torch.cuda.is_initialized() else None
         self._autocast = _autocast_settings()
@@ -40,7 +43,7 @@ class ThreadState:
         Args:
             now: what is there, if that is known: what is the same stays.
         """
-        torch.set_grad_enabled(self._grad)
+        torch.set_grad_enabled(self.grad)
         self._put_random()
         torch.clear_autocast_cache()  # a cast made in one pass must not be used in another
         if now is None or now._autocast != self._autocast:

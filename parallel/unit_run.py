@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from meshwright.parallel.promote import Promote
 
 __all__ = [
     "Around",
+    "Kinds",
     "Plain",
     "UnitCall",
     "argument",
     "gradients_of",
     "inputs_of",
     "keyed_arguments",
+    "kinds_of",
     "own_copy",
     "run_plain",
     "settings_of",
@@ -30,6 +32,8 @@ __all__ = [
     "with_random_weights",
 ]
 
+
+Kinds: TypeAlias = tuple[tuple[int | str, type | None], ...]
 
 Around = Callable[[nn.Module], AbstractContextManager[object]]
 """Makes the context in which a copy of a unit runs."""
@@ -143,6 +147,16 @@ def keyed_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple
     [(0, 1), ('mask', 2)]
     """
     return [*enumerate(args), *kwargs.items()]
+
+
+def kinds_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kinds:
+    """Arguments of a call by position and keyword, and what they are: two calls may differ in tensors that are there.
+
+    >>> kinds_of((torch.ones(1),), {"mask": None, "cache": {}})
+    ((0, None), ('mask', None), ('cache', <class 'dict'>))
+    """
+    given = keyed_arguments(args, kwargs)
+    return tuple((key, None if value is None or isinstance(value, Tensor) else type(value)) for key, value in given)
 
 
 def own_copy(value: Any) -> Any:

@@ -78,7 +78,8 @@ def verify(
 def _planned(trial: Trial) -> Trial:
     """The trial with its stages cut and its tensor plan made: what cannot be had is refused before a rank starts."""
     options, mesh = trial.options, trial.mesh
-    if mesh.tp == mesh.cp == 1 and not options.cuts_by_hand:
+    by_spans = options.sizes is not None and options.sizes.layer_block is not None
+    if mesh.tp == mesh.cp == 1 and not options.cuts_by_hand and not by_spans:
         return trial
     first = split(trial.samples_of(0), options.num_microbatches)[0]
     with trial.precision():
@@ -87,7 +88,7 @@ def _planned(trial: Trial) -> Trial:
         find_blocks(model, chosen.blocks)
         stages_of(model, mesh, 0, chosen)
         plan = make_plan(model, mesh, chosen) if mesh.tp > 1 else options.tensor_plan
-    example = chosen.example if mesh.cp > 1 else None if mesh.tp > 1 else options.example
+    example = chosen.example if mesh.cp > 1 or by_spans else None if mesh.tp > 1 else options.example
     return replace(trial, options=replace(chosen, tensor_plan=plan, example=example))
 
 

@@ -32,7 +32,7 @@ from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.recorder import recording
 from meshwright.parallel.pipeline.timeline import Timeline
-from meshwright.parallel.plan import deal_model, make_context_plan, make_plan
+from meshwright.parallel.plan import deal_model, make_context_plan, make_plan, run_by_spans
 from meshwright.parallel.report import WrapReport, describe
 from meshwright.parallel.weights import WeightFiles, alias_groups, boxes_of, write_weights
 
@@ -58,16 +58,16 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     plan = make_plan(model, mesh, chosen)
     context = make_context_plan(model, mesh, chosen, plan=plan)
     report = describe(model, mesh, chosen, plan, context=context)
-    blockwise = None
-    if chosen.sizes is not None and mesh.cp == 1:  # cp attends by blocks anyway
-        blockwise = BlockwiseAttention(model, chosen.sizes, chosen.example)
+    blocks = chosen.sizes if mesh.cp == 1 else None  # cp attends by blocks anyway
+    blockwise = None if blocks is None else BlockwiseAttention(model, blocks, chosen.example)
     said = tile_networks(model, chosen.sizes)
+    handler, spanned = run_by_spans(model, chosen)
     if mesh.tp > 1:
         deal_model(model, plan, groups.axis("tp"))
-    said += tile_heads(model, chosen.sizes, groups.axis("cp") if mesh.cp > 1 else None)
+    said += [*spanned, *tile_heads(model, chosen.sizes, groups.axis("cp") if mesh.cp > 1 else None)]
     report = replace(report, notes=(*report.notes, *said))
     if blockwise is not None:
-        blockwise.install()
+        blockwise.install(handler)
     if mesh.cp > 1:
         way = way_of(chosen.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
         deal_sequence(model, context, groups, way=way, sizes=chosen.sizes or Blockwise())

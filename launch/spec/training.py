@@ -165,6 +165,9 @@ class BlockSizes(Block):
     ffn_block: Count | None = Field(
         default=None, description="Positions that a feed-forward layer takes at once; by default all."
     )
+    layer_block: Count | None = Field(
+        default=None, description="Positions that all of a block but its attention takes at once; by default all."
+    )
     loss_block: Count | None = Field(
         default=None, description="Positions whose scores over the vocabulary are made at once; by default all."
     )

@@ -32,6 +32,7 @@ class AttendKeywords(ScoringKeywords, total=False):
     dropout_seed: int | None
     query_positions: Positions | None
     key_positions: Positions | None
+    known: tuple[Tensor, Tensor] | None
 
 
 @overload
@@ -54,7 +55,8 @@ def attend(
         with_lse: also return the log of the softmax's denominator, [batch, heads, s_q]; it has a gradient.
         options: `bias` (a tensor broadcastable to [batch, heads, s_q, s_k], or a function of positions), `sinks`
             ([heads], one more score in each denominator), `query_positions`, `key_positions` (ranges; from 0 on where
-            None), and those of `Scoring`.
+            None), `known` (output and log-sum-exp of the same call, made before: they get a history and are not
+            computed again), and those of `Scoring`.
 
     Returns:
         [batch, heads, s_q, d_v]; 0 for queries that may attend to nothing.
@@ -89,6 +91,7 @@ class _Call:
     scoring: Scoring
     queries: Pieces
     keys: Pieces
+    known: tuple[Tensor, Tensor] | None
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, options: AttendKeywords) -> "_Call":
@@ -109,7 +112,7 @@ class _Call:
                 "the bias function gives scores that want a gradient, which cannot reach what they are made of; give "
                 "the bias as a tensor"
             )
-        return cls(Scoring(**given, bias=function, dropout_seed=seed or 0), queries, keys)
+        return cls(Scoring(**given, bias=function, dropout_seed=seed or 0), queries, keys, options.get("known"))
 
 
 class _Attention(Function):
@@ -118,6 +121,8 @@ class _Attention(Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         query, key, value, bias, sinks, call = inputs
+        if call.known is not None:
+            return call.known[0].detach(), call.known[1].detach()
         chunk = Chunk(query, key, value, call.queries, call.keys, bias)
         whole = Work(chunk, call.scoring, fused=True).whole if sinks is None else None
         out, lse = partial_forward(chunk, call.scoring) if whole is None else block_forward(whole)

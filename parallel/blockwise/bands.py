@@ -1,8 +1,9 @@
 """How a band of diagonals is cut into calls of a kernel: by what they cost.
 
-A kernel takes whole rectangles, triangles (all keys up to a query's own place), and anything else under a mask, where
-pairs that are masked cost as much as others. So a causal rectangle is one whole and one triangle, and a window is
-strips of rows: each under one mask, or with the columns that all its rows see apart from the two ends.
+Some kernels take any band. Others take whole rectangles, triangles (all keys up to a query's own place), and anything
+else under a mask, where pairs that are masked cost as much as others. For these a causal rectangle is one whole and one
+triangle, and a window is strips of rows: each under one mask, or with the columns that all its rows see apart from the
+two ends.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,12 +29,14 @@ class Limits:
         kv_block: most keys of one.
         fused: of whole rectangles and triangles no scores exist, so these may be of any size.
         call_cost: what a call costs besides its pairs, in pairs.
+        banded: whether the kernel takes any band of diagonals, and computes little else.
     """
 
     query_block: int
     kv_block: int
     fused: bool
     call_cost: float
+    banded: bool = False
 
 
 class Part(NamedTuple):
@@ -54,6 +57,8 @@ class Part(NamedTuple):
         of_row = columns * (1.0 if self.sketch is FULL else _MASKED)
         if triangle:
             of_row = min(columns, columns / 2 + _DIAGONAL)
+        elif limits.banded and isinstance(self.sketch, Diagonals):
+            of_row = min(columns, self.sketch.high - self.sketch.low + _DIAGONAL)
         return float(rows * of_row + (rows + columns) * _GATHER + limits.call_cost)
 
 
@@ -74,6 +79,8 @@ def split(sketch: Diagonals | Uniform, *, rows: int, columns: int, limits: Limit
     if not isinstance(sketch, Diagonals):
         return [] if sketch is EMPTY else _whole(slice(0, rows), slice(0, columns), limits)
     band = _Band(sketch.low, sketch.high, rows, columns)
+    if limits.banded:
+        return [band.trimmed()]
     heights = [1 << power for power in range(6, 20) if 1 << power < min(limits.query_block, rows)]
     best = min((*heights, limits.query_block), key=lambda height: band.about(height, limits))
     strips, triangle = band.strips(best, limits), band.triangle() if limits.fused else []
@@ -127,6 +134,12 @@ class _Band(NamedTuple):
     def _lines(self) -> range:
         """Rows that see some column."""
         return range(max(0, -self.high), min(self.rows, self.columns - self.low))
+
+    def trimmed(self) -> Part:
+        """All of it, without rows and columns that are outside: the last pair of what is left is within."""
+        lines = self._lines
+        columns = slice(max(0, lines.start + self.low), min(self.columns, lines.stop + self.high))
+        return self.part(slice(lines.start, lines.stop), columns)
 
     def about(self, height: int, limits: Limits) -> float:
         """What a row costs in strips of a height, judged by the one in the middle."""

@@ -45,8 +45,8 @@ class Block:
         value: [batch, kv_heads, m, d_v].
         scale: of the products.
         softcap: bound of scaled products.
-        causal: key j is allowed from query j on; n equals m.
-        allowed: which others are.
+        band: of diagonals, which are allowed.
+        allowed: which pairs are, where that is no band.
         bias: added to scores, broadcastable to [batch, heads, n, m].
         kept: factors of probabilities (dropout), likewise.
     """
@@ -56,17 +56,21 @@ class Block:
     value: Tensor
     scale: float
     softcap: float | None = None
-    causal: bool = False
+    band: Diagonals | None = None
     allowed: Allowed | None = None
     bias: Tensor | None = None
     kept: Tensor | None = None
 
     def pairs(self) -> Tensor | None:
         """Pairs that may attend; None is all of them."""
-        if not self.causal:
-            return None if self.allowed is None else self.allowed.pairs
-        n = self.query.shape[2]
-        return Diagonals(1 - n, 0).tensor(n, n, self.query.device)
+        if self.band is not None:
+            return self.band.tensor(self.query.shape[2], self.key.shape[2], self.query.device)
+        return None if self.allowed is None else self.allowed.pairs
+
+    @property
+    def causal(self) -> bool:
+        """Whether the band is a triangle: as many keys as queries, each allowed from its own place on."""
+        return self.query.shape[2] == self.key.shape[2] and self.band == (1 - self.query.shape[2], 0)
 
 
 class Upstream(NamedTuple):

@@ -5,7 +5,8 @@ patched for all (the attention interface of `transformers`, two functions of tor
 did before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,17 @@ from torch.utils.hooks import RemovableHandle
 from meshwright.parallel.blockwise.masks import Mask
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["AttentionCall", "Handler", "Plug", "calling_module", "name_of_calling", "plug_of"]
+__all__ = [
+    "AttentionCall",
+    "Handler",
+    "Plug",
+    "called",
+    "calling_module",
+    "has_hooks",
+    "is_hooked",
+    "name_of_calling",
+    "plug_of",
+]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,6 +181,35 @@ def calling_module() -> tuple[Plug, nn.Module] | None:
         return None
     plug = plug_of(calling.module)
     return None if plug is None else (plug, calling.module)
+
+
+@contextmanager
+def called(module: nn.Module) -> Iterator[None]:
+    """Inside, a module's forward may be run without a call of it, and may be left by what no hook sees."""
+    before = _CALLING.set(_Calling(module, _CALLING.get()))
+    try:
+        yield
+    finally:
+        _CALLING.reset(before)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something waits for calls of the modules in a module, besides a plug.
+
+    >>> inner = nn.Linear(2, 2)
+    >>> _, before = inner.register_forward_hook(print), has_hooks(inner)
+    >>> before, has_hooks(nn.Sequential(inner))
+    (False, True)
+    """
+    return any(is_hooked(each) for each in module.modules() if each is not module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for calls of a module, besides a plug."""
+    own = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(hook not in (_enter, _leave) for hook in own) or bool(
+        module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def name_of_calling() -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from meshwright.parallel.blockwise.bands import Limits
 from meshwright.parallel.blockwise.block import Block
+from meshwright.parallel.blockwise.diagonals import Diagonals
 from meshwright.parallel.blockwise.dropout import kept
 from meshwright.parallel.blockwise.kernels import kernel_for
 from meshwright.parallel.blockwise.mask import Frame
@@ -18,9 +19,9 @@ from meshwright.parallel.blockwise.tiles import Tile
 
 __all__ = ["Chunk", "Work", "bias_of", "columns_of", "rows_of"]
 
-# what a call costs, in pairs of one head of width 64: measured on a CPU, estimated on GPUs
+# what a call costs, in pairs of one head of width 64; measured, on an H200
 _CPU_CALL_COST = 2e4
-_GPU_CALL_COST = 5e6
+_GPU_CALL_COST = 1.6e8
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +78,10 @@ class Work:
         """One block."""
         chunk, scoring = self._chunk, self._scoring
         key, value = columns_of(chunk.key, tile), columns_of(chunk.value, tile)
-        causal = tile.sketch == (1 - len(tile.queries), 0) and len(tile.queries) == len(tile.keys)
-        block = Block(rows_of(chunk.query, tile), key, value, self._scale, scoring.softcap, causal)
-        allowed = None if causal else self._plan.allowed(scoring.mask, tile, self._frame)
+        triangle = tile.sketch == (1 - len(tile.queries), 0) and len(tile.queries) == len(tile.keys)
+        band = tile.sketch if isinstance(tile.sketch, Diagonals) and (triangle or self._limits.banded) else None
+        block = Block(rows_of(chunk.query, tile), key, value, self._scale, scoring.softcap, band)
+        allowed = self._plan.allowed(scoring.mask, tile, self._frame) if band is None else None
         return replace(block, allowed=allowed, bias=self._bias(tile), kept=self._kept(tile))
 
     def _bias(self, tile: Tile) -> Tensor | None:
@@ -104,21 +106,29 @@ class Work:
 
     @cached_property
     def _plan(self) -> Plan:
-        chunk, scoring = self._chunk, self._scoring
+        chunk, mask = self._chunk, self._scoring.mask
         if 0 in (*chunk.query.shape, *chunk.key.shape):
             return Plan(())
-        probe = Block(chunk.query, chunk.key, chunk.value, self._scale, scoring.softcap)
-        fused = self._fused and chunk.bias is None and scoring.bias is None and scoring.dropout_p == 0.0
-        cost = _CPU_CALL_COST if chunk.query.device.type == "cpu" else _GPU_CALL_COST
-        mask = scoring.mask
-        many = chunk.query.shape[1] * (chunk.query.shape[0] if mask is None or mask.rows == 1 else 1)
-        limits = Limits(
-            scoring.query_block, scoring.kv_block, fused=fused and kernel_for(probe) is not None, call_cost=cost / many
-        )
         if mask is not None:
             ends = {"queries": _end(chunk.queries), "keys": _end(chunk.keys)}
             mask.check(self._frame.batch, self._frame.heads, **ends)
-        return plan_for(mask, chunk.queries, chunk.keys, limits=limits, frame=self._frame)
+        return plan_for(mask, chunk.queries, chunk.keys, limits=self._limits, frame=self._frame)
+
+    @cached_property
+    def _limits(self) -> Limits:
+        chunk, scoring, mask = self._chunk, self._scoring, self._scoring.mask
+        plain = chunk.bias is not None or scoring.bias is not None or scoring.dropout_p > 0.0
+        probe = Block(chunk.query, chunk.key, chunk.value, self._scale, scoring.softcap)
+        kernel = kernel_for(probe) if self._fused and not plain else None
+        cost = _CPU_CALL_COST if chunk.query.device.type == "cpu" else _GPU_CALL_COST
+        many = chunk.query.shape[1] * (chunk.query.shape[0] if mask is None or mask.rows == 1 else 1)
+        return Limits(
+            scoring.query_block,
+            scoring.kv_block,
+            fused=kernel is not None,
+            call_cost=cost / many,
+            banded=kernel is not None and kernel.bands,
+        )
 
 
 def rows_of(tensor: Tensor, tile: Tile) -> Tensor:

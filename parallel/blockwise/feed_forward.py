@@ -17,6 +17,7 @@ from torch.utils.weak import TensorWeakRef
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.blockwise.block_dropout import BlockDropout
 from meshwright.parallel.blockwise.by_position import works_by_position
+from meshwright.parallel.blockwise.calls import has_hooks, is_hooked
 from meshwright.parallel.blockwise.pointwise import Pointwise, run_by_blocks
 from meshwright.parallel.blockwise.product import narrow_dtype
 from meshwright.parallel.unit_run import settings_of
@@ -93,7 +94,7 @@ class TiledFeedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output; hooks on inner modules, which would see blocks, make it run as a whole."""
         given = args[0] if len(args) == 1 and not kwargs else None
-        if not isinstance(given, Tensor) or given.dim() < 2 or not given.shape[-2] or _has_hooks(self.module):
+        if not isinstance(given, Tensor) or given.dim() < 2 or not given.shape[-2] or has_hooks(self.module):
             self.uses["whole"] += 1
             return self.forward(*args, **kwargs)
         return self._with_gradients(given) if torch.is_grad_enabled() else self._without_gradients(given)
@@ -152,7 +153,7 @@ class _Normed:
     def given(self, made: Tensor) -> Tensor | None:
         """The norm's input, if backward can start there: nothing changed, and nobody waits for what is between."""
         given = self.source()
-        hooked = made._backward_hooks or made.retains_grad or _hooked(self.norm.module)
+        hooked = made._backward_hooks or made.retains_grad or is_hooked(self.norm.module)
         return None if given is None or hooked or _state(given, made) != self.state else given
 
 
@@ -190,13 +191,3 @@ def _note_norms(block: nn.Module, widths: set[int], by_position: _Proofs) -> Non
             continue
         if by_position(module, len(own[0])):
             module.forward = _NotedNorm(module, module.forward)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(_hooked(each) for each in module.modules() if each is not module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -15,13 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from meshwright.parallel.blockwise.block import Block, BlockGradients, Upstream
+from meshwright.parallel.blockwise.diagonals import Diagonals
 from meshwright.parallel.blockwise.merge import Partial
 
 __all__ = ["Gradients", "Kernel", "Operands", "Result", "Returned", "fused_backward", "fused_forward"]
 
 
 class Operands(NamedTuple):
-    """What a kernel takes: query, key, value of one width; `mask` is added to scores, [1 or batch, 1 or heads, ...]."""
+    """What a kernel takes: query, key, value of one width; `mask` is added to scores, [1 or batch, 1 or heads, ...].
+
+    Kernels that take bands are given one, which may be `causal`, a triangle; others are given that alone.
+    """
 
     query: Tensor
     key: Tensor
@@ -29,6 +33,7 @@ class Operands(NamedTuple):
     mask: Tensor | None
     causal: bool
     scale: float
+    band: Diagonals | None = None
 
 
 class Returned(NamedTuple):
@@ -53,6 +58,7 @@ class Kernel:
         forward: operands to output and log-sum-exp [batch, heads, n].
         backward: operands, and what comes back, to gradients of query, key and value.
         masks: whether it takes a mask.
+        bands: whether it takes any band of diagonals that holds the last pair of the block.
         whole: widths it takes are multiples of this.
         max_width: and at most this.
         check_first: whether it is compared with plain torch before it is used.
@@ -63,6 +69,7 @@ class Kernel:
     forward: Callable[[Operands], Result]
     backward: Callable[[Operands, Returned], Gradients]
     masks: bool = True
+    bands: bool = False
     whole: int = 1
     max_width: int = 1 << 16
     check_first: bool = False
@@ -105,13 +112,13 @@ def _dead(block: Block, mask: Tensor | None) -> Tensor | None:
     if block.bias is None or mask is None:
         return None if block.allowed is None else block.allowed.dead
     without = mask == -torch.inf
-    upper = block.pairs() if block.causal else None
-    return (without if upper is None else without | ~upper).all(-1)
+    inside = None if block.band is None else block.pairs()
+    return (without if inside is None else without | ~inside).all(-1)
 
 
 def _operands(block: Block, width: int) -> Operands:
     query, key, value = (_padded(each, width) for each in (block.query, block.key, block.value))
-    return Operands(query, key, value, mask=_mask(block), causal=block.causal, scale=block.scale)
+    return Operands(query, key, value, mask=_mask(block), causal=block.causal, scale=block.scale, band=block.band)
 
 
 def _mask(block: Block) -> Tensor | None:

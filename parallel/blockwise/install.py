@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.by_hand import HandWatch
-from meshwright.parallel.blockwise.calls import AttentionCall, name_of_calling
+from meshwright.parallel.blockwise.calls import AttentionCall, Handler, name_of_calling
 from meshwright.parallel.blockwise.plugs import Plugged, plug_in, plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.deferred import on_shapes
@@ -88,9 +88,9 @@ class BlockwiseAttention:
         if self._seen is not None:
             _check(self._seen)
 
-    def install(self) -> None:
-        """Begins; the model may have been dealt in the meantime."""
-        self._plugged = plug_in(self._model, partial(attend_to, sizes=self._sizes))
+    def install(self, handler: Handler | None = None) -> None:
+        """Begins; the model may have been dealt in the meantime, and others may compute its calls."""
+        self._plugged = plug_in(self._model, handler or partial(attend_to, sizes=self._sizes))
 
     @property
     def is_known(self) -> bool:

@@ -5,8 +5,7 @@ autograd gets each of them once, so hooks on parameters are called once. Inner m
 meanwhile, which have no hooks. Second derivatives run the call on all positions at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from meshwright.parallel.blockwise.aliases import Places, aliases, check_versions, places_of, versions_of
 from meshwright.parallel.blockwise.block_dropout import BlockDropout
 from meshwright.parallel.blockwise.by_position import leaves_of
 from meshwright.parallel.blockwise.head import unwatched
 from meshwright.parallel.blockwise.wanted import wanted
-from meshwright.parallel.errors import WrapError
 from meshwright.parallel.thread_state import ThreadState
 
 __all__ = ["Pointwise", "run_by_blocks"]
@@ -53,14 +52,10 @@ class Pointwise:
         length = given.shape[-2]
         return [slice(start, min(start + self.block, length)) for start in range(0, length, self.block)]
 
-    def parameters(self) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:
+    @property
+    def places(self) -> Places:
         """Each parameter, and where it lies, as it is now."""
-        found: dict[int, tuple[nn.Parameter, list[tuple[nn.Module, str]]]] = {}
-        for owner in dict.fromkeys(each for module in self.modules for each in module.modules()):
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    found.setdefault(id(parameter), (parameter, []))[1].append((owner, name))
-        return list(found.values())
+        return places_of(self.modules)
 
 
 def run_by_blocks(call: Pointwise, given: Tensor, ready: Tensor) -> Tensor:
@@ -80,11 +75,11 @@ def run_by_blocks(call: Pointwise, given: Tensor, ready: Tensor) -> Tensor:
     True
     """
     state, dropout = ThreadState(), BlockDropout(given.shape[-2])
-    known = [each for each, _ in call.parameters()]
+    known = [each for each, _ in call.places]
     first = call.blocks(given)[0]
     dropout.at(first)
     trained = [number for number, each in enumerate(known) if each.requires_grad]
-    with unwatched(), dropout, _aliases(call, trained) as leaves:
+    with unwatched(), dropout, aliases(call.places, trained) as leaves:
         begun = call(given.detach()[..., first, :].contiguous())
     reached = leaves_of(begun)
     used = [number for number, leaf in enumerate(leaves) if id(leaf) in reached]
@@ -111,20 +106,20 @@ class _ByBlocks(Function):
         output: Tensor = begin.output.new_empty((*ready.shape[:-1], begin.output.shape[-1]))
         first, *others = call.blocks(ready)
         output[..., first, :] = begin.output
-        with begin.dropout as dropout, _aliases(call, []):
+        with begin.dropout as dropout, aliases(call.places, []):
             for block in others:
                 dropout.at(block)
                 output[..., block, :] = call.work(ready[..., block, :].contiguous())  # models may ask for a view of it
         ctx.call, ctx.state, ctx.used = call, begin.state, begin.used
         ctx.masks = dropout.masks if dropout.kept else None
-        ctx.versions = [(each, each._version) for each, _ in call.parameters()]
+        ctx.versions = versions_of(call.places)
         ctx.save_for_backward(given)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (given,) = ctx.saved_tensors
-        _check(ctx.call, ctx.versions)
+        check_versions(ctx.call.name, ctx.versions, "leave the feed-forward out of blockwise=")
         asked = wanted(ctx, [False, False, True, True, *[True] * len(ctx.used)])[3:]
         numbers = [number for number, need in zip(ctx.used, asked[1:], strict=True) if need]
         gradients_of = _derived if torch.is_grad_enabled() else _recomputed
@@ -149,7 +144,7 @@ def _recomputed(
     """Gradients of the input and of parameters by number, block by block."""
     of_input = torch.zeros_like(given) if inward else None
     totals: dict[int, Tensor] = {}
-    with _aliases(call, numbers) as leaves, torch.enable_grad():
+    with aliases(call.places, numbers) as leaves, torch.enable_grad():
         for block in call.blocks(given):
             dropout.at(block)
             part = given.detach()[..., block, :].contiguous().requires_grad_(inward)
@@ -172,32 +167,8 @@ def _derived(
 ) -> _Found:
     """The same gradients with a history, from all positions at once."""
     dropout.at(slice(0, given.shape[-2]))
-    known = [each for each, _ in call.parameters()]
+    known = [each for each, _ in call.places]
     inputs = [*([given] if inward else []), *(known[number] for number in numbers)]
     found = list(torch.autograd.grad(call(given), inputs, gradient, create_graph=True, allow_unused=True))
     of_input = found.pop(0) if inward else None
     return of_input, {number: each for number, each in zip(numbers, found, strict=True) if each is not None}
-
-
-@contextmanager
-def _aliases(call: Pointwise, numbers: Sequence[int]) -> Iterator[list[nn.Parameter]]:
-    """Inside, modules have aliases of their parameters; those of `numbers` take gradients, and none has hooks."""
-    known = call.parameters()
-    made = [nn.Parameter(each.detach(), requires_grad=number in numbers) for number, (each, _) in enumerate(known)]
-    try:
-        for (_, places), alias in zip(known, made, strict=True):
-            for owner, name in places:
-                owner._parameters[name] = alias
-        yield made
-    finally:
-        for parameter, places in known:
-            for owner, name in places:
-                owner._parameters[name] = parameter
-
-
-def _check(call: Pointwise, versions: Sequence[tuple[Tensor, int]]) -> None:
-    if any(each._version != version for each, version in versions):
-        raise WrapError(
-            f"parameters of {call.name} were changed between forward and backward, so it cannot be run again; "
-            "leave the feed-forward out of blockwise="
-        )

@@ -17,18 +17,21 @@ class Blockwise:
         query_block: queries whose scores are made at once.
         kv_block: keys that they meet at once.
         ffn_block: positions that a feed-forward layer takes at once; None takes all.
+        layer_block: positions that all of a block but its attention takes at once, of which only its input and what
+            attention gave are kept; None takes all. It does what `ffn_block` does, and more.
         loss_block: positions whose scores over the vocabulary are made at once; None makes all.
         loss_in_advance: compute the loss's gradients with it, while scores are there. Backward then makes none anew,
             three products instead of four, where it follows at once (schedule "accumulate"); micro-batches that went
             forward each hold a gradient of the head's weight until then.
 
     Raises:
-        WrapError: for sizes below 1, or `loss_in_advance` without `loss_block`.
+        WrapError: for sizes below 1 and those that exclude each other, or `loss_in_advance` without `loss_block`.
     """
 
     query_block: int = 1024
     kv_block: int = 1024
     ffn_block: int | None = None
+    layer_block: int | None = None
     loss_block: int | None = None
     loss_in_advance: bool = False
 
@@ -41,12 +44,17 @@ class Blockwise:
             if field.name.endswith("_block"):
                 _check_size(field.name, getattr(self, field.name), may_miss=field.default is None)
 
+        if self.ffn_block is not None and self.layer_block is not None:
+            raise WrapError(
+                f"blockwise: with layer_block={self.layer_block} feed-forward runs by blocks too; leave out ffn_block"
+            )
+
     @classmethod
     def of(cls, given: "Blockwise | Mapping[str, Any] | None") -> "Blockwise | None":
         """The option as a user writes it.
 
-        >>> Blockwise.of({"kv_block": 512})
-        Blockwise(query_block=1024, kv_block=512, ffn_block=None, loss_block=None, loss_in_advance=False)
+        >>> Blockwise.of({"kv_block": 512}) == Blockwise(query_block=1024, kv_block=512, ffn_block=None)
+        True
 
         Raises:
             WrapError: naming the nearest size for an unknown one.

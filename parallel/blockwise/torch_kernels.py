@@ -1,8 +1,8 @@
 """torch's fused kernels as they are called: on CPU flash, on GPUs flash, then the memory-efficient one.
 
 The CPU kernel ends the process on empty tensors, so blocks are never empty; it takes grouped heads, any width, and a
-mask of the width of its sums. Flash on GPUs takes no mask. The memory-efficient kernel takes as many key heads as query
-heads, pads its log-sum-exp to 32 rows, and reads masks whose rows begin at multiples of 16 elements.
+mask of the width of its sums. Flash on GPUs takes bands and no mask. The memory-efficient kernel takes as many key
+heads as query heads, pads its log-sum-exp to 32 rows, and reads masks whose rows begin at multiples of 16 elements.
 """
 
 from typing import Any
@@ -34,19 +34,32 @@ def _cpu_flash_back(given: Operands, back: Returned) -> Gradients:
 
 
 def _gpu_flash(given: Operands) -> Result:
-    found = _aten._scaled_dot_product_flash_attention(*given[:3], 0.0, given.causal, False, scale=given.scale)
-    return found[0], found[1]
+    query, key, value = (each.transpose(1, 2) for each in given[:3])
+    lengths, how = (query.shape[1], key.shape[1]), _flash_band(given)
+    found = _aten._flash_attention_forward(query, key, value, None, None, *lengths, 0.0, given.causal, False, **how)
+    return found[0].transpose(1, 2), found[1]
 
 
 def _gpu_flash_back(given: Operands, back: Returned) -> Gradients:
-    rows, columns = given.query.shape[2], given.key.shape[2]
-    state = given.query.new_zeros(2, dtype=torch.uint64)  # of dropout, which there is none of
-    unused = state.new_zeros(())
-    query, key, value = _aten._scaled_dot_product_flash_attention_backward(
-        back.grad_out, *given[:3], back.out, back.lse.contiguous(), None, None, rows, columns,
-        0.0, given.causal, state, unused, scale=given.scale,
+    grad, query, key, value, out = (each.transpose(1, 2) for each in (back.grad_out, *given[:3], back.out))
+    state = query.new_zeros(2, dtype=torch.uint64)  # of dropout, which there is none of
+    found = _aten._flash_attention_backward(
+        grad, query, key, value, out, back.lse.contiguous(), None, None, query.shape[1], key.shape[1],
+        0.0, given.causal, state, state.new_zeros(()), **_flash_band(given),
     )  # fmt: skip
+    query, key, value = (each.transpose(1, 2) for each in found)
     return query, key, value
+
+
+def _flash_band(given: Operands) -> dict[str, Any]:
+    """Keys that each query sees to both sides of its own, where the last query's own key is the last one."""
+    found: dict[str, Any] = {"scale": given.scale}
+    if given.band is not None and not given.causal:
+        rows, columns = given.query.shape[2], given.key.shape[2]
+        left, right = columns - rows - given.band.low, given.band.high - (columns - rows)
+        found["window_size_left"] = None if given.band.low <= 1 - rows else left
+        found["window_size_right"] = None if given.band.high >= columns - 1 else right
+    return found
 
 
 def _gpu_efficient(given: Operands) -> Result:
@@ -95,7 +108,17 @@ def _aligned(given: Operands) -> Tensor | None:
 FUSED: dict[str, tuple[Kernel, ...]] = {
     "cpu": (Kernel("flash", (torch.float64, torch.float32, *_HALF), _cpu_flash, _cpu_flash_back),),
     "cuda": (
-        Kernel("flash", _HALF, _gpu_flash, _gpu_flash_back, masks=False, whole=8, max_width=256, check_first=True),
+        Kernel(
+            "flash",
+            _HALF,
+            _gpu_flash,
+            _gpu_flash_back,
+            masks=False,
+            bands=True,
+            whole=8,
+            max_width=256,
+            check_first=True,
+        ),
         Kernel("efficient", (torch.float32, *_HALF), _gpu_efficient, _gpu_efficient_back, whole=8, check_first=True),
     ),
 }

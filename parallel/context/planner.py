@@ -30,22 +30,32 @@ from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.tensor_plan import Decision, Stream
 from meshwright.parallel.unit_calls import calls_of, signature_of
-from meshwright.parallel.unit_run import Plain, UnitCall, argument, keyed_arguments, run_plain
+from meshwright.parallel.unit_run import Kinds, Plain, UnitCall, argument, keyed_arguments, kinds_of, run_plain
 
-__all__ = ["plan_context"]
+__all__ = ["Settled", "plan_context", "settle_blocks"]
 
 _PROVED_ON = 2
 
 
 @dataclass(frozen=True)
-class _Settled:
-    """What became of one block: its plan (paths relative to it) and its stream, or why there is none."""
+class Settled:
+    """What became of one block.
+
+    Attributes:
+        plan: of it, with paths relative to it; None where it does not work on a dealt sequence.
+        stream: the argument that is dealt.
+        reason: what was tried.
+        given: streams that the block gives.
+        kinds: of the arguments of the call it was proved for.
+        only_streams: whether all it gives has an entry for each position of each sample.
+    """
 
     plan: ContextPlan | None
     stream: int | str | None
     reason: str
     given: int = 0
-    """Streams that the block gives."""
+    kinds: Kinds = ()
+    only_streams: bool = False
 
 
 def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> ContextPlan:
@@ -65,7 +75,7 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
         raise WrapError(
             f"mesh axis cp={degree}: the model has no list of blocks that it calls; deal the batch over dp instead"
         )
-    settled = _settle_all(model, calls, degree)
+    settled = settle_blocks(model, calls, degree)
     _refuse(settled, degree)
     plan = ContextPlan(degree=degree, sequence=True, losses=tuple(losses.seen))
     plan = plan.joined_with(each.plan.under(path) for path, each in settled.items() if each.plan is not None)
@@ -74,10 +84,16 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
     return replace(_with_streams(plan, calls, settled), decisions=decisions)
 
 
-def _settle_all(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) -> dict[str, _Settled]:
-    """Settles each block that was called; blocks of one signature once."""
-    known: dict[Any, _Settled] = {}
-    settled: dict[str, _Settled] = {}
+def settle_blocks(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) -> dict[str, Settled]:
+    """Finds out of each block of a model whether it works on some positions of a sequence; equal ones are tried once.
+
+    Args:
+        model: unwrapped, on any device, meta included; it is not changed.
+        calls: of its blocks in one forward pass.
+        degree: ranks whose collectives are counted.
+    """
+    known: dict[Any, Settled] = {}
+    settled: dict[str, Settled] = {}
     for path, call in calls.items():
         unit = model.get_submodule(path)
         key = signature_of(unit, call)
@@ -87,7 +103,7 @@ def _settle_all(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) ->
     return settled
 
 
-def _with_streams(plan: ContextPlan, calls: Mapping[str, UnitCall], settled: Mapping[str, _Settled]) -> ContextPlan:
+def _with_streams(plan: ContextPlan, calls: Mapping[str, UnitCall], settled: Mapping[str, Settled]) -> ContextPlan:
     """Adds the streams, and the collectives at their ends."""
     streams = _streams(settled)
     ends = {
@@ -99,7 +115,7 @@ def _with_streams(plan: ContextPlan, calls: Mapping[str, UnitCall], settled: Map
     return replace(plan, streams=streams, calls={**plan.calls, **ends})
 
 
-def _refuse(settled: Mapping[str, _Settled], degree: int) -> None:
+def _refuse(settled: Mapping[str, Settled], degree: int) -> None:
     for path, each in settled.items():
         if each.plan is None:
             raise WrapError(
@@ -108,7 +124,7 @@ def _refuse(settled: Mapping[str, _Settled], degree: int) -> None:
             )
 
 
-def _streams(settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
+def _streams(settled: Mapping[str, Settled]) -> tuple[Stream, ...]:
     lists: dict[str, list[str]] = {}
     for path in settled:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
@@ -132,7 +148,7 @@ def _padded(elements: int, length: int, degree: int) -> int:
     return elements // length * -(-length // degree) * degree
 
 
-def _settle(unit: nn.Module, call: UnitCall, degree: int) -> _Settled:
+def _settle(unit: nn.Module, call: UnitCall, degree: int) -> Settled:
     """Finds the first variant of a block that is proved."""
     asked: list[str] = []
 
@@ -142,9 +158,9 @@ def _settle(unit: nn.Module, call: UnitCall, degree: int) -> _Settled:
     try:
         plain = run_plain(unit, call, plainly)
     except Exception as error:  # whatever a block raises outside its model, it cannot be proved
-        return _Settled(None, None, f"it cannot be run alone: {type(error).__name__}: {error}")
+        return Settled(None, None, f"it cannot be run alone: {type(error).__name__}: {error}")
     if plain.stream is None:
-        return _Settled(None, None, "it takes no [samples, positions, features]")
+        return Settled(None, None, "it takes no [samples, positions, features]")
     reasons: list[str] = []
     for variant in _variants(plain, list(dict.fromkeys(asked))):
         attends: dict[str, Attends] = {}
@@ -160,8 +176,10 @@ def _settle(unit: nn.Module, call: UnitCall, degree: int) -> _Settled:
             variant, partial=partial, drops=found.drops, calls=calls, attends=attends, lengths={"": length}
         )
         given = sum(each.shape == plain.shape for each in plain.outputs)
-        return _Settled(settled, plain.stream, _said(settled), given)
-    return _Settled(None, None, f"not equal to the plain run: {reasons[0]}")
+        kinds = kinds_of(call.args, call.kwargs)
+        only_streams = all(each.dim() == 3 and each.shape[:-1] == plain.shape[:-1] for each in plain.outputs)
+        return Settled(settled, plain.stream, _said(settled), given, kinds, only_streams)
+    return Settled(None, None, f"not equal to the plain run: {reasons[0]}")
 
 
 def _on(degree: int, length: int, *, kind: str, elements: int) -> int:

@@ -1,5 +1,6 @@
 """Blocks whose insides are made anew: the same bits, with only their inputs kept."""
 
+import gc
 from typing import Any
 from weakref import ref
 
@@ -94,6 +95,17 @@ def test_only_named_blocks_run_twice_and_keep_nothing() -> None:
     assert _counted(recompute="blocks")[1] <= 2
 
 
+def test_nothing_holds_a_model_that_is_let_go() -> None:
+    build_model, build_batch = FAMILIES["llama"]
+    model = build_model()
+    wrapped = mw.parallelize(model, mw.Mesh(), schedule="layered", recompute="blocks", blockwise={"ffn_block": 4})
+    wrapped.step(build_batch())
+    held = ref(model)
+    del model, wrapped
+    gc.collect()
+    assert held() is None
+
+
 def test_inputs_leave_the_device_and_come_back() -> None:
     leaf = torch.randn(4, 3, requires_grad=True)
     given = leaf.view_as(leaf)
@@ -132,6 +144,7 @@ def test_a_block_that_changes_its_input_or_computes_otherwise_is_refused() -> No
     ("options", "message"),
     [
         ({"recompute": "all"}, r"write 'blocks' for all, or a list: \['all'\]"),
+        ({"recompute": True}, "recompute=True is no choice of blocks; write 'blocks' for all"),
         ({"offload_inputs": True}, "name these with recompute='blocks'"),
         ({"recompute": ["layer.0"]}, r"recompute: no block fits 'layer\.0'.*blocks\.0"),
         ({"recompute": "blocks", "schedule": "accumulate"}, "use schedule='layered', or the model's own"),

@@ -31,7 +31,7 @@ def _block(dtype: torch.dtype = torch.float64, lengths: tuple[int, int] = (9, 9)
 
 def _upstream(block: Block, *, with_lse: bool) -> Upstream:
     out, lse = plain_forward(block)
-    more = plain_forward(replace(block, key=block.key * 0.3, causal=False, allowed=None))
+    more = plain_forward(replace(block, key=block.key * 0.3, band=None, allowed=None))
     lse = torch.logaddexp(lse, more.lse)  # other blocks see more keys
     grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
     return Upstream(grad, grad[..., 0].sin() if with_lse else None, out, lse)
@@ -43,14 +43,14 @@ _BLIND[3, :4] = -torch.inf  # has a key only beyond the diagonal
 BLOCKS: dict[str, dict[str, Any]] = {
     "whole": {},
     "rectangle": {"lengths": (5, 9)},
-    "triangle": {"causal": True},
+    "triangle": {"band": Diagonals(-8, 0)},
     "mask": {"allowed": Allowed(_ALLOWED)},
     "mask of heads": {"allowed": Allowed(torch.rand(2, 4, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5)},
     "mask of keys": {"allowed": Allowed(torch.arange(9) > 3)},
     "bias": {"bias": torch.randn(4, 9, 9, dtype=torch.float64)},
     "bias of rows": {"bias": torch.randn(2, 1, 9, 1, dtype=torch.float64)},
     "turned bias": {"bias": torch.randn(2, 4, 9, 9, dtype=torch.float64).mT},
-    "bias in a triangle": {"bias": _BLIND, "causal": True},
+    "bias in a triangle": {"bias": _BLIND, "band": Diagonals(-8, 0)},
     "bias and mask": {"bias": torch.randn(4, 9, 9, dtype=torch.float64), "allowed": Allowed(_ALLOWED)},
     "narrow values": {"widths": (8, 3)},
     "wide values": {"widths": (3, 8)},
@@ -140,6 +140,20 @@ def test_a_kernel_on_trial_is_used_if_it_agrees(monkeypatch: pytest.MonkeyPatch)
     attend(given.query, given.key, given.value, mask=causal() & window(4)).sum().backward()
 
 
+def _by_window(*given: Any, scale: float, **window: int | None) -> Operands:
+    """What the kernel computes, as it is documented: windows count from the pair of the last query and the last key."""
+    query, key, value = (each.transpose(1, 2) for each in given[:3])
+    rows, columns = query.shape[2], key.shape[2]
+    left, right = (window.get(f"window_size_{side}") for side in ("left", "right"))
+    own = torch.arange(rows)[:, None] + columns - rows
+    keys = torch.arange(columns)
+    allowed = (own - keys <= (columns if left is None else left)) & (
+        keys - own <= (columns if right is None else right)
+    )
+    mask = None if bool(allowed.all()) else torch.zeros(rows, columns).masked_fill(~allowed, -torch.inf)[None, None]
+    return Operands(query, key, value, mask, given[3], scale)
+
+
 class _Aten:
     """The GPU kernels as their documentation has them, on the CPU."""
 
@@ -167,16 +181,18 @@ class _Aten:
         back = torch_kernels.Returned(grad, out, lse[..., : query.shape[2]])
         return *_FLASH.backward(given, back), None
 
-    def _scaled_dot_product_flash_attention(self, *given: Any, scale: float) -> tuple[Any, ...]:
-        query, key, value, dropout, causal_, debug = given
+    def _flash_attention_forward(self, *given: Any, **how: Any) -> tuple[Any, ...]:
+        query, key, value, _, _, rows, columns, dropout, causal_, debug = given
         assert (dropout, debug, query.shape[-1] % 8) == (0.0, False, 0)
-        return *_FLASH.forward(Operands(query, key, value, None, causal_, scale)), None, None, 0, 0, None, None, None
+        assert (rows, columns) == (query.shape[1], key.shape[1])
+        out, lse = _FLASH.forward(_by_window(query, key, value, causal_, **how))
+        return out.transpose(1, 2), lse, None, None, None
 
-    def _scaled_dot_product_flash_attention_backward(self, *given: Any, scale: float) -> Any:
+    def _flash_attention_backward(self, *given: Any, **how: Any) -> Any:
         grad, query, key, value, out, lse, _, _, rows, columns, dropout, causal_, _, _ = given
-        assert (rows, columns, dropout) == (query.shape[2], key.shape[2], 0.0)
-        operands = Operands(query, key, value, None, causal_, scale)
-        return _FLASH.backward(operands, torch_kernels.Returned(grad, out, lse))
+        assert (rows, columns, dropout) == (query.shape[1], key.shape[1], 0.0)
+        back = torch_kernels.Returned(grad.transpose(1, 2), out.transpose(1, 2), lse)
+        return [each.transpose(1, 2) for each in _FLASH.backward(_by_window(query, key, value, causal_, **how), back)]
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -217,3 +233,37 @@ def test_a_gpu_gives_what_a_cpu_gives(dtype: torch.dtype) -> None:
         bound = 64 * torch.finfo(dtype).eps
         assert relative_error(outs[1].cpu(), outs[0]) <= bound
         assert all(relative_error(two.cpu(), one) <= bound for one, two in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (12, 40), (40, 12)])
+@pytest.mark.parametrize("band", [Diagonals(-9, 0), Diagonals(-60, 5), Diagonals(-3, 60), Diagonals(20, 25)])
+def test_a_kernel_that_takes_bands_gets_them_whole(
+    band: Diagonals, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Operands] = []
+
+    def forward(given: Operands) -> Any:
+        asked.append(given)
+        return _FLASH.forward(_masked(given))
+
+    def backward(given: Operands, back: torch_kernels.Returned) -> Any:
+        return _FLASH.backward(_masked(given), back)
+
+    def _masked(given: Operands) -> Operands:
+        rows, columns = given.query.shape[2], given.key.shape[2]
+        assert given.band is not None
+        return given._replace(mask=Allowed(given.band.tensor(rows, columns)).scores(torch.float64), causal=False)
+
+    given = Given.random(lengths=lengths, widths=(8, 8))
+    mask = window(-band.low, band.high)
+    wanted = attend(given.query, given.key, given.value, mask=mask)
+    monkeypatch.setattr(kernels, "FUSED", {"cpu": (replace(_FLASH, forward=forward, backward=backward, bands=True),)})
+    found = attend(given.query, given.key, given.value, mask=mask)
+    assert len(asked) <= 1
+    assert relative_error(found, wanted) <= 1e-12
+    for one, other in zip(
+        torch.autograd.grad(found.sin().sum(), given.all),
+        torch.autograd.grad(wanted.sin().sum(), given.all),
+        strict=True,
+    ):
+        assert relative_error(one, other) <= 1e-12

@@ -24,6 +24,7 @@ def test_sizes_have_defaults_and_names() -> None:
     [
         ({"kv_blok": 2}, "blockwise has no size 'kv_blok'; did you mean 'kv_block'?"),
         ({"kv_block": 0}, "kv_block=0 is no size of a block; give a whole number of at least 1"),
+        ({"ffn_block": 4, "layer_block": 4}, "with layer_block=4 feed-forward runs by blocks too; leave out ffn_block"),
         ({"kv_block": True}, "kv_block=True is no size"),
         ({"query_block": None}, "query_block=None is no size"),
         ({"ffn_block": 1.5}, "ffn_block=1.5 is no size of a block; give a whole number of at least 1, or None"),

@@ -40,6 +40,7 @@ POSITIONS: dict[str, tuple[Pieces, Pieces]] = {
 LIMITS = {
     "fused": Limits(128, 128, fused=True, call_cost=300.0),
     "plain": Limits(128, 96, fused=False, call_cost=300.0),
+    "banded": Limits(128, 96, fused=True, call_cost=300.0, banded=True),
     "costly calls": Limits(1024, 1024, fused=True, call_cost=1e6),
 }
 
@@ -77,7 +78,9 @@ def test_every_pair_is_in_exactly_one_block(mask: str, positions: str, limits: s
         touched[sample, tile.rows] = True
         found[sample, tile.rows, tile.columns] += _pairs(chosen, tile).int()
         triangle = tile.sketch == (1 - len(tile.queries), 0) and len(tile.queries) == len(tile.keys)
-        if not LIMITS[limits].fused or not (tile.sketch is FULL or triangle):
+        if LIMITS[limits].banded and isinstance(tile.sketch, Diagonals):
+            assert tile.sketch.low <= len(tile.keys) - len(tile.queries) <= tile.sketch.high
+        elif not LIMITS[limits].fused or not (tile.sketch is FULL or triangle):
             assert len(tile.queries) <= LIMITS[limits].query_block
             assert len(tile.keys) <= LIMITS[limits].kv_block
     for sample in range(samples):

@@ -1,0 +1,17 @@
+"""Errors of the package `moe`: a fact with its values, where it was found, and what to do instead."""
+
+from meshwright.parallel.errors import MeshwrightError
+
+__all__ = ["BalanceError", "DispatchError", "RoutingError"]
+
+
+class RoutingError(MeshwrightError):
+    """Logits or options of a router that do not fit each other, or that no decision can be made of."""
+
+
+class BalanceError(MeshwrightError):
+    """Statistics or biases that would balance wrongly."""
+
+
+class DispatchError(MeshwrightError):
+    """Tokens, experts and ranks that do not fit each other."""

@@ -1,0 +1,1 @@
+"""Blocks of a model run some positions at a time, around attention that is computed whole."""
