@@ -152,8 +152,11 @@ def _untold(mesh: Mesh, options: Options, positions: Positions | None) -> Iterab
     if mesh.pp > 1 or mesh.tp == mesh.cp == 1:
         return
     reason = None if positions is None else reason_unknown(positions.plan, positions.way, options.sizes)
-    if reason is None and options.recompute:
+    spans = [name for name in ("ffn_block", "layer_block") if getattr(options.sizes, name, None) and mesh.tp > 1]
+    if options.recompute:
         reason = "recompute runs those of forward again"
+    elif spans:
+        reason = f"{spans[0]} runs those of tp for so many positions at a time"
     if reason is not None:
         yield f"collectives are not predicted: {reason}"
 
