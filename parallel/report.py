@@ -152,8 +152,11 @@ def _untold(mesh: Mesh, options: Options, positions: Positions | None) -> Iterab
     if mesh.pp > 1 or mesh.tp == mesh.cp == 1:
         return
     reason = None if positions is None else reason_unknown(positions.plan, positions.way, options.sizes)
-    if reason is None and options.recompute:
+    spans = [name for name in ("ffn_block", "layer_block") if getattr(options.sizes, name, None) and mesh.tp > 1]
+    if options.recompute:
         reason = "recompute runs those of forward again"
+    elif spans:
+        reason = f"{spans[0]} runs those of tp for so many positions at a time"
     if reason is not None:
         yield f"collectives are not predicted: {reason}"
 
@@ -175,7 +178,13 @@ def _calls(
 def _context_axis(context: ContextPlan | None, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
     if context is not None and context.degree > 1:
         way = way_of(options.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
-        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}"
+        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}; {_around(options)}"
+
+
+def _around(options: Options) -> str:
+    if options.sizes is None or options.sizes.loss_block is None:
+        return "what stands around blocks runs whole on each, head and loss too (loss_block of blockwise= shares these)"
+    return "what stands around blocks runs whole on each, but the rows of the loss are shared"
 
 
 def _axes(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None) -> Iterable[tuple[str, str]]:

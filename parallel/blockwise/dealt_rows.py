@@ -65,7 +65,7 @@ class DealtRows:
 
     def joined(self, rows: Tensor) -> Tensor:
         """All rows, from those of this rank."""
-        return rows if self.axis is None else self.axis.gather(rows, self.sizes, 0)
+        return rows if self.axis is None or not self.number else self.axis.gather(rows, self.sizes, 0)
 
     def summed(self, part: Tensor) -> Tensor:
         """The sum over ranks, in place."""

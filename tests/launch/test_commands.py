@@ -195,6 +195,17 @@ def test_show_and_simulate_know_how_a_model_is_dealt(tmp_path: Path, capsys: pyt
     assert {row["axis"] for row in json.loads(capsys.readouterr().out)["collectives"]} == {"tp"}
 
 
+def test_show_and_simulate_know_what_a_dealt_sequence_sends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(written(tmp_path, parallel="{cp: 2, cp_kind: ring, blockwise: {loss_block: 8, loss_in_advance: true}}"))
+    assert main(["show", job]) == 0
+    assert "all_to_all" in capsys.readouterr().out
+    assert main(["simulate", job, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["collectives"]
+    assert {(row["axis"], row["kind"]) for row in found} == {
+        ("cp", kind) for kind in ("all_gather", "all_reduce", "all_to_all")
+    }
+
+
 @pytest.mark.parametrize("command", ["verify", "show", "simulate"])
 def test_a_mesh_that_cannot_be_had_is_one_line_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -74,15 +74,33 @@ def test_collectives_of_tp_are_predicted_for_every_family(family: str, degrees: 
     assert counted == predicted
 
 
-def test_collectives_that_recompute_runs_again_are_not_predicted() -> None:
-    model = llama()()
-    options = Options.of(schedule="layered", recompute="blocks", example=tokens()())
-    said = "collectives are not predicted: recompute runs those of forward again"
-    for mesh, known in ((mw.Mesh(tp=2), False), (mw.Mesh(cp=2), False), (mw.Mesh(dp=2), True)):
-        plan = make_plan(model, mesh, options)
-        report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
-        assert (report.collectives is not None) == known
-        assert (said in report.notes) != known
+@pytest.mark.parametrize(
+    ("options", "reason", "axes"),
+    [
+        ({"schedule": "layered", "recompute": "blocks"}, "recompute runs those of forward again", {"tp", "cp"}),
+        ({"blockwise": {"ffn_block": 5}}, "ffn_block runs those of tp for so many positions at a time", {"tp"}),
+        ({"blockwise": {"layer_block": 5}}, "layer_block runs those of tp for so many positions", {"tp"}),
+        ({"blockwise": {"loss_block": 5}}, "nothing", set()),
+    ],
+    ids=str,
+)
+def test_collectives_that_run_more_often_are_not_predicted(options: Any, reason: str, axes: set[str]) -> None:
+    model, chosen = llama()(), Options.of(**options, example=tokens()())
+    for axis in ("tp", "cp", "dp"):
+        mesh = mw.Mesh.of({axis: 2})
+        plan = make_plan(model, mesh, chosen)
+        report = describe(model, mesh, chosen, plan, context=make_context_plan(model, mesh, chosen, plan=plan))
+        assert (report.collectives is None) == (axis in axes)
+        assert any(f"collectives are not predicted: {reason}" in note for note in report.notes) == (axis in axes)
+
+
+@pytest.mark.parametrize(("sizes", "said"), [(None, "head and loss too"), ({"loss_block": 4}, "rows of the loss")])
+def test_the_report_says_what_runs_whole_on_each_rank_of_cp(sizes: Any, said: str) -> None:
+    model, mesh = llama()(), mw.Mesh(cp=2)
+    options = Options.of(blockwise=sizes, example=tokens()())
+    plan = make_plan(model, mesh, options)
+    report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
+    assert said in dict(report.axes)["cp"]
 
 
 def test_zero_three_gathers_grow_with_micro_batches_and_zero_one_does_not() -> None:

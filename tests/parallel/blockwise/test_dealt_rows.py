@@ -16,10 +16,13 @@ from meshwright.parallel.blockwise.dealt_rows import DealtRows
 from meshwright.parallel.blockwise.entropy import Entropy, blockwise_cross_entropy
 from meshwright.parallel.blockwise.loss import tile_loss
 from meshwright.parallel.blockwise.product import Product
+from meshwright.parallel.collectives import Groups
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.exchange import enter
 from meshwright.parallel.following import Call
 from meshwright.parallel.loss import items_of_graph
 from meshwright.parallel.threads import ThreadAxis, run_threads
+from meshwright.parallel.vocabulary import own_range
 from meshwright.testing import run_ranks
 from tests.parallel.cells import beyond
 from tests.parallel.families import FAMILIES, lm, words
@@ -217,6 +220,40 @@ def test_a_second_derivative_of_dealt_rows_is_refused() -> None:
         run_threads(work, 2)
 
 
+def _few(mesh: mw.Mesh) -> list[tuple[Tensor, ...]]:
+    groups, found = Groups(mesh), []
+    classes, rows = groups.axis("tp"), groups.axis("cp")
+    start, stop = own_range(CLASSES, classes)
+    for number in (0, 1, 3, ROWS):
+        hidden, weight, bias = _inputs()
+        mine = _fresh((hidden[:number], weight[start:stop], bias[start:stop]))
+        call = replace(CALL, axis=classes, span=(start, stop), rows=rows, ignore_index=IGNORED)
+        loss = _loss(call, (enter(mine[0], classes), *mine[1:]), TARGETS["some ranks have few"][:number])
+        loss.backward()
+        found.append((loss.detach(), *(each.grad for each in mine if each.grad is not None)))
+    return found
+
+
+def test_few_rows_and_dealt_classes_on_real_ranks_are_torch_s() -> None:
+    mesh = mw.Mesh(cp=2, tp=2)
+    ranks = run_ranks(_few, mesh, mesh)
+    for place, number in enumerate((0, 1, 3, ROWS)):
+        hidden, weight, bias = _fresh(_inputs())
+        scores = functional.linear(hidden[:number], weight, bias).tanh()
+        plain = functional.cross_entropy(scores, TARGETS["some ranks have few"][:number], ignore_index=IGNORED)
+        plain.backward()
+        for rank, found in enumerate(ranks):
+            loss, of_rows, of_weight, of_bias = found[place]
+            own = slice(0, 7) if rank % 2 == 0 else slice(7, CLASSES)
+            torch.testing.assert_close(loss, plain.detach(), rtol=1e-13, atol=0, equal_nan=True)
+            assert hidden.grad is not None
+            assert weight.grad is not None
+            assert bias.grad is not None
+            expected = (hidden.grad[:number], weight.grad[own], bias.grad[own])
+            for one, other in zip((of_rows, of_weight, of_bias), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 SIZES: dict[str, int] = {"loss_block": 7}
 TIED = (lm("llama", num_key_value_heads=2, tie_word_embeddings=True), words)
 CAPPED = (lm("gemma3_text", num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0), words)
@@ -263,6 +300,7 @@ def _sent(sizes: dict[str, int] | None) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_step_sends_what_the_shares_need_and_nothing_more() -> None:
     whole, shared = (run_ranks(_sent, mw.Mesh(cp=2), sizes)[0] for sizes in (None, SIZES))
     (reduced, gathered), (reduced_shared, gathered_shared) = whole[0], shared[0]
@@ -273,3 +311,33 @@ def test_a_step_sends_what_the_shares_need_and_nothing_more() -> None:
     assert gathered_shared[1] - gathered[1] == 2 * 4 * rows * hidden
     assert shared[1] == {"cross_entropy by blocks": 2 * 2}
     assert "cross entropy in blocks of 7 rows of scores: lm_head, each of 2 ranks its share of the rows" in shared[2]
+
+
+def _evaluated(sizes: dict[str, int] | None) -> list[float]:
+    model = mw.parallelize(TIED[0](), mw.Mesh(cp=2), blockwise=sizes, example=words(6, 10))
+    return [float(each) for each in model.evaluate(words(6, 10))]
+
+
+def test_evaluation_shares_rows_too() -> None:
+    whole, shared = (run_ranks(_evaluated, mw.Mesh(cp=2), sizes) for sizes in (None, SIZES))
+    assert whole[0][1] == shared[0][1] == float((words(6, 10)["labels"][:, 1:] != -100).sum())
+    assert shared[0] == shared[1]
+    assert shared[0][0] == pytest.approx(whole[0][0], rel=1e-6)
+
+
+def _head_gradient(mesh: mw.Mesh, dtype: torch.dtype) -> Tensor:
+    sizes = SIZES if mesh.cp > 1 else None
+    model = mw.parallelize(TIED[0]().to(dtype), mesh, blockwise=sizes, example=words(8, 16), num_microbatches=2)
+    model.step(words(8, 16))
+    gradient = model.full_gradients()["model.embed_tokens.weight"]
+    assert gradient is not None
+    return gradient.double()
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_to_the_exact_gradients_as_the_plain_run() -> None:
+    one, two = mw.Mesh(), mw.Mesh(cp=2)
+    exact = run_ranks(_head_gradient, one, one, torch.float64)[0]
+    plain, shared = (run_ranks(_head_gradient, mesh, mesh, torch.bfloat16)[0] for mesh in (one, two))
+    errors = [float((each - exact).norm() / exact.norm()) for each in (plain, shared)]
+    assert errors[1] <= 1.2 * errors[0]
