@@ -12,6 +12,9 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
+# tests that start no ranks share the cores; the others have them for themselves
+QUICK := not slow and not faults
+
 export DS_BUILD_OPS := 0
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -27,10 +30,11 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 	$(BIN)/meshwright launch $(JOB)
 
 test: $(STAMP) lint ## ruff, mypy --strict, all tests and documents
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
+	$(BIN)/python -m pytest -q -m "not ($(QUICK))"
 
 check: $(STAMP) lint ## the same without slow tests
-	$(BIN)/python -m pytest -q -m "not slow and not faults"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
 
 lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff check --quiet .
