@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meshwright.parallel.blockwise.answer import attend_to
 from meshwright.parallel.blockwise.plugs import plugged
@@ -111,10 +112,20 @@ def by_spans(model: nn.Module, length: int, width: int, block: int) -> tuple[nn.
     return model, span_blocks(model, plan, Blockwise(layer_block=block))
 
 
-def test_a_layer_keeps_its_input_and_what_attention_gave() -> None:
-    """2 units of b s h 4 bytes, and a log-sum-exp for each head; flash with a plain network keeps 16."""
+class Checkpointed(Stack):
+    """Of whose layers torch keeps the inputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x.sin().sum()
+
+
+@pytest.mark.parametrize(("kind", "units"), [(Stack, 2), (Checkpointed, 1)])
+def test_a_layer_keeps_its_input_and_what_attention_gave(kind: type[Stack], units: float) -> None:
+    """In units of b s h 4 bytes, and a log-sum-exp for each head; flash with a plain network keeps 16."""
     torch.manual_seed(0)
-    model, handler = by_spans(Stack([Layer() for _ in range(4)]), 32, 256, 256)
+    model, handler = by_spans(kind([Layer() for _ in range(4)]), 32, 256, 256)
     own = {each.untyped_storage()._cdata for each in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -128,7 +139,18 @@ def test_a_layer_keeps_its_input_and_what_attention_gave() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), plugged(model, handler):
         model(x)
     kept.pop(next(iter(reversed(kept))))  # the argument of sin
-    assert sum(each.nbytes() for each in kept.values()) / (4 * x.numel() * 4) == pytest.approx(2, rel=0.03)
+    assert sum(each.nbytes() for each in kept.values()) / (4 * x.numel() * 4) == pytest.approx(units, rel=0.03)
+
+
+def test_a_checkpoint_around_spans_changes_no_gradient() -> None:
+    found = []
+    for kind in (Stack, Checkpointed):
+        torch.manual_seed(0)
+        model, handler = by_spans(kind([Layer(8), Layer(8)]).double(), 7, 8, 3)
+        with plugged(model, handler):
+            model(torch.linspace(-1, 1, 112, dtype=torch.float64).view(2, 7, 8)).backward()
+        found.append({name: each.grad for name, each in model.named_parameters()})
+    same(*found, tolerance=1e-12)
 
 
 def test_second_derivatives_are_those_of_the_untouched_model() -> None:
