@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +73,18 @@ class Theirs:
 
     def step(self, model: Model, *, length: Callable[[], int], device: str, dtype: torch.dtype) -> Step:
         """A training step on as many positions as `length` says then."""
-        module = build(model, attention=self.attention, device=device, dtype=dtype)
+        return self.step_of(build(model, attention=self.attention, device=device, dtype=dtype), length=length)
+
+    def step_of(self, module: nn.Module, *, length: Callable[[], int]) -> Step:
+        """The same of a model that was built for `attention`."""
         if self.layers:
             module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
         def step() -> Tensor:
             optimizer.zero_grad()
-            tokens = _tokens(model, length(), device)
-            with _flash(self.attention, device):
+            tokens = _tokens(module, length())
+            with _flash(self.attention, tokens.device.type):
                 loss = _loss_by_rows(module, tokens) if self.loss else module(input_ids=tokens, labels=tokens).loss
                 loss.backward()
             optimizer.step()
@@ -101,6 +104,7 @@ class Ours:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     spans: bool = False
+    attention: ClassVar[str] = "sdpa"
 
     def sizes(self, length: int) -> dict[str, int]:
         """Sizes of blocks for sequences of a length; spans of long ones are a sixteenth."""
@@ -109,15 +113,18 @@ class Ours:
 
     def step(self, model: Model, *, length: Callable[[], int], device: str, dtype: torch.dtype) -> Step:
         """A training step on as many positions as `length` says then; sizes of blocks are those of its answer now."""
+        return self.step_of(build(model, attention=self.attention, device=device, dtype=dtype), length=length)
+
+    def step_of(self, module: nn.Module, *, length: Callable[[], int]) -> Step:
+        """The same of a model that was built for `attention`."""
         sizes = self.sizes(length())
-        module = build(model, attention="sdpa", device=device, dtype=dtype)
-        tokens = _tokens(model, 16, device)
+        tokens = _tokens(module, 16)
         example = {"input_ids": tokens, "labels": tokens}
         wrapped = mw.parallelize(module, mw.Mesh(), blockwise=sizes, example=example, **self.options)
         optimizer = wrapped.make_optimizer(lambda each: torch.optim.AdamW(each, lr=1e-4, fused=True))
 
         def step() -> Tensor:
-            tokens = _tokens(model, length(), device)
+            tokens = _tokens(module, length())
             loss = wrapped.step({"input_ids": tokens, "labels": tokens})
             optimizer.step()
             return loss
@@ -151,9 +158,10 @@ SIDES: dict[str, tuple[str, ...]] = {
 """Each side's policies, of which the best counts."""
 
 
-def _tokens(model: Model, length: int, device: str) -> Tensor:
+def _tokens(module: Any, length: int) -> Tensor:
+    device, vocabulary = next(module.parameters()).device, module.config.vocab_size
     generator = torch.Generator(device=device).manual_seed(0)
-    return torch.randint(0, model.vocabulary, (1, length), generator=generator, device=device)
+    return torch.randint(0, vocabulary, (1, length), generator=generator, device=device)
 
 
 def _flash(attention: str, device: str) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from meshwright.parallel.paper import PaperGroups
 from meshwright.parallel.plan import deal_model
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "Live", "footprint"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
     groups: Any = PaperGroups(mesh, device_of(model).type)
     counted = replace(options, loss="sum", loss_items=None)  # counting items would ask for values
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes, MetaAnswers(), _Live() as live:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes, MetaAnswers(), Live() as live:
             mine = without_values(model, groups.device_type)
             example = tree_map(lambda leaf: _faked(leaf, fakes, groups.device_type), options.example)
             deal_model(mine, plan, groups.axis("tp"))
@@ -69,7 +69,7 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
     return Footprint(states_bytes, live.peak_bytes)
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of storages that are alive."""
 
     def __init__(self) -> None:
@@ -83,10 +83,11 @@ class _Live(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
+                self.note(leaf.untyped_storage())
         return made
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def note(self, storage: torch.UntypedStorage) -> None:
+        """Counts a storage until it is gone."""
         key, size_bytes = storage._cdata, storage.nbytes()
         if key in self._known:
             return

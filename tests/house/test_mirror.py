@@ -11,6 +11,7 @@ TESTS = sorted(path for folder in FOLDERS for path in (ROOT / "tests" / folder).
 # tests about more than one module
 THEMES = {
     "tests/parallel/test_layered.py": "micro-batches layer-major: capture, pieces and runtime together",
+    "tests/parallel/spans/test_trajectories.py": "a long sequence trained within a given memory",
     "tests/launch/test_commands.py": "the commands verify, show and simulate",
     "tests/launch/test_import.py": "what importing costs",
     "tests/launch/test_malformed.py": "hundreds of broken job files",
