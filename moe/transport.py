@@ -1,11 +1,11 @@
 """Transports: how tokens get to the ranks of their experts and back. Any router goes with any of them.
 
-  transport      forward sends                                                    equals one process
-  all_gather     every token to every rank; partial sums are summed and scattered  to rounding
-  one_hop        rows to the ranks of their experts                                bit for bit
-  inter_first    rows between nodes among equal local ranks, then inside of nodes  bit for bit
-  intra_first    the other way round                                              bit for bit
-  once           tokens once to each node, then rows inside; sums go back          to rounding
+  transport      sends                                                             results differ from one hop by
+  one_hop        rows to the ranks of their experts, and back
+  inter_first    rows between nodes among equal local ranks, then inside of nodes  nothing
+  intra_first    the other way round                                               nothing
+  once           tokens once to each node, then rows inside; sums go back          rounding
+  all_gather     every token to every rank; partial sums are summed and scattered  rounding
 
 With one node, or one rank on each, two hops are one. A rank's part in the gradients of its experts holds the tokens of
 all ranks of `ep`, so nothing is left to be reduced over `ep` where losses of ranks add up to the global one.
@@ -13,7 +13,7 @@ all ranks of `ep`, so nothing is left to be reduced over `ep` where losses of ra
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,14 +24,11 @@ from meshwright.moe.folding import own_experts
 from meshwright.moe.journey import Hops, Journey, plan_journey
 from meshwright.moe.routing import Routing
 from meshwright.moe.travel import Splits, exchange
-from meshwright.parallel.errors import nearest
 
-__all__ = ["Experts", "Hopping", "Transport", "TransportKind", "computed"]
+__all__ = ["Experts", "Hopping", "Transport", "computed"]
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Rows [rows, d] of this rank's experts, in their order, and int64 [own experts] rows of each -> [rows, d]."""
-
-TransportKind = Literal["all_gather", "one_hop", "inter_first", "intra_first", "once"]
 
 
 class Transport(Protocol):

@@ -123,15 +123,16 @@ def _packed(tensors: Sequence[Tensor]) -> Tensor:
     """A single tensor as it is; of several, the bytes of each row side by side."""
     if len(tensors) == 1:
         return tensors[0]
-    flat = [each.reshape(len(each), prod(each.shape[1:])).contiguous() for each in tensors]
-    return torch.cat([each.view(torch.uint8) for each in flat], 1)
+    flat = [each.reshape(len(each), prod(each.shape[1:])) for each in tensors]
+    # one row may be called contiguous whatever its strides are; a clone has those that a view of bytes needs
+    return torch.cat([each.clone(memory_format=torch.contiguous_format).view(torch.uint8) for each in flat], 1)
 
 
 def _unpacked(rows: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if len(like) == 1:
         return (rows.view_as(rows),)
     widths = [prod(each.shape[1:]) * each.element_size() for each in like]
-    parts = [part.contiguous() for part in rows.split(widths, 1)]
+    parts = [part.clone(memory_format=torch.contiguous_format) for part in rows.split(widths, 1)]
     return tuple(
         part.view(each.dtype).reshape(len(part), *each.shape[1:]) for part, each in zip(parts, like, strict=True)
     )
