@@ -10,7 +10,6 @@ one, they are the plain run's as they are: neither summed nor divided over `ep`,
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from meshwright.moe.errors import DispatchError
@@ -37,6 +36,7 @@ class FeedForward:
     Raises:
         DispatchError: for matrices of different numbers of experts.
 
+    >>> import torch
     >>> experts = FeedForward(up=torch.ones(2, 3, 4), down=torch.ones(2, 4, 3), act=torch.relu)
     >>> experts(torch.ones(1, 3), torch.tensor([0, 1])).tolist()
     [[12.0, 12.0, 12.0]]
@@ -71,6 +71,7 @@ class FeedForward:
 def gated(act: Pointwise) -> Pointwise:
     """The activation of gated experts: act(first half) * second half of the width.
 
+    >>> import torch
     >>> gated(torch.relu)(torch.tensor([[2.0, -1.0, 5.0, 7.0]])).tolist()
     [[10.0, 0.0]]
     """
