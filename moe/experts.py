@@ -86,9 +86,9 @@ def gated(act: Pointwise) -> Pointwise:
 def mix(
     tokens: Tensor,
     routing: Routing,
+    *,
     transport: Transport,
     experts: Callable[[Tensor, Tensor], Tensor],
-    *,
     shared: Pointwise | None = None,
     shared_weight: Tensor | None = None,
 ) -> Tensor:

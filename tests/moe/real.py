@@ -7,14 +7,32 @@ from torch import Tensor
 
 from meshwright.moe.bilevel import BiLevel
 from meshwright.moe.capacity import Capacity
+from meshwright.moe.experts import FeedForward
 from meshwright.moe.routing import Routing
 from meshwright.moe.top_k import TopK
 from meshwright.moe.transport import Transport
 from meshwright.moe.transports import TransportKind
+from meshwright.parallel.ledger import LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from tests.moe.simulated import dense
 
-__all__ = ["CASES", "Case", "carried", "carried_once", "drawn", "expected", "leaves", "mesh_of", "routed", "weights_of"]
+__all__ = [
+    "CASES",
+    "EACH",
+    "TRAFFIC",
+    "WIDTH",
+    "Case",
+    "Found",
+    "carried",
+    "carried_once",
+    "counted",
+    "drawn",
+    "expected",
+    "leaves",
+    "mesh_of",
+    "routed",
+    "weights_of",
+]
 
 WIDTH = 5
 EACH = 2  # experts of a rank
@@ -107,6 +125,31 @@ def carried_once(case: Case, grid: tuple[int, int], rank: int, way: Transport) -
 
     made = way.carry(tokens, routed(case, grid, logits), experts)
     return (made.detach(), *torch.autograd.grad((made * (made + rank)).sum(), [tokens, logits, *own]))
+
+
+TRAFFIC = Case("many", (8, 5, 0, 11))
+
+
+def counted(grid: tuple[int, int], kind: TransportKind) -> tuple[LedgerSummary, LedgerSummary]:
+    """On a rank: what a transport sends for `TRAFFIC`, there and on the way back of gradients."""
+    from meshwright.moe.axes import expert_axes
+    from meshwright.moe.transports import transport
+    from meshwright.parallel.collectives import Groups
+    from meshwright.parallel.ledger import Ledger
+
+    mesh, experts = (
+        mesh_of(grid),
+        FeedForward(up=drawn(EACH, WIDTH, 3, seed=0), down=drawn(EACH, 3, WIDTH, seed=1), act=torch.tanh),
+    )
+    groups = Groups(mesh)
+    way = transport(kind, expert_axes(groups))
+    tokens, logits = leaves(TRAFFIC, grid, groups.rank)
+    routing = routed(TRAFFIC, grid, logits)
+    with Ledger(mesh, groups.rank) as there:
+        made = way.carry(tokens, routing, experts)
+    with Ledger(mesh, groups.rank) as back:
+        made.sum().backward()
+    return there.summary(), back.summary()
 
 
 def expected(case: Case, grid: tuple[int, int]) -> list[Found]:

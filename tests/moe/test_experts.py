@@ -60,8 +60,8 @@ def test_gradients_have_the_plain_size_with_shared_experts(kind: str) -> None:
         made = mix(
             tokens,
             TopK(num_experts=4, k=2).route(logits),
-            transport(kind, axes),  # type: ignore[arg-type]
-            FeedForward(**given, act=gated(nn.functional.gelu)),
+            transport=transport(kind, axes),  # type: ignore[arg-type]
+            experts=FeedForward(**given, act=gated(nn.functional.gelu)),
             shared=lambda each: each @ beside,
             shared_weight=logits[:, :1].sigmoid(),
         )
@@ -85,4 +85,4 @@ def test_what_does_not_fit_is_refused() -> None:
     (axes,) = on_threads(Mesh(), lambda _, axes: axes)
     routing = TopK(num_experts=4, k=1).route(drawn(3, 4, seed=0))
     with pytest.raises(DispatchError, match="experts made 2 rows of 3; they give one for each"):
-        mix(drawn(3, 2, seed=0), routing, transport("one_hop", axes), lambda rows, _: rows[1:])
+        mix(drawn(3, 2, seed=0), routing, transport=transport("one_hop", axes), experts=lambda rows, _: rows[1:])

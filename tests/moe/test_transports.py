@@ -45,5 +45,5 @@ def test_all_transports_give_the_numbers_of_one_process_on_ranks(grid: tuple[int
 
 
 def test_an_unknown_transport_is_refused() -> None:
-    with pytest.raises(DispatchError, match="no transport is called 'one_hops'; did you mean 'one_hop'?"):
+    with pytest.raises(DispatchError, match="no transport is called 'one_hops'; did you mean 'one_hop'"):
         transport("one_hops", expert_axes(Groups(Mesh())))  # type: ignore[arg-type]
