@@ -3,8 +3,8 @@
   plain     down(act(up(x)))
   gated     down(act(gate(x)) * up(x)), with the gate's columns first in one matrix (GLU variants, arXiv 2002.05202)
 
-Gradients of a rank's experts hold the tokens that all ranks of `ep` sent. Where the losses of ranks add up to the global
-one, they are the plain run's as they are: neither summed nor divided over `ep`, and summed over `edp` only.
+Gradients of a rank's experts hold the tokens that all ranks of `ep` sent. Where the losses of ranks add up to the
+global one, they are the plain run's as they are: neither summed nor divided over `ep`, and summed over `edp` only.
 """
 
 from collections.abc import Callable

@@ -50,8 +50,8 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     if not found:
         raise SwapError(
             f"no module of {type(model).__name__} is recognised as experts: one called with (tokens, choices, weights) "
-            "whose `num_experts` parameters are stacked along their first dim, or that is a ModuleDict or ModuleList of "
-            f"`num_experts` modules of one type{_nearest(model)}"
+            "that keeps the parameters of `num_experts` experts stacked along a first dim, or that is a ModuleDict or "
+            f"ModuleList of `num_experts` modules of one type{_nearest(model)}"
         )
     return found
 

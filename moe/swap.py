@@ -1,8 +1,8 @@
 """Deals the experts of an existing model over the ranks of `ep`, without rewriting it.
 
-Each rank keeps the parameters of its own experts, under their own names; tokens travel by a transport. The model's router
-stays its own: what it hands to its experts is read as a `Routing`. Whatever stands around (shared experts, norms,
-residuals) does not notice.
+Each rank keeps the parameters of its own experts, under their own names; tokens travel by a transport. The model's
+router stays its own: what it hands to its experts is read as a `Routing`. Whatever stands around (shared experts,
+norms, residuals) does not notice.
 
 A rank's gradients of its experts hold the tokens of all ranks of `ep`; see `experts` for how they are to be reduced.
 """
@@ -73,7 +73,7 @@ def deal_experts(model: nn.Module, axes: ExpertAxes, *, kind: TransportKind = "o
         names = _keep(each, own[each.path])
         parameters.update((f"{each.path}.{name}".lstrip("."), part) for name, part in names.items())
         experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module)
-        each.module.forward = _Travelling(each, way, experts)  # type: ignore[method-assign]
+        each.module.forward = _Travelling(each, way, experts)
     return DealtExperts(own, parameters, kind, tuple(_notes(found)))
 
 
@@ -81,8 +81,8 @@ def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing
     """The routing that a model's router hands to its experts.
 
     Args:
-        index: int64 [tokens, k] ids, where ids of `num_experts` or more go nowhere; or [tokens, k, num_experts] of zeros
-            and ones, where a choice without a one goes nowhere.
+        index: int64 [tokens, k] ids, where ids of `num_experts` or more go nowhere; or [tokens, k, num_experts] of
+            zeros and ones, where a choice without a one goes nowhere.
         weights: [tokens, k], with gradients.
         num_experts: of all ranks.
 
