@@ -79,6 +79,18 @@ def test_gradients_have_the_plain_size_with_shared_experts(kind: str) -> None:
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-13)
 
 
+def test_shared_experts_are_added_by_their_weight() -> None:
+    (axes,) = on_threads(Mesh(), lambda _, axes: axes)
+    tokens, logits = drawn(5, 3, seed=0), drawn(5, 4, seed=1)
+    routing, way = TopK(num_experts=4, k=2).route(logits), transport("one_hop", axes)
+    experts = FeedForward(**weights(slice(None)), act=gated(torch.tanh))
+    alone = mix(tokens, routing, transport=way, experts=experts)
+    beside = mix(tokens, routing, transport=way, experts=experts, shared=torch.cos)
+    torch.testing.assert_close(beside, alone + tokens.cos(), rtol=0, atol=0)
+    half = mix(tokens, routing, transport=way, experts=experts, shared=torch.cos, shared_weight=logits[:, :1])
+    torch.testing.assert_close(half, alone + tokens.cos() * logits[:, :1], rtol=0, atol=0)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(DispatchError, match=re.escape("experts with {'up': 2, 'down': 3}: all have one first dim")):
         FeedForward(up=torch.zeros(2, 3, 4), down=torch.zeros(3, 4, 3), act=torch.relu)

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
 from torch import Tensor
 
+from meshwright.moe.axes import ExpertAxes
+from meshwright.moe.top_k import TopK
+from meshwright.moe.transport import Hopping
 from meshwright.moe.transports import TransportKind
 from meshwright.parallel.ledger import LedgerSummary
 from meshwright.testing import run_ranks
 from tests.moe.real import EACH, WIDTH, counted, mesh_of
+from tests.moe.threads import on_threads
 from tests.moe.traffic import GRID, RANKS, rows_between
 
 BYTES = 8 * WIDTH
@@ -55,6 +60,20 @@ def hops(rows: Tensor, node: int, place: int, order: TransportKind) -> dict[str,
         "ep_local": (int(rows[node, place, :, beside].sum()), int(rows[node, beside, :, place].sum())),
         "ep_node": (int(rows[node, :, away, place].sum()), int(rows[away, :, node, place].sum())),
     }
+
+
+def test_experts_that_make_nothing_of_nothing_do_not_stop_others() -> None:
+    def skipping(rows: Tensor, counts: Tensor) -> Tensor:
+        return rows * 2 if len(rows) else torch.zeros_like(rows)  # with nothing to go back through
+
+    def work(rank: int, axes: ExpertAxes) -> Tensor:
+        tokens = torch.ones(3, 2, requires_grad=True)
+        routing = TopK(num_experts=2, k=1).route(torch.tensor([[9.0, 0.0]]).repeat(3, 1))
+        made = Hopping(axes).carry(tokens, routing, skipping)
+        return torch.autograd.grad(made.sum(), tokens)[0]
+
+    for found in on_threads(mesh_of((1, 2)), work):
+        assert torch.allclose(found, torch.tensor(2.0), rtol=1e-3)
 
 
 @pytest.mark.slow
