@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.bilevel import BiLevel
 from meshwright.moe.errors import SwapError
 from meshwright.moe.stacked import Mixture, StackedExperts
+from meshwright.moe.swap import deal_experts
 from meshwright.moe.top_k import TopK
 from meshwright.moe.two_gates import TwoGates, replace_routers
+from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.promote import Promote
 from tests.moe.models import batch, build, run
+from tests.moe.threads import on_threads
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -66,3 +70,29 @@ def test_what_cannot_be_replaced_is_refused() -> None:
     experts = StackedExperts(drawn(8, 6, 5, seed=0), drawn(8, 5, 3, seed=1), torch.tanh)
     with pytest.raises(SwapError, match="router gate gives logits only"):
         replace_routers(Mixture(drawn(8, 5, seed=5), experts, TopK(num_experts=8, k=2)), router)
+
+
+def test_a_model_with_two_gates_has_its_experts_dealt() -> None:
+    router = BiLevel(num_nodes=2, num_local=4, k_local=2)
+
+    def block() -> torch.nn.Module:
+        model = build("mixtral")
+        replace_routers(model, router)
+        return model.get_submodule("model.layers.0.mlp")
+
+    tokens, blocks, plain = drawn(1, 12, 16, seed=0), [block() for _ in range(4)], block()
+    expected = plain(tokens)
+    expected.square().sum().backward()
+
+    def work(rank: int, axes: ExpertAxes) -> Tensor:
+        deal_experts(blocks[rank], axes, kind="inter_first")
+        made: Tensor = blocks[rank](tokens[:, 3 * rank : 3 * rank + 3])
+        made.square().sum().backward()
+        return made.detach()
+
+    found = torch.cat(on_threads(Mesh(dp=4, ep=4, ep_node=2), work), 1)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-11, atol=1e-11)
+    for name in ("inter", "intra"):
+        whole = plain.get_parameter(f"gate.levels.{name}").grad
+        parts = [each.get_parameter(f"gate.levels.{name}").grad for each in blocks]
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-10, atol=1e-10)
