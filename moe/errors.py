@@ -2,7 +2,7 @@
 
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["BalanceError", "DispatchError", "RoutingError"]
+__all__ = ["BalanceError", "DispatchError", "RoutingError", "SwapError"]
 
 
 class RoutingError(MeshwrightError):
@@ -15,3 +15,7 @@ class BalanceError(MeshwrightError):
 
 class DispatchError(MeshwrightError):
     """Tokens, experts and ranks that do not fit each other."""
+
+
+class SwapError(MeshwrightError):
+    """A model whose experts cannot be dealt over ranks, or none of whose modules is recognised as experts."""

@@ -51,6 +51,9 @@ _KINDS = {
     "barrier": ("barrier", "none"),
 }
 
+_FOLDED = ("ep", "ep_node", "ep_local", "edp")
+"""Descriptions of groups that fold experts over ranks of other axes."""
+
 _RING_SHARE = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
@@ -184,7 +187,8 @@ class Ledger(TorchDispatchMode):
             name = str(group.group_name)
             if name not in self._axis_of:
                 ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-                self._axis_of[name] = (_axis_of(self._mesh, self._rank, ranks), len(ranks))
+                axis = group.group_desc if group.group_desc in _FOLDED else _axis_of(self._mesh, self._rank, ranks)
+                self._axis_of[name] = (axis, len(ranks))
             return self._axis_of[name]
         return "unknown", 1
 

@@ -1,0 +1,95 @@
+"""Transports: how tokens get to the ranks of their experts and back. Any router goes with any of them.
+
+  transport      sends                                                             results differ from one hop by
+  one_hop        rows to the ranks of their experts, and back
+  inter_first    rows between nodes among equal local ranks, then inside of nodes  nothing
+  intra_first    the other way round                                               nothing
+  once           tokens once to each node, then rows inside; sums go back          rounding
+  all_gather     every token to every rank; partial sums are summed and scattered  rounding
+
+With one node, or one rank on each, two hops are one. A rank's part in the gradients of its experts holds the tokens of
+all ranks of `ep`, so nothing is left to be reduced over `ep` where losses of ranks add up to the global one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from meshwright.moe.axes import ExpertAxes
+from meshwright.moe.dispatch import combine, depart, sort_choices
+from meshwright.moe.errors import DispatchError
+from meshwright.moe.folding import own_experts
+from meshwright.moe.journey import Hops, Journey, plan_journey
+from meshwright.moe.routing import Routing
+from meshwright.moe.travel import Splits, exchange
+
+__all__ = ["Experts", "Hopping", "Transport", "computed"]
+
+Experts = Callable[[Tensor, Tensor], Tensor]
+"""Rows [rows, d] of this rank's experts, in their order, and int64 [own experts] rows of each -> [rows, d]."""
+
+
+class Transport(Protocol):
+    """Brings tokens to experts and results back."""
+
+    def carry(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """The weighted sum of what its experts make of each token; all ranks of `ep` must call it.
+
+        Args:
+            tokens: [tokens, d] of this rank; there may be none.
+            routing: of these tokens, among the experts of all ranks.
+            experts: this rank's.
+
+        Returns:
+            [tokens, d], with gradients of tokens, weights and experts.
+
+        Raises:
+            DispatchError: for tokens, experts and ranks that do not fit each other.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Hopping:
+    """Rows travel in one hop or two.
+
+    Args:
+        axes: the ranks.
+        hops: "one", "inter_first" or "intra_first".
+    """
+
+    axes: ExpertAxes
+    hops: Hops = "one"
+
+    def carry(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """See `Transport`."""
+        ep = self.axes.ep
+        own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
+        leaving = sort_choices(routing)
+        counts = ep.gather_each(leaving.counts)
+        journey = plan_journey(leaving, counts, rank=ep.rank, num_nodes=self.axes.num_nodes, hops=self.hops)
+        rows = self._there_and_back(depart(tokens, journey.departure), journey, experts)
+        return combine(rows, journey.departure, routing.weights)
+
+    def _there_and_back(self, rows: Tensor, journey: Journey, experts: Experts) -> Tensor:
+        for hop in journey.hops:
+            (rows,) = exchange(self.axes.named(hop.axis), Splits(hop.sent, hop.received), rows)
+            rows = hop.ordered(rows)
+        rows = computed(experts, rows, journey.counts)
+        for hop in reversed(journey.hops):
+            (rows,) = exchange(self.axes.named(hop.axis), Splits(hop.received, hop.sent), hop.restored(rows))
+        return rows
+
+
+def computed(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    """What experts make of rows; attached to them even where there are none, so that all ranks go back alike.
+
+    Raises:
+        DispatchError: if there are more or fewer rows afterwards.
+    """
+    made = experts(rows, counts)
+    if len(made) != len(rows):
+        raise DispatchError(f"experts made {len(made)} rows of {len(rows)}; they give one for each, in the same order")
+    return made if len(rows) else made + rows.sum()
