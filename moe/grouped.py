@@ -4,6 +4,7 @@ A loop computes them in any dtype. Torch's own grouped product computes them at 
 
   it refuses float64 and widths that are no multiple of 16 bytes      such products are looped
   it leaves rows behind the last group as memory was                  rows and counts must match, or are refused
+  autocast does not know it                                           operands are cast before
   empty groups and absent rows are where kernels of others fail       compared with the loop before the first use
 
 A group without rows has a gradient of zeros, not none: optimizers of all ranks do the same then.
@@ -41,6 +42,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     [[5.0], [18.0]]
     """
     _check(rows, matrices, counts)
+    rows, matrices = _as_autocast(rows), _as_autocast(matrices)
     if _fits(rows, matrices) and _trusted(rows):
         return _by_torch(rows, matrices, counts)
     return looped_product(rows, matrices, counts)
@@ -69,6 +71,14 @@ def _by_torch(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     ends = counts.cumsum(0).to(torch.int32)
     made: Tensor = functional.grouped_mm(rows.contiguous(), matrices, offs=ends)
     return made
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """As autocast hands tensors to products; it does not know the grouped one."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _fits(rows: Tensor, matrices: Tensor) -> bool:

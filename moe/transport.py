@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart, sort_choices
@@ -25,7 +26,7 @@ from meshwright.moe.journey import Hops, Journey, plan_journey
 from meshwright.moe.routing import Routing
 from meshwright.moe.travel import Splits, exchange
 
-__all__ = ["Experts", "Hopping", "Transport", "computed"]
+__all__ = ["Experts", "Hopping", "Transport", "computed", "widened"]
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Rows [rows, d] of this rank's experts, in their order, and int64 [own experts] rows of each -> [rows, d]."""
@@ -81,6 +82,30 @@ class Hopping:
         for hop in reversed(journey.hops):
             (rows,) = exchange(self.axes.named(hop.axis), Splits(hop.received, hop.sent), hop.restored(rows))
         return rows
+
+
+def widened(routing: Routing, k: int) -> Routing:
+    """The same with k places for each token, so that ranks agree on the width of what they exchange.
+
+    Expert choice makes as many places as its most wanted token needs, which differs from rank to rank.
+
+    >>> import torch
+    >>> yes = torch.ones(1, 1, dtype=torch.bool)
+    >>> routing = Routing(experts=torch.tensor([[1]]), weights=torch.ones(1, 1), asked=yes, kept=yes, num_experts=2)
+    >>> widened(routing, 2).kept.tolist()
+    [[True, False]]
+    """
+    if routing.k == k:
+        return routing
+    more = (0, k - routing.k)
+    return Routing(
+        experts=functional.pad(routing.experts, more),
+        weights=functional.pad(routing.weights, more),
+        asked=functional.pad(routing.asked, more),
+        kept=functional.pad(routing.kept, more),
+        num_experts=routing.num_experts,
+        real=routing.real,
+    )
 
 
 def computed(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart, sort_choices
 from meshwright.moe.folding import own_experts
 from meshwright.moe.routing import Routing
-from meshwright.moe.transport import Experts, computed
+from meshwright.moe.transport import Experts, computed, widened
 from meshwright.moe.travel import gather_rows, scatter_rows
 
 __all__ = ["Gathering"]
@@ -32,7 +32,8 @@ class Gathering:
         """See `Transport`."""
         ep = self.axes.ep
         own = own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
-        sizes = ep.gather_each(routing.experts.new_tensor([routing.num_tokens])).flatten().tolist()
+        shapes = ep.gather_each(routing.experts.new_tensor([routing.num_tokens, routing.k]))
+        sizes, routing = shapes[:, 0].tolist(), widened(routing, int(shapes[:, 1].max()))
         rows, weights, chosen, kept = gather_rows(
             ep, sizes, tokens, routing.weights, routing.experts, routing.kept.byte()
         )

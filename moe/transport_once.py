@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart
 from meshwright.moe.folding import own_experts
 from meshwright.moe.once import route_on_node, visit_once
 from meshwright.moe.routing import Routing
-from meshwright.moe.transport import Experts, Hopping
+from meshwright.moe.transport import Experts, Hopping, widened
 from meshwright.moe.travel import Splits, exchange
 
 __all__ = ["Once"]
@@ -37,8 +38,11 @@ class Once:
         own_experts(routing.num_experts, ranks=self.axes.ep.size, rank=self.axes.ep.rank)
         node = self.axes.node
         visits = visit_once(routing, num_nodes=node.size)
-        counts = node.gather_each(visits.departure.counts)
-        splits = Splits(tuple(counts[node.rank].tolist()), tuple(counts[:, node.rank].tolist()))
+        counts = node.gather_each(functional.pad(visits.departure.counts, (0, 1), value=routing.k))
+        widest = int(counts[:, -1].max())
+        if routing.k < widest:
+            visits = visit_once(widened(routing, widest), num_nodes=node.size)
+        splits = Splits(tuple(counts[node.rank, :-1].tolist()), tuple(counts[:, node.rank].tolist()))
         chosen = visits.experts.to(torch.int32)
         rows, weights, chosen = exchange(node, splits, depart(tokens, visits.departure), visits.weights, chosen)
         inside = route_on_node(chosen.long(), weights, num_experts=routing.num_experts // node.size)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from meshwright.moe.bilevel import BiLevel
 from meshwright.moe.capacity import Capacity
+from meshwright.moe.expert_choice import ExpertChoice
 from meshwright.moe.experts import FeedForward
+from meshwright.moe.hashing import HashRouter
 from meshwright.moe.routing import Routing
 from meshwright.moe.top_k import TopK
 from meshwright.moe.transport import Transport
@@ -59,6 +61,8 @@ CASES = [
     Case("many", (8, 5, 0, 11)),
     Case("many", (0,)),  # nobody has anything
     Case("first rank only", (0, 0, 5, 0)),
+    Case("expert choice", (9, 2, 0, 5)),  # whose k differs from rank to rank
+    Case("hash", (3, 7, 0, 1)),  # without gradients of weights
 ]
 
 
@@ -87,6 +91,10 @@ def routed(case: Case, grid: tuple[int, int], logits: Tensor) -> Routing:
     if case.router == "drops":
         real = drawn(len(logits), seed=len(logits)) < 0.9
         return TopK(num_experts=num_experts, k=2, capacity=Capacity(factor=0.9)).route(logits, real=real)
+    if case.router == "expert choice":
+        return ExpertChoice(num_experts=num_experts, factor=1.5).route(logits)
+    if case.router == "hash":
+        return HashRouter.random(vocabulary=30, num_experts=num_experts, k=2).route(torch.arange(len(logits)))
     k = {"one expert": 1, "many": min(6, num_experts), "first rank only": 2}[case.router]
     return TopK(num_experts=num_experts, k=k).route(logits)
 
@@ -124,7 +132,10 @@ def carried_once(case: Case, grid: tuple[int, int], rank: int, way: Transport) -
         return torch.cat([by_matrix(part, weight) for part, weight in zip(parts, own, strict=True)])
 
     made = way.carry(tokens, routed(case, grid, logits), experts)
-    return (made.detach(), *torch.autograd.grad((made * (made + rank)).sum(), [tokens, logits, *own]))
+    asked = [tokens, logits, *own]
+    found = torch.autograd.grad((made * (made + rank)).sum(), asked, allow_unused=case.router == "hash")
+    full = [torch.zeros_like(leaf) if each is None else each for leaf, each in zip(asked, found, strict=True)]
+    return (made.detach(), *full)
 
 
 TRAFFIC = Case("many", (8, 5, 0, 11))

@@ -67,6 +67,20 @@ def test_torch_is_asked_where_it_fits_and_only_there(monkeypatch: pytest.MonkeyP
     assert len(asked) == 2  # neither odd widths nor nothing
 
 
+def test_autocast_casts_as_it_does_for_other_products() -> None:
+    counts = torch.tensor([3, 0, 4])
+    for widths in ((16, 24), (5, 3)):
+        rows, matrices = (
+            drawn(7, widths[0], seed=0, dtype=torch.float32),
+            drawn(3, *widths, seed=1, dtype=torch.float32),
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = [grouped_product(rows, matrices, counts), looped_product(rows, matrices, counts)]
+            wide = grouped_product(rows.double(), matrices.double(), counts)
+        assert [each.dtype for each in (*found, wide)] == [torch.bfloat16, torch.bfloat16, torch.float64]
+        torch.testing.assert_close(*found)
+
+
 def test_a_product_that_means_something_else_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
         return looped_product(rows, matrices, counts.flip(0))

@@ -28,7 +28,7 @@ def test_bytes_between_and_inside_of_nodes() -> None:
             assert each.sent_bytes("all_to_all", "ep_local") == ROW * (leaving + coming)
             assert (each.count("all_to_all", "ep_node"), each.count("all_to_all", "ep_local")) == (2, 2)
             assert each.count(axis="ep") == 0
-        assert there.payload_bytes("all_gather", "ep_node") == 8 * GRID[0] * GRID[0]
+        assert there.payload_bytes("all_gather", "ep_node") == 8 * GRID[0] * (GRID[0] + 1)  # and k
         assert there.payload_bytes("all_gather", "ep_local") == 8 * GRID[1] * EACH * RANKS // GRID[0]
 
 
