@@ -123,7 +123,7 @@ def measure(asked: Asked) -> dict[str, Any]:
     peaks = {policy: _peaks(policy, asked, of_policy) for policy, of_policy in measured.items()}
     found = {policy: _longest(policy, asked) for policy in _KEPT}
     best = {side: max(found[name]["length"] for name in names if name in found) for side, names in SIDES.items()}
-    over = {f"length_over_{_key(side)}": best["ours"] / best[side] for side in best if side != "ours"}
+    over = {f"length_over_{_key(side)}": best["ours"] / (best[side] or 1) for side in best if side != "ours"}
     ratios = {"step_ratio": {length: each["step_ratio"] for length, each in times.items()}}
     forms = {policy: _form(policy, asked.model) for policy in _KEPT}
     return {**over, **ratios, "length": best, "longest": found, "peaks": peaks, "forms": forms, "times": times}
@@ -198,7 +198,8 @@ def table(found: dict[str, Any]) -> str:
     """What was found, as text."""
     rows = [["", "longest", "next does not fit", "peak MB there", "units a layer", "closed form", "scores alive"]]
     for policy, each in found["longest"].items():
-        form, peak = found["forms"][policy], max(filter(None, [*each["probes"].values(), *each["tried"].values()]))
+        form = found["forms"][policy]
+        peak = max(filter(None, [*each["probes"].values(), *each["tried"].values()]), default=0)
         cells = [str(each["length"]), str(each["verified"]), f"{peak / 1e6:.0f}", f"{form['units_per_layer']:.2f}"]
         rows.append([policy, *cells, f"{form['closed']:.0f}", f"{form['scores_alive']:.2f}"])
     peaks = [["", "measured MB", "counted MB", "ratio", "above states"]]
