@@ -180,7 +180,7 @@ def _longest(policy: str, asked: Asked) -> dict[str, Any]:
 def _form(policy: str, model: Model) -> dict[str, float]:
     """Units kept per layer, and scores of all pairs alive at once, by counts, beside those of the closed form."""
     short, long = (1024, 2048) if policy.startswith("vanilla") else (16384, 32768)
-    few = replace(model, layers=2, vocabulary=256)
+    few = replace(model, layers=2, vocabulary=1000)
     more = replace(few, layers=4)
     by_layers = [[_Run(policy, each).counted(n) for n in (short, long)] for each in (few, more)]
     grows = [two - one for one, two in by_layers]

@@ -82,7 +82,7 @@ class Live(TorchDispatchMode):
         """Runs an operation and notes what it made."""
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # which are asked for shapes, and take nothing
                 self.note(leaf.untyped_storage())
         return made
 
