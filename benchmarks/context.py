@@ -55,7 +55,7 @@ class Asked:
         timed_model: the sizes of the one that is timed.
     """
 
-    budget_bytes: int = 8 << 30
+    budget_bytes: int = 24 << 30
     measured: tuple[int, ...] = (1024, 2048)
     timed: tuple[int, ...] = (2048, 8192)
     rounds: int = 12
