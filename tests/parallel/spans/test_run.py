@@ -76,6 +76,24 @@ def test_gradients_are_those_of_the_untouched_model_dropout_included(family: str
     same(found, expected)
 
 
+def test_under_autocast_both_passes_cast_alike() -> None:
+    found = []
+    for blocks in (None, SIZES):
+        model, batch = lm("llama", num_key_value_heads=2)(), words(4, 12)
+        handler: Any = partial(attend_to, sizes=SIZES)
+        if blocks is not None:
+            handler = spanned(model.double(), batch)[1]
+            model.float()
+        with plugged(model, handler):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+        found.append((loss.detach(), {name: each.grad for name, each in model.named_parameters()}))
+    (one, expected), (other, gradients) = found
+    assert torch.equal(one, other)
+    same(gradients, expected, tolerance=0.02)  # two units in the last place of bfloat16
+
+
 class Layer(nn.Module):
     """A pre-norm layer as the fact of its memory is told: 4 heads, 4h wide, GELU; attention in its own forward."""
 
