@@ -79,6 +79,14 @@ def test_the_title_says_what_is_worst_and_numbers_are_ratios(tmp_path: Path, mon
     assert {"0.50", "2.00", "a", "b", "2: 2.00x", "0: 1.00x", "0: up to 1.00x", "1: up to 1.25x"} <= set(words)
 
 
+def test_the_worst_node_may_be_of_another_layer_than_the_worst_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = {"expert": Load((9, 0, 3, 6), num_nodes=2), "node": Load((3, 3, 1, 1), num_nodes=2)}
+    words, _ = shown(monkeypatch, loads, tmp_path / "map.png")
+    assert "load of experts: worst 2.00x the mean (expert, expert 0), worst node 1.50x (node)" in words
+
+
 def test_without_nodes_none_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, _ = shown(monkeypatch, {"a": Load((3, 1, 0, 0))}, tmp_path / "map.png")
     assert "load of experts: worst 3.00x the mean (a, expert 0)" in words

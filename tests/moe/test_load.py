@@ -43,6 +43,10 @@ def test_all_rows_on_one_expert_is_the_worst() -> None:
     assert load.dead == (0, 1, 3, 4, 5)
 
 
+def test_an_expert_with_a_single_row_is_not_dead() -> None:
+    assert Load((1, 0, 7)).dead == (1,)
+
+
 def test_one_expert_has_nothing_to_balance() -> None:
     assert Load((5,)).as_dict() == {
         "rows": 5,
