@@ -2,7 +2,7 @@
 
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["BalanceError", "DispatchError", "RoutingError", "SwapError"]
+__all__ = ["BalanceError", "DispatchError", "MetricsError", "RoutingError", "SwapError"]
 
 
 class RoutingError(MeshwrightError):
@@ -15,6 +15,10 @@ class BalanceError(MeshwrightError):
 
 class DispatchError(MeshwrightError):
     """Tokens, experts and ranks that do not fit each other."""
+
+
+class MetricsError(MeshwrightError):
+    """Counts that do not add up, or that no number can be made of."""
 
 
 class SwapError(MeshwrightError):
