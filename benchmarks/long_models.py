@@ -107,7 +107,7 @@ class Ours:
     attention: ClassVar[str] = "sdpa"
 
     def sizes(self, length: int) -> dict[str, int]:
-        """Sizes of blocks for sequences of a length; spans of long ones are a sixteenth."""
+        """Sizes of blocks for sequences of a length; spans of long ones are a tenth."""
         rows = {"layer_block": max(8192, length // 10)} if self.spans else {"ffn_block": 4096}
         return {"loss_block": _LOSS_ROWS, **rows}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from meshwright.moe.errors import MetricsError
 from meshwright.moe.load import Load
-from meshwright.parallel.errors import PlotError
+from meshwright.parallel.plotting import pyplot_for
 
 __all__ = ["draw_heat_map", "heat_text"]
 
@@ -58,7 +58,7 @@ def draw_heat_map(loads: Mapping[str, Load], path: Path, *, title: str = "load o
         PlotError: where matplotlib is missing.
     """
     _check(loads)
-    plt = _pyplot(path)
+    plt = pyplot_for(path)
     cell_in = _cell_in(loads)
     names_in = max(map(len, loads)) * _LETTER_IN
     width_in = names_in + cell_in * next(iter(loads.values())).num_experts + _BESIDE_IN
@@ -88,19 +88,6 @@ def _check(loads: Mapping[str, Load]) -> None:
         raise MetricsError(
             f"experts and nodes of layers ({shown or 'none'}) make no map; give one layer or more, of one size"
         )
-
-
-def _pyplot(path: Path) -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise PlotError(
-            f"{path} cannot be drawn, since matplotlib is not installed; pip install 'meshwright[plots]'"
-        ) from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _level(ratio: float) -> float:

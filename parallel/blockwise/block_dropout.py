@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from meshwright.parallel.errors import WrapError
+
 __all__ = ["BlockDropout"]
 
 
@@ -52,12 +54,22 @@ class BlockDropout(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return functional.dropout(input, p, training, inplace)
+        self._check(input)
         if self._number == len(self.masks):
             self.masks.append(self._drawn(input, p))
         mask = self.masks[self._number][..., self._block, :].to(input.dtype)
         self._number += 1
         kept = input * (mask.div_(1 - p) if p < 1 else mask)
         return input.copy_(kept) if inplace else kept
+
+    def _check(self, input: Tensor) -> None:
+        size = len(range(*self._block.indices(self._length)))
+        if input.shape[-2:-1] != (size,):
+            raise WrapError(
+                f"dropout on {tuple(input.shape)} inside of a call on {size} positions, which are not its second last "
+                "dim, so the whole run's mask cannot be cut for it; leave out ffn_block, or layer_block, or set its "
+                "dropout to 0"
+            )
 
     def _drawn(self, input: Tensor, p: float) -> Tensor:
         shape = (*input.shape[:-2], self._length, input.shape[-1])

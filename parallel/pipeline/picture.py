@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from meshwright.parallel.errors import PlotError
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.pipeline.timeline import Span, Timeline
 from meshwright.parallel.pipeline.trace import lanes
+from meshwright.parallel.plotting import pyplot_for
 
 __all__ = ["draw_picture"]
 
@@ -47,7 +47,7 @@ def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
     Raises:
         PlotError: where matplotlib is missing.
     """
-    plt = _pyplot(path)
+    plt = pyplot_for(path)
     heights = [_height_in(found.num_ranks) for found in timelines.values()]
     figure, every = plt.subplots(
         len(timelines),
@@ -68,19 +68,6 @@ def draw_picture(timelines: Mapping[str, Timeline], path: Path) -> None:
         figure.savefig(path, format="png")
     finally:
         plt.close(figure)
-
-
-def _pyplot(path: Path) -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise PlotError(
-            f"{path} cannot be drawn, since matplotlib is not installed; pip install 'meshwright[plots]'"
-        ) from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _height_in(num_ranks: int) -> float:

@@ -31,6 +31,7 @@ THROUGH_OTHERS = {
     "meshwright.launch.worker.example": "tests/launch/test_commands.py shows and simulates a job with tp",
     "meshwright.parallel.blockwise.block_dropout": "tests/parallel/blockwise/test_pointwise.py draws masks",
     "meshwright.parallel.blockwise.aliases": "tests/parallel/blockwise/test_pointwise.py runs with them",
+    "meshwright.parallel.plotting": "tests/parallel/pipeline/test_picture.py, tests/moe/test_heat_map.py",
     "meshwright.parallel.spans.answers": "tests/parallel/spans/test_run.py, like the rest of the folder",
     "meshwright.parallel.spans.arguments": "tests/parallel/spans/test_run.py",
     "meshwright.parallel.spans.backward": "tests/parallel/spans/test_run.py",

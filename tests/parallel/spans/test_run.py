@@ -243,6 +243,20 @@ def test_random_bits_beside_dropout_are_refused() -> None:
         model(torch.randn(1, 12, 8))
 
 
+def test_dropout_that_is_not_about_positions_is_refused() -> None:
+    class Path(Layer):
+        kept = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out * nn.functional.dropout(torch.ones(len(x), 1, 1)) if self.kept else out
+
+    model, handler = by_spans(Stack([Path(8), Path(8)]), 12, 8, 4)
+    model.get_submodule("layers.1").kept = True  # type: ignore[assignment]
+    with plugged(model, handler), pytest.raises(WrapError, match=r"dropout on \(2, 1, 1\) inside of a call on 4 pos"):
+        model(torch.randn(2, 12, 8))
+
+
 def test_parameters_that_change_between_forward_and_backward_are_noticed() -> None:
     model, handler = by_spans(Stack([Layer(8), Layer(8)]), 12, 8, 4)
     with plugged(model, handler):
