@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from torch import Tensor
 
-from meshwright.moe.folding import Fold, expert_groups
 from meshwright.parallel.axis import ProcessAxis
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.folding import Fold
 from meshwright.parallel.progress import Call, Waiting
 
 __all__ = ["ExpertAxes", "RowAxis", "expert_axes"]
@@ -92,13 +92,10 @@ def expert_axes(groups: Groups) -> ExpertAxes:
 
 
 def _made(groups: Groups, fold: Fold) -> RowAxis:
-    ranks = [list(each) for each in expert_groups(groups.mesh, fold)]
-    own = next(each for each in ranks if groups.rank in each)
+    own = groups.ranks(fold)
     if len(own) == 1:
         return _alone()
-    group = dist.new_subgroups_by_enumeration(ranks, group_desc=fold)[0]
-    call = Call(f"an exchange over {fold}", tuple(each for each in own if each != groups.rank))
-    return RowAxis(group, own.index(groups.rank), len(own), call)
+    return RowAxis(groups.group(fold), own.index(groups.rank), len(own), groups.call("an exchange", fold))
 
 
 def _alone() -> RowAxis:

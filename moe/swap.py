@@ -2,13 +2,13 @@
 
 Each rank keeps the parameters of its own experts, under their own names; tokens travel by a transport. The model's
 router stays its own: what it hands to its experts is read as a `Routing`. Whatever stands around (shared experts,
-norms, residuals) does not notice.
+norms, residuals) does not notice. Ranks of `tp`, which hold the same tokens, each send a share of them.
 
 A rank's gradients of its experts hold the tokens of all ranks of `ep`; see `experts` for how they are to be reduced.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,58 +23,71 @@ from meshwright.moe.recognise import FoundExperts, find_experts
 from meshwright.moe.routing import Routing
 from meshwright.moe.transport import Experts, Transport
 from meshwright.moe.transports import TransportKind, transport
+from meshwright.parallel.deferred import like
+from meshwright.parallel.exchange import Axis, cut, join
+from meshwright.parallel.experts import ExpertPlan
+from meshwright.parallel.layout import Split
 
-__all__ = ["DealtExperts", "deal_experts", "read_routing"]
+__all__ = ["deal_experts", "plan_experts", "read_routing"]
 
 
-@dataclass(frozen=True)
-class DealtExperts:
-    """What was done to a model; prints as a table.
+def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop") -> ExpertPlan:
+    """Which rank of `ep` will keep which experts of a model; changes nothing.
 
     Args:
-        experts: path of each module -> the experts that this rank kept, numbered in the whole model.
-        parameters: name of each parameter that holds a part -> that part of its first dim, or None for a parameter of
-            one expert, which other ranks of `ep` do not have at all.
-        kind: of the transport.
-        notes: what differs from the plain run.
+        model: with the same parameters on all ranks; may be on the meta device.
+        ranks: the degree `ep`.
+        kind: of the transport, for people.
+
+    Raises:
+        SwapError: for a model without experts that are recognised, or whose experts are tied.
+        DispatchError: for numbers of experts that the ranks cannot share.
     """
+    found = find_experts(model)
+    _check(model, found)
+    splits: dict[str, Split] = {}
+    homes: dict[str, int] = {}
+    for each in found:
+        shares = [own_experts(each.num_experts, ranks=ranks, rank=rank) for rank in range(ranks)]
+        held = [[(own.start, own.stop)] for own in shares]
+        for name, _ in each.module.named_parameters():
+            path = f"{each.path}.{name}".lstrip(".")
+            if each.kind == "stacked":
+                splits[path] = Split.of(0, each.num_experts, held)
+            else:
+                number = _names(each).index(name.partition(".")[0])
+                homes[path] = next(rank for rank, own in enumerate(shares) if number in own)
+    numbers = sorted({each.num_experts for each in found})
+    summary = f"{' or '.join(map(str, numbers))} experts of {len(found)} modules over {ranks} ranks, {kind}"
+    paths = tuple(each.path for each in found)
+    return ExpertPlan(ranks, splits, homes, paths, summary=summary, notes=tuple(_notes(found)))
 
-    experts: Mapping[str, range]
-    parameters: Mapping[str, range | None]
-    kind: TransportKind
-    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        kept = [f"{path}: experts {own.start} to {own.stop - 1}, {self.kind}" for path, own in self.experts.items()]
-        return "\n".join([*kept, *self.notes])
-
-
-def deal_experts(model: nn.Module, axes: ExpertAxes, *, kind: TransportKind = "one_hop") -> DealtExperts:
+def deal_experts(
+    model: nn.Module, axes: ExpertAxes, *, kind: TransportKind = "one_hop", alike: Axis | None = None
+) -> ExpertPlan:
     """Leaves this rank its own experts of a model, and lets tokens travel to the others.
 
     All ranks of `ep` must do it, and then run the model in step, each on its own batch.
 
     Args:
-        model: changed in place; it has the same parameters on all ranks, and may be on the meta device.
+        model: changed in place.
         axes: the ranks, see `expert_axes`.
         kind: of the transport.
+        alike: ranks that hold the same tokens (`tp`), each of which sends its share of them.
 
     Raises:
-        SwapError: for a model without experts that are recognised, whose experts are tied, or that computes a balance
-            loss of its own from the tokens of one rank.
-        DispatchError: for numbers of experts that the ranks cannot share.
+        SwapError: see `plan_experts`.
+        DispatchError: the same.
     """
-    found = find_experts(model)
-    _check(model, found)
-    own = {each.path: own_experts(each.num_experts, ranks=axes.ep.size, rank=axes.ep.rank) for each in found}
+    plan = plan_experts(model, ranks=axes.ep.size, kind=kind)
     way = transport(kind, axes)
-    parameters: dict[str, range | None] = {}
-    for each in found:
-        names = _keep(each, own[each.path])
-        parameters.update((f"{each.path}.{name}".lstrip("."), part) for name, part in names.items())
-        experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module)
-        each.module.forward = _Travelling(each, way, experts)
-    return DealtExperts(own, parameters, kind, tuple(_notes(found)))
+    for each in find_experts(model):
+        own = own_experts(each.num_experts, ranks=axes.ep.size, rank=axes.ep.rank)
+        _keep(each, own)
+        experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module, own)
+        each.module.forward = _Travelling(each, way, experts, alike)
+    return plan
 
 
 def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
@@ -116,8 +129,9 @@ def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing
 class _Travelling:
     """The forward of experts that are dealt."""
 
-    def __init__(self, found: FoundExperts, way: Transport, experts: Experts) -> None:
+    def __init__(self, found: FoundExperts, way: Transport, experts: Experts, alike: Axis | None) -> None:
         self._num_experts = found.num_experts
+        self._alike = alike
         self._signature = inspect.signature(found.module.forward)
         self._way = way
         self._experts = experts
@@ -125,9 +139,14 @@ class _Travelling:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What all experts make of this rank's tokens."""
         tokens, index, weights = self._signature.bind(*args, **kwargs).arguments.values()
-        routing = read_routing(index, weights, num_experts=self._num_experts)
         flat = tokens.reshape(-1, tokens.shape[-1])
-        return self._way.carry(flat, routing, self._experts).view_as(tokens)
+        if self._alike is None:
+            return self._carried(flat, index, weights).view_as(tokens)
+        own = [cut(each, self._alike, 0) for each in (flat, index, weights)]
+        return join(self._carried(*own), self._alike, 0, len(flat)).view_as(tokens)
+
+    def _carried(self, flat: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self._way.carry(flat, read_routing(index, weights, num_experts=self._num_experts), self._experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,36 +171,35 @@ class _Stacked:
 
 @dataclass(frozen=True, eq=False)
 class _Listed:
-    """Experts that are modules."""
+    """Experts that are modules; one without rows is not called, as in the models that have them."""
 
     module: Any
+    own: range
 
     def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
-        own = zip(self.module.children(), rows.split(counts.tolist()), strict=True)
-        return torch.cat([expert(part) for expert, part in own])
+        experts = list(self.module.children())[self.own.start : self.own.stop]
+        parts = zip(experts, rows.split(counts.tolist()), strict=True)
+        return torch.cat([expert(part) if len(part) else part for expert, part in parts])
 
 
-def _keep(found: FoundExperts, own: range) -> dict[str, range | None]:
-    """Drops what other ranks keep; the names of what is left."""
-    module = found.module
+def _names(found: FoundExperts) -> list[str]:
+    """Of the experts of a list."""
+    return [name for name, _ in found.module.named_children()]
+
+
+def _keep(found: FoundExperts, own: range) -> None:
+    """Drops the parameters that other ranks keep."""
     if found.kind == "listed":
-        for number, name in enumerate([name for name, _ in module.named_children()]):
-            if number not in own:
-                delattr(module, name)  # lists would number the others anew
-        return dict.fromkeys(name for name, _ in module.named_parameters())
-    for name, parameter in list(module.named_parameters(recurse=False)):
+        for number, expert in enumerate(found.module.children()):
+            for module in expert.modules() if number not in own else ():
+                module._parameters.update(dict.fromkeys(module._parameters))  # the modules stay, so that names do
+        return
+    for name, parameter in list(found.module.named_parameters(recurse=False)):
         part = parameter.detach()[own.start : own.stop].clone()
-        setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-    return {name: own for name, _ in module.named_parameters(recurse=False)}
+        setattr(found.module, name, like(parameter, part))
 
 
 def _check(model: nn.Module, found: list[FoundExperts]) -> None:
-    config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
-        raise SwapError(
-            f"{type(model).__name__} adds a balance loss to its own, of the tokens that one rank sees; set "
-            "config.output_router_logits=False, and balance by meshwright.moe.balance, whose counts ranks can share"
-        )
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = names.setdefault(id(parameter), name)
@@ -190,11 +208,12 @@ def _check(model: nn.Module, found: list[FoundExperts]) -> None:
                 raise SwapError(f"parameters {other} and {name} are tied; experts that are dealt must not be")
 
 
-def _notes(found: list[FoundExperts]) -> list[str]:
+def _notes(found: list[FoundExperts]) -> Iterator[str]:
     """Where ranks draw numbers that one process would draw otherwise."""
-    return [
-        f"{each.path}.{name}: dropout masks of experts are drawn on the rank of each expert, not as in one process"
-        for each in found
-        for name, module in each.module.named_modules()
-        if isinstance(module, nn.Dropout) and module.p > 0
-    ]
+    for each in found:
+        for name, module in each.module.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                yield (
+                    f"{each.path}.{name}: dropout masks of experts are drawn on the rank of each expert, not as in one "
+                    "process"
+                )

@@ -5,10 +5,12 @@ its collectives are no-ops, so callers need no special case.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.parallel.axis import PaperAxis, ProcessAxis
 from meshwright.parallel.errors import MeshError
+from meshwright.parallel.folding import FOLDS, Fold, fold_groups
 from meshwright.parallel.mesh import AXES, Mesh
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import HERE, Call, Waiting
@@ -105,6 +108,8 @@ def stop_ranks() -> None:
     unguard()
     if dist.is_initialized():
         dist.destroy_process_group()
+        if "torch.distributed.tensor" in sys.modules:  # it remembers meshes, and so groups that are gone
+            import_module("torch.distributed.tensor.debug")._clear_sharding_prop_cache()
 
 
 @cache
@@ -163,16 +168,28 @@ class Groups:
         return tuple(axis for axis in AXES if self.mesh.degree(axis) > 1)
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
-        """The torch DeviceMesh over the named axes, all of degree above one."""
+        """The torch DeviceMesh over the named axes, all of degree above one, or over one fold of experts."""
+        if axes[0] in FOLDS:
+            return DeviceMesh.from_group(self.wide(axes[0]), self.device_type, mesh_dim_names=axes)
         assert self._device_mesh is not None, axes
         return self._device_mesh[axes if len(axes) > 1 else axes[0]]
 
     def size(self, *axes: str) -> int:
         """Number of ranks in this rank's group along `axes`."""
-        return len(self.mesh.group(self.rank, axes))
+        return len(self.ranks(*axes))
+
+    def ranks(self, *axes: str) -> tuple[int, ...]:
+        """This rank's group along `axes`, or along one fold of experts ("ep", "edp", see `folding`)."""
+        for fold in FOLDS:
+            if axes == (fold,):
+                return next(each for each in fold_groups(self.mesh, fold) if self.rank in each)
+        return self.mesh.group(self.rank, axes)
 
     def group(self, *axes: str) -> Any | None:
-        """This rank's process group along `axes`; None where it would hold one rank only."""
+        """This rank's process group along `axes`, or one fold of experts; None where it would hold one rank only."""
+        for fold in FOLDS:
+            if axes == (fold,):
+                return self._folded(fold)
         wanted = tuple(axis for axis in self.active if axis in axes)
         if not wanted:
             return None
@@ -183,13 +200,21 @@ class Groups:
             self._made[wanted] = dist.new_subgroups_by_enumeration(ranks)[0]
         return self._made[wanted]
 
+    def _folded(self, fold: Fold) -> Any | None:
+        if len(self.ranks(fold)) == 1:
+            return None
+        if (fold,) not in self._made:
+            ranks = [list(group) for group in fold_groups(self.mesh, fold)]
+            self._made[(fold,)] = dist.new_subgroups_by_enumeration(ranks, group_desc=fold)[0]
+        return self._made[(fold,)]
+
     def call(self, kind: str, *axes: str, peer: int | None = None) -> Call:
         """What waiting for such a collective, or for one rank, is called."""
         key = (kind, *axes, peer)
         found = self._calls.get(key)
         if found is None:
-            words = f"{kind} over {' x '.join(axis for axis in self.active if axis in axes)}"
-            ranks = self.mesh.group(self.rank, axes) if peer is None else (peer,)
+            words = f"{kind} over {' x '.join(axis for axis in (*self.active, *FOLDS) if axis in axes)}"
+            ranks = self.ranks(*axes) if peer is None else (peer,)
             others = tuple(rank for rank in ranks if rank != self.rank)
             found = self._calls[key] = Call(words, others, together=peer is None)
         return found

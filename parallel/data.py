@@ -12,6 +12,7 @@ from meshwright.parallel.collectives import Groups
 from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.deferred import allocate
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.experts import ExpertPlan, ExpertStates, square_of
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
@@ -20,7 +21,7 @@ from meshwright.parallel.shared import SharedGradients
 from meshwright.parallel.staged import StagedStates
 from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
-from meshwright.parallel.weights import boxes_of
+from meshwright.parallel.weights import NamedStates, boxes_of
 
 __all__ = ["AskScale", "DataEngine", "LocalStates", "Spread", "Unscheduled", "build_data_engine"]
 __all__ += ["spread_over"]
@@ -103,12 +104,14 @@ class Spread:
         context: over `cp`: gradients that are partial on each rank.
         staged: over `pp`.
         stages: what `staged` follows.
+        experts: over `ep`.
     """
 
     dealt: DealtStates
     context: SharedGradients
     staged: StagedStates
     stages: Stages
+    experts: ExpertStates
 
 
 class Unscheduled:
@@ -147,6 +150,7 @@ class LocalStates(Unscheduled):
         self._dealt = spread.dealt
         self._context = spread.context
         self._staged = spread.staged
+        self._experts = spread.experts
         allocate(module, lambda name, held: boxes_of(self._saved(name, held, held))[1])
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._ask_scale: AskScale = lambda: torch.ones(())
@@ -162,9 +166,7 @@ class LocalStates(Unscheduled):
     def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
         """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
         parameter = self._trained[name]
-        if self._dealt.is_dealt(name) and tensor.shape == parameter.shape:
-            return self._dealt.part(name, parameter, tensor)
-        return tensor
+        return self._part(name, parameter, tensor) if tensor.shape == parameter.shape else tensor
 
     def release(self) -> None:
         """Nothing to free where parameters are always whole."""
@@ -173,10 +175,12 @@ class LocalStates(Unscheduled):
         """Scales gradients to a global L2 norm of at most `max_norm`; returns the norm before (0-dim, float64)."""
         local = self.local()
         gradients = [gradient for _, gradient in local.values() if gradient is not None]
-        counted = self._dealt.counted(self._staged.counted(local))
-        device = torch.device(self._groups.device_type)
-        norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
-        square = torch.stack([norm.double() for norm in norms]).square().sum()
+        dense, experts = self._experts.parted(self._staged.counted(local))
+        square = square_of(self._dealt.counted(dense), self._groups.device_type)
+        if self._experts.plan.degree > 1:
+            of_experts, here = self._experts.square(experts), self._groups.mesh.coordinates(self._groups.rank)
+            if not any(here[axis] for axis in self._norm_axes if axis != "pp"):  # counted once
+                square += of_experts
         self._groups.all_reduce(square, *self._norm_axes).wait()
         norm = square.sqrt()
         if max_norm is not None and gradients:
@@ -185,16 +189,15 @@ class LocalStates(Unscheduled):
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole trained parameters by name; every rank must ask."""
-        mine = {name: self._dealt.whole(name, self.whole(each.detach())) for name, each in self._trained.items()}
-        return self._staged.gathered(mine)
+        mine = {name: self._joined(name, each.detach()) for name, each in self._trained.items()}
+        return self._staged.gathered(self._experts.gathered(mine))
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Whole gradients by name, None where no rank computed one; every rank must ask."""
         mine = {
-            name: None if each.grad is None else self._dealt.whole(name, self.whole(each.grad))
-            for name, each in self._trained.items()
+            name: None if each.grad is None else self._joined(name, each.grad) for name, each in self._trained.items()
         }
-        return self._staged.gathered(mine)
+        return self._staged.gathered(self._experts.gathered(mine))
 
     def whole_states(self) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters and buffers, tied ones once; every rank must take them all."""
@@ -202,20 +205,31 @@ class LocalStates(Unscheduled):
         saved = self.module.state_dict()
 
         def whole(name: str) -> Tensor:
-            parameter = held.get(name)
-            if parameter is None:
-                values: Tensor = saved[name]
-                return values
-            return self._dealt.whole(name, self.whole(parameter.detach()))
+            if name in held:
+                values = self._joined(name, held[name].detach())
+            else:
+                values = saved[name] if name in saved else None
+            return self._experts.told(name, values)
 
         return self._staged.wholes(whole)
+
+    def _joined(self, name: str, tensor: Tensor) -> Tensor:
+        """The full tensor behind what ranks hold parts of; every rank that holds one must ask."""
+        return self._experts.whole(name, self._dealt.whole(name, self.whole(tensor)))
+
+    def _part(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:
+        """How this rank's values of a parameter are written to a checkpoint."""
+        for states in (self._dealt, self._experts):
+            if states.is_dealt(name):
+                return states.part(name, parameter, values)
+        return values
 
     def _sum_over_copies(self) -> None:
         """Sums gradients of what ranks of `cp`, `tp` or `pp` hold several times, or in parts that add up."""
         self._context.fill(self._trained)
         self._context.sum(self.local())
         self._staged.fill(self._trained)
-        self._dealt.sum_gradients(self.local())
+        self._dealt.sum_gradients(self._experts.parted(self.local())[0])
         self._staged.sum_gradients(self.local())
 
     def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None) -> StepOptimizer:
@@ -231,7 +245,8 @@ class LocalStates(Unscheduled):
 
     def _saved(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:
         """How a parameter or buffer is written to a checkpoint."""
-        return self._dealt.part(name, parameter, _local(values)) if self._dealt.is_dealt(name) else values
+        dealt = self._dealt.is_dealt(name) or self._experts.is_dealt(name)
+        return self._part(name, parameter, _local(values)) if dealt else values
 
     def load_model_state(self, state: dict[str, Any]) -> None:
         """Takes back what `model_state` gave."""
@@ -245,12 +260,31 @@ class LocalStates(Unscheduled):
 
 
 def spread_over(
-    module: nn.Module, groups: Groups, options: Options, plan: TensorPlan, *, context: TensorPlan | None = None
+    module: nn.Module,
+    groups: Groups,
+    options: Options,
+    plan: TensorPlan,
+    *,
+    context: TensorPlan | None = None,
+    experts: ExpertPlan | None = None,
+    names: NamedStates | None = None,
 ) -> Spread:
-    """Cuts a model, dealt over `tp` and `cp` already, into stages and keeps those of this rank."""
+    """Cuts a model, dealt over `tp`, `cp` and `ep` already, into stages and keeps those of this rank.
+
+    Args:
+        module: changed in place.
+        groups: of the mesh.
+        options: of the wrap.
+        plan: along `tp`.
+        context: along `cp`.
+        experts: along `ep`.
+        names: of the whole model's states, where experts were dealt.
+    """
     stages = stages_of(module, groups.mesh, groups.rank, options)
-    sums = SharedGradients(context.partial if context is not None else (), groups, "cp")
-    return Spread(DealtStates(plan, groups), sums, StagedStates(module, stages.homes, groups), stages)
+    apart = ExpertStates(experts or ExpertPlan(), groups)
+    partial = [name for name in (context.partial if context is not None else ()) if not apart.holds(name)]
+    staged = StagedStates(module, stages.homes, groups, names or NamedStates.of(module))
+    return Spread(DealtStates(plan, groups), SharedGradients(partial, groups, "cp"), staged, stages, apart)
 
 
 def build_data_engine(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:

@@ -1,6 +1,7 @@
-"""States of a model dealt over `tp`: gradients that are sums, norms, whole tensors, parts for a checkpoint."""
+"""States of a model dealt over `tp` or `ep`: gradients that are sums, norms, whole tensors, parts for a checkpoint."""
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +17,59 @@ __all__ = ["DealtStates", "check_duplicates", "rows_of", "summed_elements"]
 Local = Mapping[str, tuple[nn.Parameter, Tensor | None]]
 
 
+class _Deal(Protocol):
+    """What there is to know of a plan: its degree, how parameters are dealt, and whose gradients are partial."""
+
+    @property
+    def degree(self) -> int:
+        """Number of ranks."""
+        ...
+
+    @property
+    def splits(self) -> Mapping[str, Split]:
+        """Parameter or buffer -> how it is dealt."""
+        ...
+
+    @property
+    def partial(self) -> frozenset[str]:
+        """Parameters that each rank holds and has a part of the gradients of."""
+        ...
+
+
 class DealtStates:
-    """What `tp` adds to the states of a data engine.
+    """What an axis adds to the states of a data engine that deals dims of parameters.
 
     Args:
         plan: how parameters are dealt; a plan of degree 1 adds nothing.
         groups: process groups of the mesh.
+        axis: "tp" or "ep".
     """
 
-    def __init__(self, plan: TensorPlan, groups: Groups) -> None:
+    def __init__(self, plan: _Deal, groups: Groups, axis: str = "tp") -> None:
         self._plan = plan
         self._groups = groups
-        self._rank = groups.mesh.coordinates(groups.rank)["tp"]
+        self._axis = axis
+        self._rank = groups.ranks(axis).index(groups.rank)
 
     def is_dealt(self, name: str) -> bool:
-        """Whether ranks of `tp` hold different parts of a parameter or buffer."""
+        """Whether ranks hold different parts of a parameter or buffer."""
         return self._plan.degree > 1 and name in self._plan.splits
 
     def sum_gradients(self, local: Local) -> None:
-        """Sums gradients over `tp` that are partial on each rank, and those of rows that several ranks hold."""
+        """Sums gradients over the axis that are partial on each rank, and those of rows that several ranks hold."""
         if self._plan.degree == 1:
             return
         summed = [each for name, held in local.items() for each in self._summed(name, *held)]
         for dtype in dict.fromkeys(piece.dtype for piece, _, _ in summed):
             mine = [each for each in summed if each[0].dtype is dtype]
             flat = torch.cat([_placed(*each) for each in mine])
-            self._groups.all_reduce(flat, "tp").wait()
+            self._groups.all_reduce(flat, self._axis).wait()
             parts = flat.split([piece.numel() * number for piece, _, number in mine])
             for (piece, slot, number), part in zip(mine, parts, strict=True):
                 piece.copy_(part.view(number, -1)[slot].view_as(piece))
 
     def counted(self, local: Local) -> list[Tensor]:
-        """The pieces of gradients that this rank counts in a norm: every element is counted by one rank of `tp`."""
+        """The pieces of gradients that this rank counts in a norm: every element is counted by one rank."""
         return [piece for name, held in local.items() for piece in self._counted(name, *held)]
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
@@ -58,7 +80,7 @@ class DealtStates:
         shapes = [torch.Size(split.local_shape(tensor.shape, rank)) for rank in range(split.degree)]
         mine = tensor.new_zeros(max(shape.numel() for shape in shapes))
         mine[: tensor.numel()] = tensor.reshape(-1)
-        parts = self._groups.all_gather(mine, "tp")
+        parts = self._groups.all_gather(mine, self._axis)
         return split.join([part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
     def part(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:

@@ -73,14 +73,13 @@ class DeepSpeedStates(Unscheduled):
 
     def launch(self) -> None:
         """DeepSpeed reduced at the last micro-batch; what is left to say is which parameters were used."""
-        self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
+        self._flags = SharedFlags(self._trained, self._used, self._groups)
 
     def finish(self) -> None:
         """Keeps the scale for the update; DeepSpeed's sums stay as they are until then."""
         self._scale = self._ask_scale().float()
         assert self._flags is not None, "launch comes first"
-        flags = self._flags.read()
-        self._used_anywhere = {name for name, has_gradient in zip(self._trained, flags, strict=True) if has_gradient}
+        self._used_anywhere = set(self._trained) - set(self._flags.unused())
 
     def release(self) -> None:
         """DeepSpeed frees gathered parameters itself."""

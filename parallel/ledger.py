@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meshwright.parallel.folding import FOLDS
 from meshwright.parallel.mesh import AXES, Mesh
 
 __all__ = ["Call", "Ledger", "LedgerSummary", "sent_bytes"]
@@ -50,9 +51,6 @@ _KINDS = {
     "recv_any_source": ("recv", "first"),
     "barrier": ("barrier", "none"),
 }
-
-_FOLDED = ("ep", "ep_node", "ep_local", "edp")
-"""Descriptions of groups that fold experts over ranks of other axes."""
 
 _RING_SHARE = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
@@ -187,7 +185,7 @@ class Ledger(TorchDispatchMode):
             name = str(group.group_name)
             if name not in self._axis_of:
                 ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-                axis = group.group_desc if group.group_desc in _FOLDED else _axis_of(self._mesh, self._rank, ranks)
+                axis = group.group_desc if group.group_desc in FOLDS else _axis_of(self._mesh, self._rank, ranks)
                 self._axis_of[name] = (axis, len(ranks))
             return self._axis_of[name]
         return "unknown", 1

@@ -50,11 +50,7 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     Raises:
         WrapError: naming the axis and the nearest legal layout.
     """
-    if mesh.ep > 1:
-        legal = {**mesh.degrees(), "ep": 1, "dp": mesh.dp * mesh.ep}
-        raise WrapError(
-            f"mesh axis ep={mesh.ep} cannot be wrapped by this version; nearest legal layout: {Mesh.of(legal)}"
-        )
+    _check_experts(mesh, settings)
     _check_context(mesh, settings)
     if settings.sequence_parallel and mesh.tp == 1:
         raise WrapError("sequence_parallel deals the sequence over the axis tp; give the mesh tp=2 or more")
@@ -63,6 +59,22 @@ def check_layout(mesh: Mesh, settings: LayoutSettings) -> None:
     _check_schedule(mesh, settings)
     if settings.offload == "cpu" and settings.data_engine == "torch" and mesh.fsdp == 1:
         raise WrapError("offload='cpu' moves sharded states; give the mesh an axis fsdp, or data_engine='deepspeed'")
+
+
+def _check_experts(mesh: Mesh, settings: LayoutSettings) -> None:
+    if mesh.ep == 1:
+        return
+    by_blocks = [name for name in ("ffn_block", "layer_block") if getattr(settings.blockwise, name, None)]
+    refused = {
+        "data_engine='deepspeed'": settings.data_engine == "deepspeed",
+        "offload='cpu'": settings.offload == "cpu",
+        "blockwise: " + " and ".join(by_blocks): bool(by_blocks),
+    }
+    for option, given in refused.items():
+        if given:
+            raise WrapError(
+                f"mesh axis ep={mesh.ep} does not go with {option}; nearest legal: the same mesh {mesh} without it"
+            )
 
 
 def _check_context(mesh: Mesh, settings: LayoutSettings) -> None:

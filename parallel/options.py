@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from meshwright.parallel.errors import ScheduleError, WrapError, nearest
+from meshwright.parallel.experts import ExpertPass
 from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
@@ -36,6 +37,7 @@ class OptionKeywords(SequenceKeywords, total=False):
     tensor_plan: Mapping[str, str] | TensorPlan | None
     example: Any
     predict_memory: bool
+    moe: ExpertPass | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Options(SequenceOptions):
         example: one micro-batch, looked at once to make the tensor plan (models of `transformers` bring their own) and
             to count FLOPs.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
+        moe: what deals experts over the axis `ep` of a mesh: `meshwright.Experts(...)`.
 
     Raises:
         WrapError: for values that do not exist.
@@ -74,6 +77,7 @@ class Options(SequenceOptions):
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
     example: Any = None
     predict_memory: bool = False
+    moe: ExpertPass | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,5 +138,10 @@ class Options(SequenceOptions):
             ScheduleError: naming the options that do not fit together.
         """
         check_layout(mesh, self)
+        if mesh.ep > 1 and self.moe is None:
+            raise WrapError(
+                f"mesh axis ep={mesh.ep} deals experts; say how by moe=meshwright.Experts(), or set ep=1 and nearest "
+                f"legal layout: {Mesh.of(mesh.degrees())}"
+            )
         for _, text in complaints(self.order, mesh.pp, num_microbatches=self.num_microbatches, asked=self.asked):
             raise ScheduleError(text)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.blockwise.calls import Handler
 from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.planner import plan_context
@@ -13,6 +14,7 @@ from meshwright.parallel.dealt import check_duplicates
 from meshwright.parallel.deferred import on_shapes
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis
+from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.options import Options
@@ -24,11 +26,36 @@ from meshwright.parallel.vocabulary import deal_head, deal_lookup
 
 Plan = TypeVar("Plan")
 
-__all__ = ["deal_model", "example_of", "make_context_plan", "make_plan", "run_by_spans"]
+__all__ = ["deal_model", "example_of", "make_context_plan", "make_expert_plan", "make_plan", "run_by_spans"]
 
 
-def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
+def make_expert_plan(model: nn.Module, mesh: Mesh, options: Options) -> ExpertPlan:
+    """Which experts of a model each rank keeps; a plan of degree 1 where none are dealt.
+
+    Raises:
+        MeshwrightError: when they cannot be found or dealt.
+    """
+    if options.moe is None:
+        return ExpertPlan()
+    plan = options.moe.plan(model, mesh)
+    blocks = find_blocks(model, options.blocks)
+    outside = [path for path in plan.paths if not any(path.startswith(f"{block}.") for block in blocks)]
+    if plan.degree > 1 and mesh.cp > 1 and outside:
+        raise WrapError(
+            f"experts {outside[0]} are in no block, and what stands around blocks sees all positions on each rank of "
+            f"cp={mesh.cp}; name blocks that hold them with blocks=[...], or use ep=1"
+        )
+    return plan
+
+
+def make_plan(model: nn.Module, mesh: Mesh, options: Options, experts: ExpertPlan | None = None) -> TensorPlan:
     """The tensor plan of a model on a mesh; one of degree 1 where there is no `tp`.
+
+    Args:
+        model: unwrapped.
+        mesh: with `tp`.
+        options: may hold an example, and patterns.
+        experts: that are dealt over `ep`, and not over `tp`.
 
     Raises:
         WrapError: when nothing can be dealt, no example is at hand, or `tp` does not fit the heads.
@@ -37,7 +64,8 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options) -> TensorPlan:
         return TensorPlan(degree=1)
     if isinstance(options.tensor_plan, TensorPlan):
         return options.tensor_plan
-    patterns = options.tensor_plan
+    dealt = () if experts is None or experts.degree == 1 else experts.paths
+    patterns = {**{f"{path}*": "replicate" for path in dealt}, **(options.tensor_plan or {})}
 
     def planned(run: Callable[[], Any]) -> TensorPlan:
         return plan_tensor(model, run, mesh.tp, sequence=options.sequence_parallel, patterns=patterns)

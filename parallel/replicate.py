@@ -1,5 +1,7 @@
 """The axis `dp`: every rank holds whole parameters; gradients are summed in buckets while backward still runs.
 
+Experts that are dealt have buckets of their own, which are summed over `edp`, the ranks that hold the same ones.
+
 Buckets are cut once, from the order of the parameters, and launched in that order on every rank. Torch's DDP cuts
 them anew after its first step, which changes the order of additions and so the bits of a run that is resumed;
 here step n of a resumed run adds in the same order as step n of an undisturbed one. Each bucket ends with one flag per
@@ -24,6 +26,7 @@ __all__ = ["Replicate", "cut_buckets"]
 
 @dataclass
 class _Bucket:
+    axis: str
     names: list[str]
     flat: Tensor
     views: dict[str, Tensor]
@@ -68,12 +71,16 @@ class Replicate(LocalStates):
         self._num_added: Counter[str] = Counter()
         self._scale: Tensor | None = None
         self._divides = False
-        self._buckets: list[_Bucket] = []
         self._home: dict[str, _Bucket] = {}
-        self._next = 0
+        self._queues: dict[str, list[_Bucket]] = {}
+        self._next: Counter[str] = Counter()
         self._own, _ = own_parameters(module, spread.stages.mine)
-        if groups.group("dp") is not None:
-            self._fill_buckets(bucket_bytes)
+        dense, experts = spread.experts.parted(self.local())
+        for axis, names in (("dp", dense), ("edp", experts)):
+            if names and groups.group(axis) is not None:
+                self._fill_buckets(axis, list(names), bucket_bytes)
+        self._buckets = [bucket for queue in self._queues.values() for bucket in queue]
+        self._alone = [name for name in self._trained if name not in self._home]
 
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
@@ -82,9 +89,10 @@ class Replicate(LocalStates):
         for bucket in self._buckets:
             bucket.ready.clear()
             bucket.missing.clear()
-        self._next = 0
+        self._next.clear()
         self._num_added.clear()
         self._scale = None
+        self._divides = False
 
     def prepare(self, last: bool) -> None:
         """Says whether the next micro-batch is the last of its step."""
@@ -99,12 +107,13 @@ class Replicate(LocalStates):
             if held:
                 torch._foreach_mul_(held, scale)
             items = items * scale
+        self._divides = bool(self._buckets)
         loss.backward(gradient=items)
 
     def follow(self, ask_scale: AskScale, num_microbatches: int) -> None:
         """Gradients are divided in their buckets, or at the end; they leave once every micro-batch added its own."""
         self._ask_scale = ask_scale
-        self._divides = not self._buckets
+        self._divides = True
         self._num_awaited = num_microbatches
 
     def reduce(self, stage: int) -> None:
@@ -125,7 +134,7 @@ class Replicate(LocalStates):
     def finish(self) -> None:
         """Waits for the sums; parameters no rank used keep no gradient."""
         if self._divides:
-            held = [each.grad for each in self._trained.values() if each.grad is not None]
+            held = [each for name in self._alone if (each := self._trained[name].grad) is not None]
             if held:
                 torch._foreach_mul_(held, self._ask_scale())
         for bucket in self._buckets:
@@ -138,25 +147,26 @@ class Replicate(LocalStates):
                 self._trained[name].grad = bucket.views[name] if name in used else None
         self._sum_over_copies()
 
-    def _fill_buckets(self, bucket_bytes: int) -> None:
-        names = list(reversed(self._trained))  # backward reaches the last layers first
+    def _fill_buckets(self, axis: str, names: list[str], bucket_bytes: int) -> None:
+        names = names[::-1]  # backward reaches the last layers first
+        queue: list[_Bucket] = []
+        self._queues[axis] = queue
         for dtype in dict.fromkeys(self._trained[name].dtype for name in names):
             same = [name for name in names if self._trained[name].dtype == dtype]
             sizes = [self._trained[name].numel() * dtype.itemsize for name in same]
             for indices in cut_buckets(sizes, min(bucket_bytes, 1 << 20), bucket_bytes):
-                self._buckets.append(self._make_bucket([same[index] for index in indices]))
-        for bucket in self._buckets:
-            for name in bucket.names:
-                self._home[name] = bucket
-                self._trained[name].register_post_accumulate_grad_hook(self._hook(bucket, name))
+                queue.append(bucket := self._make_bucket(axis, [same[index] for index in indices]))
+                for name in bucket.names:
+                    self._home[name] = bucket
+                    self._trained[name].register_post_accumulate_grad_hook(self._hook(bucket, name))
 
-    def _make_bucket(self, names: list[str]) -> _Bucket:
+    def _make_bucket(self, axis: str, names: list[str]) -> _Bucket:
         parameters = [self._trained[name] for name in names]
         sizes = [each.numel() for each in parameters]
         flat = torch.zeros(sum(sizes) + len(names), dtype=parameters[0].dtype, device=parameters[0].device)
         *parts, flags = flat.split([*sizes, len(names)])
         views = {name: part.view_as(each) for name, part, each in zip(names, parts, parameters, strict=True)}
-        return _Bucket(names, flat, views, flags)
+        return _Bucket(axis, names, flat, views, flags)
 
     def _hook(self, bucket: _Bucket, name: str) -> Callable[[Tensor], None]:
         engine = ref(self)  # torch's collector does not see through these hooks: a cycle would keep groups for good
@@ -191,13 +201,17 @@ class Replicate(LocalStates):
         bucket.ready.add(name)
 
     def _send_ready(self) -> None:
-        """Launches full buckets strictly in order, so that every rank calls the same collectives."""
-        while self._next < len(self._buckets):
-            bucket = self._buckets[self._next]
-            if len(bucket.ready) < len(bucket.names):
-                return
-            bucket.flags.fill_(1)
-            if bucket.missing:
-                bucket.flags.copy_(torch.tensor([float(name not in bucket.missing) for name in bucket.names]))
-            bucket.pending = self._groups.all_reduce(bucket.flat, "dp")
-            self._next += 1
+        """Launches full buckets of an axis strictly in order, so that every rank of it calls the same collectives."""
+        for axis, queue in self._queues.items():
+            while self._next[axis] < len(queue):
+                bucket = queue[self._next[axis]]
+                if len(bucket.ready) < len(bucket.names):
+                    break
+                self._send(bucket)
+                self._next[axis] += 1
+
+    def _send(self, bucket: _Bucket) -> None:
+        bucket.flags.fill_(1)
+        if bucket.missing:
+            bucket.flags.copy_(torch.tensor([float(name not in bucket.missing) for name in bucket.names]))
+        bucket.pending = self._groups.all_reduce(bucket.flat, bucket.axis)

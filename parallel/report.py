@@ -11,6 +11,7 @@ from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.predicted import reason_unknown
 from meshwright.parallel.costs import settled
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.footprint import Footprint, footprint
 from meshwright.parallel.ledger import Call, LedgerSummary
 from meshwright.parallel.mesh import Mesh
@@ -98,6 +99,7 @@ def describe(
     plan: TensorPlan | None = None,
     *,
     context: ContextPlan | None = None,
+    experts: ExpertPlan | None = None,
 ) -> WrapReport:
     """Says what wrapping `model` on `mesh` will do, before it is done.
 
@@ -107,18 +109,25 @@ def describe(
         options: of the wrap.
         plan: needed where the mesh has `tp`.
         context: needed where the mesh has `cp`.
+        experts: needed where the mesh has `ep`.
     """
     whole = sum(each.numel() for each in model.parameters())
     options = settled(options, model)
     mine = model if plan is None else first_shares(model, plan)
-    kept = {each: padded_elements(each.shape, mesh.fsdp) // mesh.fsdp for each in most_held(mine, mesh, options)}
+    kept = _kept(mine, mesh, options, experts)
     memory, unknown = _memory(model, mesh, options, plan)
     positions = Positions.of(model, mine, mesh=mesh, options=options, plan=context)
     calls = _calls(mine, mesh, options, plan=plan, positions=positions)
     return WrapReport(
         mesh=str(mesh),
-        axes=(*_context_axis(context, mesh, options), *_axes(model, mesh, options, plan)),
-        notes=(*_notes(model), *_padding(mine, mesh), *unknown, *_untold(mesh, options, positions)),
+        axes=(*_experts_axis(experts, mesh), *_context_axis(context, mesh, options), *_axes(model, mesh, options, plan)),
+        notes=(
+            *_notes(model),
+            *_padding(mine, mesh),
+            *unknown,
+            *_untold(mesh, options, positions),
+            *(experts.notes if experts is not None else ()),
+        ),
         num_parameters=whole,
         parameters_per_rank=sum(kept.values()),
         bytes_per_rank=sum(number * each.element_size() for each, number in kept.items()),
@@ -136,11 +145,33 @@ def most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Paramet
     return [held[name] for name in (*names, *rest)]
 
 
+def _kept(model: nn.Module, mesh: Mesh, options: Options, experts: ExpertPlan | None) -> dict[nn.Parameter, int]:
+    """Elements of each parameter that a rank keeps between steps."""
+    names = {each: name for name, each in model.named_parameters()}
+    plan = experts or ExpertPlan()
+    found: dict[nn.Parameter, int] = {}
+    for each in most_held(model, mesh, options):
+        over = mesh.fsdp
+        if plan.degree > 1 and plan.holds(names[each]) and over > 1:
+            over = mesh.world_size // mesh.pp // mesh.ep
+        found[each] = padded_elements(plan.local_shape(names[each], each.shape, 0), over) // over
+    return found
+
+
+def _experts_axis(experts: ExpertPlan | None, mesh: Mesh) -> Iterable[tuple[str, str]]:
+    if experts is not None and experts.degree > 1:
+        copies = mesh.world_size // mesh.pp // mesh.ep
+        same = "no other rank of a stage keeps the same ones" if copies == 1 else f"{copies} ranks keep the same ones"
+        yield "ep", f"{experts.summary}; {same}"
+
+
 def _memory(
     model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None
 ) -> tuple[Footprint | None, tuple[str, ...]]:
     if not options.predict_memory:
         return None, ()
+    if mesh.ep > 1:
+        return None, ("peak memory is not predicted: rows of experts depend on the routing",)
     try:
         return footprint(model, mesh, options, plan or TensorPlan(degree=1)), ()
     except WrapError as error:
@@ -149,6 +180,9 @@ def _memory(
 
 def _untold(mesh: Mesh, options: Options, positions: Positions | None) -> Iterable[str]:
     """Why collectives along `tp` and `cp` are not predicted."""
+    if mesh.ep > 1 and mesh.pp == 1:
+        yield "collectives are not predicted: what ranks of ep send depends on the routing"
+        return
     if mesh.pp > 1 or mesh.tp == mesh.cp == 1:
         return
     reason = None if positions is None else reason_unknown(positions.plan, positions.way, options.sizes)

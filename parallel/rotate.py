@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.blocks import own_parameters
+from meshwright.parallel.bundle import Bundle, Sharder
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import AskScale, Spread
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.sharded import ShardedStates
 from meshwright.parallel.shared import SharedFlags
-from meshwright.parallel.units import Unit, shard_parameters
 
 __all__ = ["Rotate"]
 
@@ -40,16 +40,16 @@ class Rotate(ShardedStates):
     """
 
     def __init__(self, module: nn.Module, groups: Groups, spread: Spread, *, zero_stage: int, num_buffers: int) -> None:
-        shard_parameters(module, groups)
+        sharder = Sharder(module, groups, spread.experts)
         super().__init__(module, groups, norm_axes=("fsdp",), spread=spread)
         stages = spread.stages
         own, rest = own_parameters(module, stages.mine)
-        self._units = {stage: Unit(module, names, groups) for stage, names in own.items()}
-        self._rest = Unit(module, rest, groups)
+        self._units = {stage: sharder.bundle(names) for stage, names in own.items()}
+        self._rest = sharder.bundle(rest)
         self._used: set[str] = set()
-        self._reducing: deque[Unit] = deque()
+        self._reducing: deque[Bundle] = deque()
         self._num_buffers = num_buffers
-        self._flags: SharedFlags | None = None
+        self._flags: list[SharedFlags] = []
         reductions = Counter(each.stage for each in stages.actions if each.kind is Kind.REDUCE)
         self._often = {stage for stage, number in reductions.items() if number > 1}
         self._stays = zero_stage < 3
@@ -112,17 +112,15 @@ class Rotate(ShardedStates):
     def launch(self) -> None:
         """Starts the last sums, and says which parameters were used."""
         self._reduce(self._rest, self._ask_scale)
-        self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
+        self._flags = self._shared_flags(self._used)
 
     def finish(self) -> None:
         """Waits for the sums; parameters no rank used keep no gradient."""
-        assert self._flags is not None, "launch comes first"
+        assert self._flags, "launch comes first"
         for stage, unit in self._units.items():
             unit.finish(self._ask_scale if stage in self._often else None)
         self._rest.finish()
-        for parameter, has_gradient in zip(self._trained.values(), self._flags.read(), strict=True):
-            if not has_gradient:
-                parameter.grad = None
+        self._drop_unused(self._flags)
         self.release()
         self._sum_over_copies()
 
@@ -133,18 +131,18 @@ class Rotate(ShardedStates):
         for unit in self._all():
             unit.free()
 
-    def _reduce(self, unit: Unit, ask_scale: AskScale) -> None:
+    def _reduce(self, unit: Bundle, ask_scale: AskScale) -> None:
         """Starts a sum; no more are under way than there are buffers, so that gradients do not pile up."""
         if len(self._reducing) == self._num_buffers:
             self._reducing.popleft().sum_over_replicas()
         self._used.update(unit.reduce(ask_scale))
         self._reducing.append(unit)
 
-    def _all(self) -> Iterator[Unit]:
+    def _all(self) -> Iterator[Bundle]:
         yield from self._units.values()
         yield self._rest
 
-    def _serve(self, block: nn.Module, unit: Unit, name: str, stage: int | None) -> None:
+    def _serve(self, block: nn.Module, unit: Bundle, name: str, stage: int | None) -> None:
         """Makes a module whole while it runs outside of steps, as in evaluation."""
 
         def before(module: nn.Module, args: object) -> None:

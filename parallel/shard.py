@@ -21,8 +21,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import AskScale, Spread
+from meshwright.parallel.experts import ExpertStates
 from meshwright.parallel.sharded import ShardedStates
-from meshwright.parallel.shared import SharedFlags
+from meshwright.parallel.shared import SharedFlags, SharedGradients
 
 __all__ = ["Shard"]
 
@@ -51,15 +52,25 @@ class Shard(ShardedStates):
     ) -> None:
         self.zero_stage = zero_stage
         self._used: set[str] = set()
-        self._flags: SharedFlags | None = None
+        self._flags: list[SharedFlags] = []
         axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
         policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
-        sharded = partial(fully_shard, mesh=groups.device_mesh(*axes), offload_policy=policy)
-        self._units = _shard_units(module, own_blocks(module, blocks), sharded, stays_whole=zero_stage < 3)
+        experts = _Experts(module, spread.experts, groups)
+        sharded = partial(fully_shard, offload_policy=policy, ignored_params=set(experts.whole.values()))
+        self._units = _shard_units(
+            module,
+            own_blocks(module, blocks),
+            partial(sharded, mesh=groups.device_mesh(*axes)),
+            stays_whole=zero_stage < 3,
+            experts=experts,
+        )
+        self._copies = SharedGradients(experts.whole, groups, "edp")
         self._root = cast(FSDPModule, module)
         super().__init__(module, groups, norm_axes=("fsdp",), spread=spread)
         module._apply(lambda tensor: tensor)  # FSDP2 looks at its parameters anew: deferred ones have memory by now
         self._watch = [unit.register_forward_pre_hook(self._watch_gradients) for unit in self._units]
+        for name in experts.whole:
+            self._trained[name].register_post_accumulate_grad_hook(self._noting(name))
 
     @property
     def units(self) -> int:
@@ -87,14 +98,14 @@ class Shard(ShardedStates):
 
     def launch(self) -> None:
         """FSDP2 reduced during backward; what is left to say is which parameters were used."""
-        self._flags = SharedFlags([name in self._used for name in self._trained], self._groups)
+        self._flags = self._shared_flags(self._used)
 
     def finish(self) -> None:
         """Divides the summed gradients; parameters no rank used keep no gradient."""
-        assert self._flags is not None, "launch comes first"
-        for parameter, has_gradient in zip(self._trained.values(), self._flags.read(), strict=True):
-            if not has_gradient:
-                parameter.grad = None
+        assert self._flags, "launch comes first"
+        self._copies.fill(self._trained)
+        self._copies.sum(self.local())
+        self._drop_unused(self._flags)
         held = [gradient for _, gradient in self.local().values() if gradient is not None]
         if held:
             torch._foreach_mul_(held, self._ask_scale().to(held[0].device))
@@ -125,19 +136,59 @@ class Shard(ShardedStates):
         return on_gradient
 
 
+class _Experts:
+    """Experts that are dealt: modules whose parameters are sharded over `edp`, and parameters that stay whole.
+
+    FSDP2 makes a unit whole when its module is called, which it refuses for lists of modules; and of an expert that no
+    other rank keeps there is nothing to shard.
+    """
+
+    def __init__(self, module: nn.Module, experts: ExpertStates, groups: Groups) -> None:
+        self.mesh = groups.device_mesh("edp") if groups.size("edp") > 1 else None
+        paths = experts.plan.paths if experts.plan.degree > 1 and self.mesh is not None else ()
+        found = {path: module.get_submodule(path) for path in paths}
+        self.units = {path: each for path, each in found.items() if not isinstance(each, (nn.ModuleList, nn.ModuleDict))}
+        self.whole = {
+            name: each
+            for name, each in module.named_parameters()
+            if experts.holds(name) and not any(name.startswith(f"{path}.") for path in self.units)
+        }
+
+    def shard(self, prefix: str, names: Sequence[str], shard: Callable[..., Any]) -> dict[nn.Module, Sequence[str]]:
+        """Shards those below a path; returns the parameter names of each unit."""
+        units: dict[nn.Module, Sequence[str]] = {}
+        for path, unit in self.units.items():
+            if f"{path}.".startswith(prefix) and not isinstance(unit, FSDPModule):
+                units[unit] = [name for name in names if name.startswith(f"{path}.")]
+                shard(unit, mesh=self.mesh)
+        return units
+
+
 def _shard_units(
-    module: nn.Module, blocks: Mapping[str, nn.Module], shard: Callable[..., Any], *, stays_whole: bool
+    module: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    shard: Callable[..., Any],
+    *,
+    stays_whole: bool,
+    experts: _Experts,
 ) -> dict[nn.Module, Sequence[str]]:
-    """Shards blocks, then the rest; returns the parameter names of each unit, the root last."""
+    """Shards blocks, experts in them first, then the rest; returns the parameter names of each unit, the root last."""
     units: dict[nn.Module, Sequence[str]] = {}
-    claimed: set[str] = set()
+    claimed: set[str] = set(experts.whole)
     names = [name for name, _ in module.named_parameters()]
+
+    def claim(prefix: str, unit: nn.Module, *, reshards: bool) -> None:
+        sharded = partial(shard, reshard_after_forward=reshards)
+        inner = experts.shard(prefix, names, sharded)
+        claimed.update(name for each in inner.values() for name in each)
+        units.update(inner)
+        units[unit] = [name for name in names if name.startswith(prefix) and name not in claimed]
+        claimed.update(units[unit])
+        sharded(unit)
+
     for position, (path, block) in enumerate(blocks.items()):
-        units[block] = [name for name in names if name.startswith(path + ".")]
-        claimed.update(units[block])
-        shard(block, reshard_after_forward=not stays_whole and position < len(blocks) - 1)
-    units[module] = [name for name in names if name not in claimed]
-    shard(module, reshard_after_forward=False)
+        claim(f"{path}.", block, reshards=not stays_whole and position < len(blocks) - 1)
+    claim("", module, reshards=False)
     _sum_gradients(cast(FSDPModule, module))
     return units
 

@@ -1,9 +1,12 @@
 """What the engines share whose parameters and gradients are in shards along `fsdp`."""
 
+from collections.abc import Collection, Iterable
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.data import LocalStates
+from meshwright.parallel.shared import SharedFlags
 
 __all__ = ["ShardedStates"]
 
@@ -26,13 +29,24 @@ class ShardedStates(LocalStates):
     def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
         """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
         like = self._trained[name]
-        if self._dealt.is_dealt(name) and isinstance(like, DTensor) and tensor.shape == like.to_local().shape:
-            return self._dealt.part(name, like, tensor)
-        if not isinstance(like, DTensor) or tensor.shape != like.to_local().shape:
+        if tensor.shape != _local(like).shape:
             return tensor
+        if not isinstance(like, DTensor) or self._dealt.is_dealt(name) or self._experts.is_dealt(name):
+            return self._part(name, like, tensor)
         return DTensor.from_local(
             tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
+
+    def _shared_flags(self, used: Collection[str]) -> list[SharedFlags]:
+        """Starts asking which parameters some rank computed a gradient for."""
+        dense, experts = self._experts.parted(self.local())
+        return [SharedFlags(dense, used, self._groups), SharedFlags(experts, used, self._groups, "edp")]
+
+    def _drop_unused(self, flags: Iterable[SharedFlags]) -> None:
+        """Leaves no gradient where no rank had one."""
+        for each in flags:
+            for name in each.unused():
+                self._trained[name].grad = None
 
 
 def _local(tensor: Tensor) -> Tensor:

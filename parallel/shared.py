@@ -1,12 +1,12 @@
 """Gradients of parameters that several ranks of one axis hold and each have a part of."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from meshwright.parallel.collectives import Groups
+from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.mesh import DATA_AXES
 
 __all__ = ["Local", "SharedFlags", "SharedGradients"]
@@ -22,11 +22,11 @@ class SharedGradients:
     Args:
         names: of the parameters; those that a rank does not hold are left out.
         groups: process groups of the mesh.
-        axis: of the mesh.
+        axis: of the mesh, or a fold of experts.
     """
 
     def __init__(self, names: Collection[str], groups: Groups, axis: str) -> None:
-        self._names = set(names) if groups.mesh.degree(axis) > 1 else set()
+        self._names = set(names) if groups.size(axis) > 1 else set()
         self._groups = groups
         self._axis = axis
         self._unused: set[str] = set()
@@ -60,14 +60,22 @@ class SharedGradients:
 
 
 class SharedFlags:
-    """Which parameters some data rank computed a gradient for, where the reductions of gradients do not tell."""
+    """Which parameters some rank computed a gradient for, where the reductions of gradients do not tell.
 
-    def __init__(self, flags: Sequence[bool], groups: Groups) -> None:
+    Args:
+        names: of the parameters, the same on all ranks along `axes`.
+        used: those that this rank has one for.
+        groups: process groups of the mesh.
+        axes: to be asked; the data axes where none are named.
+    """
+
+    def __init__(self, names: Iterable[str], used: Collection[str], groups: Groups, *axes: str) -> None:
+        self._names = list(names)
+        flags = [name in used for name in self._names]
         self._flags = torch.tensor(flags, dtype=torch.float64, device=groups.device_type)
-        self._pending = groups.all_reduce(self._flags, *DATA_AXES)
+        self._pending = groups.all_reduce(self._flags, *(axes or DATA_AXES)) if flags else Pending(None)
 
-    def read(self) -> list[bool]:
-        """Waits for the other ranks."""
+    def unused(self) -> list[str]:
+        """Waits for the other ranks; the parameters that no rank has a gradient for."""
         self._pending.wait()
-        flags: list[bool] = (self._flags > 0).tolist()
-        return flags
+        return [name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if not flag]

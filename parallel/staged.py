@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.shared import Local, SharedGradients
-from meshwright.parallel.weights import alias_groups
+from meshwright.parallel.weights import NamedStates
 
 __all__ = ["StagedStates"]
 
@@ -27,16 +27,17 @@ class StagedStates:
         module: the whole model, memory or not; changed in place.
         homes: block -> rank of the pipeline.
         groups: process groups of the mesh.
+        names: of all its states; those of single experts may be gone from this rank.
     """
 
-    def __init__(self, module: nn.Module, homes: Mapping[str, int], groups: Groups) -> None:
+    def __init__(self, module: nn.Module, homes: Mapping[str, int], groups: Groups, names: NamedStates) -> None:
         self._groups = groups
         self._rank = groups.mesh.coordinates(groups.rank)["pp"]
         self._degree = groups.mesh.pp
-        self.aliases = alias_groups(module)
+        self.aliases = names.aliases
         self._home = {names[0]: _home(names, homes) for names in self.aliases}
         self._sums = SharedGradients([name for name, home in self._home.items() if home is None], groups, "pp")
-        self._trained = [name for name, each in module.named_parameters() if each.requires_grad]
+        self._trained = names.trained
         for names in self.aliases:
             if self._home[names[0]] not in (None, self._rank):
                 for name in names:
@@ -65,7 +66,7 @@ class StagedStates:
     def gathered(self, mine: Mapping[str, T]) -> dict[str, T]:
         """What all ranks have by parameter name, in the model's order; every rank must ask."""
         if self._degree == 1:
-            return dict(mine)
+            return {name: mine[name] for name in self._trained}
         found = {name: mine[name] for name in self._shared(mine)}
         for rank in range(self._degree):
             own = {name: each for name, each in mine.items() if self._home[name] == rank}

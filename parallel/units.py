@@ -1,4 +1,4 @@
-"""A unit: parameters of one stage, sharded along `fsdp`, that are gathered and reduced together.
+"""A unit: parameters of one stage, sharded over the same ranks, that are gathered and reduced together.
 
 Shards lie side by side in one piece of memory, so a gather copies nothing before it leaves. Whole parameters are the
 same tensors from step to step whose memory comes and goes, so what autograd saved of them is whole again when backward
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.deferred import like
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Unit", "padded_rows", "shard_parameters"]
+__all__ = ["Sharding", "Unit", "padded_rows", "shard_parameters"]
 
 _same_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 _Places = list[tuple[nn.Module, str]]
@@ -33,27 +34,69 @@ def padded_rows(shape: Sequence[int], degree: int) -> int:
     return -(-shape[0] // degree)
 
 
-def shard_parameters(module: nn.Module, groups: Groups) -> None:
+@dataclass(frozen=True)
+class Sharding:
+    """Over which ranks parameters are sharded.
+
+    Args:
+        axis: of the shards.
+        degree: of it.
+        rank: along it.
+        mesh: of the shards, and of their replicas before.
+        placements: on that mesh.
+        replicas: axis along which shards are replicated.
+    """
+
+    axis: str
+    degree: int
+    rank: int
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    replicas: str | None = None
+
+    @classmethod
+    def dense(cls, groups: Groups) -> "Sharding":
+        """Of what all ranks compute with: over `fsdp`, replicated along `dp`."""
+        rank, degree = groups.mesh.coordinates(groups.rank)["fsdp"], groups.mesh.fsdp
+        if groups.mesh.dp == 1:
+            return cls("fsdp", degree, rank, groups.device_mesh("fsdp"), (Shard(0),))
+        return cls("fsdp", degree, rank, groups.device_mesh("dp", "fsdp"), (Replicate(), Shard(0)), "dp")
+
+    @classmethod
+    def experts(cls, groups: Groups) -> "Sharding | None":
+        """Of experts that are dealt: over `edp`, all ranks that keep the same ones; None where there is one only."""
+        ranks = groups.ranks("edp")
+        if len(ranks) == 1:
+            return None
+        return cls("edp", len(ranks), ranks.index(groups.rank), groups.device_mesh("edp"), (Shard(0),))
+
+
+def shard_parameters(module: nn.Module, over: Callable[[str], Sharding | None]) -> None:
     """Replaces every parameter by this rank's rows of it, tied ones by one.
+
+    Args:
+        module: changed in place.
+        over: parameter -> over which ranks; None leaves it whole.
 
     Raises:
         WrapError: for a parameter without rows.
     """
-    axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
-    placements = (Replicate(), Shard(0)) if groups.mesh.dp > 1 else (Shard(0),)
-    rank, degree = groups.mesh.coordinates(groups.rank)["fsdp"], groups.mesh.fsdp
     for name, places in _places(module):
         owner, leaf = places[0]
         parameter = owner._parameters[leaf]
         assert parameter is not None, name
+        ranks = over(name)
+        if ranks is None:
+            continue
         if not parameter.dim():
             raise WrapError(f"parameter {name} is a single number, which has no rows to shard; give it the shape (1,)")
-        rows = padded_rows(parameter.shape, degree)
-        mine = parameter.detach()[rank * rows : (rank + 1) * rows].clone(memory_format=torch.contiguous_format)
+        rows = padded_rows(parameter.shape, ranks.degree)
+        first = ranks.rank * rows
+        mine = parameter.detach()[first : first + rows].clone(memory_format=torch.contiguous_format)
         sharded = DTensor.from_local(
             mine,
-            groups.device_mesh(*axes),
-            placements,
+            ranks.mesh,
+            ranks.placements,
             run_check=False,
             shape=parameter.shape,
             stride=torch.empty(parameter.shape, device="meta").stride(),  # shards lie row by row
@@ -78,13 +121,15 @@ class Unit:
 
     Args:
         module: the model, sharded by `shard_parameters`.
-        names: of the parameters.
-        groups: process groups of `dp` and `fsdp`.
+        names: of the parameters, all sharded over the same ranks.
+        groups: process groups.
+        over: these ranks.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str], groups: Groups) -> None:
+    def __init__(self, module: nn.Module, names: Iterable[str], groups: Groups, over: Sharding) -> None:
         self._groups = groups
-        self._degree = groups.mesh.fsdp
+        self._over = over
+        self._degree = over.degree
         places = {name: found for name, found in _places(module) if name in set(names)}
         members = [_member(name, found) for name, found in places.items()]
         self._members = sorted(members, key=lambda each: -each.whole.itemsize)  # so that each lies at its own alignment
@@ -100,7 +145,7 @@ class Unit:
             return
         parts = self._shards.new_empty(self._degree * self._shards.numel())
         travels = bool(parts.numel())  # nothing does where all parameters are without elements
-        pending = self._groups.gather_into(parts, self._shards, "fsdp") if travels else Pending(None)
+        pending = self._groups.gather_into(parts, self._shards, self._over.axis) if travels else Pending(None)
         self._gathering = parts, pending
 
     def need(self) -> None:
@@ -141,10 +186,12 @@ class Unit:
         return used
 
     def sum_over_replicas(self) -> None:
-        """Waits for the sums over `fsdp`; shards hold them at once, whole when those over `dp` have come too."""
+        """Waits for the sums over shards; these hold them at once, whole when those over replicas have come too."""
         for members, _, sums, pending in self._scattering:
             pending.wait()
-            self._summing.append((members, sums, self._groups.all_reduce(sums, "dp")))
+            replicas = self._over.replicas
+            summed = Pending(None) if replicas is None else self._groups.all_reduce(sums, replicas)
+            self._summing.append((members, sums, summed))
         self._scattering = []
 
     def finish(self, ask_scale: Callable[[], Tensor] | None = None) -> None:
@@ -191,7 +238,7 @@ class Unit:
                 _copy_rows(part, each.whole.grad, scale)
                 each.whole.grad = None
         sums = first.new_empty(sum(sizes))
-        pending = self._groups.reduce_scatter(sums, flat, "fsdp") if flat.numel() else Pending(None)
+        pending = self._groups.reduce_scatter(sums, flat, self._over.axis) if flat.numel() else Pending(None)
         self._scattering.append((trained, flat, sums, pending))
 
     def _add(self, sharded: nn.Parameter, part: Tensor) -> None:

@@ -19,7 +19,7 @@ from meshwright.parallel.microbatch import split
 from meshwright.parallel.optimizer import BuildOptimizer
 from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.parity import Outcome, ParityReport, compare
-from meshwright.parallel.plan import make_plan
+from meshwright.parallel.plan import make_expert_plan, make_plan
 from meshwright.parallel.ranks import RankPool, default_pool, run_ranks
 from meshwright.parallel.reference import Trial, plain_outcome
 from meshwright.parallel.stages import stages_of
@@ -79,7 +79,7 @@ def _planned(trial: Trial) -> Trial:
     """The trial with its stages cut and its tensor plan made: what cannot be had is refused before a rank starts."""
     options, mesh = trial.options, trial.mesh
     by_spans = options.sizes is not None and options.sizes.layer_block is not None
-    if mesh.tp == mesh.cp == 1 and not options.cuts_by_hand and not by_spans:
+    if mesh.tp == mesh.cp == mesh.ep == 1 and not options.cuts_by_hand and not by_spans:
         return trial
     first = split(trial.samples_of(0), options.num_microbatches)[0]
     with trial.precision():
@@ -87,7 +87,8 @@ def _planned(trial: Trial) -> Trial:
         chosen = settled(options if options.example is not None else replace(options, example=first), model)
         find_blocks(model, chosen.blocks)
         stages_of(model, mesh, 0, chosen)
-        plan = make_plan(model, mesh, chosen) if mesh.tp > 1 else options.tensor_plan
+        experts = make_expert_plan(model, mesh, chosen)
+        plan = make_plan(model, mesh, chosen, experts) if mesh.tp > 1 else options.tensor_plan
     example = chosen.example if mesh.cp > 1 or by_spans else None if mesh.tp > 1 else options.example
     return replace(trial, options=replace(chosen, tensor_plan=plan, example=example))
 

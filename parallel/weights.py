@@ -5,6 +5,7 @@ A rank reads only the ranges it holds; writing joins one tensor at a time, so no
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from meshwright.parallel.dealt import rows_of
 from meshwright.parallel.errors import WeightsError, nearest
 from meshwright.parallel.part import Chunk, Part
 
-__all__ = ["WeightFiles", "alias_groups", "boxes_of", "write_weights"]
+__all__ = ["NamedStates", "WeightFiles", "alias_groups", "boxes_of", "write_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -120,6 +121,29 @@ def boxes_of(values: Tensor) -> tuple[torch.Size, list[Chunk]]:
     local = values.to_local() if isinstance(values, DTensor) else values
     start = rows[0] if rows is not None else 0
     return values.shape, [Chunk(tuple(start if dim == 0 else 0 for dim in range(values.dim())), local)]
+
+
+@dataclass(frozen=True)
+class NamedStates:
+    """Names of a whole model's states, before ranks drop what others keep.
+
+    Args:
+        aliases: of every saved state, names of one tied tensor together.
+        trained: names of the trained parameters, in the model's order.
+    """
+
+    aliases: tuple[tuple[str, ...], ...]
+    trained: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "NamedStates":
+        """Those of a model.
+
+        >>> NamedStates.of(nn.Linear(2, 1)).trained
+        ('weight', 'bias')
+        """
+        trained = tuple(name for name, each in model.named_parameters() if each.requires_grad)
+        return cls(tuple(map(tuple, alias_groups(model))), trained)
 
 
 def alias_groups(module: nn.Module) -> list[list[str]]:

@@ -32,9 +32,9 @@ from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.recorder import recording
 from meshwright.parallel.pipeline.timeline import Timeline
-from meshwright.parallel.plan import deal_model, make_context_plan, make_plan, run_by_spans
+from meshwright.parallel.plan import deal_model, make_context_plan, make_expert_plan, make_plan, run_by_spans
 from meshwright.parallel.report import WrapReport, describe
-from meshwright.parallel.weights import WeightFiles, alias_groups, boxes_of, write_weights
+from meshwright.parallel.weights import NamedStates, WeightFiles, alias_groups, boxes_of, write_weights
 
 __all__ = ["ParallelModel", "parallelize"]
 
@@ -55,9 +55,10 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     chosen.check(mesh)
     groups = Groups(mesh, device_of(model).type)
     check_agreement(model, groups)
-    plan = make_plan(model, mesh, chosen)
+    names, experts = NamedStates.of(model), make_expert_plan(model, mesh, chosen)
+    plan = make_plan(model, mesh, chosen, experts)
     context = make_context_plan(model, mesh, chosen, plan=plan)
-    report = describe(model, mesh, chosen, plan, context=context)
+    report = describe(model, mesh, chosen, plan, context=context, experts=experts)
     blocks = chosen.sizes if mesh.cp == 1 else None  # cp attends by blocks anyway
     blockwise = None if blocks is None else BlockwiseAttention(model, blocks, chosen.example)
     said = tile_networks(model, chosen.sizes)
@@ -71,7 +72,9 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     if mesh.cp > 1:
         way = way_of(chosen.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
         deal_sequence(model, context, groups, way=way, sizes=chosen.sizes or Blockwise())
-    spread = spread_over(model, groups, chosen, plan, context=context)
+    if chosen.moe is not None:
+        chosen.moe.deal(model, experts, groups)
+    spread = spread_over(model, groups, chosen, plan, context=context, experts=experts, names=names)
     data = build_data_engine(model, groups, chosen, spread)
     return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise=blockwise)
 

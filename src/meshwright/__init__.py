@@ -12,6 +12,7 @@ from meshwright.parallel.mesh import Mesh as Mesh
 if TYPE_CHECKING:
     from meshwright.launch.predict import Prediction as Prediction
     from meshwright.launch.predict import simulate as simulate
+    from meshwright.moe.expert_pass import Experts as Experts
     from meshwright.parallel.deferred import deferred as deferred
     from meshwright.parallel.deferred import materialise as materialise
     from meshwright.parallel.verify import ParityReport as ParityReport
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from meshwright.parallel.wrap import parallelize as parallelize
 
 __version__ = "0.1.0"
-__all__ = ["Mesh", "ParallelModel", "ParityReport", "Prediction", "deferred", "materialise", "parallelize", "simulate", "verify"]
+__all__ = ["Experts", "Mesh", "ParallelModel", "ParityReport", "Prediction", "deferred", "materialise", "parallelize", "simulate", "verify"]
 
 _HOMES = {
+    "Experts": "meshwright.moe.expert_pass",
     "ParallelModel": "meshwright.parallel.wrap",
     "ParityReport": "meshwright.parallel.verify",
     "Prediction": "meshwright.launch.predict",
