@@ -32,11 +32,13 @@ class Routes:
         self._groups = groups
         self._wire = wire
         self._known: dict[Hashable, Route] = {}
+        self._together = ("fsdp",) if groups.mesh.ep == 1 else ("dp", "fsdp", "cp", "tp")
+        groups.group(*self._together)  # made now, since making one needs all ranks at once
 
     def of(self, parts: Sequence[Any], forward: Callable[[Any], Any]) -> list[Route]:
         """The route of each micro-batch, looked for where none of its shape came before.
 
-        Ranks that share parameters look at the same time, whatever the shapes of their own micro-batches.
+        Ranks that share parameters or experts look at the same time, whatever the shapes of their own micro-batches.
 
         Args:
             parts: micro-batches.
@@ -45,7 +47,7 @@ class Routes:
         keys = [key_of(self._states.module, part) for part in parts]
         first = [key not in self._known and key not in keys[:index] for index, key in enumerate(keys)]
         unknown = torch.tensor(first, dtype=torch.float32, device=self._wire.device)
-        self._groups.all_reduce(unknown, "fsdp").wait()
+        self._groups.all_reduce(unknown, *self._together).wait()
         for index, wanted in enumerate(unknown.tolist()):
             if wanted:
                 self._known[keys[index]] = self._probe(partial(forward, parts[index]))
