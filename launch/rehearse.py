@@ -88,7 +88,7 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
         JobError: when the mesh cannot be had.
     """
     from meshwright.parallel.blockwise.install import BlockwiseAttention
-    from meshwright.parallel.plan import make_context_plan, make_plan
+    from meshwright.parallel.plan import make_plans
     from meshwright.parallel.predicted import first_shares
     from meshwright.parallel.report import describe
 
@@ -96,11 +96,11 @@ def report_on_meta(loaded: LoadedJob) -> tuple["nn.Module", "WrapReport"]:
     with _said_of(loaded.where("parallel")):
         options = settled_on_meta(loaded, model)
         options.check(mesh)
-        plan = make_plan(model, mesh, options)
-        report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
+        plans = make_plans(model, mesh, options)
+        report = describe(model, mesh, options, plans)
         if options.sizes is not None and mesh.cp == 1:
             report = BlockwiseAttention(model, options.sizes, options.example).described(report)
-        return first_shares(model, plan), report
+        return first_shares(model, plans.tensor), report
 
 
 def settled_on_meta(loaded: LoadedJob, model: "nn.Module") -> "Options":

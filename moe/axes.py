@@ -12,7 +12,7 @@ from torch import Tensor
 from meshwright.parallel.axis import ProcessAxis
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.folding import Fold
-from meshwright.parallel.progress import Call, Waiting
+from meshwright.parallel.progress import Waiting
 
 __all__ = ["ExpertAxes", "RowAxis", "expert_axes"]
 

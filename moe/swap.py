@@ -86,7 +86,7 @@ def deal_experts(
         own = own_experts(each.num_experts, ranks=axes.ep.size, rank=axes.ep.rank)
         _keep(each, own)
         experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module, own)
-        each.module.forward = _Travelling(each, way, experts, alike)
+        each.module.forward = _Travelling(each, way, experts, alike=alike)
     return plan
 
 
@@ -129,7 +129,7 @@ def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing
 class _Travelling:
     """The forward of experts that are dealt."""
 
-    def __init__(self, found: FoundExperts, way: Transport, experts: Experts, alike: Axis | None) -> None:
+    def __init__(self, found: FoundExperts, way: Transport, experts: Experts, *, alike: Axis | None) -> None:
         self._num_experts = found.num_experts
         self._alike = alike
         self._signature = inspect.signature(found.module.forward)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.experts import ExpertStates
-from meshwright.parallel.units import Sharding, Unit, shard_parameters
+from meshwright.parallel.sharding import Sharding, shard_parameters
+from meshwright.parallel.units import Unit
 
 __all__ = ["Bundle", "Sharder"]
 
@@ -39,9 +40,9 @@ class Sharder:
         """Those of a stage."""
         dense = [name for name in names if not self._experts.holds(name)]
         apart = [name for name in names if self._experts.holds(name)]
-        units = [Unit(self._module, dense, self._groups, self._dense)]
+        units = [Unit(self._module, dense, self._groups, over=self._dense)]
         if apart and self._apart is not None:
-            units.append(Unit(self._module, apart, self._groups, self._apart))
+            units.append(Unit(self._module, apart, self._groups, over=self._apart))
             apart = []
         held = dict(self._module.named_parameters())
         return Bundle(units, {name: held[name] for name in apart if held[name].requires_grad})

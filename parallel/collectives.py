@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.parallel.axis import PaperAxis, ProcessAxis
 from meshwright.parallel.errors import MeshError
-from meshwright.parallel.folding import FOLDS, Fold, fold_groups
+from meshwright.parallel.folding import FOLDS, fold_groups
 from meshwright.parallel.mesh import AXES, Mesh
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import HERE, Call, Waiting
@@ -187,26 +187,18 @@ class Groups:
 
     def group(self, *axes: str) -> Any | None:
         """This rank's process group along `axes`, or one fold of experts; None where it would hold one rank only."""
-        for fold in FOLDS:
-            if axes == (fold,):
-                return self._folded(fold)
-        wanted = tuple(axis for axis in self.active if axis in axes)
-        if not wanted:
+        if len(self.ranks(*axes)) == 1:
             return None
-        if len(wanted) == 1:
+        wanted = tuple(axis for axis in (*self.active, *FOLDS) if axis in axes)
+        if wanted[0] not in FOLDS and len(wanted) == 1:
             return self.device_mesh(wanted[0]).get_group()
         if wanted not in self._made:
-            ranks = [list(group) for group in self.mesh.groups(wanted)]
-            self._made[wanted] = dist.new_subgroups_by_enumeration(ranks)[0]
+            folded = next((fold for fold in FOLDS if fold in wanted), None)
+            groups = self.mesh.groups(wanted) if folded is None else fold_groups(self.mesh, folded)
+            self._made[wanted] = dist.new_subgroups_by_enumeration([list(each) for each in groups], group_desc=folded)[
+                0
+            ]
         return self._made[wanted]
-
-    def _folded(self, fold: Fold) -> Any | None:
-        if len(self.ranks(fold)) == 1:
-            return None
-        if (fold,) not in self._made:
-            ranks = [list(group) for group in fold_groups(self.mesh, fold)]
-            self._made[(fold,)] = dist.new_subgroups_by_enumeration(ranks, group_desc=fold)[0]
-        return self._made[(fold,)]
 
     def call(self, kind: str, *axes: str, peer: int | None = None) -> Call:
         """What waiting for such a collective, or for one rank, is called."""

@@ -1,7 +1,6 @@
 """What every data engine must do, and the choice between them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,22 +8,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.dealt import DealtStates
 from meshwright.parallel.deferred import allocate
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.experts import ExpertPlan, ExpertStates, square_of
+from meshwright.parallel.experts import square_of
 from meshwright.parallel.optimizer import BuildOptimizer, GroupOf, OwnedOptimizer, StepOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.part import Part
 from meshwright.parallel.pipeline.runtime import States
-from meshwright.parallel.shared import SharedGradients
-from meshwright.parallel.staged import StagedStates
-from meshwright.parallel.stages import Stages, stages_of
-from meshwright.parallel.tensor_plan import TensorPlan
-from meshwright.parallel.weights import NamedStates, boxes_of
+from meshwright.parallel.spread import Spread
+from meshwright.parallel.weights import boxes_of
 
-__all__ = ["AskScale", "DataEngine", "LocalStates", "Spread", "Unscheduled", "build_data_engine"]
-__all__ += ["spread_over"]
+__all__ = ["AskScale", "DataEngine", "LocalStates", "Unscheduled", "build_data_engine"]
 
 
 AskScale = Callable[[], Tensor]
@@ -95,25 +89,6 @@ class DataEngine(States, Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """How states are spread besides the data axes.
-
-    Args:
-        dealt: over `tp`.
-        context: over `cp`: gradients that are partial on each rank.
-        staged: over `pp`.
-        stages: what `staged` follows.
-        experts: over `ep`.
-    """
-
-    dealt: DealtStates
-    context: SharedGradients
-    staged: StagedStates
-    stages: Stages
-    experts: ExpertStates
-
-
 class Unscheduled:
     """Answers to a schedule of engines whose parameters are whole at every use without it."""
 
@@ -147,6 +122,7 @@ class LocalStates(Unscheduled):
         self.module = module
         self._groups = groups
         self._norm_axes = (*norm_axes, "tp", "pp")
+        self._spread = spread
         self._dealt = spread.dealt
         self._context = spread.context
         self._staged = spread.staged
@@ -166,7 +142,7 @@ class LocalStates(Unscheduled):
     def as_sharded(self, name: str, tensor: Tensor) -> Tensor:
         """How `tensor` (shaped like this rank's part of parameter `name`) is written to a checkpoint."""
         parameter = self._trained[name]
-        return self._part(name, parameter, tensor) if tensor.shape == parameter.shape else tensor
+        return self._spread.part(name, parameter, tensor) if tensor.shape == parameter.shape else tensor
 
     def release(self) -> None:
         """Nothing to free where parameters are always whole."""
@@ -189,13 +165,14 @@ class LocalStates(Unscheduled):
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Whole trained parameters by name; every rank must ask."""
-        mine = {name: self._joined(name, each.detach()) for name, each in self._trained.items()}
+        mine = {name: self._spread.whole(name, self.whole(each.detach())) for name, each in self._trained.items()}
         return self._staged.gathered(self._experts.gathered(mine))
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Whole gradients by name, None where no rank computed one; every rank must ask."""
         mine = {
-            name: None if each.grad is None else self._joined(name, each.grad) for name, each in self._trained.items()
+            name: None if each.grad is None else self._spread.whole(name, self.whole(each.grad))
+            for name, each in self._trained.items()
         }
         return self._staged.gathered(self._experts.gathered(mine))
 
@@ -205,24 +182,12 @@ class LocalStates(Unscheduled):
         saved = self.module.state_dict()
 
         def whole(name: str) -> Tensor:
+            values: Tensor | None = saved.get(name)
             if name in held:
-                values = self._joined(name, held[name].detach())
-            else:
-                values = saved[name] if name in saved else None
+                values = self._spread.whole(name, self.whole(held[name].detach()))
             return self._experts.told(name, values)
 
         return self._staged.wholes(whole)
-
-    def _joined(self, name: str, tensor: Tensor) -> Tensor:
-        """The full tensor behind what ranks hold parts of; every rank that holds one must ask."""
-        return self._experts.whole(name, self._dealt.whole(name, self.whole(tensor)))
-
-    def _part(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:
-        """How this rank's values of a parameter are written to a checkpoint."""
-        for states in (self._dealt, self._experts):
-            if states.is_dealt(name):
-                return states.part(name, parameter, values)
-        return values
 
     def _sum_over_copies(self) -> None:
         """Sums gradients of what ranks of `cp`, `tp` or `pp` hold several times, or in parts that add up."""
@@ -245,8 +210,7 @@ class LocalStates(Unscheduled):
 
     def _saved(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:
         """How a parameter or buffer is written to a checkpoint."""
-        dealt = self._dealt.is_dealt(name) or self._experts.is_dealt(name)
-        return self._part(name, parameter, _local(values)) if dealt else values
+        return self._spread.part(name, parameter, _local(values)) if self._spread.is_dealt(name) else values
 
     def load_model_state(self, state: dict[str, Any]) -> None:
         """Takes back what `model_state` gave."""
@@ -257,34 +221,6 @@ class LocalStates(Unscheduled):
                 _local(mine[name]).copy_(values.local)
         rest = {name: mine[name] if isinstance(values, Part) else values for name, values in state.items()}
         self.module.load_state_dict(rest)
-
-
-def spread_over(
-    module: nn.Module,
-    groups: Groups,
-    options: Options,
-    plan: TensorPlan,
-    *,
-    context: TensorPlan | None = None,
-    experts: ExpertPlan | None = None,
-    names: NamedStates | None = None,
-) -> Spread:
-    """Cuts a model, dealt over `tp`, `cp` and `ep` already, into stages and keeps those of this rank.
-
-    Args:
-        module: changed in place.
-        groups: of the mesh.
-        options: of the wrap.
-        plan: along `tp`.
-        context: along `cp`.
-        experts: along `ep`.
-        names: of the whole model's states, where experts were dealt.
-    """
-    stages = stages_of(module, groups.mesh, groups.rank, options)
-    apart = ExpertStates(experts or ExpertPlan(), groups)
-    partial = [name for name in (context.partial if context is not None else ()) if not apart.holds(name)]
-    staged = StagedStates(module, stages.homes, groups, names or NamedStates.of(module))
-    return Spread(DealtStates(plan, groups), SharedGradients(partial, groups, "cp"), staged, stages, apart)
 
 
 def build_data_engine(module: nn.Module, groups: Groups, options: Options, spread: Spread) -> DataEngine:

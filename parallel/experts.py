@@ -137,7 +137,7 @@ class ExpertStates:
         return square
 
 
-def square_of(gradients: Sequence[Tensor], device_type: str) -> Tensor:
+def square_of(gradients: list[Tensor], device_type: str) -> Tensor:
     """Sum of squares (0-dim, float64).
 
     >>> square_of([torch.tensor([3.0, 4.0])], "cpu").item()

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from meshwright.parallel.data import build_data_engine, spread_over
+from meshwright.parallel.data import build_data_engine
 from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine
 from meshwright.parallel.errors import WrapError
@@ -19,7 +19,8 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.meta import MetaAnswers, without_values
 from meshwright.parallel.options import Options
 from meshwright.parallel.paper import PaperGroups
-from meshwright.parallel.plan import deal_model
+from meshwright.parallel.plan import Plans, deal_model
+from meshwright.parallel.spread import spread_over
 from meshwright.parallel.tensor_plan import TensorPlan
 
 __all__ = ["Footprint", "Live", "footprint"]
@@ -59,7 +60,7 @@ def footprint(model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan) 
             mine = without_values(model, groups.device_type)
             example = tree_map(lambda leaf: _faked(leaf, fakes, groups.device_type), options.example)
             deal_model(mine, plan, groups.axis("tp"))
-            spread = spread_over(mine, groups, options, plan)
+            spread = spread_over(mine, groups, options, plans=Plans(tensor=plan))
             engine = Engine(build_data_engine(mine, groups, options, spread), groups, counted, spread.stages)
             gc.collect()  # shares were taken from whole parameters, which hooks may hold in cycles
             live.peak_bytes = states_bytes = live.now_bytes

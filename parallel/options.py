@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from meshwright.parallel.errors import ScheduleError, WrapError, nearest
-from meshwright.parallel.experts import ExpertPass
 from meshwright.parallel.legal import check_layout
 from meshwright.parallel.loss import LossContract, LossKind
 from meshwright.parallel.mesh import Mesh
@@ -37,7 +36,6 @@ class OptionKeywords(SequenceKeywords, total=False):
     tensor_plan: Mapping[str, str] | TensorPlan | None
     example: Any
     predict_memory: bool
-    moe: ExpertPass | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,6 @@ class Options(SequenceOptions):
         example: one micro-batch, looked at once to make the tensor plan (models of `transformers` bring their own) and
             to count FLOPs.
         predict_memory: run a step on `example` without values first, to have its peak memory in the report.
-        moe: what deals experts over the axis `ep` of a mesh: `meshwright.Experts(...)`.
 
     Raises:
         WrapError: for values that do not exist.
@@ -77,7 +74,6 @@ class Options(SequenceOptions):
     tensor_plan: Mapping[str, str] | TensorPlan | None = None
     example: Any = None
     predict_memory: bool = False
-    moe: ExpertPass | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

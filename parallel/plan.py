@@ -1,6 +1,7 @@
 """The tensor pass of `parallelize`: finds an example, has the plan made, deals the model."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,42 @@ from meshwright.parallel.vocabulary import deal_head, deal_lookup
 
 Plan = TypeVar("Plan")
 
-__all__ = ["deal_model", "example_of", "make_context_plan", "make_expert_plan", "make_plan", "run_by_spans"]
+__all__ = [
+    "Plans",
+    "deal_model",
+    "example_of",
+    "make_context_plan",
+    "make_expert_plan",
+    "make_plan",
+    "make_plans",
+    "run_by_spans",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plans:
+    """How a model is dealt.
+
+    Args:
+        tensor: over `tp`.
+        context: over `cp`.
+        experts: over `ep`.
+    """
+
+    tensor: TensorPlan = field(default_factory=lambda: TensorPlan(degree=1))
+    context: ContextPlan | None = None
+    experts: ExpertPlan = field(default_factory=ExpertPlan)
+
+
+def make_plans(model: nn.Module, mesh: Mesh, options: Options) -> Plans:
+    """What will be dealt over which axis; changes nothing.
+
+    Raises:
+        MeshwrightError: see `make_expert_plan`, `make_plan` and `make_context_plan`.
+    """
+    experts = make_expert_plan(model, mesh, options)
+    plan = make_plan(model, mesh, options, experts=experts)
+    return Plans(tensor=plan, context=make_context_plan(model, mesh, options, plan=plan), experts=experts)
 
 
 def make_expert_plan(model: nn.Module, mesh: Mesh, options: Options) -> ExpertPlan:
@@ -48,7 +84,7 @@ def make_expert_plan(model: nn.Module, mesh: Mesh, options: Options) -> ExpertPl
     return plan
 
 
-def make_plan(model: nn.Module, mesh: Mesh, options: Options, experts: ExpertPlan | None = None) -> TensorPlan:
+def make_plan(model: nn.Module, mesh: Mesh, options: Options, *, experts: ExpertPlan | None = None) -> TensorPlan:
     """The tensor plan of a model on a mesh; one of degree 1 where there is no `tp`.
 
     Args:

@@ -20,10 +20,10 @@ from meshwright.parallel.meta import without_values
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.replicate import cut_buckets
+from meshwright.parallel.sharding import padded_rows
 from meshwright.parallel.stages import stages_of
 from meshwright.parallel.tensor import keep_shares, length_of
 from meshwright.parallel.tensor_plan import TensorPlan
-from meshwright.parallel.units import padded_rows
 
 __all__ = ["Positions", "context_calls", "first_shares", "padded_elements", "predicted_calls", "tensor_calls"]
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from meshwright.parallel.blocks import own_parameters
 from meshwright.parallel.collectives import Groups, Pending
-from meshwright.parallel.data import AskScale, LocalStates, Spread
+from meshwright.parallel.data import AskScale, LocalStates
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.spread import Spread
 
 __all__ = ["Replicate", "cut_buckets"]
 

@@ -7,7 +7,6 @@ from torch import nn
 
 from meshwright.parallel.blocks import find_blocks, own_blocks, own_parameters
 from meshwright.parallel.context.chosen import way_of
-from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.predicted import reason_unknown
 from meshwright.parallel.costs import settled
 from meshwright.parallel.errors import WrapError
@@ -16,6 +15,7 @@ from meshwright.parallel.footprint import Footprint, footprint
 from meshwright.parallel.ledger import Call, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
+from meshwright.parallel.plan import Plans
 from meshwright.parallel.predicted import (
     Positions,
     context_calls,
@@ -92,47 +92,32 @@ class WrapReport:
         return "\n".join(lines)
 
 
-def describe(
-    model: nn.Module,
-    mesh: Mesh,
-    options: Options,
-    plan: TensorPlan | None = None,
-    *,
-    context: ContextPlan | None = None,
-    experts: ExpertPlan | None = None,
-) -> WrapReport:
+def describe(model: nn.Module, mesh: Mesh, options: Options, plans: Plans | None = None) -> WrapReport:
     """Says what wrapping `model` on `mesh` will do, before it is done.
 
     Args:
         model: unwrapped.
         mesh: of all ranks.
         options: of the wrap.
-        plan: needed where the mesh has `tp`.
-        context: needed where the mesh has `cp`.
-        experts: needed where the mesh has `ep`.
+        plans: needed where the mesh has `tp`, `cp` or `ep`.
     """
-    whole = sum(each.numel() for each in model.parameters())
+    plans = plans or Plans()
     options = settled(options, model)
-    mine = model if plan is None else first_shares(model, plan)
-    kept = _kept(mine, mesh, options, experts)
-    memory, unknown = _memory(model, mesh, options, plan)
-    positions = Positions.of(model, mine, mesh=mesh, options=options, plan=context)
-    calls = _calls(mine, mesh, options, plan=plan, positions=positions)
+    mine = first_shares(model, plans.tensor)
+    kept = _kept(mine, mesh, options, experts=plans.experts)
+    memory, unknown = _memory(model, mesh, options, plans.tensor)
+    positions = Positions.of(model, mine, mesh=mesh, options=options, plan=plans.context)
+    calls = _calls(mine, mesh, options, plan=plans.tensor, positions=positions)
+    notes = (*_notes(model), *_padding(mine, mesh), *unknown, *_untold(mesh, options, positions))
     return WrapReport(
         mesh=str(mesh),
-        axes=(*_experts_axis(experts, mesh), *_context_axis(context, mesh, options), *_axes(model, mesh, options, plan)),
-        notes=(
-            *_notes(model),
-            *_padding(mine, mesh),
-            *unknown,
-            *_untold(mesh, options, positions),
-            *(experts.notes if experts is not None else ()),
-        ),
-        num_parameters=whole,
+        axes=(*_dealt_axes(plans, mesh, options), *_axes(model, mesh, options, plans.tensor)),
+        notes=(*notes, *plans.experts.notes),
+        num_parameters=sum(each.numel() for each in model.parameters()),
         parameters_per_rank=sum(kept.values()),
         bytes_per_rank=sum(number * each.element_size() for each, number in kept.items()),
         collectives=None if calls is None else LedgerSummary.of(calls),
-        table="\n".join(each.table() for each in (plan, context) if each is not None and each.decisions),
+        table="\n".join(each.table() for each in (plans.tensor, plans.context) if each is not None and each.decisions),
         memory=memory,
     )
 
@@ -145,24 +130,21 @@ def most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Paramet
     return [held[name] for name in (*names, *rest)]
 
 
-def _kept(model: nn.Module, mesh: Mesh, options: Options, experts: ExpertPlan | None) -> dict[nn.Parameter, int]:
+def _kept(model: nn.Module, mesh: Mesh, options: Options, *, experts: ExpertPlan) -> dict[nn.Parameter, int]:
     """Elements of each parameter that a rank keeps between steps."""
     names = {each: name for name, each in model.named_parameters()}
-    plan = experts or ExpertPlan()
     found: dict[nn.Parameter, int] = {}
     for each in most_held(model, mesh, options):
-        over = mesh.fsdp
-        if plan.degree > 1 and plan.holds(names[each]) and over > 1:
-            over = mesh.world_size // mesh.pp // mesh.ep
-        found[each] = padded_elements(plan.local_shape(names[each], each.shape, 0), over) // over
+        name, over = names[each], mesh.fsdp
+        if experts.degree > 1 and experts.holds(name) and over > 1:
+            over = _copies(mesh)
+        found[each] = padded_elements(experts.local_shape(name, each.shape, 0), over) // over
     return found
 
 
-def _experts_axis(experts: ExpertPlan | None, mesh: Mesh) -> Iterable[tuple[str, str]]:
-    if experts is not None and experts.degree > 1:
-        copies = mesh.world_size // mesh.pp // mesh.ep
-        same = "no other rank of a stage keeps the same ones" if copies == 1 else f"{copies} ranks keep the same ones"
-        yield "ep", f"{experts.summary}; {same}"
+def _copies(mesh: Mesh) -> int:
+    """Ranks of a stage that keep the same experts."""
+    return mesh.world_size // mesh.pp // mesh.ep
 
 
 def _memory(
@@ -180,10 +162,10 @@ def _memory(
 
 def _untold(mesh: Mesh, options: Options, positions: Positions | None) -> Iterable[str]:
     """Why collectives along `tp` and `cp` are not predicted."""
-    if mesh.ep > 1 and mesh.pp == 1:
-        yield "collectives are not predicted: what ranks of ep send depends on the routing"
+    if mesh.pp > 1 or mesh.tp == mesh.cp == mesh.ep == 1:
         return
-    if mesh.pp > 1 or mesh.tp == mesh.cp == 1:
+    if mesh.ep > 1:
+        yield "collectives are not predicted: what ranks of ep send depends on the routing"
         return
     reason = None if positions is None else reason_unknown(positions.plan, positions.way, options.sizes)
     spans = [name for name in ("ffn_block", "layer_block") if getattr(options.sizes, name, None) and mesh.tp > 1]
@@ -209,7 +191,12 @@ def _calls(
     ]
 
 
-def _context_axis(context: ContextPlan | None, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
+def _dealt_axes(plans: Plans, mesh: Mesh, options: Options) -> Iterable[tuple[str, str]]:
+    if plans.experts.degree > 1:
+        copies = _copies(mesh)
+        same = "no other rank of a stage keeps the same ones" if copies == 1 else f"{copies} ranks keep the same ones"
+        yield "ep", f"{plans.experts.summary}; {same}"
+    context = plans.context
     if context is not None and context.degree > 1:
         way = way_of(options.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
         yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}; {_around(options)}"

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from meshwright.parallel.blocks import own_parameters
 from meshwright.parallel.bundle import Bundle, Sharder
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, Spread
+from meshwright.parallel.data import AskScale
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pipeline.actions import Kind
 from meshwright.parallel.sharded import ShardedStates
 from meshwright.parallel.shared import SharedFlags
+from meshwright.parallel.spread import Spread
 
 __all__ = ["Rotate"]
 

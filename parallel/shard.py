@@ -20,10 +20,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.data import AskScale, Spread
+from meshwright.parallel.data import AskScale
 from meshwright.parallel.experts import ExpertStates
 from meshwright.parallel.sharded import ShardedStates
 from meshwright.parallel.shared import SharedFlags, SharedGradients
+from meshwright.parallel.spread import Spread
 
 __all__ = ["Shard"]
 
@@ -147,7 +148,9 @@ class _Experts:
         self.mesh = groups.device_mesh("edp") if groups.size("edp") > 1 else None
         paths = experts.plan.paths if experts.plan.degree > 1 and self.mesh is not None else ()
         found = {path: module.get_submodule(path) for path in paths}
-        self.units = {path: each for path, each in found.items() if not isinstance(each, (nn.ModuleList, nn.ModuleDict))}
+        self.units = {
+            path: each for path, each in found.items() if not isinstance(each, (nn.ModuleList, nn.ModuleDict))
+        }
         self.whole = {
             name: each
             for name, each in module.named_parameters()

@@ -31,8 +31,8 @@ class ShardedStates(LocalStates):
         like = self._trained[name]
         if tensor.shape != _local(like).shape:
             return tensor
-        if not isinstance(like, DTensor) or self._dealt.is_dealt(name) or self._experts.is_dealt(name):
-            return self._part(name, like, tensor)
+        if not isinstance(like, DTensor) or self._spread.is_dealt(name):
+            return self._spread.part(name, like, tensor)
         return DTensor.from_local(
             tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )

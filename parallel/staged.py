@@ -30,7 +30,7 @@ class StagedStates:
         names: of all its states; those of single experts may be gone from this rank.
     """
 
-    def __init__(self, module: nn.Module, homes: Mapping[str, int], groups: Groups, names: NamedStates) -> None:
+    def __init__(self, module: nn.Module, homes: Mapping[str, int], groups: Groups, *, names: NamedStates) -> None:
         self._groups = groups
         self._rank = groups.mesh.coordinates(groups.rank)["pp"]
         self._degree = groups.mesh.pp
@@ -38,9 +38,9 @@ class StagedStates:
         self._home = {names[0]: _home(names, homes) for names in self.aliases}
         self._sums = SharedGradients([name for name, home in self._home.items() if home is None], groups, "pp")
         self._trained = names.trained
-        for names in self.aliases:
-            if self._home[names[0]] not in (None, self._rank):
-                for name in names:
+        for aliases in self.aliases:
+            if self._home[aliases[0]] not in (None, self._rank):
+                for name in aliases:
                     _take_out(module, name)
         for block, home in homes.items():
             if home != self._rank:

@@ -5,105 +5,22 @@ same tensors from step to step whose memory comes and goes, so what autograd sav
 needs it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.deferred import like
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.sharding import Places, Sharding, padded_rows, places_of
 
-__all__ = ["Sharding", "Unit", "padded_rows", "shard_parameters"]
+__all__ = ["Unit"]
 
 _same_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-_Places = list[tuple[nn.Module, str]]
-
-
-def padded_rows(shape: Sequence[int], degree: int) -> int:
-    """Rows (dim 0) of every rank's shard, padding included.
-
-    >>> padded_rows([5, 3], 2)
-    3
-    """
-    return -(-shape[0] // degree)
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """Over which ranks parameters are sharded.
-
-    Args:
-        axis: of the shards.
-        degree: of it.
-        rank: along it.
-        mesh: of the shards, and of their replicas before.
-        placements: on that mesh.
-        replicas: axis along which shards are replicated.
-    """
-
-    axis: str
-    degree: int
-    rank: int
-    mesh: DeviceMesh
-    placements: tuple[Placement, ...]
-    replicas: str | None = None
-
-    @classmethod
-    def dense(cls, groups: Groups) -> "Sharding":
-        """Of what all ranks compute with: over `fsdp`, replicated along `dp`."""
-        rank, degree = groups.mesh.coordinates(groups.rank)["fsdp"], groups.mesh.fsdp
-        if groups.mesh.dp == 1:
-            return cls("fsdp", degree, rank, groups.device_mesh("fsdp"), (Shard(0),))
-        return cls("fsdp", degree, rank, groups.device_mesh("dp", "fsdp"), (Replicate(), Shard(0)), "dp")
-
-    @classmethod
-    def experts(cls, groups: Groups) -> "Sharding | None":
-        """Of experts that are dealt: over `edp`, all ranks that keep the same ones; None where there is one only."""
-        ranks = groups.ranks("edp")
-        if len(ranks) == 1:
-            return None
-        return cls("edp", len(ranks), ranks.index(groups.rank), groups.device_mesh("edp"), (Shard(0),))
-
-
-def shard_parameters(module: nn.Module, over: Callable[[str], Sharding | None]) -> None:
-    """Replaces every parameter by this rank's rows of it, tied ones by one.
-
-    Args:
-        module: changed in place.
-        over: parameter -> over which ranks; None leaves it whole.
-
-    Raises:
-        WrapError: for a parameter without rows.
-    """
-    for name, places in _places(module):
-        owner, leaf = places[0]
-        parameter = owner._parameters[leaf]
-        assert parameter is not None, name
-        ranks = over(name)
-        if ranks is None:
-            continue
-        if not parameter.dim():
-            raise WrapError(f"parameter {name} is a single number, which has no rows to shard; give it the shape (1,)")
-        rows = padded_rows(parameter.shape, ranks.degree)
-        first = ranks.rank * rows
-        mine = parameter.detach()[first : first + rows].clone(memory_format=torch.contiguous_format)
-        sharded = DTensor.from_local(
-            mine,
-            ranks.mesh,
-            ranks.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=torch.empty(parameter.shape, device="meta").stride(),  # shards lie row by row
-        )
-        fresh = like(parameter, sharded)
-        for owner, leaf in places:
-            owner._parameters[leaf] = fresh
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +28,7 @@ class _Member:
     """One parameter: where modules hold it, its shard between uses, and itself whole (without memory when freed)."""
 
     name: str
-    places: _Places
+    places: Places
     sharded: nn.Parameter
     whole: nn.Parameter
 
@@ -126,11 +43,11 @@ class Unit:
         over: these ranks.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str], groups: Groups, over: Sharding) -> None:
+    def __init__(self, module: nn.Module, names: Iterable[str], groups: Groups, *, over: Sharding) -> None:
         self._groups = groups
         self._over = over
         self._degree = over.degree
-        places = {name: found for name, found in _places(module) if name in set(names)}
+        places = {name: found for name, found in places_of(module) if name in set(names)}
         members = [_member(name, found) for name, found in places.items()]
         self._members = sorted(members, key=lambda each: -each.whole.itemsize)  # so that each lies at its own alignment
         self._shards = self._side_by_side()
@@ -285,7 +202,7 @@ def _copy_rows(parts: Tensor, whole: Tensor, scale: Tensor | None = None) -> Non
             torch.mul(values, scale, out=part)
 
 
-def _member(name: str, places: _Places) -> _Member:
+def _member(name: str, places: Places) -> _Member:
     owner, leaf = places[0]
     sharded = owner._parameters[leaf]
     assert sharded is not None, name
@@ -295,18 +212,7 @@ def _member(name: str, places: _Places) -> _Member:
     return _Member(name, places, sharded, whole)
 
 
-def _places(module: nn.Module) -> list[tuple[str, _Places]]:
-    """First name of every parameter, and all (module, attribute) that hold it."""
-    found: dict[int, tuple[str, _Places]] = {}
-    for prefix, owner in module.named_modules():
-        for leaf, parameter in owner._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}.{leaf}".lstrip(".")
-                found.setdefault(id(parameter), (name, []))[1].append((owner, leaf))
-    return list(found.values())
-
-
-def _hold(places: _Places, parameter: nn.Parameter) -> None:
+def _hold(places: Places, parameter: nn.Parameter) -> None:
     for owner, leaf in places:
         owner._parameters[leaf] = parameter
 

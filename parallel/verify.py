@@ -88,7 +88,7 @@ def _planned(trial: Trial) -> Trial:
         find_blocks(model, chosen.blocks)
         stages_of(model, mesh, 0, chosen)
         experts = make_expert_plan(model, mesh, chosen)
-        plan = make_plan(model, mesh, chosen, experts) if mesh.tp > 1 else options.tensor_plan
+        plan = make_plan(model, mesh, chosen, experts=experts) if mesh.tp > 1 else options.tensor_plan
     example = chosen.example if mesh.cp > 1 or by_spans else None if mesh.tp > 1 else options.example
     return replace(trial, options=replace(chosen, tensor_plan=plan, example=example))
 

@@ -21,7 +21,7 @@ from meshwright.parallel.collectives import Groups
 from meshwright.parallel.context.chosen import way_of
 from meshwright.parallel.context.install import deal_sequence
 from meshwright.parallel.costs import settled
-from meshwright.parallel.data import LocalStates, build_data_engine, spread_over
+from meshwright.parallel.data import LocalStates, build_data_engine
 from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
@@ -32,8 +32,9 @@ from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.recorder import recording
 from meshwright.parallel.pipeline.timeline import Timeline
-from meshwright.parallel.plan import deal_model, make_context_plan, make_expert_plan, make_plan, run_by_spans
+from meshwright.parallel.plan import Plans, deal_model, make_plans, run_by_spans
 from meshwright.parallel.report import WrapReport, describe
+from meshwright.parallel.spread import spread_over
 from meshwright.parallel.weights import NamedStates, WeightFiles, alias_groups, boxes_of, write_weights
 
 __all__ = ["ParallelModel", "parallelize"]
@@ -55,28 +56,35 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     chosen.check(mesh)
     groups = Groups(mesh, device_of(model).type)
     check_agreement(model, groups)
-    names, experts = NamedStates.of(model), make_expert_plan(model, mesh, chosen)
-    plan = make_plan(model, mesh, chosen, experts)
-    context = make_context_plan(model, mesh, chosen, plan=plan)
-    report = describe(model, mesh, chosen, plan, context=context, experts=experts)
+    names, plans = NamedStates.of(model), make_plans(model, mesh, chosen)
+    report = describe(model, mesh, chosen, plans)
     blocks = chosen.sizes if mesh.cp == 1 else None  # cp attends by blocks anyway
     blockwise = None if blocks is None else BlockwiseAttention(model, blocks, chosen.example)
-    said = tile_networks(model, chosen.sizes)
-    handler, spanned = run_by_spans(model, chosen)
-    if mesh.tp > 1:
-        deal_model(model, plan, groups.axis("tp"))
-    said += [*spanned, *tile_heads(model, chosen.sizes, groups.axis("cp") if mesh.cp > 1 else None)]
+    said = _deal(model, groups, chosen, plans=plans, blockwise=blockwise)
     report = replace(report, notes=(*report.notes, *said))
-    if blockwise is not None:
-        blockwise.install(handler)
-    if mesh.cp > 1:
-        way = way_of(chosen.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
-        deal_sequence(model, context, groups, way=way, sizes=chosen.sizes or Blockwise())
-    if chosen.moe is not None:
-        chosen.moe.deal(model, experts, groups)
-    spread = spread_over(model, groups, chosen, plan, context=context, experts=experts, names=names)
+    spread = spread_over(model, groups, chosen, plans=plans, names=names)
     data = build_data_engine(model, groups, chosen, spread)
     return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise=blockwise)
+
+
+def _deal(
+    model: nn.Module, groups: Groups, options: Options, *, plans: Plans, blockwise: BlockwiseAttention | None
+) -> list[str]:
+    """Makes the model run by blocks and over axes, in place, pass by pass; returns what a report says of it."""
+    mesh = groups.mesh
+    said = tile_networks(model, options.sizes)
+    handler, spanned = run_by_spans(model, options)
+    if mesh.tp > 1:
+        deal_model(model, plans.tensor, groups.axis("tp"))
+    said += [*spanned, *tile_heads(model, options.sizes, groups.axis("cp") if mesh.cp > 1 else None)]
+    if blockwise is not None:
+        blockwise.install(handler)
+    if plans.context is not None and mesh.cp > 1:
+        way = way_of(options.cp_kind, plans.context.attends, degree=mesh.cp, tp=mesh.tp)
+        deal_sequence(model, plans.context, groups, way=way, sizes=options.sizes or Blockwise())
+    if options.moe is not None:
+        options.moe.deal(model, plans.experts, groups)
+    return said
 
 
 class ParallelModel:

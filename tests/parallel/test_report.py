@@ -9,7 +9,7 @@ import torch
 import meshwright as mw
 from meshwright.parallel.microbatch import share
 from meshwright.parallel.options import Options
-from meshwright.parallel.plan import make_context_plan, make_plan
+from meshwright.parallel.plan import make_plans
 from meshwright.parallel.report import describe
 from meshwright.testing import run_ranks
 from tests.parallel.cells import alternating, beyond
@@ -88,8 +88,7 @@ def test_collectives_that_run_more_often_are_not_predicted(options: Any, reason:
     model, chosen = llama()(), Options.of(**options, example=tokens()())
     for axis in ("tp", "cp", "dp"):
         mesh = mw.Mesh.of({axis: 2})
-        plan = make_plan(model, mesh, chosen)
-        report = describe(model, mesh, chosen, plan, context=make_context_plan(model, mesh, chosen, plan=plan))
+        report = describe(model, mesh, chosen, make_plans(model, mesh, chosen))
         assert (report.collectives is None) == (axis in axes)
         assert any(f"collectives are not predicted: {reason}" in note for note in report.notes) == (axis in axes)
 
@@ -98,8 +97,7 @@ def test_collectives_that_run_more_often_are_not_predicted(options: Any, reason:
 def test_the_report_says_what_runs_whole_on_each_rank_of_cp(sizes: Any, said: str) -> None:
     model, mesh = llama()(), mw.Mesh(cp=2)
     options = Options.of(blockwise=sizes, example=tokens()())
-    plan = make_plan(model, mesh, options)
-    report = describe(model, mesh, options, plan, context=make_context_plan(model, mesh, options, plan=plan))
+    report = describe(model, mesh, options, make_plans(model, mesh, options))
     assert said in dict(report.axes)["cp"]
 
 
