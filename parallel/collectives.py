@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.parallel.axis import PaperAxis, ProcessAxis
 from meshwright.parallel.errors import MeshError
-from meshwright.parallel.folding import FOLDS, fold_groups
+from meshwright.parallel.folding import FOLDS, fold_groups, ranks_along
 from meshwright.parallel.mesh import AXES, Mesh
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import HERE, Call, Waiting
@@ -180,10 +180,7 @@ class Groups:
 
     def ranks(self, *axes: str) -> tuple[int, ...]:
         """This rank's group along `axes`, or along one fold of experts ("ep", "edp", see `folding`)."""
-        for fold in FOLDS:
-            if axes == (fold,):
-                return next(each for each in fold_groups(self.mesh, fold) if self.rank in each)
-        return self.mesh.group(self.rank, axes)
+        return ranks_along(self.mesh, self.rank, *axes)
 
     def group(self, *axes: str) -> Any | None:
         """This rank's process group along `axes`, or one fold of experts; None where it would hold one rank only."""

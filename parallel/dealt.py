@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.folding import ranks_along
 from meshwright.parallel.layout import Range, Split
 from meshwright.parallel.part import Chunk, Part
 from meshwright.parallel.tensor_plan import TensorPlan
@@ -49,7 +50,7 @@ class DealtStates:
         self._plan = plan
         self._groups = groups
         self._axis = axis
-        self._rank = groups.ranks(axis).index(groups.rank)
+        self._rank = ranks_along(groups.mesh, groups.rank, axis).index(groups.rank)
 
     def is_dealt(self, name: str) -> bool:
         """Whether ranks hold different parts of a parameter or buffer."""

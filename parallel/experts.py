@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.folding import ranks_along
 from meshwright.parallel.layout import Split
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.shared import Local
@@ -83,7 +84,7 @@ class ExpertStates:
         self.plan = plan
         self._groups = groups
         self._dealt = DealtStates(plan, groups, axis="ep")
-        self._rank = groups.ranks("ep").index(groups.rank)
+        self._rank = ranks_along(groups.mesh, groups.rank, "ep").index(groups.rank)
 
     def holds(self, name: str) -> bool:
         """Whether this parameter is of experts that are dealt."""

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from meshwright.parallel.errors import MeshError, nearest
 from meshwright.parallel.mesh import Mesh
 
-__all__ = ["FOLDS", "Fold", "fold_groups"]
+__all__ = ["FOLDS", "Fold", "fold_groups", "ranks_along"]
 
 Fold = Literal["ep", "ep_node", "ep_local", "edp"]
 
@@ -46,3 +46,15 @@ def fold_groups(mesh: Mesh, fold: Fold) -> list[tuple[int, ...]]:
     size, stride = sizes[fold], strides[fold]
     spans = [range(start, start + size) for start in range(0, mesh.world_size, size)]
     return [tuple(span[first::stride]) for span in spans for first in range(stride)]
+
+
+def ranks_along(mesh: Mesh, rank: int, *axes: str) -> tuple[int, ...]:
+    """The ranks that share a group with `rank`, along axes of a mesh or along one fold.
+
+    >>> ranks_along(Mesh(dp=2, tp=2, ep=2), 3, "edp"), ranks_along(Mesh(dp=2, tp=2), 3, "dp")
+    ((1, 3), (1, 3))
+    """
+    for fold in FOLDS:
+        if axes == (fold,):
+            return next(each for each in fold_groups(mesh, fold) if rank in each)
+    return mesh.group(rank, axes)

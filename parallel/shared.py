@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.collectives import Groups, Pending
+from meshwright.parallel.folding import ranks_along
 from meshwright.parallel.mesh import DATA_AXES
 
 __all__ = ["Local", "SharedFlags", "SharedGradients"]
@@ -26,7 +27,7 @@ class SharedGradients:
     """
 
     def __init__(self, names: Collection[str], groups: Groups, axis: str) -> None:
-        self._names = set(names) if groups.size(axis) > 1 else set()
+        self._names = set(names) if len(ranks_along(groups.mesh, groups.rank, axis)) > 1 else set()
         self._groups = groups
         self._axis = axis
         self._unused: set[str] = set()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meshwright.moe.axes import ExpertAxes, RowAxis
-from meshwright.moe.folding import Fold, expert_groups
+from meshwright.parallel.folding import Fold, fold_groups
 from meshwright.parallel.mesh import Mesh
 
 __all__ = ["on_threads"]
@@ -60,7 +60,7 @@ def on_threads(mesh: Mesh, work: Callable[[int, ExpertAxes], Any]) -> list[Any]:
     folds: tuple[Fold, ...] = ("ep", "ep_node", "ep_local")
     axes: list[dict[str, ThreadAxis]] = [{} for _ in range(mesh.world_size)]
     for fold in folds:
-        for ranks in expert_groups(mesh, fold):
+        for ranks in fold_groups(mesh, fold):
             boards.append(board := _Board(len(ranks)))
             for place, rank in enumerate(ranks):
                 axes[rank][fold] = ThreadAxis(board, place, len(ranks))
