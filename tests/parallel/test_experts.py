@@ -1,0 +1,225 @@
+"""Experts dealt over `ep` beside every other axis: the plain run's step, and states that any mesh reads."""
+
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+
+import meshwright as mw
+from meshwright.moe.errors import DispatchError, SwapError
+from meshwright.moe.upcycle import Upcycling, upcycle
+from meshwright.parallel.errors import WrapError
+from meshwright.parallel.microbatch import share
+from meshwright.parallel.promote import Promote
+from meshwright.testing import run_ranks
+from tests.moe.models import NUM_EXPERTS, VOCABULARY, build
+from tests.parallel.cells import alternating, beyond
+from tests.parallel.families import lm
+
+TWO: dict[str, Any] = {"num_microbatches": 2}
+LAYERED: dict[str, Any] = {**TWO, "schedule": "layered"}
+LAYOUTS: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"dp": 4, "ep": 2}, TWO),
+    ({"fsdp": 4, "ep": 2}, TWO),
+    ({"tp": 2, "dp": 2, "ep": 4, "ep_node": 2}, TWO),
+    ({"fsdp": 4, "ep": 2}, LAYERED),
+    ({"pp": 2, "fsdp": 2, "ep": 2}, {**TWO, "schedule": "1f1b"}),
+    ({"dp": 2, "ep": 2}, LAYERED),
+    ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
+    ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
+    ({"dp": 2, "fsdp": 2, "ep": 2}, LAYERED),
+    *beyond(
+        ({"fsdp": 2, "ep": 2}, {**TWO, "zero_stage": 1}),
+        ({"fsdp": 4, "ep": 2}, {**TWO, "zero_stage": 2}),
+        ({"dp": 2, "fsdp": 2, "ep": 2}, TWO),
+        ({"tp": 2, "ep": 2}, {}),
+        ({"pp": 2, "tp": 2, "ep": 2}, {**TWO, "schedule": "zb-h1"}),
+        ({"pp": 2, "fsdp": 2, "tp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
+    ),
+]
+CONTEXT: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"cp": 2, "dp": 2, "ep": 2}, {}),
+    ({"cp": 2, "fsdp": 2, "ep": 4}, LAYERED),
+    ({"pp": 2, "cp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
+]
+
+
+def words(num_samples: int = 9) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (num_samples, 8), generator=generator)
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)}
+
+
+def upcycled() -> nn.Module:
+    model = lm("llama", num_key_value_heads=2, vocab_size=VOCABULARY)().double()
+    upcycle(model, Upcycling(num_experts=NUM_EXPERTS, k=2))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.normal_(0.0, 0.3, generator=generator)
+    return model
+
+
+def crowded() -> nn.Module:
+    """All tokens go to the experts of the first rank."""
+    model = build("qwen3_moe")
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                each[2:] = 0.0
+                each[:2] *= 100
+                each[:2] += each[:2].sign() * 10
+    return model
+
+
+MODELS: dict[str, Any] = {
+    **{name: partial(build, name) for name in ("mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers")},
+    "upcycled": upcycled,
+    "crowded": crowded,
+    "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
+    **{name: each for name, each in beyond(*((name, partial(build, name)) for name in ("gpt_oss", "olmoe")))},
+}
+
+
+def poison(model: mw.ParallelModel) -> None:
+    """Memory that nobody wrote is full of NaN."""
+    del model
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings: Any = import_module("torch.utils.deterministic")
+    settings.fill_uninitialized_memory = True
+
+
+def check(model: str, degrees: dict[str, int], options: dict[str, Any], **more: Any) -> None:
+    report = mw.verify(MODELS[model], words, mw.Mesh(**degrees), moe=mw.Experts(), prepare=poison, **options, **more)
+    assert report.ok, report
+    assert report.max_relative_gradient_error < 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layout"), alternating(MODELS, LAYOUTS, every=3), ids=str)
+def test_a_step_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    check(model, *layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "layout"), alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled"), CONTEXT, every=3), ids=str
+)
+def test_a_step_on_dealt_sequences_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    check(model, *layout)
+
+
+@pytest.mark.slow
+def test_plain_gradient_descent_sees_the_scale_of_gradients() -> None:
+    check("mixtral", {"fsdp": 4, "ep": 2}, TWO, build_optimizer=partial(torch.optim.SGD, lr=1.0))
+
+
+def stepped(model: mw.ParallelModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for number in steps:
+        batch = words(24)
+        own = {key: each.roll(number, 0) for key, each in batch.items()}
+        model.step(share(own, model.data_rank, model.mesh.data_degree))
+        model.clip_gradients(0.1)
+        optimizer.step()
+
+
+def trained(family: str, mesh: mw.Mesh, options: dict[str, Any], *, steps: range, folder: str = "") -> Any:
+    """Whole parameters after some steps that go on from where the folder is, if it is not empty."""
+    with Promote():
+        model = mw.parallelize(MODELS[family](), mesh, moe=mw.Experts(), example=words(2), **options)
+        optimizer = model.make_optimizer(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+        if folder and steps.start:
+            state = model.state_dict(loading=True)
+            state_dict_loader.load(state, checkpoint_id=f"{folder}/{steps.start}")
+            model.load_state_dict(state)
+        stepped(model, optimizer, steps)
+        if folder:
+            state_dict_saver.save(model.state_dict(), checkpoint_id=f"{folder}/{steps.stop}")
+        found = {name: each.clone() for name, each in model.full_parameters().items()}
+    return found if model.rank == 0 else None
+
+
+WAYS = {
+    "mixtral": [
+        ({"dp": 4, "ep": 4}, {}),
+        ({"fsdp": 4, "ep": 2}, {}),
+        ({"dp": 2}, {}),
+        ({"fsdp": 4, "ep": 4}, {"schedule": "layered"}),
+    ],
+    "switch_transformers": [
+        ({"fsdp": 4, "ep": 4}, {"schedule": "layered"}),
+        ({"dp": 4, "ep": 2}, {}),
+        ({"fsdp": 2}, {}),
+        ({"tp": 2, "dp": 2, "ep": 4}, {}),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # torch's own, about its checkpoint writer
+@pytest.mark.parametrize("family", WAYS)
+def test_checkpoints_move_between_numbers_of_ranks(family: str, tmp_path: Path) -> None:
+    for number, (degrees, options) in enumerate(WAYS[family]):
+        mesh, steps = mw.Mesh(**degrees), range(number, number + 1)
+        found = run_ranks(partial(trained, steps=steps, folder=str(tmp_path)), mesh, family, mesh, options)[0]
+    expected = run_ranks(partial(trained, steps=range(4)), mw.Mesh(), family, mw.Mesh(), {})[0]
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def weights(family: str, mesh: mw.Mesh, folder: str) -> list[int]:
+    """Saves a model of random weights whole, reads it into another one, and compares; elements that a rank keeps."""
+    model = mw.parallelize(MODELS[family](), mesh, moe=mw.Experts())
+    model.save_weights(folder)
+    other = MODELS[family]()
+    with torch.no_grad():
+        for each in other.parameters():
+            each.zero_()
+    read = mw.parallelize(other, mesh, moe=mw.Experts())
+    read.load_weights(folder)
+    for (name, one), two in zip(model.full_parameters().items(), read.full_parameters().values(), strict=True):
+        assert torch.equal(one, two), name
+    local = [each.to_local() if hasattr(each, "to_local") else each for each in model.parameters()]
+    assert sum(each.numel() for each in local) <= model.report.parameters_per_rank
+    return [each.numel() for each in local]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])
+def test_weights_are_saved_whole_and_read_in_parts(family: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    mesh = mw.Mesh(dp=2, ep=2)
+    held = run_ranks(weights, mesh, family, mesh, str(tmp_path))
+    plain, saved = MODELS[family](), load_file(tmp_path / "model.safetensors")
+    for name, each in plain.named_parameters():
+        assert torch.equal(saved[name], each), name
+    of_experts = sum(each.numel() for name, each in plain.named_parameters() if ".experts." in name)
+    whole = sum(each.numel() for each in plain.parameters())
+    assert {sum(sizes) for sizes in held} == {whole - of_experts // 2}
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    mesh = mw.Mesh(dp=2, ep=2)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "mesh axis ep=2 deals experts; say how by moe=meshwright.Experts(), or set ep=1"),
+        ({"data_engine": "deepspeed"}, "ep=2 does not go with data_engine='deepspeed'"),
+        ({"blockwise": {"ffn_block": 4}}, "ep=2 does not go with blockwise: ffn_block"),
+    ]
+    for options, words_of_it in cases:
+        given = {"moe": mw.Experts()} if options else {}
+        with pytest.raises(WrapError) as caught:
+            mw.verify(MODELS["mixtral"], words, mesh, **given, **options)
+        assert words_of_it in str(caught.value)
+    with pytest.raises(DispatchError, match="8 experts do not lie evenly on ep=3 ranks; choose ep from: 1, 2, 4, 8"):
+        mw.verify(MODELS["mixtral"], words, mw.Mesh(dp=3, ep=3), moe=mw.Experts())
+    with pytest.raises(SwapError, match="no module of LlamaForCausalLM is recognised as experts"):
+        mw.verify(lm("llama"), words, mesh, moe=mw.Experts())
+    with pytest.raises(DispatchError, match="no transport is called 'two_hop'"):
+        mw.Experts(transport="two_hop")  # type: ignore[arg-type]
