@@ -4,9 +4,8 @@ Bytes of states per rank and the collectives of one step are exact for the axes 
 times are not predicted by this version.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob, load_job
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = ["Prediction", "simulate"]
 
@@ -69,7 +68,8 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         WrapError: when its mesh cannot be had.
     """
     from meshwright.launch.rehearse import report_on_meta, settled_on_meta
-    from meshwright.parallel.report import most_held
+    from meshwright.parallel.plan import make_expert_plan
+    from meshwright.parallel.report import kept_elements
 
     loaded = job if isinstance(job, LoadedJob) else load_job(job, overrides)
     if loaded.job.model is None:
@@ -77,25 +77,17 @@ def simulate(job: LoadedJob | Path | str, overrides: Sequence[str] = ()) -> Pred
         raise JobError([Problem(loaded.where("model"), "model", text)])
     mesh = loaded.job.mesh
     model, report = report_on_meta(loaded)
-    kept = _kept_bytes(most_held(model, mesh, settled_on_meta(loaded, model)), mesh.fsdp)
+    options = settled_on_meta(loaded, model)
+    kept = kept_elements(model, mesh, options, experts=make_expert_plan(model, mesh, options))
+    bytes_of = {each: number * each.element_size() for each, number in kept.items()}
+    trained_bytes = sum(number for each, number in bytes_of.items() if each.requires_grad)
     known = report.collectives
     return Prediction(
         mesh=str(mesh),
         num_parameters=report.num_parameters,
-        parameter_bytes=kept[0],
-        gradient_bytes=kept[1],
-        optimizer_bytes=2 * kept[1],
+        parameter_bytes=sum(bytes_of.values()),
+        gradient_bytes=trained_bytes,
+        optimizer_bytes=2 * trained_bytes,
         sent_bytes_per_step=None if known is None else float(known.sent_bytes()),
         collectives=None if known is None else known.as_dict(),
     )
-
-
-def _kept_bytes(parameters: Iterable["Tensor"], num_shards: int) -> tuple[int, int]:
-    """Bytes of all and of trained parameters on the first rank, whose shard of dim 0 is the largest."""
-    whole = trained = 0
-    for each in parameters:
-        first, rest = (each.shape[0], prod(each.shape[1:])) if each.dim() else (1, 1)
-        part = -(-first // num_shards) * rest * each.element_size()
-        whole += part
-        trained += part if each.requires_grad else 0
-    return whole, trained

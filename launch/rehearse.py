@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.errors import JobError, Problem
@@ -148,7 +148,9 @@ def shrunk_mesh(mesh: Mesh, max_ranks: int = _MAX_RANKS) -> tuple[Mesh, tuple[st
         for axis in AXES
         if degrees[axis] != mesh.degree(axis)
     ]
-    return Mesh.of(degrees), tuple(notes)
+    ep = gcd(mesh.ep, prod(degrees[axis] for axis in AXES if axis != "pp"))
+    notes += [f"ep={mesh.ep} rehearsed as ep={ep}"] if ep != mesh.ep else []
+    return Mesh.of({**degrees, "ep": ep, "ep_node": gcd(mesh.ep_node, ep)}), tuple(notes)
 
 
 def _shrunk_config(loaded: LoadedJob) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -27,7 +27,7 @@ from meshwright.parallel.predicted import (
 from meshwright.parallel.stages import stages_of
 from meshwright.parallel.tensor_plan import TensorPlan
 
-__all__ = ["WrapReport", "describe", "most_held"]
+__all__ = ["WrapReport", "describe", "kept_elements"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plans: Plans | None
     plans = plans or Plans()
     options = settled(options, model)
     mine = first_shares(model, plans.tensor)
-    kept = _kept(mine, mesh, options, experts=plans.experts)
+    kept = kept_elements(mine, mesh, options, experts=plans.experts)
     memory, unknown = _memory(model, mesh, options, plans.tensor)
     positions = Positions.of(model, mine, mesh=mesh, options=options, plan=plans.context)
     calls = _calls(mine, mesh, options, plan=plans.tensor, positions=positions)
@@ -122,7 +122,7 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plans: Plans | None
     )
 
 
-def most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Parameter]:
+def _most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Parameter]:
     """Parameters of the rank of the pipeline that holds most of them."""
     held = dict(model.named_parameters())
     own, rest = own_parameters(model, stages_of(model, mesh, 0, options).homes)
@@ -130,11 +130,11 @@ def most_held(model: nn.Module, mesh: Mesh, options: Options) -> list[nn.Paramet
     return [held[name] for name in (*names, *rest)]
 
 
-def _kept(model: nn.Module, mesh: Mesh, options: Options, *, experts: ExpertPlan) -> dict[nn.Parameter, int]:
+def kept_elements(model: nn.Module, mesh: Mesh, options: Options, *, experts: ExpertPlan) -> dict[nn.Parameter, int]:
     """Elements of each parameter that a rank keeps between steps."""
     names = {each: name for name, each in model.named_parameters()}
     found: dict[nn.Parameter, int] = {}
-    for each in most_held(model, mesh, options):
+    for each in _most_held(model, mesh, options):
         name, over = names[each], mesh.fsdp
         if experts.degree > 1 and experts.holds(name) and over > 1:
             over = _copies(mesh)

@@ -1,5 +1,6 @@
 """The job: one frozen value made of blocks, and what follows from it (mesh, nodes, ranks)."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
@@ -59,8 +60,11 @@ class Job(Conduct, Placement, Training, Program):
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of `parallel:`."""
-        return Mesh(**{axis: getattr(self.parallel, axis) for axis in (*AXES, "ep")})
+        """The mesh of `parallel:`; consecutive ranks share a node."""
+        mesh = Mesh(**{axis: getattr(self.parallel, axis) for axis in (*AXES, "ep")})
+        per_node = self.nproc_per_node
+        each = per_node if isinstance(per_node, int) else max(1, mesh.world_size // self.num_nodes)
+        return replace(mesh, ep_node=mesh.ep // each) if mesh.ep > each and mesh.ep % each == 0 else mesh
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,6 +90,10 @@ class Job(Conduct, Placement, Training, Program):
         stated["placement"] = self.parallel.asked.placement
         blockwise = self.parallel.blockwise
         stated["blockwise"] = None if blockwise is None else blockwise.model_dump()
+        if self.parallel.ep > 1:
+            from meshwright.moe.expert_pass import Experts
+
+            stated["moe"] = Experts(self.parallel.moe.transport)
         return {**stated, "seed": self.train.seed if self.train else 0}
 
     @property

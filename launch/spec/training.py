@@ -45,6 +45,15 @@ def _schedule(value: str) -> str:
     return check_line(value)
 
 
+class BiLevelGates(Block):
+    """Routers that choose nodes first, and experts inside of them (SMILE, arXiv 2212.05191)."""
+
+    nodes: Count = Field(description="Nodes that the experts of a layer are spread over.")
+    k_nodes: Count = Field(default=1, description="Nodes of each token.")
+    k_local: Count = Field(default=1, description="Experts of each token in each of its nodes.")
+    renormalise: bool = Field(default=False, description="Divide the weights of a token by their sum.")
+
+
 class Model(Block):
     """What is trained: exactly one of architecture, path and python."""
 
@@ -55,6 +64,10 @@ class Model(Block):
     )
     class_: Literal["causal_lm"] = Field(
         default="causal_lm", alias="class", description="Head on an architecture or path: causal_lm."
+    )
+    bilevel: BiLevelGates | None = Field(
+        default=None,
+        description="Bi-level routing in the place of the model's own routers: a gate for nodes, then one.",
     )
     config: dict[Line, Any] = Field(
         default_factory=dict, description="Keys of the transformers config that differ from its defaults."
@@ -176,6 +189,16 @@ class BlockSizes(Block):
     )
 
 
+class Moe(Block):
+    """How tokens travel to experts that are dealt over ep."""
+
+    transport: Literal["auto", "all_gather", "one_hop", "inter_first", "intra_first", "once"] = Field(
+        default="auto",
+        description="one_hop sends rows to the ranks of their experts, inter_first and intra_first over nodes and "
+        "inside of them, once a token once to each node, all_gather all to all; auto is once over several nodes.",
+    )
+
+
 class Parallel(Staged):
     """The mesh, and how a step runs on it."""
 
@@ -208,6 +231,7 @@ class Parallel(Staged):
         description="How the ranks of cp share attention: by a ring, by heads, both, or with all keys on each rank; "
         "auto sends least.",
     )
+    moe: Moe = Field(default_factory=Moe, description="How tokens travel to experts that are dealt over ep.")
 
 
 class Adamw(Block):

@@ -4,7 +4,7 @@ Weights depend on the seed alone, so that all ranks build the same model.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +46,8 @@ def build_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        build = partial(_from_python, spec) if spec.get("python") else partial(_from_transformers, spec, vocab_size)
+        own = partial(_from_python, spec) if spec.get("python") else partial(_from_transformers, spec, vocab_size)
+        build = partial(_routed, own, spec["bilevel"]) if spec.get("bilevel") else own
         try:
             return deferred(build, seed=seed, device=device)
         except DeferError as error:
@@ -81,6 +82,21 @@ def import_function(name: str) -> Any:
             f"model.python: {module_name} has no function {function_name!r}; {nearest(function_name, names)}"
         )
     return found
+
+
+def _routed(build: Callable[[], nn.Module], gates: Mapping[str, Any]) -> nn.Module:
+    """The model with bi-level routers."""
+    from meshwright.moe.bilevel import BiLevel
+    from meshwright.moe.recognise import find_experts
+    from meshwright.moe.two_gates import replace_routers
+
+    model, nodes = build(), gates["nodes"]
+    for number in {each.num_experts for each in find_experts(model)}:
+        if number % nodes:
+            raise ModelBuildError(f"model.bilevel.nodes={nodes} does not divide the {number} experts of a layer")
+        router = BiLevel(num_nodes=nodes, num_local=number // nodes, **{k: v for k, v in gates.items() if k != "nodes"})
+    replace_routers(model, router)
+    return model
 
 
 def _from_python(spec: Mapping[str, Any]) -> nn.Module:
