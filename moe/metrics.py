@@ -6,6 +6,7 @@ Counting asks a device for no value; the numbers do, so make them where a step i
 is rounded to 2^-24 nats and counted in those, so that it adds up in any order too: means are exact within 6e-8 nats.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import log
 
@@ -17,7 +18,7 @@ from meshwright.moe.errors import MetricsError
 from meshwright.moe.load import Load
 from meshwright.moe.routing import Routing
 
-__all__ = ["Drops", "GateEntropy", "RoutingCounts", "count_routing"]
+__all__ = ["Drops", "GateEntropy", "RoutingCounts", "count_routing", "no_counts", "summed_counts"]
 
 _UNITS_PER_NAT = 2**24
 
@@ -119,7 +120,8 @@ class RoutingCounts:
             raise MetricsError(
                 f"counts of {self.num_experts} and of {other.num_experts} experts do not add up; add those of one layer"
             )
-        return self._unpacked(self._packed() + other._packed())
+        mine, more = self._packed(), other._packed()
+        return self._unpacked(mine.to(more.device) + more)
 
     @property
     def num_experts(self) -> int:
@@ -195,6 +197,34 @@ def count_routing(routing: Routing) -> RoutingCounts:
         num_scored_tokens=zero if routing.scores is None else real.sum(),
         entropy_units=zero if routing.scores is None else _entropy_units(routing.scores.detach(), real),
     )
+
+
+def no_counts(num_experts: int) -> RoutingCounts:
+    """Of no tokens, on the CPU until something is added.
+
+    >>> no_counts(2).kept.tolist()
+    [0, 0]
+    """
+    none = torch.zeros((0, 1), dtype=torch.int64)
+    no = none.bool()
+    return count_routing(Routing(experts=none, weights=none.float(), asked=no, kept=no, num_experts=num_experts))
+
+
+def summed_counts(counts: Mapping[str, RoutingCounts], total: Total) -> dict[str, RoutingCounts]:
+    """The counts of all ranks, of many layers at once.
+
+    Args:
+        counts: layer -> counts of this rank; the same layers on all ranks.
+        total: adds int64 [n] over ranks; called once.
+
+    >>> summed_counts({"layer": no_counts(2)}, lambda integers: integers + 3)["layer"].kept.tolist()
+    [3, 3]
+    """
+    if not counts:
+        return {}
+    packed = [each._packed() for each in counts.values()]
+    parts = total(torch.cat(packed)).split([len(each) for each in packed])
+    return {name: each._unpacked(part) for (name, each), part in zip(counts.items(), parts, strict=True)}
 
 
 def _entropy_units(scores: Tensor, real: Tensor) -> Tensor:

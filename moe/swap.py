@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.moe.axes import ExpertAxes
-from meshwright.moe.errors import SwapError
+from meshwright.moe.balance import Total
+from meshwright.moe.errors import RoutingError, SwapError
 from meshwright.moe.experts import FeedForward
 from meshwright.moe.folding import own_experts
+from meshwright.moe.metrics import RoutingCounts, count_routing, no_counts, summed_counts
 from meshwright.moe.recognise import FoundExperts, find_experts
 from meshwright.moe.routing import Routing
 from meshwright.moe.transport import Experts, Transport
@@ -28,7 +30,7 @@ from meshwright.parallel.exchange import Axis, cut, join
 from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.layout import Split
 
-__all__ = ["deal_experts", "plan_experts", "read_routing"]
+__all__ = ["deal_experts", "plan_experts", "read_routing", "take_counts"]
 
 
 def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop") -> ExpertPlan:
@@ -90,6 +92,17 @@ def deal_experts(
     return plan
 
 
+def take_counts(model: nn.Module, total: Total) -> dict[str, RoutingCounts]:
+    """What dealt experts were sent since the last call, by forward passes with gradients: path -> counts.
+
+    Args:
+        model: whose experts were dealt.
+        total: adds int64 [n] over all ranks of a mesh; called once, so all ranks must ask.
+    """
+    ways = {path: each for path, module in model.named_modules() if isinstance(each := module.forward, _Travelling)}
+    return summed_counts({path: each.take() for path, each in ways.items()}, total)
+
+
 def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
     """The routing that a model's router hands to its experts.
 
@@ -131,10 +144,17 @@ class _Travelling:
 
     def __init__(self, found: FoundExperts, way: Transport, experts: Experts, *, alike: Axis | None) -> None:
         self._num_experts = found.num_experts
+        self._path = found.path
         self._alike = alike
+        self.counted = no_counts(found.num_experts)
         self._signature = inspect.signature(found.module.forward)
         self._way = way
         self._experts = experts
+
+    def take(self) -> RoutingCounts:
+        """What was counted; counting begins anew."""
+        taken, self.counted = self.counted, no_counts(self._num_experts)
+        return taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What all experts make of this rank's tokens."""
@@ -146,7 +166,16 @@ class _Travelling:
         return join(self._carried(*own), self._alike, 0, len(flat)).view_as(tokens)
 
     def _carried(self, flat: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self._way.carry(flat, read_routing(index, weights, num_experts=self._num_experts), self._experts)
+        routing = read_routing(index, weights, num_experts=self._num_experts)
+        if bool(routing.weights.isnan().any()):
+            wrong = int(routing.weights.isnan().any(1).sum())
+            raise RoutingError(
+                f"experts {self._path}: the router gave NaN weights for {wrong} of {len(flat)} tokens; look for "
+                "infinite activations or too large a learning rate before it"
+            )
+        if torch.is_grad_enabled():
+            self.counted += count_routing(routing)
+        return self._way.carry(flat, routing, self._experts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ __all__ = [
     "gather_integers",
     "start_ranks",
     "stop_ranks",
+    "sum_integers",
     "world",
 ]
 
@@ -114,7 +115,7 @@ def stop_ranks() -> None:
 
 @cache
 def _everybody(rank: int, world_size: int) -> Call:
-    return Call("all_gather over all ranks", tuple(each for each in range(world_size) if each != rank))
+    return Call("integers of all ranks", tuple(each for each in range(world_size) if each != rank))
 
 
 def gather_integers(value: int) -> list[int]:
@@ -130,6 +131,20 @@ def gather_integers(value: int) -> list[int]:
     with Waiting(call, call.begun()):
         dist.all_gather(parts, torch.tensor([value]))
     return [int(part) for part in parts]
+
+
+def sum_integers(integers: torch.Tensor) -> torch.Tensor:
+    """The sum over all running ranks of an int64 tensor of one shape, on the CPU; also a barrier.
+
+    >>> sum_integers(torch.tensor([3, 4])).tolist()
+    [3, 4]
+    """
+    found = integers.to("cpu", copy=True)
+    if dist.is_initialized():
+        call = _everybody(dist.get_rank(), dist.get_world_size())
+        with Waiting(call, call.begun()):
+            dist.all_reduce(found)
+    return found
 
 
 @dataclass

@@ -7,6 +7,7 @@ asked for the first time. Files show the first step that is recorded; it draws n
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshwright.launch.worker.experts import ExpertLoads
 from meshwright.parallel.errors import PlotError
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.measured import costs_of
@@ -33,17 +34,19 @@ def figures(found: Timeline) -> dict[str, float | int]:
 
 @dataclass
 class StepFiles:
-    """trace.json and timeline.png of a run.
+    """trace.json, timeline.png and experts.png of a run.
 
     Args:
         run_dir: where rank 0 writes them.
         title: of the picture.
         schedule: of every step; None where there is none.
+        experts: what is known of their load.
     """
 
     run_dir: Path
     title: str
     schedule: Schedule | None
+    experts: ExpertLoads
     step: int = 0
     _found: Timeline | None = None
 

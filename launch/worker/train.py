@@ -15,6 +15,7 @@ from meshwright.launch.worker.borders import check_borders
 from meshwright.launch.worker.checkpoint import Checkpoints
 from meshwright.launch.worker.errors import CheckpointError
 from meshwright.launch.worker.example import example_batch
+from meshwright.launch.worker.experts import ExpertLoads
 from meshwright.launch.worker.measure import Meter
 from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line
 from meshwright.launch.worker.model import build_model
@@ -132,6 +133,7 @@ class Training:
             **self.meter.read(),
             "lr": self._rate().at(self.step),
             "gradient_norm": norm,
+            **self.files.experts.read(),
             **extra,
         }
         self.metrics.write(record)
@@ -185,8 +187,9 @@ class Training:
         path = self.files.run_dir / "loss.png"
         missing = plot_losses(self.metrics.history, path, title=f"{self.job.name}: {self.model.mesh}")
         self.say(f"loss curve: {path}" if missing is None else f"no loss.png: {missing}")
-        if said := self.files.draw():
-            self.say(said)
+        for said in (self.files.draw(), self.files.experts.draw(self.files.run_dir / "experts.png")):
+            if said:
+                self.say(said)
 
     def _rate(self) -> LearningRate:
         train = self.job.train
@@ -253,8 +256,13 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
         metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
         meter=meter,
         say=whose_say,
-        files=StepFiles(run_dir, f"{job.name}: {model.mesh}, {job.parallel.schedule}", model.schedule),
+        files=_files(job, model, run_dir),
     )
+
+
+def _files(job: Job, model: ParallelModel, run_dir: Path) -> StepFiles:
+    title = f"{job.name}: {model.mesh}, {job.parallel.schedule}"
+    return StepFiles(run_dir, title, model.schedule, ExpertLoads(model))
 
 
 def _module(job: Job, spec: dict[str, Any], *, vocab_size: int, device: torch.device) -> nn.Module:
