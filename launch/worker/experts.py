@@ -34,9 +34,9 @@ class ExpertLoads:
         loads = [each.load(num_nodes=self._model.mesh.ep_node) for each in found.values()]
         return {
             "experts": {
-                "worst_load_ratio": max(load.worst_ratio for load in loads),
-                "worst_node_load_ratio": max(load.worst_node_ratio for load in loads),
-                "dead": sum(len(load.dead) for load in loads),
+                "worst_expert_ratio": max(load.worst_ratio for load in loads),
+                "worst_node_ratio": max(load.worst_node_ratio for load in loads),
+                "dead_experts": sum(len(load.dead) for load in loads),
                 "unserved_token_share": max(each.drops().unserved_share for each in found.values()),
             }
         }
