@@ -69,10 +69,16 @@ class Hopping:
         ep = self.axes.ep
         own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
         leaving = sort_choices(routing)
-        counts = ep.gather_each(leaving.counts)
+        counts = self._of_all(leaving.counts)
         journey = plan_journey(leaving, counts, rank=ep.rank, num_nodes=self.axes.num_nodes, hops=self.hops)
         rows = self._there_and_back(depart(tokens, journey.departure), journey, experts)
         return combine(rows, journey.departure, routing.weights)
+
+    def _of_all(self, counts: Tensor) -> Tensor:
+        """Counts of all ranks, which travel as rows do: where rows take two hops, nobody talks to more ranks."""
+        if self.hops == "one":
+            return self.axes.ep.gather_each(counts)
+        return self.axes.node.gather_each(self.axes.local.gather_each(counts)).flatten(0, 1)
 
     def _there_and_back(self, rows: Tensor, journey: Journey, experts: Experts) -> Tensor:
         for hop in journey.hops:
