@@ -1,0 +1,121 @@
+"""What the measurements of layers on nodes say: ratios, messages, bytes of a link, rows against their expectation."""
+
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.moe_network import CASES, EACH, NODES, measured
+from benchmarks.sections import aligned
+from benchmarks.timing import noise_of, ratio_of
+from meshwright.moe.once import expected_nodes, visit_once
+from meshwright.moe.top_k import TopK
+
+__all__ = ["compare", "distinct_nodes", "text"]
+
+_PAIRS = {
+    "over_flat": ("top-8", "times", "flat", "bi-level"),
+    "over_flat_by_deduplication_alone": ("top-8", "times", "flat", "flat by two hops"),
+    "over_flat_top1": ("top-1", "times", "flat", "bi-level"),
+    "over_flat_top1_delayed": ("top-1", "delayed", "flat", "bi-level"),
+    "over_deepspeed": ("top-8", "times", "DeepSpeed", "bi-level"),
+    "over_deepspeed_top1": ("top-1", "times", "DeepSpeed", "bi-level"),
+    "over_deepspeed_top1_delayed": ("top-1", "delayed", "DeepSpeed", "bi-level"),
+    "over_deepspeed_dropping": ("top-8", "times", "DeepSpeed, dropping", "bi-level, dropping"),
+    "over_deepspeed_dropping_top1": ("top-1", "times", "DeepSpeed, dropping", "bi-level, dropping"),
+    "over_deepspeed_dropping_top1_delayed": ("top-1", "delayed", "DeepSpeed, dropping", "bi-level, dropping"),
+}
+"""Name of a speed-up -> case, kind of times, the slower one, the faster one."""
+
+
+def compare(rate_mbit_s: float, rounds: int, delay_s: float) -> dict[str, Any]:
+    """All of it, as JSON takes it.
+
+    Args:
+        rate_mbit_s: of each node's link; 0 for this machine's own network.
+        rounds: of timing.
+        delay_s: of a message to another node, where it has one.
+    """
+    found = measured(rate_mbit_s, rounds, delay_s)
+    speedups = {
+        name: ratio_of(found[case][kind][slow], found[case][kind][fast])
+        for name, (case, kind, slow, fast) in _PAIRS.items()
+        if kind in found[case]
+    }
+    return {
+        **{f"speedup_{name}": ratio.median for name, ratio in speedups.items()},
+        "half_width": {f"speedup_{name}": ratio.half_width for name, ratio in speedups.items()},
+        "rate_mbit_s": rate_mbit_s,
+        "delay_s": delay_s,
+        "cases": {case: _case(case, each) for case, each in found.items()},
+        "distinct_nodes": distinct_nodes(),
+    }
+
+
+def _case(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in ("times", "delayed") if kind in found]
+    return {
+        "sizes": vars(CASES[name]),
+        "median_s": {kind: {who: median(each) for who, each in found[kind].items()} for kind in kinds},
+        "noise": {kind: noise_of(found[kind]["flat again"], found[kind]["flat"]) for kind in kinds},
+        "sent": found["sent"],
+        "rows": found["rows"],
+        "expected_nodes": expected_nodes(num_experts=CASES[name].experts, k=CASES[name].k, num_nodes=NODES),
+        "difference_to_deepspeed": found["difference"],
+    }
+
+
+def distinct_nodes(*, experts: int = 256, k: int = 8, tokens: int = 20000) -> list[dict[str, float]]:
+    """Rows between nodes for each token where it is sent once to each: counted of a gate's choices, and derived."""
+    generator = torch.Generator().manual_seed(0)
+    width = 256
+    gate, inputs = (torch.randn(rows, width, generator=generator) for rows in (experts, tokens))
+    routing = TopK(num_experts=experts, k=k).route(inputs @ gate.mT)
+    return [
+        {
+            "nodes": nodes,
+            "counted": visit_once(routing, num_nodes=nodes).departure.num_rows / tokens,
+            "derived": expected_nodes(num_experts=experts, k=k, num_nodes=nodes),
+        }
+        for nodes in (2, 4, 8, 16)
+    ]
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    shaped = f"{found['rate_mbit_s']:.0f} Mbit/s each" if found["rate_mbit_s"] else "not slowed down"
+    parts = [f"{NODES} nodes of {EACH} ranks, links {shaped}; forward and backward of one layer\n"]
+    for name, case in found["cases"].items():
+        parts.append(_table(name, case, found["delay_s"]))
+    parts.append(
+        "".join(
+            f"speedup_{name:<38} {found[f'speedup_{name}']:.3f} +- {found['half_width'][f'speedup_{name}']:.3f}\n"
+            for name in _PAIRS
+            if f"speedup_{name}" in found
+        )
+    )
+    rows = [["256 experts, k = 8", "rows of a token", "derived"]]
+    rows += [
+        [f"once to each of {each['nodes']} nodes", f"{each['counted']:.4f}", f"{each['derived']:.4f}"]
+        for each in found["distinct_nodes"]
+    ]
+    return "\n".join([*parts, aligned(rows)])
+
+
+def _table(name: str, case: dict[str, Any], delay_s: float) -> str:
+    kinds = {"times": "ms", "delayed": f"ms, {delay_s * 1e3:g} ms a message"}
+    shown = [kind for kind in kinds if kind in case["median_s"]]
+    tokens = NODES * EACH * case["sizes"]["tokens"]
+    rows = [[name, *map(kinds.get, shown), "messages", "others", "link MB", "rows between nodes of a token"]]
+    for who, times in case["median_s"]["times"].items():
+        sent, counted = case["sent"][who], case["rows"].get(who)
+        per_token = "" if counted is None else f"{counted['rows_between_nodes'] / tokens:.3f}"
+        cells = [f"{case['median_s'][kind][who] * 1e3:.0f}" for kind in shown] if times else []
+        cells += [f"{sent['messages']:g}", f"{sent['other_messages']}", f"{sent['link_bytes'] / 1e6:.2f}", per_token]
+        rows.append([who, *cells])
+    noise = ", ".join(f"{case['noise'][kind]:.3f}" for kind in shown)
+    return (
+        aligned([[str(cell) for cell in row] for row in rows])
+        + f"A/A {noise}; expected nodes of a token {case['expected_nodes']:.3f}; largest difference between flat and "
+        f"DeepSpeed {case['difference_to_deepspeed']:.1e} of the largest output\n"
+    )
