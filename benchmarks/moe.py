@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--only", choices=_PARTS, action="append", help="parts to run; all by default")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--rate", type=float, default=50.0, help="of each node's link, in Mbit/s; 0: not slowed down")
-    parser.add_argument("--delay", type=float, default=10.0, help="ms of a message between nodes, where it has one")
+    parser.add_argument("--delay", type=float, default=20.0, help="ms of a message between nodes, where it has one")
     parser.add_argument("--picture", type=Path, default=None, help="of the training runs")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -8,6 +8,7 @@ import torch
 from benchmarks.moe_network import CASES, EACH, NODES, measured
 from benchmarks.sections import aligned
 from benchmarks.timing import noise_of, ratio_of
+from meshwright.moe.groups import Groups
 from meshwright.moe.once import expected_nodes, visit_once
 from meshwright.moe.top_k import TopK
 
@@ -66,19 +67,27 @@ def _case(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def distinct_nodes(*, experts: int = 256, k: int = 8, tokens: int = 20000) -> list[dict[str, float]]:
-    """Rows between nodes for each token where it is sent once to each: counted of a gate's choices, and derived."""
-    generator = torch.Generator().manual_seed(0)
-    width = 256
-    gate, inputs = (torch.randn(rows, width, generator=generator) for rows in (experts, tokens))
-    routing = TopK(num_experts=experts, k=k).route(inputs @ gate.mT)
-    return [
-        {
-            "nodes": nodes,
-            "counted": visit_once(routing, num_nodes=nodes).departure.num_rows / tokens,
-            "derived": expected_nodes(num_experts=experts, k=k, num_nodes=nodes),
-        }
-        for nodes in (2, 4, 8, 16)
-    ]
+    """Rows between nodes for each token where it is sent once to each: counted of any k experts, and derived.
+
+    The last of each is what is left where a token may visit half of the nodes (node-limited routing).
+    """
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0))
+    routing = TopK(num_experts=experts, k=k).route(logits)
+    found = []
+    for nodes in (2, 4, 8, 16):
+        visits = visit_once(routing, num_nodes=nodes).departure.tokens.bincount(minlength=tokens).double()
+        limited = Groups(number=nodes, limit=nodes // 2)
+        few = TopK(num_experts=experts, k=k, groups=limited).route(logits)
+        found.append(
+            {
+                "nodes": nodes,
+                "counted": float(visits.mean()),
+                "standard_error": float(visits.std() / tokens**0.5),
+                "derived": expected_nodes(num_experts=experts, k=k, num_nodes=nodes),
+                "limited_to_half": visit_once(few, num_nodes=nodes).departure.num_rows / tokens,
+            }
+        )
+    return found
 
 
 def text(found: dict[str, Any]) -> str:
@@ -94,11 +103,10 @@ def text(found: dict[str, Any]) -> str:
             if f"speedup_{name}" in found
         )
     )
-    rows = [["256 experts, k = 8", "rows of a token", "derived"]]
-    rows += [
-        [f"once to each of {each['nodes']} nodes", f"{each['counted']:.4f}", f"{each['derived']:.4f}"]
-        for each in found["distinct_nodes"]
-    ]
+    names = ("counted", "standard_error", "derived", "limited_to_half")
+    rows = [["rows of a token, 256 experts, k = 8", *(name.replace("_", " ") for name in names)]]
+    for each in found["distinct_nodes"]:
+        rows.append([f"once to each of {each['nodes']} nodes", *(f"{each[name]:.4f}" for name in names)])
     return "\n".join([*parts, aligned(rows)])
 
 

@@ -79,10 +79,14 @@ class OurLayer(nn.Module):
             return self.router.route(logits)
         return self.router.route(*logits.split([self.router.num_nodes, self.router.num_local], 1))
 
+    def carry(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """[tokens, d] -> [tokens, d], by a routing of theirs."""
+        experts = FeedForward(up=self.up.mT, down=self.down.mT, act=gated(functional.silu))
+        return mix(tokens, routing, transport=self.transport, experts=experts)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d]."""
-        experts = FeedForward(up=self.up.mT, down=self.down.mT, act=gated(functional.silu))
-        return mix(tokens, self.route(tokens), transport=self.transport, experts=experts)
+        return self.carry(tokens, self.route(tokens))
 
 
 class Network(nn.Module):
@@ -172,4 +176,3 @@ def step_of(layer: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
         return made.detach()
 
     return step
-

@@ -4,8 +4,8 @@ Nodes are network namespaces whose links are slow; ranks of a node talk freely. 
 tokens, experts and choices of a token, and are timed forward and backward, in turn. What a node's link carried is read
 from its network device; messages are counted at the calls, rows from the choices of all ranks.
 
-`delay` is what a message to another node costs its sender besides its bytes: the same sleep before every collective of
-every contender, for each rank of another node that it talks to. What packets take on their way is not it.
+`delay` is what a message to another node costs its sender besides its bytes, as launching one over a fast network does:
+the same sleep before every collective of every contender, for each rank of another node that it talks to.
 """
 
 import json
@@ -191,25 +191,25 @@ def serve_rank(rank: int, rounds: int, delay_s: float) -> None:
 
 def measured(rate_mbit_s: float, rounds: int, delay_s: float) -> dict[str, Any]:
     """What rank 0 measured, by case; without root, or with a rate of 0, on this machine's own network."""
+    words = [sys.executable, "-m", "benchmarks.moe", "--rounds", str(rounds), "--delay", str(delay_s * 1e3)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
         if missing() is None and rate_mbit_s:
             with slow_link(rate_mbit_s, hosts=NODES) as hosts:
                 named = {"GLOO_SOCKET_IFNAME": "eth0", "MESHWRIGHT_HOST": addresses()[0], "MESHWRIGHT_NODE": "1"}
-                _start([hosts[rank // EACH] for rank in range(RANKS)], rounds, delay_s, {**named, "MEASURED": str(out)})
+                _run([[*hosts[rank // EACH], *words] for rank in range(RANKS)], {**named, "MEASURED": str(out)})
         else:
             named = {"GLOO_SOCKET_IFNAME": "lo", "MESHWRIGHT_HOST": "127.0.0.1"}
-            _start([[]] * RANKS, rounds, delay_s, {**named, "MEASURED": str(out)})
+            _run([words] * RANKS, {**named, "MEASURED": str(out)})
         found: dict[str, Any] = json.loads(out.read_text())
         return found
 
 
-def _start(hosts: list[list[str]], rounds: int, delay_s: float, named: dict[str, str]) -> None:
+def _run(commands: list[list[str]], named: dict[str, str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **named}
-    words = [sys.executable, "-m", "benchmarks.moe", "--rounds", str(rounds), "--delay", str(delay_s * 1e3)]
     ranks = [
-        subprocess.Popen([*host, *words, "--rank", str(rank)], env=environment, stdout=sys.stderr)
-        for rank, host in enumerate(hosts)
+        subprocess.Popen([*words, "--rank", str(rank)], env=environment, stdout=sys.stderr)
+        for rank, words in enumerate(commands)
     ]
     if any([each.wait() for each in ranks]):
         raise SystemExit("a rank failed; its error is above")
