@@ -38,6 +38,8 @@ def compare(rate_mbit_s: float, rounds: int, delay_s: float) -> dict[str, Any]:
         delay_s: of a message to another node, where it has one.
     """
     found = measured(rate_mbit_s, rounds, delay_s)
+    beside = found.pop("shared")
+    overlap = ratio_of(beside["times"]["flying"], beside["times"]["waiting"])
     speedups = {
         name: ratio_of(found[case][kind][slow], found[case][kind][fast])
         for name, (case, kind, slow, fast) in _PAIRS.items()
@@ -50,6 +52,13 @@ def compare(rate_mbit_s: float, rounds: int, delay_s: float) -> dict[str, Any]:
         "delay_s": delay_s,
         "cases": {case: _case(case, each) for case, each in found.items()},
         "distinct_nodes": distinct_nodes(),
+        "shared": {
+            "ratio_of_flying_to_waiting": overlap.median,
+            "half_width": overlap.half_width,
+            "noise": noise_of(beside["times"]["waiting again"], beside["times"]["waiting"]),
+            "median_s": {who: median(each) for who, each in beside["times"].items()},
+            "same_bits": beside["same"],
+        },
     }
 
 
@@ -107,7 +116,13 @@ def text(found: dict[str, Any]) -> str:
     rows = [["rows of a token, 256 experts, k = 8", *(name.replace("_", " ") for name in names)]]
     for each in found["distinct_nodes"]:
         rows.append([f"once to each of {each['nodes']} nodes", *(f"{each[name]:.4f}" for name in names)])
-    return "\n".join([*parts, aligned(rows)])
+    beside = found["shared"]
+    words = (
+        f"a shared network while rows fly / after they arrived: {beside['ratio_of_flying_to_waiting']:.3f} "
+        f"+- {beside['half_width']:.3f} of the time of a step (A/A {beside['noise']:.3f}, "
+        f"{'the same bits' if beside['same_bits'] else 'other bits'})\n"
+    )
+    return "\n".join([*parts, aligned(rows), words])
 
 
 def _table(name: str, case: dict[str, Any], delay_s: float) -> str:

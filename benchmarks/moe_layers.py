@@ -59,9 +59,18 @@ class OurLayer(nn.Module):
         axes: the ranks.
         router: of one level or two; gates of two levels are the first rows of the flat one.
         kind: of the transport.
+        shared: a network that every token visits besides, or None.
     """
 
-    def __init__(self, sizes: Sizes, axes: ExpertAxes, *, router: TopK | BiLevel, kind: TransportKind) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        axes: ExpertAxes,
+        *,
+        router: TopK | BiLevel,
+        kind: TransportKind,
+        shared: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         gate, up, down = weights_of(sizes)
         own = own_experts(sizes.experts, ranks=axes.ep.size, rank=axes.ep.rank)
@@ -70,6 +79,7 @@ class OurLayer(nn.Module):
         rows = sizes.experts if isinstance(router, TopK) else router.num_nodes + router.num_local
         self.gate = nn.Parameter(gate[:rows].clone())
         self.router = router
+        self.shared = shared
         self.transport = transport(kind, axes)
 
     def route(self, tokens: Tensor) -> Routing:
@@ -82,7 +92,7 @@ class OurLayer(nn.Module):
     def carry(self, tokens: Tensor, routing: Routing) -> Tensor:
         """[tokens, d] -> [tokens, d], by a routing of theirs."""
         experts = FeedForward(up=self.up.mT, down=self.down.mT, act=gated(functional.silu))
-        return mix(tokens, routing, transport=self.transport, experts=experts)
+        return mix(tokens, routing, transport=self.transport, experts=experts, shared=self.shared)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[tokens, d] -> [tokens, d]."""

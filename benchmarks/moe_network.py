@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from benchmarks.link import addresses, missing, slow_link
-from benchmarks.moe_layers import OurLayer, Sizes, deepspeed_layer, step_of, tokens_of
+from benchmarks.moe_layers import Network, OurLayer, Sizes, deepspeed_layer, step_of, tokens_of, weights_of
 from benchmarks.timing import alternate
-from meshwright.moe.axes import ExpertAxes, expert_axes
+from meshwright.moe import flight
+from meshwright.moe.axes import ExpertAxes, RowAxis, expert_axes
 from meshwright.moe.bilevel import BiLevel
 from meshwright.moe.capacity import Capacity
 from meshwright.moe.dispatch import sort_choices
@@ -38,6 +39,7 @@ from meshwright.moe.top_k import TopK
 from meshwright.moe.traffic import HopTraffic, traffic, traffic_once
 from meshwright.moe.transport_once import Once
 from meshwright.moe.transports import TransportKind
+from meshwright.moe.travel import Splits
 from meshwright.parallel.collectives import Groups
 
 __all__ = ["CASES", "EACH", "NODES", "Counted", "measured", "serve_rank"]
@@ -48,6 +50,7 @@ CASES = {
     "top-1": Sizes(tokens=512, width=256, inner=128, experts=RANKS, k=1),
     "top-8": Sizes(tokens=128, width=256, inner=32, experts=4 * RANKS, k=8),
 }
+_SHARED_INNER = 512
 _SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 _COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "all_reduce")
 Step = Callable[[], Tensor]
@@ -106,6 +109,28 @@ def _layers(case: str, axes: ExpertAxes) -> dict[str, nn.Module]:
     }
 
 
+def _shared(rounds: int) -> dict[str, Any]:
+    """On a rank, seconds per step with a shared network that computes while rows fly, or waits until they arrived."""
+    rank, sizes = dist.get_rank(), CASES["top-1"]
+    axes = expert_axes(Groups(mw.Mesh(dp=RANKS, ep=RANKS, ep_node=NODES)))
+    _, up, down = weights_of(replace(sizes, inner=_SHARED_INNER, experts=1))
+    router = BiLevel(num_nodes=NODES, num_local=EACH)
+    layer = OurLayer(sizes, axes, router=router, kind="inter_first", shared=Network(up[0], down[0]))
+    flying = step_of(layer, tokens_of(sizes, rank))
+
+    def at_once(axis: RowAxis, rows: Tensor, splits: Splits) -> Callable[[], Tensor]:
+        made = axis.exchange(rows, splits.sent, splits.received)
+        return lambda: made
+
+    def waiting() -> Tensor:
+        with patch.object(flight, "begun", at_once):
+            return flying()
+
+    steps = {"flying": flying, "waiting": waiting, "waiting again": waiting}
+    same = torch.equal(flying(), waiting())
+    return {"times": alternate(steps, rounds=rounds, steps=1, warmup=1, sync=dist.barrier), "same": same}
+
+
 def _measure(case: str, rounds: int, delay_s: float) -> dict[str, Any]:
     """On a rank, seconds per step and what was sent, by contender."""
     torch.set_num_threads(1)
@@ -121,7 +146,7 @@ def _measure(case: str, rounds: int, delay_s: float) -> dict[str, Any]:
         "difference": float((made["flat"] - made["DeepSpeed"]).abs().max() / made["flat"].abs().max()),
         "times": alternate(steps, rounds=rounds, steps=1, warmup=1, sync=dist.barrier),
     }
-    if delay_s:
+    if delay_s and case == "top-1":  # with top-8 it is bytes that count
         with counted.delayed(delay_s):
             found["delayed"] = alternate(steps, rounds=rounds, steps=1, warmup=1, sync=dist.barrier)
     return found
@@ -183,7 +208,7 @@ def serve_rank(rank: int, rounds: int, delay_s: float) -> None:
     os.environ["LOCAL_RANK"] = str(rank % EACH)
     address = os.environ["MESHWRIGHT_HOST"]
     dist.init_process_group("gloo", init_method=f"tcp://{address}:29417", rank=rank, world_size=RANKS)
-    found = {case: _measure(case, rounds, delay_s) for case in CASES}
+    found = {"shared": _shared(rounds), **{case: _measure(case, rounds, delay_s) for case in CASES}}
     if rank == 0:
         Path(os.environ["MEASURED"]).write_text(json.dumps(found))
     dist.destroy_process_group()
