@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import meshwright as mw
-from benchmarks.link import ADDRESSES, missing, slow_link
+from benchmarks.link import addresses, missing, slow_link
 from benchmarks.loops import batch_of, build_llama
 from benchmarks.timing import alternate
 from meshwright.parallel.ledger import LedgerSummary
@@ -168,9 +168,9 @@ def main() -> None:
 
 def _rank(address: str, rounds: int) -> None:
     torch.set_num_threads(1)
-    rank = ADDRESSES.index(address)
+    rank = addresses().index(address)
     os.environ["LOCAL_RANK"] = "0"  # one rank on each host
-    dist.init_process_group("gloo", init_method=f"tcp://{ADDRESSES[0]}:29411", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://{addresses()[0]}:29411", rank=rank, world_size=2)
     found = measure(rounds)
     if rank == 0:
         Path(os.environ["MEASURED"]).write_text(json.dumps(found))
@@ -187,7 +187,7 @@ def _on_both_sides(rate_mbit_s: float, rounds: int) -> dict[str, Any]:
                 env=environment,
                 stdout=sys.stderr,
             )
-            for host, address in zip(hosts, ADDRESSES, strict=True)
+            for host, address in zip(hosts, addresses(), strict=True)
         ]
         if any([each.wait() for each in ranks]):
             raise SystemExit("a rank failed; its error is above")

@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a link of known speed: two hosts with a slow network on one machine."""
+"""Network namespaces joined by a switch with links of known speed: hosts with a slow network on one machine."""
 
 import os
 import shutil
@@ -6,9 +6,16 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["ADDRESSES", "missing", "slow_link"]
+__all__ = ["addresses", "missing", "slow_link"]
 
-ADDRESSES = ("10.99.7.1", "10.99.7.2")
+
+def addresses(hosts: int = 2) -> tuple[str, ...]:
+    """Of the hosts, in order.
+
+    >>> addresses()
+    ('10.99.7.1', '10.99.7.2')
+    """
+    return tuple(f"10.99.7.{number + 1}" for number in range(hosts))
 
 
 def missing() -> str | None:
@@ -20,22 +27,33 @@ def missing() -> str | None:
 
 
 @contextmanager
-def slow_link(rate_mbit_s: float) -> Iterator[list[list[str]]]:
-    """Makes the namespaces; yields for each host the words that a command is put behind. The device is `eth0`."""
-    names = [f"meshwright-{os.getpid()}-{number}" for number in range(2)]
+def slow_link(rate_mbit_s: float, *, hosts: int = 2) -> Iterator[list[list[str]]]:
+    """Makes the namespaces; yields for each host the words that a command is put behind. The device is `eth0`.
+
+    Args:
+        rate_mbit_s: of each host's link to the switch, each way; inside of a host nothing is slowed down.
+        hosts: how many.
+    """
+    switch = f"meshwright-{os.getpid()}-switch"
+    names = [f"meshwright-{os.getpid()}-{number}" for number in range(hosts)]
+    shape = f"tbf rate {rate_mbit_s}mbit burst 64k latency 100ms"
     try:
-        for name in names:
+        for name in (switch, *names):
             _run("ip", "netns", "add", name)
-        _run(*f"ip -n {names[0]} link add eth0 type veth peer name eth0 netns {names[1]}".split())
-        for name, address in zip(names, ADDRESSES, strict=True):
+        _run(*f"ip -n {switch} link add name joint type bridge".split())
+        _run(*f"ip -n {switch} link set joint up".split())
+        for number, (name, address) in enumerate(zip(names, addresses(hosts), strict=True)):
+            port = f"port{number}"
+            _run(*f"ip -n {switch} link add {port} type veth peer name eth0 netns {name}".split())
+            _run(*f"ip -n {switch} link set {port} master joint up".split())
             _run(*f"ip -n {name} addr add {address}/24 dev eth0".split())
             _run(*f"ip -n {name} link set eth0 up".split())
             _run(*f"ip -n {name} link set lo up".split())
-            shape = f"tbf rate {rate_mbit_s}mbit burst 64k latency 100ms"
             _run(*f"tc -n {name} qdisc add dev eth0 root {shape}".split())
+            _run(*f"tc -n {switch} qdisc add dev {port} root {shape}".split())
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
-        for name in names:
+        for name in (*names, switch):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 

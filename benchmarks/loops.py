@@ -26,12 +26,12 @@ Step = Callable[[], object]
 
 
 def build_llama(
-    hidden: int = 256, layers: int = 6, vocabulary: int = 1024, intermediate: int | None = None
+    hidden: int = 256, layers: int = 6, vocabulary: int = 1024, intermediate: int | None = None, *, seed: int = 0
 ) -> nn.Module:
     """A llama of `transformers`, the same on every rank."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "llama",
         hidden_size=hidden,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.nn.functional import embedding_bag
 
 from meshwright.moe.errors import DispatchError
 from meshwright.moe.routing import Routing
@@ -143,18 +144,9 @@ class _Combine(Function):
         assert rows is not None
         ctx.departure = departure
         ctx.save_for_backward(rows, weights)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        arrivals = _arrivals(departure)
-        if departure.num_rows < arrivals.numel():
-            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])  # stands for what was not sent
-        total: Tensor | None = None
-        for slot in range(departure.slots):
-            part = rows.index_select(0, arrivals[:, slot]).to(wide)
-            if weights is not None:
-                part.mul_(_beside(weights[:, slot].to(wide), part))
-            total = part if total is None else total.add_(part)
-        assert total is not None, f"{departure} has no slots"
-        return total.to(rows.dtype)
+        if weights is None or weights.dtype == rows.dtype:
+            return _bagged(rows, departure, weights)
+        return _by_slots(rows, departure, weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -164,13 +156,46 @@ class _Combine(Function):
         if weights is None:
             return None, own, None
         of_rows = of_weights = None
-        if ctx.needs_input_grad[1]:
-            of_rows = (own * _beside(weights.flatten()[departure.places], own)).to(rows.dtype)
         if ctx.needs_input_grad[2]:
             wide = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
             products = (own.to(wide) * rows.to(wide)).flatten(1).sum(1).to(weights.dtype)
             of_weights = torch.zeros_like(weights).flatten().index_copy(0, departure.places, products).view_as(weights)
+        if ctx.needs_input_grad[1]:
+            factors = _beside(weights.flatten()[departure.places], own)
+            # in place where nobody differentiates this backward
+            of_rows = own * factors if torch.is_grad_enabled() or factors.dtype != own.dtype else own.mul_(factors)
+            of_rows = of_rows.to(rows.dtype)
         return None, of_rows, of_weights
+
+
+def _bagged(rows: Tensor, departure: Departure, weights: Tensor | None) -> Tensor:
+    """Sums of rows in one pass of torch's bags, which add in order, in float32 or wider."""
+    if not departure.num_rows:
+        return rows.new_zeros(departure.num_tokens, *rows.shape[1:])
+    sent = _arrivals(departure)
+    starts = torch.arange(departure.num_tokens, device=rows.device) * departure.slots
+    if departure.num_rows < sent.numel():
+        there = sent < departure.num_rows  # rows that were not sent are in no bag
+        sizes = there.sum(1)
+        sent, starts = sent[there], sizes.cumsum(0) - sizes
+        weights = None if weights is None else weights[there]
+    flat = rows.reshape(len(rows), -1).contiguous()
+    factors = None if weights is None else weights.reshape(-1)
+    sums = embedding_bag(sent.flatten(), flat, starts, mode="sum", per_sample_weights=factors)
+    return sums.view(departure.num_tokens, *rows.shape[1:])
+
+
+def _by_slots(rows: Tensor, departure: Departure, weights: Tensor) -> Tensor:
+    """The same with weights that are wider than rows, and are not rounded to their dtype."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    arrivals = _arrivals(departure)
+    if departure.num_rows < arrivals.numel():
+        rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])  # stands for what was not sent
+    total = rows.new_zeros(departure.num_tokens, *rows.shape[1:], dtype=wide)
+    for slot in range(departure.slots):
+        part = rows.index_select(0, arrivals[:, slot]).to(wide)
+        total.addcmul_(part, _beside(weights[:, slot].to(wide), part))
+    return total.to(rows.dtype)
 
 
 def _arrivals(departure: Departure) -> Tensor:

@@ -94,6 +94,8 @@ def mix(
 ) -> Tensor:
     """A mixture of experts: routed ones, and shared ones that every token visits where it is.
 
+    Shared ones compute while rows are on their way to routed ones, forward and backward.
+
     Args:
         tokens: [tokens, d]
         routing: of these tokens.
@@ -102,11 +104,11 @@ def mix(
         shared: [tokens, d] -> [tokens, d]; None where there are none.
         shared_weight: [tokens, 1], such as the sigmoid of a gate (Qwen2-MoE); 1 where None.
     """
-    routed = transport.carry(tokens, routing, experts)
     if shared is None:
-        return routed
-    beside = shared(tokens)
-    return routed + (beside if shared_weight is None else shared_weight * beside)
+        return transport.carry(tokens, routing, experts)
+    beside: list[Tensor] = []
+    routed = transport.carry(tokens, routing, experts, meanwhile=lambda: beside.append(shared(tokens)))
+    return routed + (beside[0] if shared_weight is None else shared_weight * beside[0])
 
 
 def _shifted(rows: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:

@@ -21,27 +21,36 @@ from torch.nn import functional
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart, sort_choices
 from meshwright.moe.errors import DispatchError
+from meshwright.moe.flight import Flight
 from meshwright.moe.folding import own_experts
 from meshwright.moe.journey import Hops, Journey, plan_journey
 from meshwright.moe.routing import Routing
 from meshwright.moe.travel import Splits, exchange
 
-__all__ = ["Experts", "Hopping", "Transport", "computed", "widened"]
+__all__ = ["Experts", "Hopping", "Transport", "computed", "nothing", "widened"]
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Rows [rows, d] of this rank's experts, in their order, and int64 [own experts] rows of each -> [rows, d]."""
 
 
+def nothing() -> None:
+    """What is done meanwhile where there is nothing to do."""
+
+
 class Transport(Protocol):
     """Brings tokens to experts and results back."""
 
-    def carry(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def carry(
+        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
         """The weighted sum of what its experts make of each token; all ranks of `ep` must call it.
 
         Args:
             tokens: [tokens, d] of this rank; there may be none.
             routing: of these tokens, among the experts of all ranks.
             experts: this rank's.
+            meanwhile: called once, before experts are; where rows go to other ranks first, while they are on their
+                way. Backward likewise goes back through what it computed while their gradients are on theirs.
 
         Returns:
             [tokens, d], with gradients of tokens, weights and experts.
@@ -64,21 +73,38 @@ class Hopping:
     axes: ExpertAxes
     hops: Hops = "one"
 
-    def carry(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def carry(
+        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
         """See `Transport`."""
         ep = self.axes.ep
         own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
         leaving = sort_choices(routing)
-        counts = ep.gather_each(leaving.counts)
+        counts = self._of_all(leaving.counts)
         journey = plan_journey(leaving, counts, rank=ep.rank, num_nodes=self.axes.num_nodes, hops=self.hops)
-        rows = self._there_and_back(depart(tokens, journey.departure), journey, experts)
+        there = self._there(depart(tokens, journey.departure), journey, meanwhile)
+        rows = self._back(computed(experts, there, journey.counts), journey)
         return combine(rows, journey.departure, routing.weights)
 
-    def _there_and_back(self, rows: Tensor, journey: Journey, experts: Experts) -> Tensor:
-        for hop in journey.hops:
-            (rows,) = exchange(self.axes.named(hop.axis), Splits(hop.sent, hop.received), rows)
+    def _of_all(self, counts: Tensor) -> Tensor:
+        """Counts of all ranks, which travel as rows do: where rows take two hops, nobody talks to more ranks."""
+        if self.hops == "one":
+            return self.axes.ep.gather_each(counts)
+        return self.axes.node.gather_each(self.axes.local.gather_each(counts)).flatten(0, 1)
+
+    def _there(self, rows: Tensor, journey: Journey, meanwhile: Callable[[], object]) -> Tensor:
+        if not journey.hops:
+            meanwhile()
+        for number, hop in enumerate(journey.hops):
+            flight = Flight(self.axes.named(hop.axis), Splits(hop.sent, hop.received))
+            flight.leave(rows)
+            if number == 0:
+                meanwhile()
+            (rows,) = flight.arrive()
             rows = hop.ordered(rows)
-        rows = computed(experts, rows, journey.counts)
+        return rows
+
+    def _back(self, rows: Tensor, journey: Journey) -> Tensor:
         for hop in reversed(journey.hops):
             (rows,) = exchange(self.axes.named(hop.axis), Splits(hop.received, hop.sent), hop.restored(rows))
         return rows

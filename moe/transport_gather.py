@@ -4,6 +4,7 @@ What is sent does not depend on the routing, so few ranks, or tokens that visit 
 (the all-gather dispatcher of Megatron-Core). Shares are padded to the largest one while they travel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart, sort_choices
 from meshwright.moe.folding import own_experts
 from meshwright.moe.routing import Routing
-from meshwright.moe.transport import Experts, computed, widened
+from meshwright.moe.transport import Experts, computed, nothing, widened
 from meshwright.moe.travel import gather_rows, scatter_rows
 
 __all__ = ["Gathering"]
@@ -28,8 +29,10 @@ class Gathering:
 
     axes: ExpertAxes
 
-    def carry(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """See `Transport`."""
+    def carry(
+        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
+        """See `Transport`; nothing is on its way meanwhile."""
         ep = self.axes.ep
         own = own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
         shapes = ep.gather_each(routing.experts.new_tensor([routing.num_tokens, routing.k]))
@@ -37,6 +40,7 @@ class Gathering:
         rows, weights, chosen, kept = gather_rows(
             ep, sizes, tokens, routing.weights, routing.experts, routing.kept.byte()
         )
+        meanwhile()
         kept = kept.bool()
         everyone = Routing(experts=chosen, weights=weights, asked=kept, kept=kept, num_experts=routing.num_experts)
         leaving = sort_choices(everyone, own=own)

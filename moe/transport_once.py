@@ -4,6 +4,7 @@ See `once` for what is sent. A row carries its token, experts and weights in one
 one hop to the ranks of their experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,11 @@ from torch.nn import functional
 
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart
+from meshwright.moe.flight import Flight
 from meshwright.moe.folding import own_experts
 from meshwright.moe.once import route_on_node, visit_once
 from meshwright.moe.routing import Routing
-from meshwright.moe.transport import Experts, Hopping, widened
+from meshwright.moe.transport import Experts, Hopping, nothing, widened
 from meshwright.moe.travel import Splits, exchange
 
 __all__ = ["Once"]
@@ -31,10 +33,12 @@ class Once:
 
     axes: ExpertAxes
 
-    def carry(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def carry(
+        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
         """See `Transport`."""
         if self.axes.num_nodes == 1:
-            return Hopping(self.axes).carry(tokens, routing, experts)
+            return Hopping(self.axes).carry(tokens, routing, experts, meanwhile=meanwhile)
         own_experts(routing.num_experts, ranks=self.axes.ep.size, rank=self.axes.ep.rank)
         node = self.axes.node
         visits = visit_once(routing, num_nodes=node.size)
@@ -44,7 +48,10 @@ class Once:
             visits = visit_once(widened(routing, widest), num_nodes=node.size)
         splits = Splits(tuple(counts[node.rank, :-1].tolist()), tuple(counts[:, node.rank].tolist()))
         chosen = visits.experts.to(torch.int32)
-        rows, weights, chosen = exchange(node, splits, depart(tokens, visits.departure), visits.weights, chosen)
+        flight = Flight(node, splits)
+        flight.leave(depart(tokens, visits.departure), visits.weights, chosen)
+        meanwhile()
+        rows, weights, chosen = flight.arrive()
         inside = route_on_node(chosen.long(), weights, num_experts=routing.num_experts // node.size)
         sums = Hopping(self.axes.inside).carry(rows, inside, experts)
         (home,) = exchange(node, splits.back, sums)

@@ -19,7 +19,7 @@ from torch.autograd.function import Function
 
 from meshwright.moe.axes import RowAxis
 
-__all__ = ["Splits", "exchange", "gather_rows", "scatter_rows"]
+__all__ = ["Splits", "exchange", "gather_rows", "packed", "scatter_rows", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Exchange(Function):
     def forward(ctx: Any, axis: RowAxis, *inputs: Any) -> tuple[Tensor, ...]:
         splits, *tensors = inputs
         ctx.axis, ctx.splits = axis, splits
-        arrived = _unpacked(axis.exchange(_packed(tensors), splits.sent, splits.received), tensors)
+        arrived = unpacked(axis.exchange(packed(tensors), splits.sent, splits.received), tensors)
         ctx.mark_non_differentiable(*(each for each in arrived if not each.is_floating_point()))
         return arrived
 
@@ -119,7 +119,7 @@ def _gathered(axis: RowAxis, sizes: tuple[int, ...], tensor: Tensor) -> Tensor:
     return axis.gather(tensor, list(sizes), 0)
 
 
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
+def packed(tensors: Sequence[Tensor]) -> Tensor:
     """A single tensor as it is; of several, the bytes of each row side by side."""
     if len(tensors) == 1:
         return tensors[0]
@@ -128,7 +128,8 @@ def _packed(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([each.clone(memory_format=torch.contiguous_format).view(torch.uint8) for each in flat], 1)
 
 
-def _unpacked(rows: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def unpacked(rows: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `packed` made one of, of the dtypes and widths of other tensors."""
     if len(like) == 1:
         return (rows.view_as(rows),)
     widths = [prod(each.shape[1:]) * each.element_size() for each in like]

@@ -20,6 +20,7 @@ THEMES = {
     "tests/parallel/test_sequences.py": "the parity matrix of long sequences: models x masks x ways",
     "tests/parallel/test_matrix.py": "the parity matrix: families x layouts",
     "tests/launch/worker/test_parts.py": "the small parts of the training program",
+    "tests/moe/test_compared.py": "layers that benchmarks compare compute the same",
 }
 
 # modules without a test file of their own that no test names either: reached through their users

@@ -126,3 +126,25 @@ def test_what_does_not_fit_is_refused() -> None:
     for span in (range(3), range(0, 2, 2), range(-1, 1)):
         with pytest.raises(DispatchError, match=re.escape("use a part of range(2)")):
             sort_choices(routing, own=span)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tokens_sum_has_its_own_rows_and_no_others(dtype: torch.dtype) -> None:
+    routing = TopK(num_experts=4, k=3, capacity=Capacity(factor=0.4)).route(drawn(9, 4, seed=0))
+    leaving = sort_choices(routing)
+    assert set(routing.kept.sum(1).tolist()) >= {0, 3}
+    rows = drawn(leaving.num_rows, 5, seed=1).to(dtype)
+    for weights in (None, routing.weights.to(dtype), routing.weights):
+        whole = combine(rows, leaving, weights)
+        for token in range(9):
+            spoiled = torch.where((leaving.tokens == token)[:, None], rows, float("nan"))
+            found = combine(spoiled, leaving, weights)
+            assert torch.equal(found[token], whole[token])
+            assert routing.kept[token].any() or torch.equal(found[token], torch.zeros_like(found[token]))
+            others = routing.kept.any(1).index_fill(0, torch.tensor(token), False)
+            assert torch.equal(found.isnan().any(1), others)
+    nobody = torch.zeros(2, 1, dtype=torch.bool)
+    none = sort_choices(
+        Routing(experts=nobody.long(), weights=torch.zeros(2, 1), asked=nobody, kept=nobody, num_experts=2)
+    )
+    assert torch.equal(combine(rows[:0], none), torch.zeros(2, 5, dtype=dtype))

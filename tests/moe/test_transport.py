@@ -85,6 +85,7 @@ def test_two_hops_send_what_crosses_along_each_axis(order: TransportKind) -> Non
         for axis, (out, arriving) in hops(rows, node, place, order).items():
             for each in (there, back):
                 check(each, axis, out, arriving)
-        assert (there.count(), back.count(axis="ep"), rank) == (5, 0, rank)
-        messages = sum((call.group_size - 1) * count for call, count in back.calls)
-        assert messages == 2 * (GRID[0] + GRID[1] - 2)
+        assert (there.count(), there.count(axis="ep"), back.count(axis="ep"), rank) == (6, 0, 0, rank)
+        for each, exchanges in ((there, 3), (back, 2)):  # counts for experts, and rows each way
+            messages = sum((call.group_size - 1) * count for call, count in each.calls)
+            assert messages == exchanges * (GRID[0] + GRID[1] - 2)
