@@ -29,7 +29,7 @@ def product_top_k(queries: Tensor, rows: Tensor, columns: Tensor, *, k: int) -> 
     >>> product_top_k(torch.tensor([[1.0, -0.5]]), keys, keys, k=2).experts.tolist()
     [[2, 3]]
     """
-    _check(queries, rows, columns, k)
+    _check(queries, rows, columns, k=k)
     n, m = len(rows), len(columns)
     first, second = queries.chunk(2, dim=-1)
     wide = torch.promote_types(queries.dtype, torch.float32)
@@ -43,7 +43,7 @@ def product_top_k(queries: Tensor, rows: Tensor, columns: Tensor, *, k: int) -> 
     return Routing(experts=ids.gather(1, order), weights=weights, asked=yes, kept=yes, num_experts=n * m)
 
 
-def _check(queries: Tensor, rows: Tensor, columns: Tensor, k: int) -> None:
+def _check(queries: Tensor, rows: Tensor, columns: Tensor, *, k: int) -> None:
     width = rows.shape[-1]
     if queries.dim() != 2 or rows.dim() != 2 or columns.shape[1:] != rows.shape[1:] or queries.shape[1] != 2 * width:
         raise RoutingError(
