@@ -11,11 +11,12 @@ from subprocess import Popen
 from typing import TYPE_CHECKING, Any, TextIO
 
 from meshwright.clusters.base import StartPlan, StartRequest, log_name
-from meshwright.clusters.local import LocalCluster
+from meshwright.clusters.contract import Cluster
 from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.exits import Blame, Verdict, judge
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.logs import Mask, log_end
+from meshwright.launch.registry import cluster_of
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import (
@@ -86,7 +87,7 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
     check_capabilities(loaded)
     run_id = options.run_id or make_run_id()
     request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
-    cluster = LocalCluster(warm)
+    cluster = cluster_of(loaded, warm)
     plan = cluster.plan(request)
     if options.dry_run:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))
@@ -100,7 +101,7 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
     return outcome.exit_code
 
 
-def _execute(run: _Run, cluster: LocalCluster, secrets: Mapping[str, str]) -> Outcome:
+def _execute(run: _Run, cluster: Cluster, secrets: Mapping[str, str]) -> Outcome:
     """The one place that starts a plan; follows it until nothing of it is left."""
     with Interrupts() as interrupts:
         state, stream = RunState(run.plan), _Output(run)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
-from meshwright.clusters.base import Handle, StartPlan
+from meshwright.clusters.base import StartPlan
+from meshwright.clusters.contract import Handle
 from meshwright.launch.exits import Exit, RankEnd
 
 __all__ = ["Interrupts", "RunState", "supervise"]
