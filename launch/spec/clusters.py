@@ -54,6 +54,16 @@ Setting = Annotated[str, AfterValidator(lambda value: check_line(value) if value
 """Value of such an option; empty for one that takes none."""
 
 
+def _host_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError("expected a host's name of letters, digits, '.', '-' and '_'; its user goes into `user`")
+    return value
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
+"""A name that logs can be called by."""
+
+
 class LocalCluster(Block):
     """This machine, the embedded default."""
 
@@ -79,7 +89,7 @@ class LocalCluster(Block):
 class Host(Block):
     """One machine that ssh reaches."""
 
-    name: Word = Field(description="What ssh calls it, and what logs call it.")
+    name: HostName = Field(description="What ssh calls it, and what logs call it.")
     addr: Word | None = Field(
         default=None, description="Address at which the other hosts reach it; by default its name."
     )

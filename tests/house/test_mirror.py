@@ -88,6 +88,7 @@ THROUGH_OTHERS = {
     "meshwright.launch.commands.verify": "tests/launch/test_commands.py runs the command",
     "meshwright.clusters.contract": "protocols only: what tests of clusters and of launch run against",
     "meshwright.clusters.pipes": "every test of tests/launch follows agents through it",
+    "meshwright.launch.follow": "tests/launch/test_launch.py and tests/lab follow every run through it",
     "meshwright.launch.registry": "every launch goes through it",
     "meshwright.launch.spec.clusters": "tests/launch/test_load.py and test_malformed.py, through Job",
     "meshwright.launch.spec.conduct": "tests/launch/test_spec.py and test_malformed.py, through Job",
