@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -23,6 +23,7 @@ from meshwright.clusters import bootstrap
 from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
+from meshwright.clusters.files import FileLine, step_folder
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
@@ -204,16 +205,26 @@ def _told(agent: _Agent) -> None:
     agent.say_result(state, message)
 
 
+def _line(words: Sequence[str]) -> Line:
+    """Standard streams; or, given a run directory and the variable that holds a node's index, the run's folder."""
+    if not words:
+        return Channel()
+    run_dir, variable = words
+    return FileLine(step_folder(Path(run_dir)), int(os.environ[variable]))
+
+
 def main() -> None:
     """Runs one node; imports torch while the launcher is still reading the job."""
-    channel = Channel()
+    line = _line(sys.argv[1:])
     import meshwright.clusters.elastic  # noqa: F401
 
-    messages = channel.messages()
+    messages = line.messages()
     first = next(messages, None)
     if first is None:
         return
-    agent = _Agent(channel, first)
+    agent = _Agent(line, first)
+    if isinstance(line, FileLine):  # what started us signals us; by default that would end ranks without grace
+        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()

@@ -171,10 +171,17 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class Submission:
-    """What hands a run to a queue: the exact words, and what they read on standard input."""
+    """What hands a run to a queue.
+
+    Args:
+        argv: exact words.
+        script: what they read on standard input.
+        step: exact words by which the run starts its agents, once it has its nodes.
+    """
 
     argv: tuple[str, ...]
     script: str
+    step: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,7 @@ class StartPlan:
         if self.submission is not None:
             script = [f"           | {line}" for line in self.submission.script.splitlines()]
             head += [f"submit     {shlex.join(self.submission.argv)}", "script     on its standard input:", *script]
+            head += [f"step       {shlex.join(self.submission.step)}"]
         return "\n".join([*head, *(line for node in self.nodes for line in _lines(node))]) + "\n"
 
 

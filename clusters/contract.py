@@ -6,7 +6,7 @@ There are two kinds. On a `Cluster` (local, ssh) the launcher starts the agents 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from meshwright.clusters.base import StartPlan, StartRequest
 
@@ -48,7 +48,7 @@ class Job:
     """What a queue says of a run.
 
     Args:
-        state: "pending", "running" or "gone"; a queue forgets what has ended.
+        state: "pending", "running", "gone" or, where the queue does not answer, "unknown"; it forgets what has ended.
         detail: in the queue's own words.
     """
 
@@ -56,6 +56,7 @@ class Job:
     detail: str = ""
 
 
+@runtime_checkable
 class Queue(Protocol):
     """Where a whole run is handed over; it has a launcher with it and needs none outside.
 

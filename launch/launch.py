@@ -3,12 +3,15 @@
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
+from meshwright.clusters.contract import Handle, Queue
+from meshwright.clusters.spawn import warm_agent
+from meshwright.launch.background import in_background
 from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.load import LoadedJob, load_job
@@ -16,6 +19,8 @@ from meshwright.launch.logs import Mask
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
+from meshwright.launch.runs import Known, cancel, remember
+from meshwright.launch.watch import watch
 
 __all__ = ["LaunchOptions", "launch"]
 
@@ -30,6 +35,7 @@ class LaunchOptions:
         run_id: None makes one.
         dry_run: only print the plan.
         as_json: one JSON object on standard output; the ranks' lines go to standard error.
+        detach: come back as soon as the run is on its way.
     """
 
     path: Path
@@ -37,14 +43,14 @@ class LaunchOptions:
     run_id: str | None = None
     dry_run: bool = False
     as_json: bool = False
+    detach: bool = False
 
 
-def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
+def launch(options: LaunchOptions) -> int:
     """Runs a job to its end, or prints what it would start; returns the exit code.
 
     Args:
         options: what to launch.
-        warm: an agent that was started already.
 
     Raises:
         MeshwrightError: for what the user can mend, before anything has been started.
@@ -54,7 +60,7 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
     check_capabilities(loaded)
     run_id = options.run_id or make_run_id()
     request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
-    cluster = cluster_of(loaded, warm)
+    cluster = cluster_of(loaded, None if options.detach else warm_agent())
     plan = cluster.plan(request)
     if options.dry_run:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))
@@ -62,11 +68,52 @@ def launch(options: LaunchOptions, warm: "Popen[bytes] | None" = None) -> int:
     cluster.check(plan)
     secrets = {secret.name: secret.value for secret in request.program.secrets}
     _write_inputs(loaded, plan, resolved_job(loaded, run_id, base))
-    mask = Mask(secrets.values())
-    run = Run(loaded.job, plan, shown_ranks(loaded), mask, started_unix_s, options.as_json)
-    outcome = follow(run, lambda: cluster.start(plan, secrets))
+    known = Known(run_id, plan.name, plan.cluster, plan.run_dir, started_unix_s, shown_ranks(loaded))
+    if isinstance(cluster, Queue):
+        return _hand_over(known, cluster.submit(plan, secrets), options)
+    run = Run(loaded.job, plan, known.shown, Mask(secrets.values()), started_unix_s, options.as_json)
+    if not options.detach:
+        return _follow(known, run, lambda: cluster.start(plan, secrets))
+    in_background(Path(plan.run_dir), lambda: _follow(known, run, lambda: cluster.start(plan, secrets)))
+    _say_detached(known, options)
+    return 0
+
+
+def _follow(known: Known, run: Run, start: Callable[[], Handle]) -> int:
+    remember(known.of_this_process())
+    outcome = follow(run, start)
     report(run, outcome)
     return outcome.exit_code
+
+
+def _hand_over(known: Known, job: str, options: LaunchOptions) -> int:
+    """Looks at a run that a queue has taken, unless it is to be left alone; Ctrl-C cancels it."""
+    known = replace(known, job=job).of_this_process()
+    remember(known)
+    if options.detach:
+        _say_detached(known, options)
+        return 0
+    sys.stderr.write(f"meshwright: {known.cluster} has the run as job {job}; Ctrl-C cancels it\n")
+    cancelled: list[str] = []
+
+    def interrupted() -> None:
+        cancelled.append(cancel(known))
+
+    now = watch(known, interrupted=interrupted, screen=sys.stderr if options.as_json else sys.stdout)
+    if not Path(known.run_dir, "exit.json").exists():
+        sys.stderr.write(f"meshwright: run {known.run_id} {now.state}: {now.detail}\n")
+    if options.as_json:
+        told = {"run_id": known.run_id, "state": now.state, "exit_code": now.exit_code, "reason": now.detail}
+        sys.stdout.write(json.dumps({**told, "run_dir": known.run_dir, "job": job}) + "\n")
+    return 130 if cancelled else int(now.exit_code or 0)
+
+
+def _say_detached(known: Known, options: LaunchOptions) -> None:
+    if options.as_json:
+        sys.stdout.write(json.dumps({"run_id": known.run_id, "run_dir": known.run_dir, "job": known.job}) + "\n")
+    else:
+        sys.stdout.write(f"run {known.run_id} goes on by itself; `meshwright attach {known.run_id}` shows it\n")
+        sys.stdout.write(f"run directory: {known.run_dir}\n")
 
 
 def shown_ranks(loaded: LoadedJob) -> tuple[int, ...] | None:

@@ -6,20 +6,23 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from meshwright.clusters.contract import Cluster
+from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.environment import inherited
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.local import LocalCluster
+from meshwright.clusters.slurm import SlurmOptions, SlurmQueue
 from meshwright.clusters.ssh import SshCluster, SshHost, SshOptions
 from meshwright.launch.load import LoadedJob
 
 if TYPE_CHECKING:
+    from meshwright.launch.spec.clusters import SlurmCluster as SlurmBlock
     from meshwright.launch.spec.clusters import SshCluster as SshBlock
+    from meshwright.launch.spec.machines import Resources
 
-__all__ = ["cluster_of"]
+__all__ = ["cluster_of", "queue_of"]
 
 
-def cluster_of(loaded: LoadedJob, warm: "subprocess.Popen[bytes] | None" = None) -> Cluster:
+def cluster_of(loaded: LoadedJob, warm: "subprocess.Popen[bytes] | None" = None) -> Cluster | Queue:
     """The cluster of a job.
 
     Args:
@@ -31,7 +34,40 @@ def cluster_of(loaded: LoadedJob, warm: "subprocess.Popen[bytes] | None" = None)
         return LocalCluster(warm)
     if found.type == "ssh":
         return _ssh(found, passed=inherited(loaded.job.env_pass, os.environ))
-    raise UnavailableError(f"cluster type {found.type!r} can be planned with, but not be started yet")
+    return SlurmQueue(_slurm_options(found, loaded.job.resources))
+
+
+def queue_of(kind: str) -> Queue:
+    """The queue of a run that was handed over before, to ask about it and to cancel it.
+
+    Raises:
+        UnavailableError: for a kind that this version does not have.
+    """
+    if kind != "slurm":
+        raise UnavailableError(f"the run lies in a queue of type {kind!r}, which this version does not have")
+    return SlurmQueue()
+
+
+def _slurm_options(found: "SlurmBlock", resources: "Resources") -> SlurmOptions:
+    words = {
+        "partition": found.partition,
+        "account": found.account,
+        "qos": found.qos,
+        "constraint": found.constraint,
+        "reservation": found.reservation,
+        "exclude": ",".join(found.exclude) or None,
+        "mem": None if resources.memory_per_node is None else f"{-(-resources.memory_per_node // (1 << 20))}M",
+        "exclusive": "" if resources.exclusive else None,
+    }
+    return SlurmOptions(
+        words={name: value for name, value in words.items() if value is not None} | found.sbatch,
+        step=found.srun,
+        time_s=found.time,
+        cores_per_rank=resources.cpus_per_rank or 1,
+        cores_per_node=found.cpus_per_node,
+        requeue=found.requeue,
+        python=found.python or sys.executable,
+    )
 
 
 def _ssh(found: "SshBlock", passed: Mapping[str, str]) -> SshCluster:

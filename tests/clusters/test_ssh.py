@@ -44,9 +44,10 @@ HOSTS = (
 )
 OPTIONS = SshOptions(user="train", port=2222, identity_file="/keys/id", known_hosts="/keys/known", jump="login")
 WORDS = (
-    "ssh -T -x -l train -p 2222 -i /keys/id -J login -o BatchMode=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=10 "
-    "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ControlPath=none -o ClearAllForwardings=yes -o ForwardAgent=no "
-    "-o LogLevel=ERROR -o UserKnownHostsFile=/keys/known -o IdentitiesOnly=yes --"
+    "ssh -T -x -l train -p 2222 -i /keys/id -J login -o BatchMode=yes -o StrictHostKeyChecking=yes "
+    "-o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ControlPath=none "
+    "-o ClearAllForwardings=yes -o ForwardAgent=no -o LogLevel=ERROR -o UserKnownHostsFile=/keys/known "
+    "-o IdentitiesOnly=yes --"
 )
 
 GOLDEN = f"""\

@@ -1,13 +1,16 @@
 """The lab: real ssh and Slurm between pretended hosts. `make lab` runs it; the ordinary run leaves it out."""
 
-import os
-import sys
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.lab.hosts import Hosts, missing_for_hosts
+from tests.lab.launches import QUICKSTART, Launch, losses
+from tests.lab.slurm import Slurm, missing_for_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,13 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def lab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that every pretended host sees at the same place."""
-    folder = tmp_path_factory.mktemp("lab")
-    for each in (folder, *folder.parents):
-        if each.stat().st_uid == os.getuid() and each != Path("/"):
-            each.chmod(each.stat().st_mode | 0o755)
-    return folder
+def lab_folder() -> Iterator[Path]:
+    """A folder that every pretended host, and the user of munge, sees at the same place."""
+    folder = Path(tempfile.mkdtemp(prefix="meshwright-lab-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,26 @@ def source() -> dict[str, str]:
     return {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-@pytest.fixture
-def python() -> str:
-    """The interpreter of hosts."""
-    return sys.executable
+@pytest.fixture(scope="session")
+def slurm(hosts: Hosts) -> Iterator[Slurm]:
+    """A Slurm cluster of those hosts."""
+    lacking = missing_for_slurm()
+    if lacking:
+        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    found = Slurm(hosts)
+    try:
+        found.up()
+        yield found
+    finally:
+        found.down()
+
+
+@pytest.fixture(scope="session")
+def here(lab_folder: Path) -> list[Any]:
+    """Losses of the quickstart on this machine."""
+    near = Launch(lab_folder / "here", {}, "here")
+    done = near.run(*QUICKSTART, timeout_s=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(near.folder / "runs/quickstart/here")
+    assert len(found) == 7
+    return found

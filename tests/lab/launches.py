@@ -11,9 +11,16 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ROOT", "Launch", "eventually", "losses", "write_job"]
+__all__ = ["QUICKSTART", "ROOT", "Launch", "eventually", "losses", "write_job"]
 
 ROOT = Path(__file__).resolve().parents[2]
+_STEPS = ("train.steps=4", "data.max_bytes=256KiB", "train.validate_every_steps=2", "train.log_every_steps=1")
+QUICKSTART: tuple[Any, ...] = (
+    ROOT / "examples/quickstart.yaml",
+    *(word for each in _STEPS for word in ("--set", each)),
+)
+"""The example as it is, with few steps."""
+
 _APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private")
 
 
