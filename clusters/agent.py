@@ -146,6 +146,8 @@ class _Agent:
 
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         near = self.joining.near
+        if isinstance(self.channel, FileLine):
+            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
         if not near:
             _share_cores(len(self.node["ranks"]))
         return WorkerSpec(

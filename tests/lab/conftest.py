@@ -82,7 +82,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
 def here(lab_folder: Path) -> list[Any]:
     """Losses of the quickstart on this machine."""
     near = Launch(lab_folder / "here", {}, "here")
-    done = near.run(*QUICKSTART, timeout_s=200)
+    done = near.run(*QUICKSTART, timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(near.folder / "runs/quickstart/here")
     assert len(found) == 7

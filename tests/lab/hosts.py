@@ -27,7 +27,7 @@ exec "$@"
 
 def run(*words: str, check: bool = True) -> str:
     """Standard output of a command; its errors are part of the exception."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr or done.stdout}")
     return done.stdout

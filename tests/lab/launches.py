@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["QUICKSTART", "ROOT", "Launch", "eventually", "losses", "write_job"]
+__all__ = ["QUICKSTART", "ROOT", "Launch", "eventually", "finish", "losses", "write_job"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _STEPS = ("train.steps=4", "data.max_bytes=256KiB", "train.validate_every_steps=2", "train.log_every_steps=1")
@@ -32,6 +32,14 @@ def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def finish(launcher: "subprocess.Popen[str]") -> None:
+    """Ends a launcher that may have ended, and lets go of it."""
+    launcher.kill()
+    launcher.wait()
+    if launcher.stdout is not None:
+        launcher.stdout.close()
 
 
 def write_job(folder: Path, script: str, **keys: object) -> Path:
@@ -78,11 +86,11 @@ class Launch:
         """The words of a command line."""
         return [sys.executable, "-m", "meshwright.launch.cli", command, *more]
 
-    def run(self, job: Path, *more: str, timeout_s: float = 90.0) -> "subprocess.CompletedProcess[str]":
+    def run(self, job: Path, *more: str, timeout_s: float = 240.0) -> "subprocess.CompletedProcess[str]":
         """Launches to the end."""
         return self.type("launch", str(job), "--run-id", self.run_id, *more, timeout_s=timeout_s)
 
-    def type(self, command: str, *more: str, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
+    def type(self, command: str, *more: str, timeout_s: float = 120.0) -> "subprocess.CompletedProcess[str]":
         """Types any command."""
         return subprocess.run(
             [*_APART, *self.words(command, *more)],

@@ -12,7 +12,7 @@ import pytest
 
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
-from tests.lab.launches import QUICKSTART, Launch, eventually, losses, write_job
+from tests.lab.launches import QUICKSTART, Launch, eventually, finish, losses, write_job
 from tests.lab.slurm import Slurm, holds
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -36,12 +36,12 @@ def launch(
 def up(far: Launch, ranks: int = 2) -> bool:
     """Whether all ranks have started."""
     merged = far.run_dir / "merged.log"
-    return eventually(lambda: merged.exists() and merged.read_text().count("up") == ranks, 40)
+    return eventually(lambda: merged.exists() and merged.read_text().count("up") == ranks, 150)
 
 
 def test_the_quickstart_trains_on_slurm_as_it_does_here(launch: Callable[..., Launch], here: list[Any]) -> None:
     far = launch()
-    done = far.run(*QUICKSTART, "--set", "cluster=far", timeout_s=200)
+    done = far.run(*QUICKSTART, "--set", "cluster=far", timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(far.folder / "runs/quickstart" / far.run_id) == here
 
@@ -70,7 +70,7 @@ def test_a_run_is_left_alone_found_looked_at_and_ended_from_elsewhere(launch: Ca
     assert attached.returncode in (130, 143), attached.stdout + attached.stderr
     assert "h1:0 | up" in attached.stdout
     assert far.record()["state"] == "interrupted"
-    assert eventually(lambda: not list(carriers(far.run_id)), 10)
+    assert eventually(lambda: not list(carriers(far.run_id)), 30)
     assert json.loads(far.type("ps", "--json").stdout)["runs"] == []
     assert "is over" in far.type("cancel", far.run_id).stderr
 
@@ -81,9 +81,9 @@ def test_ctrl_c_cancels_the_job(launch: Callable[..., Launch], slurm: Slurm) -> 
     try:
         assert up(far)
         launcher.send_signal(signal.SIGINT)
-        output, _ = launcher.communicate(timeout=40)
+        output, _ = launcher.communicate(timeout=240)
     finally:
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 130, output
     slurm.quiet()
     assert not list(carriers(far.run_id))
@@ -96,15 +96,17 @@ def test_a_warned_training_saves_is_queued_again_and_goes_on(launch: Callable[..
     launcher = far.start(*QUICKSTART, *steps, "--set", "cluster=far")
     metrics = run_dir / "metrics.jsonl"
     try:
-        assert eventually(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), 90)
+        assert eventually(lambda: metrics.exists() and len(losses(run_dir)) >= 3, 240)
         job = json.loads((run_dir / "launch.json").read_text())["job"]
         slurm.type("scancel", "--batch", "--signal=USR2", job)
-        assert eventually((run_dir / "exit-0.json").exists, 60), (run_dir / "launcher.log").read_text()
-        assert eventually(lambda: slurm.type("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", 30)
+        assert eventually((run_dir / "exit-0.json").exists, 150), (run_dir / "launcher.log").read_text()
+        assert eventually(lambda: slurm.type("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", 60), (
+            slurm.type("squeue")
+        )
         slurm.type("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself waits for two minutes
-        output, _ = launcher.communicate(timeout=150)
+        output, _ = launcher.communicate(timeout=240)
     finally:
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 0, output
     assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
     found = re.search(r"resumed from .* at step (\d+)", output)
@@ -124,13 +126,13 @@ def test_secrets_are_in_nothing_that_slurm_keeps(launch: Callable[..., Launch], 
     launcher = far.start(write_job(far.folder, script, cluster="far", secrets={"TOKEN": {"from_env": "MY_TOKEN"}}))
     merged = far.run_dir / "merged.log"
     try:
-        assert eventually(lambda: merged.exists() and merged.read_text().count("***") == 2, 40)
+        assert eventually(lambda: merged.exists() and merged.read_text().count("***") == 2, 150)
         seen = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
         kept = holds(slurm.folder, secret)
         (far.folder / "looked").touch()
-        output, _ = launcher.communicate(timeout=40)
+        output, _ = launcher.communicate(timeout=240)
     finally:
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 0, output
     assert output.count("*** a b,c='d'") == 2
     assert kept == []
@@ -162,9 +164,9 @@ def test_an_agent_that_is_killed_ends_the_run_and_its_node_is_named(
         agents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in last}
         for pid in agents & set(last) or agents:
             os.kill(pid, signal.SIGKILL)
-        output, _ = launcher.communicate(timeout=60)
+        output, _ = launcher.communicate(timeout=240)
     finally:
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 69, output
     assert "the agent of h2 died" in output
     assert eventually(lambda: not list(carriers(far.run_id)), 20)

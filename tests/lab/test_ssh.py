@@ -13,7 +13,7 @@ import yaml
 
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
-from tests.lab.launches import QUICKSTART, Launch, eventually, losses, write_job
+from tests.lab.launches import QUICKSTART, Launch, eventually, finish, losses, write_job
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
@@ -49,7 +49,7 @@ def launch(
 
 def test_the_quickstart_trains_over_ssh_as_it_does_here(launch: Callable[..., Launch], here: list[Any]) -> None:
     far = launch()
-    done = far.run(*QUICKSTART, "--set", "cluster=far", timeout_s=200)
+    done = far.run(*QUICKSTART, "--set", "cluster=far", timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(far.folder / "runs/quickstart" / far.run_id) == here
 
@@ -70,12 +70,12 @@ def test_ranks_go_where_there_are_slots_and_listen_on_one_interface(
     )
     launcher = far.start(write_job(far.folder, script, cluster="far", parallel={"dp": 3}))
     try:
-        assert eventually(lambda: len(list(far.folder.glob("seen-*"))) == 3, 40), launcher.stdout
+        assert eventually(lambda: len(list(far.folder.glob("seen-*"))) == 3, 150), launcher.stdout
         wild = {each for host in hosts.hosts for each in host.listening() if each.startswith(("0.0.0.0", "[::]"))}
         (far.folder / "looked").touch()
-        output, _ = launcher.communicate(timeout=30)
+        output, _ = launcher.communicate(timeout=240)
     finally:
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 0, output
     first = hosts.hosts[0].address
     assert {line for line in output.splitlines() if " | " in line and "[c10d]" not in line} == {
@@ -108,12 +108,12 @@ def test_words_and_secrets_arrive_as_they_are_and_secrets_stay_out_of_sight(laun
     job.write_text(yaml.safe_dump(made, allow_unicode=True))
     launcher = far.start(job)
     try:
-        assert eventually((far.folder / "told").exists, 40)
+        assert eventually((far.folder / "told").exists, 150)
         seen = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
         (far.folder / "looked").touch()
-        output, _ = launcher.communicate(timeout=30)
+        output, _ = launcher.communicate(timeout=240)
     finally:
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 0, output
     assert output.count(f"{odd!a} *** a b,c") == 2
     assert not [each for each in seen if secret.encode() in each]
@@ -163,18 +163,18 @@ def test_a_connection_that_is_cut_ends_the_ranks_on_both_sides(launch: Callable[
     launcher = far.start(write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "1s"}))
     merged = far.run_dir / "merged.log"
     try:
-        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2, 40)
+        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2, 150)
         last.link("down")
         began_s = time.monotonic()
         assert eventually(lambda: not list(carriers(far.run_id)), 20)
         gone_s = time.monotonic() - began_s
-        output, _ = launcher.communicate(timeout=30)
+        output, _ = launcher.communicate(timeout=240)
     finally:
         last.link("up")
-        launcher.kill()
+        finish(launcher)
     assert launcher.returncode == 69, output
     assert "host h2: " in output
-    assert gone_s < 12, f"ranks lived {gone_s:.1f} s on after the cut; lost_after is 6 s"
+    assert gone_s < 18, f"ranks lived {gone_s:.1f} s on after the cut; lost_after is 6 s"
 
 
 def test_a_killed_launcher_leaves_nothing_on_any_host(launch: Callable[..., Launch]) -> None:
@@ -186,12 +186,11 @@ def test_a_killed_launcher_leaves_nothing_on_any_host(launch: Callable[..., Laun
     )
     launcher = far.start(write_job(far.folder, escape, cluster="far"))
     try:
-        assert eventually(lambda: len(list(carriers(far.run_id))) == 4, 40), list(carriers(far.run_id))
+        assert eventually(lambda: len(list(carriers(far.run_id))) == 4, 150), list(carriers(far.run_id))
         os.kill(launcher.pid, signal.SIGKILL)
-        assert eventually(lambda: not list(carriers(far.run_id)), 5)
+        assert eventually(lambda: not list(carriers(far.run_id)), 15)
     finally:
-        launcher.kill()
-        launcher.communicate(timeout=10)
+        finish(launcher)
 
 
 def test_a_run_directory_that_hosts_do_not_share_is_filled_over_the_connection(
