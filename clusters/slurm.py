@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -271,5 +272,5 @@ def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:
 
 
 def requeue(job: str) -> bool:
-    """Queues a running job again under its id; it is ended by that. Tells whether Slurm will."""
-    return _command(["scontrol", "requeue", job]).returncode == 0
+    """Queues a running job again under its id. Tells whether Slurm will; it ends the job, and us with it, at once."""
+    return _command(["scontrol", "requeue", job]).returncode in (0, -signal.SIGTERM, -signal.SIGKILL)

@@ -99,6 +99,12 @@ class Host(Block):
     env: dict[Variable, str] = Field(default_factory=dict, description="Further variables of this host; no secrets.")
 
 
+def _some(hosts: tuple[Host, ...]) -> tuple[Host, ...]:
+    if not hosts:
+        raise ValueError("expected at least one host")
+    return hosts
+
+
 class _SshOptions(Block):
     """How connections are made."""
 
@@ -118,7 +124,9 @@ class SshCluster(_SshOptions):
     """Machines that are reached by ssh, with host keys that are known."""
 
     type: Literal["ssh"] = Field(description="Kind of cluster: machines reached by ssh.")
-    hosts: Listed[Host] = Field(description="The machines, in the order ranks are given out.", min_length=1)
+    hosts: Annotated[Listed[Host], AfterValidator(_some)] = Field(
+        description="The machines, in the order ranks are given out; at least one."
+    )
     python: Word | None = Field(
         default=None, description="Python interpreter on the hosts, with meshwright; by default the launcher's path."
     )

@@ -50,7 +50,7 @@ def _train(run_dir: Path) -> int:
     from meshwright.launch.spec.job import Job
     from meshwright.launch.worker.leave import LEFT
     from meshwright.launch.worker.train import build_training
-    from meshwright.parallel.collectives import start_ranks, stop_ranks, world
+    from meshwright.parallel.collectives import gather_integers, start_ranks, stop_ranks, world
 
     loaded = Job.model_validate(job)
     import torch
@@ -59,6 +59,8 @@ def _train(run_dir: Path) -> int:
     start_ranks(_meeting_place(run_dir), device=device.type)
     training = build_training(loaded, run_dir, device=device, say=_say)
     training.run()
+    if training.checkpoints.leave.decided:
+        gather_integers(0)  # the first rank to leave ends the others: all have saved by now
     stop_ranks()
     return (
         LEFT

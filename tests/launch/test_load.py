@@ -110,11 +110,12 @@ def test_local_needs_no_file_of_clusters(tmp_path: Path) -> None:
         (
             "box",
             "clusters: {box: {type: ssh, hosts: [{name: -oX}]}}\n",
-            "expected one word that does not start with '-'",
+            "cluster.hosts.0.name: expected a host's name of letters",
         ),
         ("box", "clusters: {box: {type: slurm, srun: {export: A}}}\n", "export follows from the job or has a key"),
         ("box", "clusters: {box: {simulate_node: 2}}\n", "clusters.yaml:1:18: cluster.simulate_node: unknown key"),
         ("box", "clusters: [box]\n", "clusters.yaml:1:11: clusters: expected a mapping of names, got a list"),
+        ("box", "clusters: {box: {type: ssh, hosts: []}}\n", "cluster.hosts: expected at least one host, got a list"),
         ("box", "cluster: {box: {}}\n", "clusters.yaml:1:1: expected one key `clusters:`"),
         ("box", "clusters: {box: {}, box: {}}\n", "clusters.yaml:1:21: clusters.box: duplicate key"),
         ("box", "clusters: {box: 3}\n", "clusters.yaml:1:17: cluster: expected a mapping, got 3"),
