@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,9 @@ from meshwright.launch.runs import read_run
 from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["main"]
+
+
+_END_S = 120.0
 
 
 class _Warning:
@@ -72,7 +76,11 @@ def _again(run_dir: Path, outcome: Outcome, times: int) -> bool:
     write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
     sys.stdout.write(f"meshwright: preempted after saving; job {may} is queued again\n")
     sys.stdout.flush()
-    return requeue(may)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
+    if not requeue(may):
+        return False
+    time.sleep(_END_S)  # a job that ends by itself meanwhile counts as failed
+    return True
 
 
 def _argv(run_dir: Path) -> Sequence[str]:

@@ -20,6 +20,7 @@ LAST_LINE = "run directory: "
 _LOOK_S = 0.2
 _ASK_S = 2.0
 _LAST_WORDS_S = 3.0
+_LOST_LOOKS = 3  # a job that is just being queued again is nowhere for a moment
 
 
 class _Screen:
@@ -71,18 +72,25 @@ def _act(asked: list[int], interrupted: Callable[[], None] | None) -> None:
 
 
 def _until_over(known: Known, tail: LogTail, show: _Screen, *, pressed: Callable[[], None]) -> Standing:
-    record, next_s = Path(known.run_dir, "exit.json"), 0.0
+    record, next_s, lost = Path(known.run_dir, "exit.json"), 0.0, 0
     while True:
         pressed()
         tail.read()
         if record.exists() or time.monotonic() >= next_s:
             now = standing(known)
-            if now.over:
+            lost = lost + 1 if now.state == "lost" else 0
+            if now.over and lost in (0, _LOST_LOOKS):
                 break
             next_s = time.monotonic() + _ASK_S
         time.sleep(_LOOK_S if not record.exists() else _ASK_S)
+    if record.exists():
+        _last_words(tail, show)
+    return now
+
+
+def _last_words(tail: LogTail, show: _Screen) -> None:
+    """What a launcher says after its record is written."""
     end_s = time.monotonic() + _LAST_WORDS_S
-    while record.exists() and not show.last and time.monotonic() < end_s:
+    while not show.last and time.monotonic() < end_s:
         if not tail.read():
             time.sleep(_LOOK_S / 4)
-    return now

@@ -49,9 +49,11 @@ signal.signal(signal.SIGTERM, end)
 sys.exit(max(abs(each.wait()) for each in started))
 """
 _SCONTROL = """\
-import os, sys
+import os, signal, sys
+home = os.path.dirname(__file__)
 if sys.argv[1] == "requeue":
-    open(os.path.join(os.path.dirname(__file__), "requeue"), "w").close()
+    open(f"{home}/requeue", "w").close()
+    os.kill(int(open(f"{home}/batch").read()), signal.SIGTERM)
 else:
     print("\\n".join(sys.argv[-1].split(",")))
 """
