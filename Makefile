@@ -13,13 +13,13 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
 # tests that start no ranks share the cores; the others have them for themselves
-QUICK := not slow and not faults
+QUICK := not slow and not faults and not lab
 
 export DS_BUILD_OPS := 0
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint faults matrix clean
+.PHONY: help setup run test check lint faults lab matrix clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -31,7 +31,7 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 
 test: $(STAMP) lint ## ruff, mypy --strict, all tests and documents
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
-	$(BIN)/python -m pytest -q -m "not ($(QUICK))"
+	$(BIN)/python -m pytest -q -m "not ($(QUICK)) and not lab"
 
 check: $(STAMP) lint ## the same without slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
@@ -43,6 +43,9 @@ lint: $(STAMP) ## ruff and mypy alone
 
 faults: $(STAMP) ## kill and resume training runs 20 times
 	MESHWRIGHT_FAULTS=20 $(BIN)/python -m pytest -q -m faults
+
+lab: $(STAMP) ## real ssh and Slurm between pretended hosts, as root (apt install slurm-wlm munge openssh-server iproute2)
+	$(BIN)/python -m pytest -q -m lab tests/lab
 
 matrix: $(STAMP) ## every family on every pair and triple of axes, every cell of every test; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix

@@ -1,24 +1,31 @@
 """The program of one node: reads its part of a start plan from standard input and runs torch's elastic agent on it.
 
-    launcher --(plan, then "stop" or "kill")--> agent --(fork)--> ranks
-             <--(started, exit, result)--------
+    launcher --(plan; then meet, alive, leave, stop, kill)--> agent --(fork)--> ranks
+             <--(joined, meeting, started, exit, data, result)--
+
 
 The end of its input means that the launcher is gone, and then nothing of the run may stay: the thread that reads kills
 all ranks itself, whatever the main thread is doing. The main thread forks the ranks (see `bootstrap`).
 """
 
 import os
+import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from meshwright.clusters import bootstrap
-from meshwright.clusters.channel import Channel
+from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
+from meshwright.clusters.errors import RendezvousError
+from meshwright.clusters.files import FileLine, step_folder
+from meshwright.clusters.joining import Joining
+from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
 
@@ -28,23 +35,42 @@ __all__ = ["main"]
 class _Agent:
     """One node's run: the plan, the line to the launcher, and torch's agent once it is made."""
 
-    def __init__(self, channel: Channel, message: Mapping[str, Any]) -> None:
+    def __init__(self, channel: Line, message: Mapping[str, Any]) -> None:
         self.channel = channel
+        self.message = message
         self.plan: Mapping[str, Any] = message["plan"]
         self.node: Mapping[str, Any] = self.plan["nodes"][message["node"]]
-        self.secrets: Mapping[str, str] = message["secrets"]
         self.stopped = False
         self.torch_agent: Any = None
+        self.sender: Sender | None = None
+        self.joining = Joining(message, channel.tell)
+        self._heard_s = time.monotonic()
 
     def listen(self, messages: Any) -> None:
         """Obeys the launcher until it is gone."""
         for message in messages:
-            if message["command"] == "stop":
-                self.stopped = True
-                Thread(target=self._stop, daemon=True).start()
-            else:
+            self._heard_s = time.monotonic()
+            command = message["command"]
+            if command == "stop":
+                self.stop()
+            elif command == "meet":
+                self.joining.told.put(message)
+            elif command == "leave":
+                self._leave(signal.Signals[message["signal"]])
+            elif command == "kill":
                 self._end("stopped")
         self._end("abandoned")
+
+    def watch(self, lost_after_s: float) -> None:
+        """Ends everything when nothing has been heard for so long: a connection that is cut gives no end of input."""
+        while time.monotonic() - self._heard_s < lost_after_s:
+            time.sleep(lost_after_s / 20)
+        self._end("abandoned")
+
+    def stop(self) -> None:
+        """Ends the ranks with grace."""
+        self.stopped = True
+        Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
         """Asks the main thread; ends the process itself where that thread is busy with something else than ranks."""
@@ -57,16 +83,38 @@ class _Agent:
         if agent is None or agent.deaths is None or agent.deaths.all_dead:
             self._end("stopped")
 
+    def _leave(self, number: signal.Signals) -> None:
+        """Tells ranks that this node is about to be taken away, those that can be told."""
+        if self.torch_agent is not None:
+            self.torch_agent.leave(number)
+
     def _end(self, state: str) -> None:
         if self.torch_agent is not None:
             self.torch_agent.kill_ranks()
         sweep(self.plan["run_id"], self.node["index"])
-        self.channel.tell("result", state=state)
+        self.say_result(state)
         os._exit(0)
+
+    def say_result(self, state: str, message: str = "") -> None:
+        """The last word, after everything that ranks wrote."""
+        if self.sender is not None:
+            self.sender.finish()
+        self.channel.tell("result", state=state, message=message)
+
+    def prepare(self) -> None:
+        """Finds the run directory, or makes one on this machine and sends what is written there."""
+        run_dir, probe = Path(self.plan["run_dir"]), self.message.get("probe")
+        shared = probe is None or (run_dir / probe).exists()
+        if not shared:
+            make_run_dir(run_dir, self.message["files"])
+            self.sender = Sender(run_dir, self.channel.tell)
+        _open_log(run_dir, self.node["name"])
+        self.channel.tell("joined", host=socket.gethostname(), shared=shared)
 
     def run(self) -> str:
         """Sets the node up and runs its ranks; tells how that ended."""
-        _adopt(rank_environment(self.plan, self.node, secrets=self.secrets, environment=os.environ))
+        own = rank_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
+        _adopt({**self.message.get("passed", {}), **own})
         if self.plan["setup"] is not None:
             log = Path(self.plan["run_dir"], "logs", f"setup-{self.node['name']}.log")
             _adopt(run_setup(self.plan["setup"], cwd=self.node["cwd"], env=os.environ, log=log))
@@ -95,36 +143,29 @@ class _Agent:
 
     def _spec(self) -> Any:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
-        from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous
-        from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # that store would listen on every interface
-        num_nodes, limits = len(self.plan["nodes"]), self.plan["limits"]
-        if num_nodes == 1:  # torch waits up to 0.3 s so that nodes do not all come at once
-            setattr(dynamic_rendezvous, "_delay", lambda seconds: None)  # noqa: B010 (torch keeps it to itself)
-        parameters = RendezvousParameters(
-            backend="c10d",
-            endpoint=str(Path(self.plan["run_dir"], "private", "rendezvous")),
-            run_id=self.plan["run_id"],
-            min_nodes=num_nodes,
-            max_nodes=num_nodes,
-            local_addr=f"node{self.node['index']:04d}",  # only a name: torch ranks nodes in the order of these
-            store_type="file",
-            join_timeout=max(1, int(limits["join_timeout_s"])),
-        )
-        backend, store = create_backend(parameters)
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
+        near = self.joining.near
+        if isinstance(self.channel, FileLine):
+            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
+        if not near:
+            _share_cores(len(self.node["ranks"]))
         return WorkerSpec(
             role="rank",
             local_world_size=len(self.node["ranks"]),
-            rdzv_handler=dynamic_rendezvous.create_handler(store, backend, parameters),
+            rdzv_handler=self.joining.meet(),
             entrypoint=sys.executable,
             args=("-I", "-S", str(bootstrap.__file__), *map(escape, words)),
-            max_restarts=limits["max_restarts"],
+            max_restarts=self.plan["limits"]["max_restarts"],
             monitor_interval=0.1,
-            master_addr="127.0.0.1",
-            master_port=self.plan["port"],
+            master_addr="127.0.0.1" if near else None,
+            master_port=self.plan["meeting"]["port"] if near else None,
         )
+
+
+def _share_cores(num_ranks: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
 
 
 def _adopt(environment: Mapping[str, str]) -> None:
@@ -142,9 +183,8 @@ def escape(word: str) -> str:
     return word.replace("$", "$$")
 
 
-def _open_log(plan: Mapping[str, Any], name: str) -> None:
-    path = Path(plan["run_dir"], "logs", f"agent-{name}.log")
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+def _open_log(run_dir: Path, name: str) -> None:
+    log = os.open(run_dir / "logs" / f"agent-{name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -152,30 +192,44 @@ def _open_log(plan: Mapping[str, Any], name: str) -> None:
 
 def _told(agent: _Agent) -> None:
     try:
+        agent.prepare()
         state, message = agent.run(), ""
     except SetupError as error:
         state, message = "setup_failed", str(error)
+    except RendezvousError as error:
+        state, message = "rendezvous_failed", str(error)
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         late = type(error).__module__.startswith("torch.distributed.elastic.rendezvous")
         state, message = ("rendezvous_failed" if late else "error"), f"{type(error).__name__}: {error}"
-    agent.channel.tell("result", state=state, message=message)
+    agent.say_result(state, message)
+
+
+def _line(words: Sequence[str]) -> Line:
+    """Standard streams; or, given a run directory and the variable that holds a node's index, the run's folder."""
+    if not words:
+        return Channel()
+    run_dir, variable = words
+    return FileLine(step_folder(Path(run_dir)), int(os.environ[variable]))
 
 
 def main() -> None:
     """Runs one node; imports torch while the launcher is still reading the job."""
-    channel = Channel()
+    line = _line(sys.argv[1:])
     import meshwright.clusters.elastic  # noqa: F401
 
-    messages = channel.messages()
+    messages = line.messages()
     first = next(messages, None)
     if first is None:
         return
-    agent = _Agent(channel, first)
-    _open_log(agent.plan, agent.node["name"])
+    agent = _Agent(line, first)
+    if isinstance(line, FileLine):  # what started us signals us; by default that would end ranks without grace
+        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
+    if first["lost_after_s"] is not None:
+        Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()
     _told(agent)
     sys.stderr.flush()
     os._exit(0)  # torch's own threads and atexit hooks have nothing left to do

@@ -5,21 +5,21 @@ names in a plan; their values travel beside it, on the agent's standard input.
 """
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 __all__ = [
     "RUN_FILES",
-    "Cluster",
-    "Handle",
     "Limits",
+    "Meeting",
     "NodePlan",
     "Program",
     "Secret",
     "StartPlan",
     "StartRequest",
+    "Submission",
+    "identity",
     "log_name",
 ]
 
@@ -85,6 +85,34 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where the nodes of a run, and then its ranks, find each other.
+
+    Args:
+        host: name or address of the first node, as the others reach it; None on one machine, where a file and the
+            loopback interface do, and "first" where the cluster tells only later.
+        interface: of the first node that is listened on; "auto" is the one with that address.
+        port: nodes meet at; None is a free one of `ports`, on one machine any.
+        ports: first and last port that may be taken.
+        everywhere: listen on all interfaces.
+    """
+
+    host: str | None = None
+    interface: str = "auto"
+    port: int | None = None
+    ports: tuple[int, int] = (29400, 29999)
+    everywhere: bool = False
+
+    def __str__(self) -> str:
+        if self.host is None:
+            return f"{f'port {self.port}' if self.port else 'any free port'} on the loopback interface"
+        port = f"port {self.port}" if self.port else f"a free port of {self.ports[0]}-{self.ports[1]}"
+        where = f"interface {self.interface}" if self.interface != "auto" else "the interface with that address"
+        warned = "every interface (whoever reaches the port can join)" if self.everywhere else where
+        return f"{port} on {'the first node' if self.host == 'first' else self.host}, {warned}"
+
+
+@dataclass(frozen=True)
 class StartRequest:
     """What a launch asks of a cluster.
 
@@ -94,10 +122,13 @@ class StartRequest:
         run_dir: absolute run directory.
         program: what every rank runs.
         num_nodes: nodes, pretended ones on the local cluster.
-        ranks_per_node: a number, or "gpu", "cpu", "auto" for as many as a node has.
+        ranks_per_node: a number, or "gpu", "cpu", "auto" for as many as a node has; None deals `num_ranks` by what
+            each node takes.
+        num_ranks: of all nodes; None where only the machine can tell.
         gpus_per_node: GPUs that each node may use; None is all.
-        port: port of the ranks' store; None is any free one.
+        meeting: how nodes find each other, as far as the job says.
         limits: times and restarts.
+        warning: signal that ranks get some time before a queue ends them, and how long before in seconds.
     """
 
     name: str
@@ -105,23 +136,52 @@ class StartRequest:
     run_dir: Path
     program: Program
     num_nodes: int = 1
-    ranks_per_node: int | str = 1
+    ranks_per_node: int | str | None = 1
+    num_ranks: int | None = None
     gpus_per_node: int | None = None
-    port: int | None = None
+    meeting: Meeting = Meeting()
     limits: Limits = Limits()
+    warning: tuple[str, float] = ("USR2", 180.0)
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """What is started on one node: one agent, which starts these ranks."""
+    """What is started on one node: one agent, which starts these ranks.
+
+    Args:
+        name: of the node; a queue tells the real one later.
+        index: from 0.
+        ranks: global ranks.
+        cwd: current directory of ranks.
+        env: variables of ranks.
+        agent: exact words of the command that starts the agent.
+        argv: exact words of every rank's command.
+        logs: files of the ranks' output, relative to the run directory.
+    """
 
     name: str
     index: int
     ranks: tuple[int, ...]
     cwd: str
     env: Pairs
+    agent: tuple[str, ...]
     argv: tuple[str, ...]
     logs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What hands a run to a queue.
+
+    Args:
+        argv: exact words.
+        script: what they read on standard input.
+        step: exact words by which the run starts its agents, once it has its nodes.
+    """
+
+    argv: tuple[str, ...]
+    script: str
+    step: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -132,13 +192,13 @@ class StartPlan:
     name: str
     run_id: str
     run_dir: str
-    agent_argv: tuple[str, ...]
     inherit: tuple[str, ...]
     secrets: Pairs
     setup: str | None
-    port: int | None
+    meeting: Meeting
     limits: Limits
     nodes: tuple[NodePlan, ...]
+    submission: Submission | None = None
 
     @property
     def world_size(self) -> int:
@@ -161,53 +221,28 @@ class StartPlan:
             f"writes     {' '.join(RUN_FILES)}",
             f"restarts   at most {self.limits.max_restarts}; TERM, then KILL after {self.limits.shutdown_grace_s:g} s",
             *([] if self.limits.hang_s is None else [f"hang       {_hang(self.limits)}"]),
-            f"store      {'port ' + str(self.port) if self.port else 'any free port'} on the loopback interface",
+            f"store      {self.meeting}",
             f"inherits   {' '.join(self.inherit)}",
         ]
         head += [f"secret     {name}=*** ({source})" for name, source in self.secrets]
         if self.setup is not None:
             head += ["setup      once per node:", *(f"           | {line}" for line in self.setup.splitlines())]
-        return "\n".join([*head, *(line for node in self.nodes for line in self._lines(node))]) + "\n"
-
-    def _lines(self, node: NodePlan) -> list[str]:
-        return [
-            f"node {node.name}: ranks {', '.join(map(str, node.ranks))}",
-            f"  cwd      {node.cwd}",
-            *(f"  env      {shlex.quote(f'{name}={value}')}" for name, value in node.env),
-            f"  agent    {shlex.join(self.agent_argv)}",
-            f"  argv     {shlex.join(node.argv)}",
-            *(f"  log      {log}" for log in node.logs),
-        ]
+        if self.submission is not None:
+            script = [f"           | {line}" for line in self.submission.script.splitlines()]
+            head += [f"submit     {shlex.join(self.submission.argv)}", "script     on its standard input:", *script]
+            head += [f"step       {shlex.join(self.submission.step)}"]
+        return "\n".join([*head, *(line for node in self.nodes for line in _lines(node))]) + "\n"
 
 
-class Handle(Protocol):
-    """A started run, as a launcher sees it."""
-
-    def poll(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Events since the last call, waiting for one at most so long."""
-
-    def stop(self) -> None:
-        """Asks all ranks to end: TERM, and KILL after the grace of the plan."""
-
-    def kill(self) -> None:
-        """Ends everything of this run at once, also what its ranks left behind."""
-
-    @property
-    def done(self) -> bool:
-        """Whether no agent is left."""
-
-
-class Cluster(Protocol):
-    """Where ranks can be started."""
-
-    def plan(self, request: StartRequest) -> StartPlan:
-        """The exact start plan of a request; starts nothing."""
-
-    def check(self, plan: StartPlan) -> None:
-        """Raises where the plan could not be executed here and now."""
-
-    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
-        """Executes a plan."""
+def _lines(node: NodePlan) -> list[str]:
+    return [
+        f"node {node.name}: ranks {', '.join(map(str, node.ranks))}",
+        f"  cwd      {node.cwd}",
+        *(f"  env      {shlex.quote(f'{name}={value}')}" for name, value in node.env),
+        f"  agent    {shlex.join(node.agent)}",
+        f"  argv     {shlex.join(node.argv)}",
+        *(f"  log      {log}" for log in node.logs),
+    ]
 
 
 def log_name(rank: int, attempt: int = 0) -> str:
@@ -217,6 +252,19 @@ def log_name(rank: int, attempt: int = 0) -> str:
     ('logs/rank-3.log', 'logs/rank-3.attempt-1.log')
     """
     return f"logs/rank-{rank}.log" if attempt == 0 else f"logs/rank-{rank}.attempt-{attempt}.log"
+
+
+def identity(request: StartRequest, name: str, index: int) -> Pairs:
+    """Variables that tell a node's ranks where they are, in which run."""
+    limits = request.limits
+    hang = {"MESHWRIGHT_HANG_ACTION": limits.hang_action, "MESHWRIGHT_HANG_S": f"{limits.hang_s}"}
+    return (
+        *(hang.items() if limits.hang_s is not None else ()),
+        ("MESHWRIGHT_HOST", name),
+        ("MESHWRIGHT_NODE", str(index)),
+        ("MESHWRIGHT_RUN_DIR", str(request.run_dir)),
+        ("MESHWRIGHT_RUN_ID", request.run_id),
+    )
 
 
 def _hang(limits: Limits) -> str:

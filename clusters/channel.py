@@ -8,9 +8,19 @@ import os
 import sys
 from collections.abc import Iterator
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "Line"]
+
+
+class Line(Protocol):
+    """An agent's end of some line to its launcher."""
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What the launcher says, until it is gone."""
+
+    def tell(self, event: str, **fields: object) -> None:
+        """Sends one event."""
 
 
 class Channel:
@@ -39,6 +49,8 @@ class Channel:
         line = json.dumps({"event": event, **fields}) + "\n"
         with self._lock:
             try:
-                os.write(self._output, line.encode())
+                left = memoryview(line.encode())
+                while left:  # a pipe takes long lines in parts
+                    left = left[os.write(self._output, left) :]
             except OSError:
                 sys.stderr.write(f"nobody listens to: {line}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Condition, Thread
 
 __all__ = ["Death", "Deaths", "exit_code_of"]
@@ -92,6 +93,16 @@ class Deaths:
                 os.killpg(self.pids[rank], number)
                 os.killpg(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
 
+    def warn(self, number: signal.Signals) -> list[int]:
+        """Signals the ranks that have a handler for it, which would kill the others; tells which."""
+        with self._changed:
+            living = [rank for rank in self.pids if rank not in self._dead]
+        able = [rank for rank in living if _catches(self.pids[rank], number)]
+        for rank in able:
+            with suppress(ProcessLookupError):
+                os.kill(self.pids[rank], number)
+        return able
+
     def kill_groups(self) -> None:
         """Kills what is left of every rank's process group; call before anything reaps them."""
         with self._changed:
@@ -104,6 +115,15 @@ class Deaths:
         """Waits until all are dead; tells whether they are."""
         with self._changed:
             return self._changed.wait_for(lambda: self.all_dead, timeout_s)
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, by the mask the kernel shows."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        mask = int(next(line for line in lines if line.startswith("SigCgt:")).split()[1], 16)
+        return bool(mask >> (number - 1) & 1)
+    return False
 
 
 def _wait(pid: int) -> int:

@@ -58,6 +58,7 @@ class NodeAgent(LocalElasticAgent):
         self._attempt = -1
         self._run_id, self._node, self._tell = run_id, node, tell
         self._grace_s: float = limits["shutdown_grace_s"]
+        self._leaving = False
         self._stops_hanging = limits["hang_s"] is not None and limits["hang_action"] == "dump_and_stop"
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -91,10 +92,16 @@ class NodeAgent(LocalElasticAgent):
         if not (self.deaths.failed or self.deaths.all_dead):
             return RunResult(state=WorkerState.HEALTHY)
         self.end_ranks()
-        if self._stops_hanging and self.deaths.ended_with(EXIT_CODE):
+        if self._leaving or (self._stops_hanging and self.deaths.ended_with(EXIT_CODE)):
             self._remaining_restarts = 0
         result: RunResult = super()._monitor_workers(worker_group)
         return result
+
+    def leave(self, number: signal.Signals) -> None:
+        """Warns ranks that this node will be taken away; who ends from now on is not started again."""
+        self._leaving = True
+        if self.deaths is not None:
+            self.deaths.warn(number)
 
     def end_ranks(self) -> None:
         """Ends all ranks of this node and whatever they started: TERM, a wait, KILL."""

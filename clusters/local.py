@@ -1,24 +1,19 @@
 """This machine as a cluster: one agent, or one per pretended node, each with its share of ranks and GPUs."""
 
-import json
 import os
-import selectors
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, log_name
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.errors import RendezvousError, UnavailableError
-from meshwright.clusters.spawn import AGENT_ARGV, end_agent, spawn_agent
-from meshwright.clusters.sweep import sweep
+from meshwright.clusters.pipes import PipeHandle
+from meshwright.clusters.spawn import AGENT_ARGV, spawn_agent
 
-__all__ = ["LocalCluster", "LocalHandle", "Machine", "check_port", "plan_local", "this_machine"]
+__all__ = ["LocalCluster", "Machine", "check_port", "plan_local", "this_machine"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,8 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
             ranks=(ranks := tuple(range(index * per_node, (index + 1) * per_node))),
             cwd=str(request.program.workdir),
             env=_environment(request, machine, num_ranks=per_node * len(names), gpus=share[index] if share else None)
-            + _identity(request, name, index),
+            + identity(request, name, index),
+            agent=AGENT_ARGV,
             argv=request.program.argv,
             logs=tuple(log_name(rank) for rank in ranks),
         )
@@ -77,11 +73,10 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
         name=request.name,
         run_id=request.run_id,
         run_dir=str(request.run_dir),
-        agent_argv=AGENT_ARGV,
         inherit=request.program.inherit,
         secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
         setup=request.program.setup,
-        port=request.port,
+        meeting=replace(request.meeting, host=None),
         limits=request.limits,
         nodes=tuple(nodes),
     )
@@ -97,18 +92,6 @@ def _environment(
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return tuple(sorted((env | dict(request.program.env)).items()))
-
-
-def _identity(request: StartRequest, name: str, index: int) -> tuple[tuple[str, str], ...]:
-    limits = request.limits
-    hang = {"MESHWRIGHT_HANG_ACTION": limits.hang_action, "MESHWRIGHT_HANG_S": f"{limits.hang_s}"}
-    return (
-        *(hang.items() if limits.hang_s is not None else ()),
-        ("MESHWRIGHT_HOST", name),
-        ("MESHWRIGHT_NODE", str(index)),
-        ("MESHWRIGHT_RUN_DIR", str(request.run_dir)),
-        ("MESHWRIGHT_RUN_ID", request.run_id),
-    )
 
 
 def _gpus_of_nodes(request: StartRequest, machine: Machine) -> list[tuple[str, ...]] | None:
@@ -128,6 +111,8 @@ def _gpus_of_nodes(request: StartRequest, machine: Machine) -> list[tuple[str, .
 
 def _ranks_per_node(request: StartRequest, machine: Machine, share: Sequence[tuple[str, ...]] | None) -> int:
     asked = request.ranks_per_node
+    if asked is None:
+        asked = (request.num_ranks or request.num_nodes) // request.num_nodes
     if isinstance(asked, int):
         return asked
     gpus = len(share[0]) if share is not None else len(machine.gpus)
@@ -173,77 +158,14 @@ class LocalCluster:
         Raises:
             RendezvousError: when it names a port that is taken.
         """
-        if plan.port is not None:
-            check_port(plan.port)
+        if plan.meeting.port is not None:
+            check_port(plan.meeting.port)
 
-    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "LocalHandle":
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
         """Executes a plan: one agent per node, each told its part."""
         agents = {}
         for node in plan.nodes:
             agent = self._warm if self._warm is not None and self._warm.poll() is None else spawn_agent()
             self._warm = None
             agents[node.name] = agent
-        return LocalHandle(plan, agents, secrets)
-
-
-class LocalHandle:
-    """Agents of this machine and their events."""
-
-    def __init__(
-        self, plan: StartPlan, agents: Mapping[str, "subprocess.Popen[bytes]"], secrets: Mapping[str, str]
-    ) -> None:
-        self._plan = plan
-        self._agents = dict(agents)
-        self._rest = dict.fromkeys(agents, b"")
-        self._selector = selectors.DefaultSelector()
-        for node in plan.nodes:
-            agent = self._agents[node.name]
-            assert agent.stdout is not None, node.name
-            self._selector.register(agent.stdout, selectors.EVENT_READ, node.name)
-            self._say(node.name, {"plan": asdict(plan), "node": node.index, "secrets": dict(secrets)})
-
-    def _say(self, name: str, message: Mapping[str, Any]) -> None:
-        pipe = self._agents[name].stdin
-        assert pipe is not None, name
-        if pipe.closed:
-            return
-        left = memoryview(json.dumps(message).encode() + b"\n")
-        with suppress(OSError):  # a dead agent is found by its end of output
-            while left:
-                left = left[pipe.write(left) or 0 :]
-
-    @property
-    def done(self) -> bool:
-        """Whether no agent is left."""
-        return not self._selector.get_map()
-
-    def poll(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Events since the last call; an agent that is gone gives a last one, {"event": "gone", "code": ...}."""
-        events = []
-        for key, _ in self._selector.select(timeout_s):
-            name = key.data
-            data = os.read(key.fd, 1 << 16)
-            if data:
-                *lines, self._rest[name] = (self._rest[name] + data).split(b"\n")
-                events += [{"node": name, **json.loads(line)} for line in lines]
-            else:
-                self._selector.unregister(key.fileobj)
-                events.append({"node": name, "event": "gone", "code": self._agents[name].wait()})
-                end_agent(self._agents[name])
-        return events
-
-    def stop(self) -> None:
-        """Asks all agents to end their ranks: TERM, then KILL after the plan's grace."""
-        for name in self._agents:
-            self._say(name, {"command": "stop"})
-
-    def kill(self) -> None:
-        """Kills everything of this run at once, and what it left behind."""
-        for name, agent in self._agents.items():
-            self._say(name, {"command": "kill"})
-            try:
-                agent.wait(3.0)
-            except subprocess.TimeoutExpired:
-                agent.send_signal(signal.SIGKILL)
-                agent.wait()
-        sweep(self._plan.run_id)
+        return PipeHandle(plan, agents, secrets)

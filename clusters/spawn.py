@@ -5,10 +5,23 @@ Nothing but the standard library is imported here: it is the launcher's first ac
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
-__all__ = ["AGENT_ARGV", "end_agent", "spawn_agent"]
+__all__ = ["AGENT_ARGV", "AGENT_WORDS", "end_agent", "end_warm", "keep_warm", "spawn_agent", "warm_agent", "words_for"]
 
-AGENT_ARGV = (sys.executable, "-u", "-m", "meshwright.clusters.agent")
+AGENT_WORDS = ("-u", "-m", "meshwright.clusters.agent")
+"""Words that follow the interpreter."""
+
+AGENT_ARGV = (sys.executable, *AGENT_WORDS)
+
+
+def words_for(python: str, argv: Sequence[str]) -> tuple[str, ...]:
+    """The words of a command where this interpreter is another one.
+
+    >>> words_for("/opt/python", [sys.executable, "-u", "a.py"]), words_for("/opt/python", ["./a.out"])
+    (('/opt/python', '-u', 'a.py'), ('./a.out',))
+    """
+    return (python, *argv[1:]) if argv and argv[0] == sys.executable else tuple(argv)
 
 
 def spawn_agent() -> subprocess.Popen[bytes]:
@@ -19,6 +32,25 @@ def spawn_agent() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         AGENT_ARGV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, bufsize=0
     )
+
+
+_KEPT: "list[subprocess.Popen[bytes]]" = []
+
+
+def keep_warm() -> None:
+    """Starts an agent for whoever asks first."""
+    _KEPT.append(spawn_agent())
+
+
+def warm_agent() -> "subprocess.Popen[bytes] | None":
+    """The agent that is kept; it stays the keeper's to end."""
+    return _KEPT[0] if _KEPT else None
+
+
+def end_warm() -> None:
+    """Ends what is kept."""
+    while _KEPT:
+        end_agent(_KEPT.pop())
 
 
 def end_agent(agent: "subprocess.Popen[bytes]") -> None:

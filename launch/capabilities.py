@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 
-__all__ = ["LOCAL", "Gap", "check_capabilities"]
+__all__ = ["GAPS", "Gap", "check_capabilities"]
 
 
 @dataclass(frozen=True)
@@ -28,40 +28,60 @@ class Gap:
     harmless: tuple[Any, ...] = ()
 
 
-LOCAL = (
+_ALL = (
     Gap("sweep", "launch once per value with --set"),
     Gap("after", "launch one job after the other"),
     Gap("health", "remove it"),
     Gap("binding", "remove it, or write none", ("none",)),
-    Gap("resources", "remove it; cluster.gpus_per_node says which GPUs a pretended node has"),
     Gap("nodes.min", "write a number of nodes"),
     Gap("nodes.max", "write a number of nodes"),
     Gap("rendezvous.backend", "remove it", ("c10d",)),
-    Gap("rendezvous.interface", "remove it: ranks of one machine meet on loopback", ("auto", "lo")),
-    Gap("rendezvous.port_range", "remove it: `port: auto` takes any free port; or name one `port`"),
-    Gap("rendezvous.bind", "remove it", ("interface",)),
     Gap("failure.backoff", "remove it: restarts come at once"),
     Gap("failure.retry_on", "remove it: every failure is retried up to max_restarts"),
     Gap("failure.no_retry_on", "remove it: every failure is retried up to max_restarts"),
     Gap("failure.stop_after_no_progress", "remove it"),
-    Gap("failure.exclude_bad_nodes", "remove it: there is one machine"),
-    Gap("checkpoint.signal", "remove it: nothing ends a local job early"),
-    Gap("checkpoint.lead", "remove it: nothing ends a local job early"),
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
-"""What the local cluster does not act on."""
+_UNWARNED = (
+    Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
+    Gap("checkpoint.lead", "remove it: nothing ends such a job early"),
+)
+GAPS = {
+    "local": (
+        *_ALL,
+        *_UNWARNED,
+        Gap("resources", "remove it; cluster.gpus_per_node says which GPUs a pretended node has"),
+        Gap("rendezvous.interface", "remove it: ranks of one machine meet on loopback", ("auto", "lo")),
+        Gap("rendezvous.port_range", "remove it: `port: auto` takes any free port; or name one `port`"),
+        Gap("rendezvous.bind", "remove it", ("interface",)),
+        Gap("failure.exclude_bad_nodes", "remove it: there is one machine"),
+    ),
+    "ssh": (
+        *_ALL,
+        *_UNWARNED,
+        Gap("resources", "remove it; the `gpus` of a host say how many its ranks may use"),
+        Gap("failure.exclude_bad_nodes", "take the host out of cluster.hosts"),
+    ),
+    "slurm": (
+        *_ALL,
+        Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
+        Gap("failure.exclude_bad_nodes", "name the nodes in cluster.exclude"),
+    ),
+}
+"""Type of cluster -> what it does not act on."""
 
 
-def check_capabilities(loaded: LoadedJob, gaps: tuple[Gap, ...] = LOCAL, cluster: str = "local") -> None:
+def check_capabilities(loaded: LoadedJob) -> None:
     """Refuses a job that asks for what its cluster cannot do.
 
     Raises:
         JobError: with the place of every such key.
     """
+    cluster = loaded.job.cluster.type
     problems = [
         Problem(loaded.where(key), key, f"the {cluster} cluster does not act on {gap.key} yet; {gap.instead}")
-        for key, gap in _asked(loaded, gaps)
+        for key, gap in _asked(loaded, GAPS[cluster])
     ]
     if problems:
         raise JobError(problems)

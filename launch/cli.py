@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 from meshwright.parallel.errors import MeshwrightError
 
 if TYPE_CHECKING:
-    from subprocess import Popen
-
     import typer
 
 __all__ = ["COMMANDS", "build_app", "main"]
@@ -25,6 +23,10 @@ COMMANDS = {
     "verify": "meshwright.launch.commands.verify",
     "show": "meshwright.launch.commands.show",
     "simulate": "meshwright.launch.commands.simulate",
+    "ps": "meshwright.launch.commands.ps",
+    "logs": "meshwright.launch.commands.logs",
+    "attach": "meshwright.launch.commands.attach",
+    "cancel": "meshwright.launch.commands.cancel",
 }
 """Command -> module with a function of that name; imported when it is wanted."""
 
@@ -52,13 +54,9 @@ def _group() -> None:
     """Distributed training from one YAML file."""
 
 
-def _warm(words: Sequence[str]) -> "Popen[bytes] | None":
-    """An agent for a launch that will need one."""
-    if len(words) < 2 or words[0] != "launch" or {"--dry-run", "--help"} & set(words):
-        return None
-    from meshwright.clusters.spawn import spawn_agent
-
-    return spawn_agent()
+def _starts_ranks(words: Sequence[str]) -> bool:
+    """Whether a launch will need an agent of this machine, as far as its words tell."""
+    return len(words) >= 2 and words[0] == "launch" and not {"--dry-run", "--help", "--detach"} & set(words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,9 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; None takes those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    warm = _warm(words)
+    if _starts_ranks(words):
+        from meshwright.clusters.spawn import keep_warm
+
+        keep_warm()
     try:
-        return _run(words, warm)
+        return _run(words)
     except MeshwrightError as error:
         sys.stderr.write(f"meshwright: {error}\n")
         return int(getattr(error, "exit_code", _BAD_JOB))
@@ -83,17 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(_bug(error))
         return _INTERNAL
     finally:
-        if warm is not None:
-            from meshwright.clusters.spawn import end_agent
+        if _starts_ranks(words):
+            from meshwright.clusters.spawn import end_warm
 
-            end_agent(warm)
+            end_warm()
 
 
-def _run(words: list[str], warm: "Popen[bytes] | None") -> int:
+def _run(words: list[str]) -> int:
     names = [words[0]] if words and words[0] in COMMANDS else list(COMMANDS)
     app = build_app(names)
     try:
-        code = app(words, standalone_mode=False, obj=warm)
+        code = app(words, standalone_mode=False)
     except Exception as error:
         show = getattr(error, "show", None)  # what typer raises for a command line that it cannot read
         if show is None:

@@ -116,11 +116,13 @@ class Verdict:
 
     Attributes:
         hang: where nothing moved any more, who was behind and where everybody stood.
+        only_lost: whether that rank only lost its connection to another, or got SIGTERM from somebody.
     """
 
     first: Blame | None
     victims: tuple[Blame, ...] = ()
     hang: str = ""
+    only_lost: bool = False
 
     @property
     def reason(self) -> str:
@@ -190,7 +192,7 @@ def judge(
     if first is None:
         return Verdict(None, tuple(case.victim() for case in sorted(bad, key=_Case.order)))
     others = sorted((case for case in bad if case is not first), key=_Case.order)
-    return Verdict(first.culprit(), tuple(case.victim() for case in others))
+    return Verdict(first.culprit(), tuple(case.victim() for case in others), only_lost=first.was_taken_along)
 
 
 def _before(first: "_Case | None", hang: HangRecord) -> bool:
@@ -235,6 +237,11 @@ class _Case:
     @property
     def failed_by_itself(self) -> bool:
         return not self.lost and (self.record is not None or not self.end.ended_by_us)
+
+    @property
+    def was_taken_along(self) -> bool:
+        """Whether it only lost its connection, or was asked to end by somebody else than us."""
+        return self.lost or self.end.code == -signal.SIGTERM
 
     @property
     def raised(self) -> bool:

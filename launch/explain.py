@@ -58,6 +58,9 @@ def known_keys(model: type[BaseModel], location: Location) -> list[str]:
     """
     blocks: list[type[BaseModel]] = [model]
     for part in location:
+        if isinstance(part, str) and part.startswith("<"):  # the tag of a union: one of several blocks
+            blocks = [block for block in blocks if part.strip("<>") in _types(block)] or blocks
+            continue
         annotations = [
             field.annotation
             for block in blocks
@@ -73,6 +76,11 @@ def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _blocks(argument)
+
+
+def _types(block: type[BaseModel]) -> tuple[object, ...]:
+    """What `type:` of a block may be, of blocks that are told apart by it."""
+    return get_args(block.model_fields["type"].annotation) if "type" in block.model_fields else ()
 
 
 def _explain_one(each: Any, root: Node, model: type[BaseModel]) -> Iterable[Found]:

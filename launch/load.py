@@ -3,6 +3,7 @@
 Every problem of a file is reported at once, in the order of the file.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # pydantic and PyYAML are imported when the first job is read
 __all__ = ["CLUSTERS_FILE", "LoadedJob", "load_job"]
 
 CLUSTERS_FILE = "clusters.yaml"
-"""Looked for beside the job."""
+"""Looked for beside the job, then in the user's configuration (~/.config/meshwright)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def load_job(path: Path | str, overrides: Sequence[str] = (), clusters_file: Pat
     Args:
         path: the YAML file.
         overrides: "dotted.key=value", applied in order before the job is checked.
-        clusters_file: where named clusters are described; by default clusters.yaml beside the job.
+        clusters_file: where named clusters are described; by default clusters.yaml beside the job, then the user's.
 
     Raises:
         JobError: with every problem found, each with its position.
@@ -143,20 +144,32 @@ def _with_cluster(root: Table, path: Path, clusters_file: Path | str | None) -> 
     node = root.nodes.get("cluster")
     if not isinstance(node, Scalar) or not isinstance(node.value, str):
         return root, []
-    file = Path(clusters_file) if clusters_file else path.parent / CLUSTERS_FILE
     known: dict[str, Node] = {}
     problems: list[Found] = []
-    if clusters_file or file.exists():
-        known, problems = _clusters(file)
+    files = [Path(clusters_file)] if clusters_file else [each for each in _cluster_files(path) if each.exists()]
+    for file in files:
+        found, wrong = _clusters(file)
+        problems += wrong
+        known = found | known
+        if node.value in known:
+            break
     if node.value in known:
-        found: Node = known[node.value]
-    else:
-        found = Table({}, {}, node.mark)  # the local cluster with its defaults
-        if node.value != "local":
-            place = f" in {file}" if file.exists() else f": there is no {file}"
-            message = f"no cluster {node.value!r}{place}; {nearest(node.value, [*known, 'local'])}"
-            problems.append((node.mark, "cluster", message))
-    return Table({**root.nodes, "cluster": found}, root.marks, root.mark), problems
+        return _replaced(root, known[node.value]), problems
+    if node.value != "local":
+        place = f" in {' or '.join(map(str, files))}" if files else f": there is no {path.parent / CLUSTERS_FILE}"
+        message = f"no cluster {node.value!r}{place}; {nearest(node.value, [*known, 'local'])}"
+        problems.append((node.mark, "cluster", message))
+    return _replaced(root, Table({}, {}, node.mark)), problems  # the local cluster with its defaults
+
+
+def _replaced(root: Table, cluster: Node) -> Table:
+    return Table({**root.nodes, "cluster": cluster}, root.marks, root.mark)
+
+
+def _cluster_files(path: Path) -> tuple[Path, Path]:
+    """Where named clusters are described: beside the job, and for all jobs of this user."""
+    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return path.parent / CLUSTERS_FILE, settings / "meshwright" / CLUSTERS_FILE
 
 
 def _clusters(file: Path) -> tuple[dict[str, Node], list[Found]]:

@@ -1,6 +1,7 @@
 """The reference page of job files, made from the JSON Schema: an example, then one table per block."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,17 +60,22 @@ def reference_page(schema: Mapping[str, Any], example: str) -> str:
 def _sections(schema: Mapping[str, Any], found: Mapping[str, Any], path: str) -> Iterator[str]:
     for reference in _references(found):
         block = schema["$defs"][reference]
-        yield f"### `{path}`\n\n{block['description']}\n\n{_table(schema, block, path)}"
+        yield f"### `{path}`{_type_of(reference)}\n\n{block['description']}\n\n{_table(schema, block, path)}"
         for name, inner in block["properties"].items():
             yield from _sections(schema, inner, f"{path}.{name}")
+
+
+def _type_of(reference: str) -> str:
+    """What tells blocks of one key apart in their titles: " (ssh)" of SshCluster."""
+    kind = reference.rpartition("/")[2].removesuffix("Cluster")
+    return f" ({kind.lower()})" if reference.endswith("Cluster") else ""
 
 
 def _references(found: Mapping[str, Any]) -> list[str]:
     if "$ref" in found:
         return [found["$ref"].rpartition("/")[2]]
     inner = [*found.get("anyOf", ()), *found.get("oneOf", ())]
-    if isinstance(found.get("additionalProperties"), dict):
-        inner.append(found["additionalProperties"])
+    inner += [found[key] for key in ("additionalProperties", "items") if isinstance(found.get(key), dict)]
     return [name for each in inner for name in _references(each)]
 
 
@@ -103,7 +109,8 @@ def _words(found: Mapping[str, Any], path: str) -> str:
     if alternatives:
         return " or ".join(dict.fromkeys(_words(each, path) for each in alternatives if each != {"type": "null"}))
     if "$ref" in found:
-        return f"[block](#{_anchor(path)})"
+        kind = _type_of(found["$ref"])
+        return f"[block{kind}](#{_anchor(path + kind)})"
     if "const" in found:
         return f"`{found['const']}`"
     if "enum" in found:
@@ -138,4 +145,4 @@ def _bounds(found: Mapping[str, Any]) -> str:
 
 
 def _anchor(path: str) -> str:
-    return path.replace(".", "").lower()
+    return re.sub(r"[^a-z0-9_ -]", "", path.lower()).replace(" ", "-")

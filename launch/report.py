@@ -84,24 +84,37 @@ def outcome_of(
         interrupts: signals the launcher got.
         times_s: when the launch began and ended, in seconds since 1970.
     """
-    word, code, reason = "failed", int(Exit.INTERNAL), "the agents ended without a word"
     nodes = [(node, told) for node, told in state.results.items() if told[0] in _NODE_CODES]
+    lost = bool(state.lost) and (verdict.first is None or verdict.only_lost)
     if interrupts:
-        word, code = "interrupted", 128 + interrupts[0]
-        reason = f"the launcher got {signal.Signals(interrupts[0]).name}"
-    elif nodes:
-        node, (kind, message) = nodes[0]
-        code, reason = int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
-    elif verdict.first is not None:
-        code, reason = verdict.first.exit_code, verdict.reason
-    elif state.lost:
-        node, status = next(iter(state.lost.items()))
-        code, reason = int(Exit.UNAVAILABLE), f"the agent of {node} died ({_status(status)}); its ranks were ended"
-    elif len(state.results) == len(state.plan.nodes) and not state.over:
-        word, code, reason = "succeeded", 0, ""
-    if nodes and not interrupts:
+        code, reason = 128 + interrupts[0], f"the launcher got {signal.Signals(interrupts[0]).name}"
+        return Outcome(state.plan.run_id, "interrupted", code, verdict, reason, state.attempt + 1, *times_s)
+    word, code, reason = _failure(state, verdict, nodes=nodes, lost=lost)
+    if nodes or lost:
         verdict = Verdict(None)  # no rank is to blame for what its node could not do
     return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s)
+
+
+def _failure(
+    state: RunState, verdict: Verdict, *, nodes: Sequence[tuple[str, tuple[str, str]]], lost: bool
+) -> tuple[str, int, str]:
+    if nodes:
+        node, (kind, message) = nodes[0]
+        return "failed", int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
+    if lost:
+        return ("failed", *_lost(state))
+    if verdict.first is not None:
+        return "failed", verdict.first.exit_code, verdict.reason
+    if len(state.results) == len(state.plan.nodes) and not state.over:
+        return "succeeded", 0, ""
+    return "failed", int(Exit.INTERNAL), "the agents ended without a word"
+
+
+def _lost(state: RunState) -> tuple[int, str]:
+    """The first node that went without a word, in the words of a cluster that knows why."""
+    node, status = next(iter(state.lost.items()))
+    died = f"the agent of {node} died ({_status(status)}); its ranks were ended"
+    return state.causes.get(node, (int(Exit.UNAVAILABLE), died))
 
 
 def _status(status: int) -> str:

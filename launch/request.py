@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from meshwright.clusters.base import Limits, Program, Secret, StartRequest
+from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
@@ -72,11 +72,26 @@ def request_of(
         run_dir=run_dir_of(loaded, run_id, base),
         program=_program(loaded, run_id, environment if reveal else None),
         num_nodes=job.num_nodes,
-        ranks_per_node=job.nproc_per_node or job.mesh.world_size // job.num_nodes,
-        gpus_per_node=job.cluster.gpus_per_node,
-        port=job.rendezvous.port if isinstance(job.rendezvous.port, int) else None,
+        ranks_per_node=job.nproc_per_node,
+        num_ranks=job.num_ranks,
+        gpus_per_node=_gpus_per_node(loaded),
+        meeting=_meeting(loaded),
         limits=_limits(loaded),
+        warning=(job.checkpoint.signal, job.checkpoint.lead),
     )
+
+
+def _gpus_per_node(loaded: LoadedJob) -> int | None:
+    cluster, asked = loaded.job.cluster, loaded.job.resources.gpus_per_node
+    if cluster.type == "ssh" or asked is not None:
+        return asked
+    return cluster.gpus_per_node
+
+
+def _meeting(loaded: LoadedJob) -> Meeting:
+    asked = loaded.job.rendezvous
+    port = asked.port if isinstance(asked.port, int) else None
+    return Meeting("first", asked.interface, port, asked.port_range, asked.bind == "any")
 
 
 def _limits(loaded: LoadedJob) -> Limits:

@@ -31,7 +31,7 @@ def job_schema() -> dict[str, Any]:
     cluster = made["properties"]["cluster"]
     made["properties"]["cluster"] = {
         "description": cluster["description"],
-        "anyOf": [{"type": "string"}, {"$ref": cluster["$ref"]}],
+        "anyOf": [{"type": "string"}, *cluster["oneOf"]],
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "meshwright job", **made}
 

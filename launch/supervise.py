@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
-from meshwright.clusters.base import Handle, StartPlan
+from meshwright.clusters.base import StartPlan
+from meshwright.clusters.contract import Handle
 from meshwright.launch.exits import Exit, RankEnd
 
 __all__ = ["Interrupts", "RunState", "supervise"]
@@ -53,6 +54,8 @@ class RunState:
         ends: of the newest attempt, rank -> how it ended.
         results: node -> (state, message) of its agent's last word.
         lost: node -> exit status of an agent that died without one.
+        causes: node of those -> exit code and words of a cluster that knows more.
+        apart: nodes that do not share the run directory.
     """
 
     plan: StartPlan
@@ -61,6 +64,8 @@ class RunState:
     ends: dict[int, RankEnd] = field(default_factory=dict)
     results: dict[str, tuple[str, str]] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
+    causes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
@@ -75,6 +80,10 @@ class RunState:
             self.results[node] = (event["state"], event.get("message", ""))
         elif kind == "gone" and node not in self.results:
             self.lost[node] = event["code"]
+            if "message" in event:
+                self.causes[node] = (event["exit_code"], event["message"])
+        elif kind == "joined" and not event["shared"]:
+            self.apart.append(node)
 
     def _begin(self, attempt: int, time_unix_s: float) -> None:
         if attempt > self.attempt:

@@ -1,7 +1,10 @@
 """What holds for every test: GPU tests need a GPU, and no module is imported under two names."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,6 +16,10 @@ hypothesis.settings.load_profile("meshwright")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks of a test share few cores; more threads only fight
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# what launches of tests leave for `meshwright ps` is not the user's
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="meshwright-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 FOLDERS = ("parallel", "moe", "launch", "clusters")
 

@@ -9,10 +9,10 @@ __all__ = ["launch"]
 
 
 def launch(
-    context: typer.Context,
     job: Annotated[Path, typer.Argument(help="The job file.")],
     *,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file's own.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Come back as soon as the run is on its way.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and start nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     run_id: Annotated[str | None, typer.Option("--run-id", help="Name of this run's directory.")] = None,
@@ -24,5 +24,5 @@ def launch(
     from meshwright.launch.launch import LaunchOptions
     from meshwright.launch.launch import launch as run
 
-    options = LaunchOptions(job, tuple(overrides or ()), run_id, dry_run, as_json)
-    raise typer.Exit(run(options, warm=context.obj))
+    options = LaunchOptions(job, tuple(overrides or ()), run_id, dry_run, as_json, detach)
+    raise typer.Exit(run(options))

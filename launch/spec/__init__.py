@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from meshwright.launch.spec.clusters import LocalCluster as LocalCluster
+    from meshwright.launch.spec.clusters import SlurmCluster as SlurmCluster
+    from meshwright.launch.spec.clusters import SshCluster as SshCluster
     from meshwright.launch.spec.conduct import Backoff as Backoff
     from meshwright.launch.spec.conduct import Checkpoint as Checkpoint
     from meshwright.launch.spec.conduct import Failure as Failure
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
     from meshwright.launch.spec.data import Data as Data
     from meshwright.launch.spec.health import Health as Health
     from meshwright.launch.spec.job import Job as Job
-    from meshwright.launch.spec.machines import LocalCluster as LocalCluster
     from meshwright.launch.spec.machines import NodeRange as NodeRange
     from meshwright.launch.spec.machines import Rendezvous as Rendezvous
     from meshwright.launch.spec.machines import Resources as Resources
@@ -39,13 +41,16 @@ __all__ = [
     "Rendezvous",
     "Resources",
     "Secret",
+    "SlurmCluster",
+    "SshCluster",
     "Sweep",
     "Train",
 ]
 
 _HOMES = {
     **dict.fromkeys(("Backoff", "Checkpoint", "Failure", "Logs", "Secret", "Sweep"), "conduct"),
-    **dict.fromkeys(("LocalCluster", "NodeRange", "Rendezvous", "Resources"), "machines"),
+    **dict.fromkeys(("NodeRange", "Rendezvous", "Resources"), "machines"),
+    **dict.fromkeys(("LocalCluster", "SlurmCluster", "SshCluster"), "clusters"),
     **dict.fromkeys(("Model", "Parallel", "Train"), "training"),
     "Data": "data",
     "Health": "health",

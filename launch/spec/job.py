@@ -101,7 +101,7 @@ class Job(Conduct, Placement, Training, Program):
         """Number of nodes; of an elastic job the largest."""
         if isinstance(self.nodes, NodeRange):
             return self.nodes.max
-        return self.nodes or self.cluster.simulate_nodes
+        return self.nodes or self.cluster.default_nodes
 
     @property
     def ranks_per_node(self) -> int | None:
@@ -114,6 +114,10 @@ class Job(Conduct, Placement, Training, Program):
     @property
     def num_ranks(self) -> int | None:
         """Number of ranks of all nodes; None where only the machine can tell."""
+        if self.nproc_per_node is None and any(self.cluster.slots):
+            if self.model is not None or self.mesh.world_size > 1:
+                return self.mesh.world_size
+            return sum(slots or 1 for slots in self.cluster.slots[: self.num_nodes])
         return None if self.ranks_per_node is None else self.num_nodes * self.ranks_per_node
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Field, Tag
 
 from meshwright.launch.spec.block import BY_KIND, Block, Count, Duration, Line, Listed, Size
+from meshwright.launch.spec.clusters import Cluster, LocalCluster
 
-__all__ = ["Cores", "LocalCluster", "NodeRange", "Placement", "Rendezvous", "Resources"]
+__all__ = ["Cores", "NodeRange", "Placement", "Rendezvous", "Resources"]
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Nodes = Annotated[Annotated[Count, Tag("<integer>")] | Annotated["NodeRange", Tag("<mapping>")], BY_KIND]
@@ -19,16 +19,6 @@ Binding = Annotated[
     BY_KIND,
 ]
 PortChoice = Annotated[Annotated[Port, Tag("<integer>")] | Annotated[Literal["auto"], Tag("<text>")], BY_KIND]
-
-
-OTHER_CLUSTERS = ("ssh", "slurm", "mpi", "ray", "kubernetes")
-
-
-def _known_cluster(value: object) -> object:
-    if isinstance(value, dict) and value.get("type") in OTHER_CLUSTERS:
-        message = f"cluster type '{value['type']}' is not in this version of meshwright; it has: local"
-        raise PydanticCustomError("job_rules", message, {"problems": [("type", message)]})
-    return value
 
 
 class NodeRange(Block):
@@ -58,27 +48,16 @@ class Rendezvous(Block):
     """How the ranks of a job find each other."""
 
     backend: Literal["c10d", "static"] = Field(default="c10d", description="torchrun's rendezvous backend.")
-    interface: Line = Field(default="auto", description="Network interface of the store, or auto.")
-    port: PortChoice = Field(default="auto", description="Port of the store, or auto: a free one of `port_range`.")
+    interface: Line = Field(default="auto", description="Network interface nodes meet on, or auto.")
+    port: PortChoice = Field(default="auto", description="Port nodes meet at, or auto: a free one of `port_range`.")
     port_range: Annotated[tuple[Port, Port], Field(strict=False)] = Field(
-        default=(29400, 29999), description="First and last port that auto may take."
+        default=(29400, 29999),
+        description="First and last port that auto, and the store of ranks of several machines, may take.",
     )
     join_timeout: Duration = Field(default=600.0, description="How long to wait for all nodes to join.")
     bind: Literal["interface", "any"] = Field(
         default="interface",
         description="Listen on that interface only, or on any (anyone who reaches the port can join).",
-    )
-
-
-class LocalCluster(Block):
-    """This machine, the embedded default."""
-
-    type: Literal["local"] = Field(default="local", description="Kind of cluster; this version has local.")
-    simulate_nodes: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=1, description="Pretended nodes that the ranks of this machine are split into."
-    )
-    gpus_per_node: Annotated[int, Field(ge=0, le=1024)] | None = Field(
-        default=None, description="GPUs each pretended node may use; 0 keeps ranks on CPU; by default all there are."
     )
 
 
@@ -90,7 +69,8 @@ class Placement(Block):
     )
     nodes: Nodes | None = Field(
         default=None,
-        description="Number of nodes, or {min, max}; by default `cluster.simulate_nodes` (1 unless set).",
+        description="Number of nodes, or {min, max}; by default what the cluster says: its `simulate_nodes` or `nodes` "
+        "(1 unless set), or the number of its `hosts`.",
     )
     nproc_per_node: RanksPerNode | None = Field(
         default=None,
@@ -99,7 +79,7 @@ class Placement(Block):
     resources: Resources = Field(default_factory=Resources, description="What each node must have.")
     binding: Binding = Field(default="none", description="Cores of a rank: none, numa, socket, or {cores: [...]}.")
     rendezvous: Rendezvous = Field(default_factory=Rendezvous, description="How ranks find each other.")
-    cluster: Annotated[LocalCluster, BeforeValidator(_known_cluster)] = Field(
+    cluster: Cluster = Field(
         default_factory=LocalCluster,
         description="Where to run: a name in clusters.yaml, or the cluster's own block.",
     )

@@ -10,6 +10,7 @@ from meshwright.parallel.legal import check_layout
 from meshwright.parallel.pipeline.choose import complaints
 
 if TYPE_CHECKING:
+    from meshwright.launch.spec.clusters import LocalCluster, SlurmCluster, SshCluster
     from meshwright.launch.spec.job import Job
 
 __all__ = ["OWNED_VARIABLES", "broken_rules"]
@@ -106,21 +107,55 @@ def _lengths(job: "Job") -> Iterator[Broken]:
 
 
 def _nodes(job: "Job") -> Iterator[Broken]:
-    nodes, simulated = job.nodes, job.cluster.simulate_nodes
-    if isinstance(nodes, NodeRange):
-        if nodes.min > nodes.max:
-            yield "nodes.min", f"nodes.min={nodes.min} is more than nodes.max={nodes.max}"
-        if nodes.max > simulated:
-            yield "nodes.max", _too_many(nodes.max, simulated)
-    elif nodes is not None and nodes != simulated:
-        yield "nodes", _too_many(nodes, simulated)
+    nodes = job.nodes
+    if isinstance(nodes, NodeRange) and nodes.min > nodes.max:
+        yield "nodes.min", f"nodes.min={nodes.min} is more than nodes.max={nodes.max}"
+    most, key = (nodes.max, "nodes.max") if isinstance(nodes, NodeRange) else (nodes, "nodes")
+    if most is None or job.cluster.type == "slurm":
+        return
+    have = job.cluster.default_nodes
+    if most > have or (most < have and job.cluster.type == "local" and key == "nodes"):
+        yield key, _too_many(most, job.cluster)
 
 
-def _too_many(nodes: int, simulated: int) -> str:
-    return (
-        f"nodes={nodes}, but the local cluster has {simulated} pretended node{'s' if simulated > 1 else ''}; "
-        f"set cluster.simulate_nodes: {nodes}"
-    )
+def _hosts(job: "Job") -> Iterator[Broken]:
+    """Hosts that do not fit each other, or the ranks that they are to take."""
+    if job.cluster.type != "ssh":
+        return
+    slots, names = job.cluster.slots, [host.name for host in job.cluster.hosts]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield f"cluster.hosts.{index}.name", f"{name} is listed before; give it more slots there"
+    if any(slots) and not all(slots):
+        yield "cluster.hosts", "some hosts say their slots and some do not; give all of them slots, or none"
+    if job.nproc_per_node in ("gpu", "cpu", "auto"):
+        yield "nproc_per_node", f"{job.nproc_per_node} is for the local cluster; say the slots of each host instead"
+    if all(slots):
+        yield from _slots(job, dict(zip(names, (each or 1 for each in slots), strict=True)))
+
+
+def _slots(job: "Job", slots: dict[str, int]) -> Iterator[Broken]:
+    used, per_node = dict(list(slots.items())[: job.num_nodes]), job.nproc_per_node
+    small = [name for name, each in used.items() if isinstance(per_node, int) and per_node > each]
+    have, ranks = sum(used.values()), job.num_ranks
+    if small:
+        yield "nproc_per_node", f"nproc_per_node={per_node} is more than the slots of {', '.join(small)}"
+    elif per_node is None and ranks is not None and have < ranks:
+        yield (
+            "parallel",
+            f"the mesh ({job.mesh}) has {ranks} ranks, but the {len(used)} hosts have {have} slots; "
+            "give them more, add hosts, or make the mesh smaller",
+        )
+
+
+def _too_many(nodes: int, cluster: "LocalCluster | SshCluster | SlurmCluster") -> str:
+    have = cluster.default_nodes
+    if cluster.type == "local":
+        return (
+            f"nodes={nodes}, but the local cluster has {have} pretended node{'s' if have > 1 else ''}; "
+            f"set cluster.simulate_nodes: {nodes}"
+        )
+    return f"nodes={nodes}, but cluster.hosts has {have}; add hosts, or ask for fewer nodes"
 
 
 def _ranks(job: "Job") -> Iterator[Broken]:
@@ -139,7 +174,7 @@ def _ranks(job: "Job") -> Iterator[Broken]:
             f"({job.mesh}) has {ranks}; {_fix(ranks, nodes, per_node)}, "
             f"or make the product of the axes {nodes * per_node}",
         )
-    elif per_node is None and ranks % nodes:
+    elif per_node is None and ranks % nodes and not any(job.cluster.slots):
         yield "parallel", f"the mesh ({job.mesh}) has {ranks} ranks, which {nodes} nodes cannot share evenly"
 
 
@@ -237,6 +272,7 @@ _RULES: tuple[Callable[["Job"], Iterator[Broken]], ...] = (
     _tokenizer,
     _lengths,
     _nodes,
+    _hosts,
     _ranks,
     _step,
     _stages,

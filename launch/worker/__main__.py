@@ -24,7 +24,7 @@ def main() -> int:
     """Trains; returns the exit code."""
     run_dir = Path(os.environ.get("MESHWRIGHT_RUN_DIR", "."))
     try:
-        _train(run_dir)
+        return _train(run_dir)
     except BaseException as error:
         _record(run_dir, error)
         if isinstance(error, MeshwrightError):
@@ -32,7 +32,6 @@ def main() -> int:
         else:
             traceback.print_exc()
         return exit_code_of(error)
-    return 0
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -46,19 +45,28 @@ def exit_code_of(error: BaseException) -> int:
     return 74 if isinstance(error, OSError) and error.errno in _FULL else 1
 
 
-def _train(run_dir: Path) -> None:
+def _train(run_dir: Path) -> int:
     job = json.loads((run_dir / "job.json").read_text())
     from meshwright.launch.spec.job import Job
+    from meshwright.launch.worker.leave import LEFT
     from meshwright.launch.worker.train import build_training
-    from meshwright.parallel.collectives import start_ranks, stop_ranks, world
+    from meshwright.parallel.collectives import gather_integers, start_ranks, stop_ranks, world
 
     loaded = Job.model_validate(job)
     import torch
 
     device = torch.device("cuda", world().local_rank) if torch.cuda.is_available() else torch.device("cpu")
     start_ranks(_meeting_place(run_dir), device=device.type)
-    build_training(loaded, run_dir, device=device, say=_say).run()
+    training = build_training(loaded, run_dir, device=device, say=_say)
+    training.run()
+    if training.checkpoints.leave.decided:
+        gather_integers(0)  # the first rank to leave ends the others: all have saved by now
     stop_ranks()
+    return (
+        LEFT
+        if training.checkpoints.leave.decided and training.step < (loaded.train.steps if loaded.train else 0)
+        else 0
+    )
 
 
 def _meeting_place(run_dir: Path) -> str | None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from meshwright.launch.worker.errors import CheckpointError
+from meshwright.launch.worker.leave import Leave
 from meshwright.launch.worker.rng import capture_random_states, restore_random_states
 from meshwright.launch.worker.snapshots import (
     Snapshot,
@@ -61,6 +62,7 @@ class Checkpoints:
         world_size: number of ranks.
         agree: gathers one integer per rank, in rank order; also a barrier.
         say: where messages for people go.
+        leave: whether the nodes will be taken away, so that it is time to save.
     """
 
     directory: Path
@@ -69,6 +71,7 @@ class Checkpoints:
     world_size: int
     agree: Callable[[int], list[int]]
     say: Callable[[str], None]
+    leave: Leave = field(default_factory=Leave)
 
     def save(self, model: Stateful, step: int, facts: Mapping[str, Any], curve: list[dict[str, Any]]) -> Path:
         """Writes the checkpoint of a step on all ranks; on return of rank 0 it is whole on the disk.

@@ -16,6 +16,7 @@ from meshwright.launch.worker.checkpoint import Checkpoints
 from meshwright.launch.worker.errors import CheckpointError
 from meshwright.launch.worker.example import example_batch
 from meshwright.launch.worker.experts import ExpertLoads
+from meshwright.launch.worker.leave import Leave
 from meshwright.launch.worker.measure import Meter
 from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line
 from meshwright.launch.worker.model import build_model
@@ -172,7 +173,7 @@ class Training:
         last = self.metrics.history[-1] if self.metrics.history else {}
         if done and "validation_loss" not in last and last.get("event") != "end":
             self._validate()
-        if self.job.checkpoint.every_steps is not None:
+        if self.job.checkpoint.every_steps is not None or self.checkpoints.leave.decided:
             self._save()
         if last.get("event") != "end":
             seconds = round(time.monotonic() - self.started_s, 3)
@@ -181,7 +182,7 @@ class Training:
             with patience("plotting"):
                 self._plot()
         if not done:
-            self.say(f"stopped at step {self.step} after train.stop_after; launch again to go on")
+            self.say(f"stopped at step {self.step} {_why(self.checkpoints.leave)}")
 
     def _plot(self) -> None:
         path = self.files.run_dir / "loss.png"
@@ -218,6 +219,8 @@ class Training:
         return every is not None and self.step % every == 0
 
     def _out_of_time(self) -> bool:
+        if self.checkpoints.leave(gather_integers):
+            return True
         limit_s = self.job.train.stop_after if self.job.train is not None else None
         if limit_s is None:
             return False
@@ -286,6 +289,10 @@ def _checkpoints(job: Job, model: ParallelModel, say: Callable[[str], None]) -> 
         agree=gather_integers,
         say=say,
     )
+
+
+def _why(leave: Leave) -> str:
+    return "since the nodes are wanted back" if leave.decided else "after train.stop_after; launch again to go on"
 
 
 def _silent(line: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.clusters.base import Limits, Program, Secret, StartRequest
+from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.errors import RendezvousError, UnavailableError
 from meshwright.clusters.local import LocalCluster, Machine, check_port, plan_local, this_machine
 
@@ -26,7 +26,7 @@ REQUEST = StartRequest(
     num_nodes=2,
     ranks_per_node=2,
     gpus_per_node=1,
-    port=29500,
+    meeting=Meeting("first", port=29500),
     limits=Limits(max_restarts=3, shutdown_grace_s=120.0),
 )
 MACHINE = Machine(host="box", cores=8, gpus=("0", "1"))
@@ -149,6 +149,6 @@ def test_a_port_that_is_taken_is_found_before_anything_starts() -> None:
         with pytest.raises(RendezvousError, match=f"port {port}") as caught:
             check_port(port)
         with pytest.raises(RendezvousError):
-            LocalCluster().check(plan_local(replace(REQUEST, port=port), MACHINE))
+            LocalCluster().check(plan_local(replace(REQUEST, meeting=Meeting(port=port)), MACHINE))
     assert caught.value.exit_code == 76
     check_port(port)

@@ -12,7 +12,12 @@ from tests.house.tree import FOLDERS, PACKAGE, ROOT, imports, modules
 
 MODULES = modules()
 FLOORS = {"parallel": 0, "moe": 1, "clusters": 2, "launch": 3}
-NEEDS_TORCH = ("meshwright.clusters.agent", "meshwright.clusters.elastic", "meshwright.launch.worker")
+NEEDS_TORCH = (
+    "meshwright.clusters.agent",
+    "meshwright.clusters.elastic",
+    "meshwright.clusters.rendezvous",
+    "meshwright.launch.worker",
+)
 IMPORT_BUDGET_S = 0.150
 
 

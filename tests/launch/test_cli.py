@@ -43,7 +43,7 @@ def test_a_dry_run_needs_no_secrets_writes_nothing_and_ends_well(
 def test_a_bug_is_70_and_its_traceback_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(words: list[str], warm: object) -> int:
+    def broken(words: list[str]) -> int:
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(cli, "_run", broken)

@@ -71,8 +71,9 @@ TRAINING = "name: a\nmodel: {architecture: llama}\ndata: {files: python-stdlib}\
         ),
         (PROGRAM + "name: c\n", "job.yaml:3:1: name: duplicate key, first written at line 1; keep one of them"),
         (
-            PROGRAM + "cluster: {type: slurm, partition: gpu}\n",
-            "job.yaml:3:17: cluster.type: cluster type 'slurm' is not in this version of meshwright; it has: local",
+            PROGRAM + "cluster: {type: ray, address: auto}\n",
+            "job.yaml:3:17: cluster.type: cluster type 'ray' is not in this version of meshwright; it has: local, "
+            "ssh, slurm",
         ),
         (
             "name: a\n",

@@ -57,7 +57,7 @@ def test_a_loaded_job_knows_what_the_user_wrote(tmp_path: Path) -> None:
 
 
 def test_a_named_cluster_is_looked_up_beside_the_job(tmp_path: Path) -> None:
-    clusters = "clusters:\n  box: {type: local, simulate_nodes: 2}\n  far: {type: slurm}\n"
+    clusters = "clusters:\n  box: {type: local, simulate_nodes: 2}\n  far: {type: ray}\n"
     loaded = load(tmp_path, PROGRAM + "cluster: box\n", clusters)
     assert loaded.job.cluster.simulate_nodes == 2
     assert loaded.where("cluster.simulate_nodes") == f"{tmp_path}/clusters.yaml:2:22"
@@ -68,6 +68,22 @@ def test_clusters_can_lie_elsewhere(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     loaded = load(tmp_path, PROGRAM + "cluster: box\n", "clusters: {box: {simulate_nodes: 3}}\n", file)
     assert loaded.job.cluster.simulate_nodes == 3
+
+
+def test_a_cluster_of_the_user_is_found_from_everywhere_and_one_beside_the_job_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    (tmp_path / "settings/meshwright").mkdir(parents=True)
+    mine = tmp_path / "settings/meshwright/clusters.yaml"
+    mine.write_text("clusters: {box: {simulate_nodes: 3}, other: {simulate_nodes: 4}}\n")
+    assert load(tmp_path, PROGRAM + "cluster: box\n").job.num_nodes == 3
+    (tmp_path / "clusters.yaml").write_text("clusters: {box: {simulate_nodes: 2}}\n")
+    assert load(tmp_path, PROGRAM + "cluster: box\n").job.num_nodes == 2
+    assert load(tmp_path, PROGRAM + "cluster: other\n").job.num_nodes == 4
+    assert "in clusters.yaml or settings/meshwright/clusters.yaml; did you mean" in refused(
+        tmp_path, PROGRAM + "cluster: bux\n"
+    )
 
 
 def test_local_needs_no_file_of_clusters(tmp_path: Path) -> None:
@@ -87,9 +103,19 @@ def test_local_needs_no_file_of_clusters(tmp_path: Path) -> None:
             "",
             "job.yaml:7:10: cluster: no cluster 'box': there is no clusters.yaml; choose from: local",
         ),
-        ("box", "clusters: {box: {type: slurm}}\n", "clusters.yaml:1:24: cluster.type: cluster type 'slurm' is not in"),
+        ("box", "clusters: {box: {type: ray}}\n", "clusters.yaml:1:24: cluster.type: cluster type 'ray' is not in"),
+        ("box", "clusters: {box: {type: slrum}}\n", "cluster.type: no cluster type 'slrum'; did you mean 'slurm'"),
+        ("box", "clusters: {box: {type: slurm, hosts: [a]}}\n", "cluster.hosts: unknown key 'hosts'; choose from"),
+        ("box", "clusters: {box: {type: ssh}}\n", "job.yaml:7:1: cluster.hosts: required key is missing; add `hosts:`"),
+        (
+            "box",
+            "clusters: {box: {type: ssh, hosts: [{name: -oX}]}}\n",
+            "cluster.hosts.0.name: expected a host's name of letters",
+        ),
+        ("box", "clusters: {box: {type: slurm, srun: {export: A}}}\n", "export follows from the job or has a key"),
         ("box", "clusters: {box: {simulate_node: 2}}\n", "clusters.yaml:1:18: cluster.simulate_node: unknown key"),
         ("box", "clusters: [box]\n", "clusters.yaml:1:11: clusters: expected a mapping of names, got a list"),
+        ("box", "clusters: {box: {type: ssh, hosts: []}}\n", "cluster.hosts: expected at least one host, got a list"),
         ("box", "cluster: {box: {}}\n", "clusters.yaml:1:1: expected one key `clusters:`"),
         ("box", "clusters: {box: {}, box: {}}\n", "clusters.yaml:1:21: clusters.box: duplicate key"),
         ("box", "clusters: {box: 3}\n", "clusters.yaml:1:17: cluster: expected a mapping, got 3"),

@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
 from meshwright.clusters.local import Machine, plan_local
-from meshwright.launch.exits import Blame, Verdict
+from meshwright.launch.exits import Blame, Verdict, judge
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 
@@ -97,6 +97,26 @@ def test_a_node_that_fails_without_a_rank_has_its_own_code(event: dict[str, Any]
     assert (found.exit_code, found.state) == (code, "failed")
     assert words in str(found)
     assert handle.calls[0] == "stop"
+
+
+@pytest.mark.parametrize("code", [1, -15])
+def test_a_lost_node_outweighs_ranks_that_it_took_along(code: int) -> None:
+    last = "RuntimeError: Connection closed by peer" if code > 0 else ""
+    told = {**gone("node1", 255), "exit_code": 77, "message": "host node1: its key is unknown"}
+    state, _ = follow(end("node0", 0, code), told)
+    traceback = f"Traceback (most recent call last):\n{last}" if last else ""
+    verdict = judge(state.ends.values(), tails={0: traceback})
+    found = outcome_of(state, verdict, [], times_s=(0, 1))
+    assert (found.exit_code, found.reason) == (77, "host node1: its key is unknown")
+    own = judge(state.ends.values(), tails={0: "Traceback (most recent call last):\nKeyError: 'a'"})
+    if code > 0:
+        assert outcome_of(state, own, [], times_s=(0, 1)).exit_code == 1
+
+
+def test_nodes_that_do_not_share_the_run_directory_are_noted() -> None:
+    joined = [{"event": "joined", "node": f"node{index}", "shared": index == 0} for index in (0, 1)]
+    state, _ = follow(*joined)
+    assert state.apart == ["node1"]
 
 
 def test_a_signal_to_the_launcher_outweighs_what_it_caused() -> None:

@@ -1,0 +1,187 @@
+"""Agents that a queue starts: their line to the launcher of the run is a folder that all nodes share.
+
+start.json       plan, secrets and key; for this user only, removed at the end
+command.jsonl    what the launcher says        node-N.jsonl    what agents say
+alive            touched by the launcher; agents end when that stops
+"""
+
+import json
+import os
+import secrets as tokens
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from meshwright.clusters.base import StartPlan
+from meshwright.clusters.sweep import sweep
+
+__all__ = ["FileLine", "StepHandle", "step_folder"]
+
+_LOOK_S = 0.1
+_ALIVE_S = 10.0
+_LOST_AFTER_S = 120.0  # attributes of files on network file systems can be a minute old
+_KILL_WAIT_S = 5.0
+
+
+def step_folder(run_dir: Path) -> Path:
+    """Where the line of the newest start of a run lies."""
+    return run_dir / "private" / "step"
+
+
+class _Tail:
+    """Whole lines that were added to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                data = file.read()
+        except OSError:
+            return []
+        whole, _, _ = data.rpartition(b"\n")
+        self._at += len(whole) + 1 if whole else 0
+        return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def _append(path: Path, message: Mapping[str, Any]) -> None:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    held = os.open(path, flags, 0o600)
+    try:
+        os.write(held, json.dumps(message).encode() + b"\n")
+    finally:
+        os.close(held)
+
+
+class FileLine:
+    """An agent's end.
+
+    Args:
+        folder: of the step.
+        node: index of the agent's node.
+    """
+
+    def __init__(self, folder: Path, node: int) -> None:
+        self._folder, self._node = folder, node
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """The plan, then what the launcher says, for ever."""
+        try:
+            start = json.loads((self._folder / "start.json").read_text())
+        except OSError as error:
+            raise SystemExit(
+                f"meshwright: node {self._node} does not see {self._folder}: {error.strerror}; a run directory on "
+                "Slurm must lie on a file system that all nodes share: set logs.dir"
+            ) from error
+        yield {**start, "node": self._node, "lost_after_s": _LOST_AFTER_S}
+        commands, touched = _Tail(self._folder / "command.jsonl"), 0.0
+        while True:
+            yield from commands.read()
+            with suppress(OSError):
+                now = (self._folder / "alive").stat().st_mtime
+                if now != touched:
+                    touched = now
+                    yield {"command": "alive"}
+            time.sleep(_LOOK_S)
+
+    def tell(self, event: str, **fields: object) -> None:
+        """Sends one event; a folder that is gone is no error, silence deals with it."""
+        with suppress(OSError):
+            _append(self._folder / f"node-{self._node}.jsonl", {"event": event, **fields})
+
+
+class StepHandle:
+    """Agents that one command starts on all nodes, such as srun.
+
+    Args:
+        plan: what is started, with the real names of nodes.
+        secrets: values of the plan's secrets.
+        words: the command.
+        warning: gives the name of a signal once ranks are to be warned by it.
+    """
+
+    def __init__(
+        self, plan: StartPlan, secrets: Mapping[str, str], *, words: Sequence[str], warning: Callable[[], str | None]
+    ) -> None:
+        self._plan, self._warning = plan, warning
+        self._folder = step_folder(Path(plan.run_dir))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+        start = {"plan": asdict(plan), "secrets": dict(secrets), "key": tokens.token_hex(32)}
+        _append(self._folder / "start.json", start)
+        self._tails = {node.name: _Tail(self._folder / f"node-{node.index}.jsonl") for node in plan.nodes}
+        self._left = set(self._tails)
+        self._warned, self._alive_s, self._ended = False, 0.0, False
+        self._late: list[dict[str, Any]] = []
+        self._touch()
+        self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _touch(self) -> None:
+        if time.monotonic() - self._alive_s > _ALIVE_S:
+            self._alive_s = time.monotonic()
+            (self._folder / "alive").touch(mode=0o600)
+
+    def _say(self, command: str, **fields: object) -> None:
+        _append(self._folder / "command.jsonl", {"command": command, **fields})
+
+    @property
+    def done(self) -> bool:
+        """Whether no agent is left."""
+        return self._ended and not self._late
+
+    def poll(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Events since the last call, waiting for one at most so long."""
+        self._touch()
+        number = self._warning()
+        if number is not None and not self._warned:
+            self._warned = True
+            self._say("leave", signal=number)
+        end_s = time.monotonic() + timeout_s
+        found, self._late = self._late, []
+        while not self._ended:
+            code = self._process.poll()  # before the last look, so that nothing is missed
+            found += self._look()
+            if code is not None:
+                self._ended = True
+                found += [{"node": name, "event": "gone", "code": code} for name in sorted(self._left)]
+            if found or time.monotonic() >= end_s:
+                break
+            time.sleep(min(_LOOK_S, timeout_s))
+        return found
+
+    def _look(self) -> list[dict[str, Any]]:
+        found = [{**event, "node": name} for name, tail in self._tails.items() for event in tail.read()]
+        for event in found:
+            if event["event"] == "meeting":
+                self._say("meet", address=event["address"], port=event["port"])
+            elif event["event"] == "result":
+                self._left.discard(event["node"])
+        return found
+
+    def stop(self) -> None:
+        """Asks all agents to end their ranks: TERM, then KILL after the plan's grace."""
+        self._say("stop")
+
+    def kill(self) -> None:
+        """Ends everything of this run at once, and takes what was secret away."""
+        if not self._ended:
+            self._say("kill")
+            end_s = time.monotonic() + _KILL_WAIT_S
+            while not self._ended and time.monotonic() < end_s:
+                self._late += self.poll(0.1)
+        for end in (self._process.terminate, self._process.kill):
+            if self._process.poll() is None:
+                end()
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_KILL_WAIT_S)
+        if not self._ended:
+            self._late += self.poll(0.1)
+        sweep(self._plan.run_id)
+        (self._folder / "start.json").unlink(missing_ok=True)

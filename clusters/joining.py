@@ -1,0 +1,85 @@
+"""How one node's agent comes to the meeting of its run: as the only machine, as the first of several, or as another."""
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from meshwright.clusters.errors import RendezvousError
+from meshwright.clusters.network import interface_of, own_address, way_to
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.api import RendezvousHandler
+
+__all__ = ["Joining"]
+
+
+class Joining:
+    """One node's way to the others.
+
+    Args:
+        message: the first one of the launcher, with plan, node and key.
+        tell: sends an event to the launcher.
+    """
+
+    def __init__(self, message: Mapping[str, Any], tell: Callable[..., None]) -> None:
+        self._message, self._tell = message, tell
+        self._plan: Mapping[str, Any] = message["plan"]
+        self._node: Mapping[str, Any] = self._plan["nodes"][message["node"]]
+        self.told: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
+        """Where the first node listens, once the launcher says it."""
+
+    @property
+    def near(self) -> bool:
+        """Whether all nodes are on this machine."""
+        return self._plan["meeting"]["host"] is None
+
+    def meet(self) -> "RendezvousHandler":
+        """torch's rendezvous of this run.
+
+        Raises:
+            RendezvousError: when the first node has no address to listen on, or cannot be reached.
+        """
+        if self.near:
+            from meshwright.clusters.rendezvous import meet_by_file
+
+            return meet_by_file(self._plan, self._node["index"])
+        return self._meet_others()
+
+    def _meet_others(self) -> "RendezvousHandler":
+        from meshwright.clusters.rendezvous import Place, meet_by_store
+
+        meeting = self._plan["meeting"]
+        ports, everywhere = tuple(meeting["ports"]), meeting["everywhere"]
+        if self._node["index"] == 0:
+            place = Place(own_address(meeting["interface"], self._names()), ports, everywhere=everywhere)
+            store = place.listen(meeting["port"])
+            self._tell("meeting", address=place.address, port=store.port)
+        else:
+            found = self._where()
+            place = Place(found["address"], ports, everywhere=everywhere)
+            store = place.join(found["port"])
+        _use_interface(meeting["interface"], place.address)
+        key = bytes.fromhex(self._message["key"])
+        return meet_by_store(self._plan, self._node["index"], place=place, store=store, key=key)
+
+    def _where(self) -> Mapping[str, Any]:
+        timeout_s = self._plan["limits"]["join_timeout_s"]
+        try:
+            return self.told.get(timeout=timeout_s)
+        except Empty:
+            raise RendezvousError(f"the first node did not say within {timeout_s:g} s where it listens") from None
+
+    def _names(self) -> list[str]:
+        """What others may call this node: as planned, its name, as the launcher reached it, its own idea."""
+        reached = os.environ.get("SSH_CONNECTION", "").split()[2:3]
+        return [self._plan["meeting"]["host"], self._node["name"], *reached, socket.gethostname()]
+
+
+def _use_interface(interface: str, address: str) -> None:
+    """Lets ranks talk over the interface on which the first node is reached; the job's own words win."""
+    found = interface if interface != "auto" else interface_of(way_to(address))
+    if found is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={found}")

@@ -1,0 +1,276 @@
+"""Slurm as a queue: one batch job per run, whose first node has the launcher and whose step starts an agent per node.
+
+Nothing goes through `--export`: commas split its values. The script on sbatch's standard input holds two lines, and
+neither it nor any argv nor the environment of the job holds a secret; those lie in a file for this user only.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submission, identity, log_name
+from meshwright.clusters.contract import Job
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.spawn import AGENT_WORDS, words_for
+
+__all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "node_names", "plan_slurm", "requeue"]
+
+SECRETS_FILE = "private/secrets.json"
+"""Values of secrets between submission and end, relative to the run directory."""
+
+_COMMAND_TIMEOUT_S = 60.0
+_LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What is asked of Slurm.
+
+    Args:
+        words: further options of sbatch, long name -> value, empty for none.
+        step: further options of srun.
+        time_s: limit; None is the partition's.
+        cores_per_rank: cores of every rank.
+        cores_per_node: cores of every node; None follows from the ranks.
+        requeue: queue again after a preemption.
+        python: interpreter on the nodes.
+    """
+
+    words: Mapping[str, str] = field(default_factory=dict)
+    step: Mapping[str, str] = field(default_factory=dict)
+    time_s: float | None = None
+    cores_per_rank: int = 1
+    cores_per_node: int | None = None
+    requeue: bool = True
+    python: str = sys.executable
+
+
+def plan_slurm(request: StartRequest, options: SlurmOptions) -> StartPlan:
+    """The exact start plan on Slurm; pure. Slurm names the nodes when they are there.
+
+    Raises:
+        UnavailableError: for a number of ranks that only the nodes could tell.
+    """
+    program, ranks = request.program, _ranks_per_node(request)
+    agent = (options.python, *AGENT_WORDS, str(request.run_dir), "SLURM_NODEID")
+    argv = words_for(options.python, program.argv)
+    nodes = [_node(request, index, ranks, words=(agent, argv)) for index in range(request.num_nodes)]
+    cores = options.cores_per_node or ranks * options.cores_per_rank
+    return StartPlan(
+        cluster="slurm",
+        name=request.name,
+        run_id=request.run_id,
+        run_dir=str(request.run_dir),
+        inherit=program.inherit,
+        secrets=tuple((secret.name, secret.source) for secret in program.secrets),
+        setup=program.setup,
+        meeting=replace(request.meeting, host="first"),
+        limits=request.limits,
+        nodes=tuple(nodes),
+        submission=Submission(
+            argv=_sbatch(request, options, cores),
+            script=f"#!/bin/sh\nexec {shlex.join(_launcher(request, options))}\n",
+            step=_srun(request, options, cores) + agent,
+        ),
+    )
+
+
+def _node(request: StartRequest, index: int, ranks: int, *, words: tuple[tuple[str, ...], tuple[str, ...]]) -> NodePlan:
+    """One node, by the words of its agent and of its ranks."""
+    name, mine = f"node{index}", tuple(range(index * ranks, (index + 1) * ranks))
+    warned = ("MESHWRIGHT_SAVE_SIGNAL", request.warning[0])
+    return NodePlan(
+        name=name,
+        index=index,
+        ranks=mine,
+        cwd=str(request.program.workdir),
+        env=(*request.program.env, *identity(request, name, index), warned),
+        agent=words[0],
+        argv=words[1],
+        logs=tuple(log_name(rank) for rank in mine),
+    )
+
+
+def _ranks_per_node(request: StartRequest) -> int:
+    if isinstance(request.ranks_per_node, str):
+        raise UnavailableError(
+            f"nproc_per_node: {request.ranks_per_node}: nobody knows the nodes before Slurm has chosen them; "
+            "write a number"
+        )
+    return request.ranks_per_node or (request.num_ranks or request.num_nodes) // request.num_nodes
+
+
+def _launcher(request: StartRequest, options: SlurmOptions) -> tuple[str, ...]:
+    return (options.python, "-u", "-m", "meshwright.launch.batch", str(request.run_dir))
+
+
+def _sbatch(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[str, ...]:
+    run_dir = str(request.run_dir).replace("%", "%%")  # sbatch has a use for it in names of files
+    name, lead_s = request.warning
+    words = {
+        "job-name": request.name,
+        "nodes": str(request.num_nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(cores),
+        "chdir": "/",
+        "output": f"{run_dir}/launcher.log",
+        "open-mode": "append",
+        "signal": f"B:{name}@{min(65535, math.ceil(lead_s))}",
+        "requeue" if options.requeue else "no-requeue": "",
+    }
+    if options.time_s is not None:
+        words["time"] = _time(options.time_s)
+    if request.gpus_per_node is not None:
+        words["gpus-per-node"] = str(request.gpus_per_node)
+    return ("sbatch", "--parsable", *_flags(words | dict(options.words)))
+
+
+def _srun(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[str, ...]:
+    words = {
+        "nodes": str(request.num_nodes),
+        "ntasks": str(request.num_nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(cores),  # which steps do not take over from the job since 22.05
+        "kill-on-bad-exit": "1",
+        "mpi": "none",
+    }
+    return ("srun", *_flags(words | dict(options.step)))
+
+
+def _flags(words: Mapping[str, str]) -> list[str]:
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in words.items()]
+
+
+def _time(seconds: float) -> str:
+    """Days-hours:minutes:seconds.
+
+    >>> _time(90000.0), _time(59.5)
+    ('1-01:00:00', '0-00:01:00')
+    """
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours // 24}-{hours % 24:02d}:{minutes:02d}:{rest:02d}"
+
+
+class SlurmQueue:
+    """Slurm, through the commands of this machine.
+
+    Args:
+        options: what is asked of it.
+    """
+
+    def __init__(self, options: SlurmOptions | None = None) -> None:
+        self._options = options or SlurmOptions()
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        """The exact start plan of a request; submits nothing."""
+        return plan_slurm(request, self._options)
+
+    def check(self, plan: StartPlan) -> None:
+        """Lets Slurm look at the job without taking it.
+
+        Raises:
+            UnavailableError: when there is no Slurm here, or it could never run the job.
+        """
+        assert plan.submission is not None, "made by plan"
+        first, *rest = plan.submission.argv
+        kept = [word for word in rest if word != "--parsable"]
+        done = _command([first, "--test-only", *kept], text=plan.submission.script)
+        if done.returncode:
+            raise UnavailableError(f"Slurm does not take this job: {_said(done)}; see `cluster`, `nodes`, `resources`")
+
+    def submit(self, plan: StartPlan, secrets: Mapping[str, str]) -> str:
+        """Hands a plan over; returns Slurm's id of the job.
+
+        Raises:
+            UnavailableError: when Slurm does not take it.
+        """
+        assert plan.submission is not None, "made by plan"
+        path = Path(plan.run_dir, SECRETS_FILE)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(dict(secrets), file)
+        hidden = set(secrets.values())
+        env = {name: value for name, value in os.environ.items() if value not in hidden}
+        done = _command(plan.submission.argv, text=plan.submission.script, env=env)
+        found = re.match(r"[0-9]+", done.stdout)
+        if done.returncode or found is None:
+            path.unlink()
+            raise UnavailableError(f"Slurm did not take this job: {_said(done)}")
+        return found.group()
+
+    def status(self, job: str) -> Job:
+        """What Slurm says of a job; it needs no accounting."""
+        done = _command(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r"])
+        if done.returncode and "Invalid job id" not in done.stderr:
+            return Job("unknown", _said(done))
+        state, _, reason = done.stdout.strip().partition("|")
+        detail = f"{state} ({reason})" if reason not in ("", "None") else state
+        kind = "running" if state in _LIVE else "pending" if state in _WAITING else "gone"
+        return Job(kind, detail)
+
+    def cancel(self, job: str) -> None:
+        """Ends a job, or takes it out of the queue.
+
+        Raises:
+            UnavailableError: when Slurm cannot.
+        """
+        done = _command(["scancel", job])
+        if done.returncode:
+            raise UnavailableError(f"scancel {job}: {_said(done)}")
+
+
+def _command(
+    words: Sequence[str], text: str = "", env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    if shutil.which(words[0]) is None:
+        raise UnavailableError(f"cluster: there is no `{words[0]}` on PATH; launch where Slurm's commands are")
+    return subprocess.run(
+        words, input=text, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, env=env, check=False
+    )
+
+
+def _said(done: "subprocess.CompletedProcess[str]") -> str:
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return " / ".join(lines[-3:]) or f"{done.args[0]} ended with code {done.returncode}"
+
+
+def node_names(node_list: str) -> list[str]:
+    """Names of the nodes of a job, from Slurm's short form."""
+    done = _command(["scontrol", "show", "hostnames", node_list])
+    if done.returncode:
+        raise UnavailableError(f"scontrol show hostnames: {_said(done)}")
+    return done.stdout.split()
+
+
+def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:
+    """A plan with the real names of its nodes.
+
+    Raises:
+        UnavailableError: when there are too few.
+    """
+    if len(names) < len(plan.nodes):
+        raise UnavailableError(f"Slurm gave {len(names)} nodes ({', '.join(names)}), the job needs {len(plan.nodes)}")
+    nodes = [
+        replace(
+            node,
+            name=name,
+            env=tuple((key, name if key == "MESHWRIGHT_HOST" else value) for key, value in node.env),
+        )
+        for node, name in zip(plan.nodes, names, strict=False)
+    ]
+    return replace(plan, nodes=tuple(nodes), meeting=replace(plan.meeting, host=names[0]))
+
+
+def requeue(job: str) -> bool:
+    """Queues a running job again under its id. Tells whether Slurm will; it ends the job, and us with it, at once."""
+    return _command(["scontrol", "requeue", job]).returncode in (0, -signal.SIGTERM, -signal.SIGKILL)

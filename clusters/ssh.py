@@ -1,0 +1,298 @@
+"""Machines reached by ssh as a cluster: one connection per host, whose two ends die together.
+
+The agent's line goes through the connection, so no port is opened for it; plan, key and secrets come on its standard
+input and never stand in any argv.
+"""
+
+import os
+import re
+import secrets as tokens
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.pipes import Far, PipeHandle
+from meshwright.clusters.sending import Keeper
+from meshwright.clusters.spawn import AGENT_WORDS, words_for
+
+__all__ = ["SshCluster", "SshHost", "SshOptions", "deal_ranks", "explain_end", "plan_ssh", "ssh_words"]
+
+_ALIVE_COUNT = 3
+
+
+@dataclass(frozen=True)
+class SshHost:
+    """One machine.
+
+    Args:
+        name: what ssh calls it.
+        addr: how the other hosts reach it.
+        slots: ranks it takes; None where all take the same number.
+        gpus: GPUs of its ranks; None is all.
+        python: interpreter there.
+        env: variables of agent and ranks.
+    """
+
+    name: str
+    addr: str
+    slots: int | None = None
+    gpus: int | None = None
+    python: str = sys.executable
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SshOptions:
+    """How connections are made; None leaves a thing to ssh's own files.
+
+    Args:
+        host_keys: "strict", or "accept-new" to remember unknown keys.
+        connect_timeout_s: of one connection.
+        lost_after_s: silence after which both ends count the other as lost.
+    """
+
+    user: str | None = None
+    port: int | None = None
+    identity_file: str | None = None
+    known_hosts: str | None = None
+    host_keys: str = "strict"
+    jump: str | None = None
+    config: str | None = None
+    connect_timeout_s: float = 10.0
+    lost_after_s: float = 15.0
+
+
+def ssh_words(options: SshOptions, host: str, command: Sequence[str]) -> tuple[str, ...]:
+    """The exact words that run a command on a host; one quoting layer, for the login shell there.
+
+    >>> ssh_words(SshOptions(), "gpu01", ["echo", "a b", "$HOME"])[-3:]
+    ('--', 'gpu01', "exec echo 'a b' '$HOME'")
+    """
+    settings = {
+        "BatchMode": "yes",
+        "StrictHostKeyChecking": "yes" if options.host_keys == "strict" else options.host_keys,
+        "ConnectTimeout": str(max(1, round(options.connect_timeout_s))),
+        "ServerAliveInterval": str(max(1, round(options.lost_after_s / _ALIVE_COUNT))),
+        "ServerAliveCountMax": str(_ALIVE_COUNT),
+        "ControlPath": "none",  # a shared connection would outlive this one
+        "ClearAllForwardings": "yes",
+        "ForwardAgent": "no",
+        "LogLevel": "ERROR",
+    }
+    if options.known_hosts is not None:
+        settings["UserKnownHostsFile"] = _home(options.known_hosts)
+    if options.identity_file is not None:
+        settings["IdentitiesOnly"] = "yes"
+    words = ["ssh", "-T", "-x"]
+    for flag, value in (
+        ("-F", options.config and _home(options.config)),
+        ("-l", options.user),
+        ("-p", options.port),
+        ("-i", options.identity_file and _home(options.identity_file)),
+        ("-J", options.jump),
+    ):
+        words += [] if value is None else [flag, str(value)]
+    words += [each for name, value in settings.items() for each in ("-o", f"{name}={value}")]
+    return (*words, "--", host, f"exec {shlex.join(command)}")
+
+
+def _home(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+def deal_ranks(request: StartRequest, hosts: Sequence[SshHost]) -> list[tuple[SshHost, tuple[int, ...]]]:
+    """Which ranks each host gets: a number each, or as many as it has slots until all are dealt.
+
+    Raises:
+        UnavailableError: when the hosts do not take that many.
+    """
+    used = hosts[: request.num_nodes]
+    if isinstance(request.ranks_per_node, int):
+        wanted = [request.ranks_per_node] * len(used)
+    else:
+        left = request.num_ranks or len(used)
+        even = -(-left // len(used))
+        wanted = []
+        for host in used:
+            wanted.append(min(left, even if host.slots is None else host.slots))
+            left -= wanted[-1]
+        if left:
+            raise UnavailableError(f"{left} ranks are left over when {', '.join(h.name for h in used)} are full")
+    dealt, first = [], 0
+    for host, number in zip(used, wanted, strict=True):
+        if number:
+            dealt.append((host, tuple(range(first, first + number))))
+        first += number
+    return dealt
+
+
+def plan_ssh(request: StartRequest, hosts: Sequence[SshHost], options: SshOptions) -> StartPlan:
+    """The exact start plan over ssh; pure.
+
+    Raises:
+        UnavailableError: when the hosts do not take all ranks.
+    """
+    dealt = deal_ranks(request, hosts)
+    nodes = [
+        NodePlan(
+            name=host.name,
+            index=index,
+            ranks=ranks,
+            cwd=str(request.program.workdir),
+            env=_environment(request, host) + identity(request, host.name, index),
+            agent=ssh_words(options, host.name, _agent(host)),
+            argv=words_for(host.python, request.program.argv),
+            logs=tuple(log_name(rank) for rank in ranks),
+        )
+        for index, (host, ranks) in enumerate(dealt)
+    ]
+    return StartPlan(
+        cluster="ssh",
+        name=request.name,
+        run_id=request.run_id,
+        run_dir=str(request.run_dir),
+        inherit=request.program.inherit,
+        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
+        setup=request.program.setup,
+        meeting=replace(request.meeting, host=dealt[0][0].addr),
+        limits=request.limits,
+        nodes=tuple(nodes),
+    )
+
+
+def _agent(host: SshHost) -> tuple[str, ...]:
+    given = tuple(f"{name}={value}" for name, value in sorted(host.env.items()))
+    return (*(("env", *given) if given else ()), host.python, *AGENT_WORDS)
+
+
+def _environment(request: StartRequest, host: SshHost) -> tuple[tuple[str, str], ...]:
+    gpus = request.gpus_per_node if host.gpus is None else host.gpus
+    shown = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    return tuple(sorted((shown | dict(host.env) | dict(request.program.env)).items()))
+
+
+class SshCluster:
+    """Machines reached by ssh.
+
+    Args:
+        hosts: in the order ranks are given out.
+        options: of connections.
+        passed: variables of the launcher that ranks get.
+    """
+
+    def __init__(self, hosts: Sequence[SshHost], options: SshOptions, passed: Mapping[str, str]) -> None:
+        self._hosts, self._options, self._passed = tuple(hosts), options, dict(passed)
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        """The exact start plan of a request; connects to nobody."""
+        return plan_ssh(request, self._hosts, self._options)
+
+    def check(self, plan: StartPlan) -> None:
+        """Makes sure that there is an ssh, and the key that it is to use.
+
+        Raises:
+            UnavailableError: when not.
+        """
+        if shutil.which("ssh") is None:
+            raise UnavailableError("cluster: there is no `ssh` on PATH; install openssh-client")
+        key = self._options.identity_file
+        if key is not None and not Path(_home(key)).is_file():
+            raise UnavailableError(f"cluster.identity_file: {_home(key)} does not exist")
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
+        """Executes a plan: one connection per host, each told its part."""
+        run_dir = Path(plan.run_dir)
+        probe = f"private/probe-{tokens.token_hex(8)}"
+        (run_dir / probe).touch(mode=0o600)
+        message: dict[str, Any] = {"probe": probe, "passed": self._passed, "files": _files(run_dir)}
+        agents = {node.name: _connect(node, run_dir) for node in plan.nodes}
+
+        def explain(name: str, code: int) -> Mapping[str, Any]:
+            return explain_end(name, code, _connection_log(run_dir, name))
+
+        far = Far(message, self._options.lost_after_s, explain, Keeper(run_dir))
+        return PipeHandle(plan, agents, secrets, far=far)
+
+
+def _files(run_dir: Path) -> dict[str, str]:
+    """What ranks read in a run directory."""
+    job = run_dir / "job.json"
+    return {job.name: job.read_text()} if job.exists() else {}
+
+
+def _connect(node: NodePlan, run_dir: Path) -> "subprocess.Popen[bytes]":
+    path = run_dir / "logs" / f"ssh-{node.name}.log"
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        return subprocess.Popen(
+            node.agent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            bufsize=0,
+        )
+    finally:
+        os.close(log)
+
+
+def _connection_log(run_dir: Path, name: str) -> str:
+    try:
+        return (run_dir / "logs" / f"ssh-{name}.log").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+_CAUSES = (
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|host key is known for",
+        77,
+        "its host key is not the one that is known, or none is known: compare `ssh-keyscan {name} | ssh-keygen -lf -` "
+        "with the fingerprint that the machine's owner tells you, then put the key into known_hosts, or write "
+        "cluster.host_keys: accept-new for machines that were never seen",
+    ),
+    (
+        r"Permission denied|Too many authentication failures",
+        77,
+        "it refuses this user and key; try `ssh -o BatchMode=yes {name} true`, and see cluster.user and identity_file",
+    ),
+    (
+        r"Could not resolve|Connection refused|timed out|No route to host|Network is unreachable|Connection closed",
+        69,
+        "it cannot be reached; is it up, and are its name, cluster.port and cluster.jump right?",
+    ),
+    (
+        r"No module named '?meshwright|ModuleNotFoundError",
+        69,
+        "its Python has no meshwright; install it there, or name another interpreter with cluster.python",
+    ),
+)
+
+
+def explain_end(name: str, code: int, log: str) -> Mapping[str, Any]:
+    """What the end of a connection means whose agent said nothing: fields of its last event.
+
+    Args:
+        name: of the host.
+        code: exit status of ssh: 255 is ssh's own, or a signal that killed the agent; others are the agent's.
+        log: what ssh and the agent's start wrote to standard error.
+
+    >>> explain_end("gpu02", 255, "ssh: connect to host gpu02 port 22: Connection refused")["exit_code"]
+    69
+    """
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
+    said = f" (ssh says: {last})" if last else ""
+    for pattern, exit_code, advice in _CAUSES:
+        if re.search(pattern, log):
+            return {"exit_code": exit_code, "message": f"host {name}: {advice.format(name=name)}{said}"}
+    if code in (126, 127):
+        return {"exit_code": 69, "message": f"host {name}: the agent could not be started{said}; see cluster.python"}
+    what = "the connection was lost, or the agent was killed" if code == 255 else f"the agent ended with code {code}"
+    return {"exit_code": 69, "message": f"host {name}: {what}{said}; its ranks were ended"}

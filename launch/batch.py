@@ -1,0 +1,134 @@
+"""`python -m meshwright.launch.batch RUN_DIR`: the launcher of a run that a queue has started, on its first node.
+
+What it prints is launcher.log; what it decides is exit.json. A run that was warned, saved and left with code 75 is
+queued again, and then continues from its checkpoint.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from meshwright.clusters.base import StartPlan
+from meshwright.clusters.contract import Handle
+from meshwright.clusters.files import StepHandle
+from meshwright.clusters.saved import plan_from
+from meshwright.clusters.slurm import SECRETS_FILE, named, node_names, requeue
+from meshwright.launch.exits import Exit
+from meshwright.launch.follow import Run, follow, report
+from meshwright.launch.logs import Mask
+from meshwright.launch.report import Outcome
+from meshwright.launch.rundir import write_json
+from meshwright.launch.runs import read_run
+from meshwright.parallel.errors import MeshwrightError
+
+__all__ = ["main"]
+
+
+_END_S = 120.0
+
+
+class _Warning:
+    """Remembers that the queue will take the nodes away."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._came = name, False
+        signal.signal(signal.Signals[f"SIG{name}"], self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._came = True
+
+    def __call__(self) -> str | None:
+        return f"SIG{self._name}" if self._came else None
+
+
+def _read(run_dir: Path) -> tuple[StartPlan, dict[str, Any], dict[str, str]]:
+    """Plan with the names of nodes, job, secrets."""
+    planned = plan_from(json.loads((run_dir / "plan.json").read_text()))
+    plan = named(planned, node_names(os.environ["SLURM_JOB_NODELIST"]))
+    write_json(run_dir / "plan.json", plan.as_dict())
+    return plan, json.loads((run_dir / "job.json").read_text()), json.loads((run_dir / SECRETS_FILE).read_text())
+
+
+def _put_aside(run_dir: Path, times: int) -> None:
+    """What an earlier start of this run wrote as its end was not its end, and its logs are not those of this one."""
+    if not times:
+        return
+    record = run_dir / "exit.json"
+    if record.exists():
+        record.rename(run_dir / f"exit-{times - 1}.json")
+    for log in run_dir.glob("logs/rank-*.log"):
+        if ".start-" not in log.name:
+            log.rename(log.with_name(f"{log.stem}.start-{times - 1}.log"))
+
+
+def _again(run_dir: Path, outcome: Outcome, times: int) -> bool:
+    """Queues a preempted run again, if it may be; tells whether."""
+    may = os.environ.get("SLURM_JOB_ID", "") if outcome.exit_code == Exit.PREEMPTED else ""
+    if not may or "--no-requeue" in _argv(run_dir):
+        return False
+    write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
+    sys.stdout.write(f"meshwright: preempted after saving; job {may} is queued again\n")
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
+    if not requeue(may):
+        return False
+    time.sleep(_END_S)  # a job that ends by itself meanwhile counts as failed
+    return True
+
+
+def _argv(run_dir: Path) -> Sequence[str]:
+    found: list[str] = json.loads((run_dir / "plan.json").read_text())["submission"]["argv"]
+    return found
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the run of a directory to its end; returns its exit code."""
+    run_dir, times = Path(words[0]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    try:
+        return _run(run_dir, times)
+    except MeshwrightError as error:
+        sys.stderr.write(f"meshwright: {error}\n")
+        return int(getattr(error, "exit_code", Exit.INTERNAL))
+
+
+def _run(run_dir: Path, times: int) -> int:
+    from meshwright.launch.spec.job import Job
+
+    _put_aside(run_dir, times)
+    plan, job, secrets = _read(run_dir)
+    known = read_run(run_dir)
+    assert plan.submission is not None, "a queue plans with one"
+    step, warning = plan.submission.step, _Warning(job["checkpoint"]["signal"])
+    run = Run(
+        job=Job.model_validate(job),
+        plan=plan,
+        shown=None if known is None else known.shown,
+        mask=Mask(secrets.values()),
+        started_unix_s=0.0 if known is None else known.started_unix_s,
+    )
+
+    def start() -> Handle:
+        return StepHandle(plan, secrets, words=step, warning=warning)
+
+    queued: list[bool] = []
+
+    def keep(outcome: Outcome) -> bool:
+        queued.append(_again(run_dir, outcome, times))
+        return not queued[-1]
+
+    outcome = follow(run, start, keep=keep)
+    if not queued[-1]:
+        (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+    report(run, outcome)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

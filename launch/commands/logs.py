@@ -1,0 +1,63 @@
+"""`meshwright logs`: what the ranks of a run said."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshwright.clusters.saved import plan_from
+from meshwright.launch.logs import LogTail, clean_line
+from meshwright.launch.runs import Known, RunError, find_run, standing
+from meshwright.launch.values import fill
+
+__all__ = ["logs"]
+
+_LOOK_S = 0.5
+
+
+def logs(
+    run: Annotated[str, typer.Argument(help="Id of a run, or its directory.")],
+    *,
+    rank: Annotated[int | None, typer.Option(help="Only this rank.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the run is over.")] = False,
+) -> None:
+    """Print the merged output of a run's ranks, secrets masked."""
+    known = find_run(run)
+    start = "" if rank is None else _start_of(known, rank)
+
+    def show(raw: bytes) -> None:
+        line = clean_line(raw)
+        if line.startswith(start):
+            sys.stdout.write(f"{line}\n")
+
+    _print(LogTail(Path(known.run_dir, "merged.log"), show), over=(lambda: standing(known).over) if follow else None)
+
+
+def _print(tail: LogTail, over: Callable[[], bool] | None) -> None:
+    while over is not None:
+        ended = over()
+        while tail.read():
+            sys.stdout.flush()
+        if ended:
+            break
+        time.sleep(_LOOK_S)
+    tail.close()
+
+
+def _start_of(known: Known, rank: int) -> str:
+    """How lines of a rank begin.
+
+    Raises:
+        RunError: when there is no such rank, or its lines cannot be told apart.
+    """
+    plan = plan_from(json.loads(Path(known.run_dir, "plan.json").read_text()))
+    prefix = json.loads(Path(known.run_dir, "job.json").read_text())["logs"]["prefix"]
+    if not 0 <= rank < plan.world_size:
+        raise RunError(f"--rank {rank}: the run has ranks 0 to {plan.world_size - 1}")
+    if "{rank}" not in prefix:
+        raise RunError(f"logs.prefix is {prefix!r} in this job, so its lines do not say their rank")
+    return f"{fill(prefix, host=plan.host_of(rank), rank=str(rank))} | "

@@ -1,0 +1,163 @@
+"""One run from its start to its exit record: what ranks say goes to files and people, what agents say decides."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from meshwright.clusters.base import StartPlan, log_name
+from meshwright.clusters.contract import Handle
+from meshwright.launch.exits import Blame, Verdict, judge
+from meshwright.launch.logs import Mask, log_end
+from meshwright.launch.report import Outcome, outcome_of
+from meshwright.launch.rundir import RunDirError, error_records, hang_record, write_json
+from meshwright.launch.stream import MergedStream, Shown
+from meshwright.launch.supervise import Interrupts, RunState, supervise
+
+if TYPE_CHECKING:
+    from meshwright.launch.progress import ProgressBar
+    from meshwright.launch.spec.job import Job
+
+__all__ = ["Run", "follow", "report"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to start.
+
+    Args:
+        job: what it is of.
+        plan: what is started.
+        shown: ranks whose lines are for people; None is all.
+        mask: replaces secrets.
+        started_unix_s: when the launch began.
+        as_json: lines of ranks go to standard error.
+    """
+
+    job: "Job"
+    plan: StartPlan
+    shown: Sequence[int] | None
+    mask: Mask
+    started_unix_s: float
+    as_json: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Its run directory."""
+        return Path(self.plan.run_dir)
+
+
+def follow(run: Run, start: Callable[[], Handle], *, keep: Callable[[Outcome], bool] = lambda outcome: True) -> Outcome:
+    """Starts a plan and follows it until nothing of it is left.
+
+    Args:
+        run: what is started.
+        start: the one thing that starts it.
+        keep: whether the end is the end; otherwise no exit record is written.
+
+    Raises:
+        RunDirError: when its logs cannot be written; the run was ended.
+    """
+    with Interrupts() as interrupts:
+        state, stream = RunState(run.plan), _Output(run)
+        try:
+            supervise(start(), state, interrupts, watchers=stream.watchers)
+        except OSError as error:
+            why = f"{run.directory}: the run was ended, since its logs cannot be written: {error.strerror}"
+            raise RunDirError(f"{why}; free some space, or set logs.dir") from error
+        finally:
+            stream.close()
+        outcome = _conclude(run, state, interrupts.numbers)
+        if keep(outcome):
+            write_json(run.directory / "exit.json", outcome.as_dict())
+        if state.apart:
+            names = ", ".join(sorted(state.apart))
+            sys.stderr.write(
+                f"meshwright: {names} do not share the run directory; what ranks wrote there was sent here\n"
+            )
+        return outcome
+
+
+class _LinePrinter:
+    """Prints lines until nobody reads them any more."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen: TextIO | None = screen
+
+    def __call__(self, line: str) -> None:
+        if self._screen is None:
+            return
+        try:
+            self._screen.write(f"{line}\n")
+            self._screen.flush()
+        except BrokenPipeError:  # `| head`: the run goes on, its lines are in merged.log
+            self._screen = None
+
+
+def _bar(run: Run) -> "ProgressBar":
+    from meshwright.launch.progress import ProgressBar
+
+    assert run.job.train is not None, "a bar counts the steps of a training"
+    return ProgressBar(run.directory / "metrics.jsonl", run.job.train.steps)
+
+
+class _Output:
+    """Where lines of ranks go while the run lasts."""
+
+    def __init__(self, run: Run) -> None:
+        job, screen = run.job, sys.stderr if run.as_json else sys.stdout
+        self._bar = _bar(run) if job.train is not None and screen.isatty() else None
+        shown = Shown(
+            ranks=range(run.plan.world_size) if run.shown is None else frozenset(run.shown),
+            prefix=job.logs.prefix,
+            keep_attempts=job.logs.keep_attempts,
+            mask=run.mask,
+            write=self._bar.write if self._bar else _LinePrinter(screen),
+        )
+        self._stream = MergedStream(run.plan, shown)
+        self.watchers: list[Callable[[RunState], None]] = [self._stream, *([self._bar] if self._bar else [])]
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._bar:
+            self._bar.close()
+
+
+def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
+    tails = {rank: log_end(run.directory / log_name(rank, state.attempt)) for rank in state.ends}
+    records = error_records(run.directory, state.attempt_unix_s)
+    verdict = judge(state.ends.values(), records, tails, hang=hang_record(run.directory, state.attempt_unix_s))
+    first = None if verdict.first is None else _masked(verdict.first, run.mask)
+    victims = tuple(_masked(victim, run.mask) for victim in verdict.victims)
+    verdict = Verdict(first, victims, run.mask(verdict.hang), verdict.only_lost)
+    times_s = (run.started_unix_s, round(time.time(), 3))
+    return outcome_of(state, verdict, interrupts, times_s=times_s)
+
+
+def _masked(blame: Blame, mask: Mask) -> Blame:
+    return replace(blame, traceback=mask(blame.traceback))
+
+
+def report(run: Run, outcome: Outcome) -> None:
+    """Says how a run ended, to people or as JSON."""
+    if run.plan.limits.hang_s is not None and not any(run.directory.glob("ranks/*/progress.json")):
+        sys.stderr.write("meshwright: failure.hang had nothing to go by: no rank called meshwright's start_ranks\n")
+    if outcome.exit_code:
+        sys.stderr.write(f"meshwright: {outcome}\n")
+        if outcome.reason.startswith("setup failed"):
+            for log in sorted(run.directory.glob("logs/setup-*.log")):
+                sys.stderr.write(run.mask(f"--- end of {log}\n{log_end(log, 4096).rstrip()}\n"))
+    told = f"run directory: {run.directory}\n"
+    if run.as_json:
+        told = json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n"
+    elif (run.directory / "loss.png").exists():
+        told += f"loss curve: {run.directory / 'loss.png'}\n"
+    try:
+        sys.stdout.write(told)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads; the exit code still tells
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

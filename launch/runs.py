@@ -1,0 +1,199 @@
+"""Runs by their id, from any terminal: what a launch leaves on disk, and how a run stands.
+
+launch.json in the run directory says who launched it and which queue has it; a pointer under the user's state directory
+(~/.local/state/meshwright/runs) says where the run directory is.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from meshwright.launch.exits import Exit
+from meshwright.launch.registry import queue_of
+from meshwright.launch.rundir import write_json
+from meshwright.parallel.errors import MeshwrightError, nearest
+
+__all__ = ["Known", "RunError", "Standing", "all_runs", "cancel", "find_run", "read_run", "remember", "standing"]
+
+LAUNCH_FILE = "launch.json"
+
+
+class RunError(MeshwrightError):
+    """A run that cannot be found, or that is not here to be acted on."""
+
+    exit_code = int(Exit.USAGE)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is on disk of a launch.
+
+    Args:
+        run_id: of the run.
+        name: of the job.
+        cluster: its type.
+        run_dir: absolute.
+        started_unix_s: when it was launched.
+        shown: ranks whose lines are for people; None is all.
+        host: of the launcher.
+        pid: of the launcher.
+        began: when that process began, in the kernel's ticks, so that a number that was given again is told apart.
+        job: the queue's id; None where the launcher itself follows the run.
+    """
+
+    run_id: str
+    name: str
+    cluster: str
+    run_dir: str
+    started_unix_s: float
+    shown: tuple[int, ...] | None = None
+    host: str = ""
+    pid: int = 0
+    began: str = ""
+    job: str | None = None
+
+    def of_this_process(self) -> "Known":
+        """The same, launched by this process."""
+        return replace(self, host=socket.gethostname(), pid=os.getpid(), began=_began(os.getpid()))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands: pending, running, lost, unknown, or the state and code of its exit record."""
+
+    state: str
+    detail: str = ""
+    exit_code: int | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self.exit_code is not None
+
+
+def _began(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _pointers() -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return state / "meshwright" / "runs"
+
+
+def remember(known: Known) -> None:
+    """Writes a launch down; a state directory that cannot be written only costs the other commands."""
+    write_json(Path(known.run_dir, LAUNCH_FILE), asdict(known))
+    place = hashlib.sha256(known.run_dir.encode()).hexdigest()[:8]
+    with suppress(OSError):
+        _pointers().mkdir(mode=0o700, parents=True, exist_ok=True)
+        (_pointers() / f"{known.run_id}-{place}").write_text(known.run_dir)
+
+
+def read_run(run_dir: Path) -> Known | None:
+    """What is known of the run of a directory; None where nothing is."""
+    try:
+        told = json.loads((run_dir / LAUNCH_FILE).read_text())
+        shown = told.pop("shown")
+        return Known(**told, shown=None if shown is None else tuple(shown))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def all_runs() -> list[Known]:
+    """Every run of this user whose directory is still there, the newest last."""
+    found = []
+    for pointer in _pointers().iterdir() if _pointers().is_dir() else ():
+        with suppress(OSError):
+            known = read_run(Path(pointer.read_text()))
+            if known is not None:
+                found.append(known)
+            elif not Path(pointer.read_text()).exists():
+                pointer.unlink()
+    return sorted(found, key=lambda each: each.started_unix_s)
+
+
+def find_run(run_id: str) -> Known:
+    """A run by its id, or by its directory.
+
+    Raises:
+        RunError: when there is none, or several.
+    """
+    known = read_run(Path(run_id))
+    if known is not None:
+        return known
+    runs = all_runs()
+    found = [each for each in runs if each.run_id == run_id]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        places = ", ".join(each.run_dir for each in found)
+        raise RunError(f"{run_id}: several runs have this id; name the run directory: {places}")
+    ids = [each.run_id for each in runs]
+    hint = nearest(run_id, ids) if ids else "nothing was launched by this user"
+    raise RunError(f"no run {run_id!r} is known; {hint}")
+
+
+def _record(run_dir: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(Path(run_dir, "exit.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def standing(known: Known) -> Standing:
+    """How a run stands now; its own exit record decides, not what a queue remembers."""
+    record = _record(known.run_dir)
+    if record is not None and (known.job is None or record["state"] != "interrupted"):
+        return Standing(record["state"], record["reason"], record["exit_code"])
+    if known.job is not None:
+        return _in_queue(known, record)
+    if known.host != socket.gethostname():
+        return Standing("unknown", f"its launcher runs on {known.host}")
+    if known.pid and _began(known.pid) == known.began:
+        return Standing("running", f"launcher {known.pid}")
+    return _lost()
+
+
+def _in_queue(known: Known, record: dict[str, Any] | None) -> Standing:
+    assert known.job is not None, "a run of a queue"
+    job = queue_of(known.cluster).status(known.job)
+    if job.state != "gone":
+        return Standing(job.state, f"job {known.job}: {job.detail}")
+    record = record or _record(known.run_dir)  # it may have been written meanwhile
+    if record is not None:
+        return Standing(record["state"], record["reason"], record["exit_code"])
+    if "CANCELLED" in job.detail:
+        return Standing("cancelled", f"job {known.job}: {job.detail}", 128 + signal.SIGINT)
+    return _lost(f"job {known.job}: {job.detail or 'forgotten'}")
+
+
+def _lost(detail: str = "its launcher is gone") -> Standing:
+    return Standing("lost", f"{detail}, and there is no exit record", int(Exit.UNAVAILABLE))
+
+
+def cancel(known: Known) -> str:
+    """Ends a run, with the grace of its plan; says how it was asked.
+
+    Raises:
+        RunError: when it is over, or its launcher is elsewhere.
+    """
+    now = standing(known)
+    if now.over:
+        raise RunError(f"run {known.run_id} is over: {now.state}")
+    if known.job is not None:
+        queue_of(known.cluster).cancel(known.job)
+        return f"job {known.job} was cancelled"
+    if now.state != "running":
+        raise RunError(f"run {known.run_id}: {now.detail}; cancel it there")
+    os.kill(known.pid, signal.SIGTERM)
+    return f"its launcher {known.pid} was asked to end"

@@ -1,0 +1,96 @@
+"""Looks at a run that has its launcher elsewhere: its lines as they come, and its end."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from meshwright.launch.logs import LogTail, clean_line
+from meshwright.launch.runs import Known, Standing, standing
+
+__all__ = ["LAST_LINE", "watch"]
+
+LAST_LINE = "run directory: "
+"""Start of the last line that a launcher says."""
+
+_LOOK_S = 0.2
+_ASK_S = 2.0
+_LAST_WORDS_S = 3.0
+_LOST_LOOKS = 3  # a job that is just being queued again is nowhere for a moment
+
+
+class _Screen:
+    """Prints lines until the launcher's last one."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen, self.last = screen, False
+
+    def __call__(self, raw: bytes) -> None:
+        line = clean_line(raw)
+        self.last = self.last or line.startswith(LAST_LINE)
+        with suppress(BrokenPipeError):
+            self._screen.write(f"{line}\n")
+            self._screen.flush()
+
+
+def watch(known: Known, *, interrupted: Callable[[], None] | None = None, screen: TextIO | None = None) -> Standing:
+    """Prints what a run says until it is over.
+
+    Args:
+        known: the run.
+        interrupted: what Ctrl-C does, once; None lets it end the watching only.
+        screen: where lines go; standard output unless given.
+    """
+    run_dir = Path(known.run_dir)
+    said = run_dir / "launcher.log"
+    show = _Screen(screen or sys.stdout)
+    tail = LogTail(said if said.exists() or known.job is not None else run_dir / "merged.log", show)
+    asked: list[int] = []
+
+    def take(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if interrupted else ()
+    before = {number: signal.signal(number, take) for number in numbers}
+    try:
+        return _until_over(known, tail, show, pressed=lambda: _act(asked, interrupted))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        tail.close()
+
+
+def _act(asked: list[int], interrupted: Callable[[], None] | None) -> None:
+    if asked and interrupted is not None:
+        asked.clear()
+        interrupted()
+
+
+def _until_over(known: Known, tail: LogTail, show: _Screen, *, pressed: Callable[[], None]) -> Standing:
+    record, next_s, lost = Path(known.run_dir, "exit.json"), 0.0, 0
+    while True:
+        pressed()
+        tail.read()
+        if record.exists() or time.monotonic() >= next_s:
+            now = standing(known)
+            lost = lost + 1 if now.state == "lost" else 0
+            if now.over and lost in (0, _LOST_LOOKS):
+                break
+            next_s = time.monotonic() + _ASK_S
+        time.sleep(_LOOK_S if not record.exists() else _ASK_S)
+    if record.exists():
+        _last_words(tail, show)
+    return now
+
+
+def _last_words(tail: LogTail, show: _Screen) -> None:
+    """What a launcher says after its record is written."""
+    end_s = time.monotonic() + _LAST_WORDS_S
+    while not show.last and time.monotonic() < end_s:
+        if not tail.read():
+            time.sleep(_LOOK_S / 4)

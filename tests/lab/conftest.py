@@ -1,0 +1,89 @@
+"""The lab: real ssh and Slurm between pretended hosts. `make lab` runs it; the ordinary run leaves it out."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.hosts import Hosts, missing_for_hosts
+from tests.lab.launches import QUICKSTART, Launch, losses
+from tests.lab.slurm import Slurm, missing_for_slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks everything in this folder, and skips it unless the lab is asked for by its marker."""
+    asked = "lab" in (config.option.markexpr or "").replace("not lab", "")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.lab)
+            item.add_marker(pytest.mark.slow)
+            if not asked:
+                item.add_marker(pytest.mark.skip(reason="`make lab` runs it"))
+
+
+@pytest.fixture(scope="session")
+def lab_folder() -> Iterator[Path]:
+    """A folder that every pretended host, and the user of munge, sees at the same place."""
+    folder = Path(tempfile.mkdtemp(prefix="meshwright-lab-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def apart(lab_folder: Path) -> Path:
+    """A directory of which each host has its own."""
+    folder = lab_folder / "apart"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hosts(lab_folder: Path, apart: Path) -> Iterator[Hosts]:
+    """Two hosts with sshd."""
+    lacking = missing_for_hosts()
+    if lacking:
+        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    found = Hosts(lab_folder)
+    try:
+        found.up(private=apart)
+        found.wait()
+        yield found
+    finally:
+        found.down()
+
+
+@pytest.fixture(scope="session")
+def source() -> dict[str, str]:
+    """Variables by which any Python of a host finds the code under test."""
+    return {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts: Hosts) -> Iterator[Slurm]:
+    """A Slurm cluster of those hosts."""
+    lacking = missing_for_slurm()
+    if lacking:
+        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    found = Slurm(hosts)
+    try:
+        found.up()
+        yield found
+    finally:
+        found.down()
+
+
+@pytest.fixture(scope="session")
+def here(lab_folder: Path) -> list[Any]:
+    """Losses of the quickstart on this machine."""
+    near = Launch(lab_folder / "here", {}, "here")
+    done = near.run(*QUICKSTART, timeout_s=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(near.folder / "runs/quickstart/here")
+    assert len(found) == 7
+    return found

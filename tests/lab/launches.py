@@ -1,0 +1,125 @@
+"""Launches from a control machine whose processes are its own, so that what it sweeps is not what runs on hosts."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["QUICKSTART", "ROOT", "Launch", "eventually", "finish", "losses", "write_job"]
+
+ROOT = Path(__file__).resolve().parents[2]
+_STEPS = ("train.steps=4", "data.max_bytes=256KiB", "train.validate_every_steps=2", "train.log_every_steps=1")
+QUICKSTART: tuple[Any, ...] = (
+    ROOT / "examples/quickstart.yaml",
+    *(word for each in _STEPS for word in ("--set", each)),
+)
+"""The example as it is, with few steps."""
+
+_APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private")
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    """Whether something comes true in time."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def finish(launcher: "subprocess.Popen[str]") -> None:
+    """Ends a launcher that may have ended, and lets go of it."""
+    launcher.kill()
+    launcher.wait()
+    if launcher.stdout is not None:
+        launcher.stdout.close()
+
+
+def write_job(folder: Path, script: str, **keys: object) -> Path:
+    """A job that runs a Python script on every rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump({"name": "j", "command": ["python", "-u", "-c", script], **keys}))
+    return path
+
+
+def losses(run_dir: Path) -> list[Any]:
+    """Every loss that a run wrote down, in order; floats as they were written."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (record["step"], name, record[name])
+        for record in records
+        for name in ("loss", "validation_loss")
+        if name in record
+    ]
+
+
+class Launch:
+    """`meshwright launch` in a folder.
+
+    Args:
+        folder: current directory; runs lie in it.
+        clusters: named clusters.
+        run_id: of the run.
+        env: further variables of the launcher.
+    """
+
+    def __init__(
+        self, folder: Path, clusters: Mapping[str, Any], run_id: str = "r1", env: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder, self.run_id = folder, run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = folder / "settings/meshwright"
+        settings.mkdir(parents=True, exist_ok=True)
+        (settings / "clusters.yaml").write_text(yaml.safe_dump({"clusters": dict(clusters)}))
+        own = {"XDG_CONFIG_HOME": str(folder / "settings"), "XDG_STATE_HOME": str(folder / "state")}
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **own, **(env or {})}
+
+    def words(self, command: str, *more: str) -> list[str]:
+        """The words of a command line."""
+        return [sys.executable, "-m", "meshwright.launch.cli", command, *more]
+
+    def run(self, job: Path, *more: str, timeout_s: float = 240.0) -> "subprocess.CompletedProcess[str]":
+        """Launches to the end."""
+        return self.type("launch", str(job), "--run-id", self.run_id, *more, timeout_s=timeout_s)
+
+    def type(self, command: str, *more: str, timeout_s: float = 120.0) -> "subprocess.CompletedProcess[str]":
+        """Types any command."""
+        return subprocess.run(
+            [*_APART, *self.words(command, *more)],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def start(self, job: Path, *more: str) -> "subprocess.Popen[str]":
+        """Launches, and leaves it running; its process is the launcher itself."""
+        return subprocess.Popen(
+            self.words("launch", str(job), "--run-id", self.run_id, *more),
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Of a job called j."""
+        return self.folder / "runs/j" / self.run_id
+
+    def record(self) -> dict[str, Any]:
+        """The exit record."""
+        found: dict[str, Any] = json.loads((self.run_dir / "exit.json").read_text())
+        return found

@@ -1,0 +1,182 @@
+"""Two Slurm nodes: the same job, the same numbers; our own record decides; runs are found again from any terminal."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.clusters.sweep import carriers
+from tests.lab.hosts import Hosts
+from tests.lab.launches import QUICKSTART, Launch, eventually, finish, losses, write_job
+from tests.lab.slurm import Slurm, holds
+
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def launch(
+    slurm: Slurm, source: dict[str, str], lab_folder: Path, request: pytest.FixtureRequest
+) -> Callable[..., Launch]:
+    """Makes a launch with the cluster `far`; its keys and variables are the test's."""
+    name = re.sub(r"[^a-z]+", "-", request.node.name.lower())[5:60]
+
+    def make(env: dict[str, str] | None = None, **keys: Any) -> Launch:
+        run_id = f"{name.strip('-')}-{os.getpid()}-{len(list(lab_folder.iterdir()))}"
+        own = {**source, **slurm.env, **(env or {})}
+        return Launch(lab_folder / run_id, {"far": {"type": "slurm", "nodes": 2, **keys}}, run_id, own)
+
+    return make
+
+
+def up(far: Launch, ranks: int = 2) -> bool:
+    """Whether all ranks have started."""
+    merged = far.run_dir / "merged.log"
+    return eventually(lambda: merged.exists() and merged.read_text().count("up") == ranks, 150)
+
+
+def test_the_quickstart_trains_on_slurm_as_it_does_here(launch: Callable[..., Launch], here: list[Any]) -> None:
+    far = launch()
+    done = far.run(*QUICKSTART, "--set", "cluster=far", timeout_s=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(far.folder / "runs/quickstart" / far.run_id) == here
+
+
+def test_a_failing_rank_keeps_its_code_and_the_real_name_of_its_node(launch: Callable[..., Launch]) -> None:
+    far = launch()
+    script = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(600)"
+    done = far.run(write_job(far.folder, script, cluster="far"))
+    assert done.returncode == 7, done.stdout + done.stderr
+    assert "rank 1 on h2 failed first" in done.stdout
+    assert far.record()["victims"][0]["host"] == "h1"
+    assert [node["name"] for node in json.loads((far.run_dir / "plan.json").read_text())["nodes"]] == ["h1", "h2"]
+    assert not list(carriers(far.run_id))
+
+
+def test_a_run_is_left_alone_found_looked_at_and_ended_from_elsewhere(launch: Callable[..., Launch]) -> None:
+    far = launch()
+    done = far.run(write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "2s"}), "--detach")
+    assert done.returncode == 0, done.stderr
+    assert up(far)
+    (run,) = json.loads(far.type("ps", "--json").stdout)["runs"]
+    assert (run["run_id"], run["cluster"], run["state"]) == (far.run_id, "slurm", "running")
+    assert far.type("logs", far.run_id, "--rank", "1").stdout == "h2:1 | up\n"
+    assert "was cancelled" in far.type("cancel", far.run_id).stdout
+    attached = far.type("attach", far.run_id)
+    assert attached.returncode in (130, 143), attached.stdout + attached.stderr
+    assert "h1:0 | up" in attached.stdout
+    assert far.record()["state"] == "interrupted"
+    assert eventually(lambda: not list(carriers(far.run_id)), 30)
+    assert json.loads(far.type("ps", "--json").stdout)["runs"] == []
+    assert "is over" in far.type("cancel", far.run_id).stderr
+
+
+def test_ctrl_c_cancels_the_job(launch: Callable[..., Launch], slurm: Slurm) -> None:
+    far = launch()
+    launcher = far.start(write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "2s"}))
+    try:
+        assert up(far)
+        launcher.send_signal(signal.SIGINT)
+        output, _ = launcher.communicate(timeout=240)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 130, output
+    slurm.quiet()
+    assert not list(carriers(far.run_id))
+
+
+def _state(slurm: Slurm, job: str) -> str:
+    return slurm.type("squeue", "-h", "-j", job, "-o", "%T").strip()
+
+
+def _hurried(slurm: Slurm, job: str) -> str:
+    """The state of a job that is not to wait: Slurm itself holds what is queued again for two minutes."""
+    slurm.type("scontrol", "update", f"JobId={job}", "StartTime=now")
+    time.sleep(1)
+    return _state(slurm, job)
+
+
+def test_a_warned_training_saves_is_queued_again_and_goes_on(launch: Callable[..., Launch], slurm: Slurm) -> None:
+    far = launch()
+    run_dir = far.folder / "runs/quickstart" / far.run_id
+    steps = ("--set", "train.steps=12", "--set", "checkpoint.every_steps=100")
+    launcher = far.start(*QUICKSTART, *steps, "--set", "cluster=far")
+    metrics = run_dir / "metrics.jsonl"
+    try:
+        assert eventually(lambda: metrics.exists() and len(losses(run_dir)) >= 3, 240)
+        job = json.loads((run_dir / "launch.json").read_text())["job"]
+        slurm.type("scancel", "--batch", "--signal=USR2", job)
+        assert eventually((run_dir / "exit-0.json").exists, 150), (run_dir / "launcher.log").read_text()
+        assert eventually(lambda: _state(slurm, job) == "PENDING", 60), slurm.type("squeue")
+        assert eventually(lambda: _hurried(slurm, job) != "PENDING", 60), slurm.type("squeue")
+        output, _ = launcher.communicate(timeout=240)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
+    found = re.search(r"resumed from .* at step (\d+)", output)
+    assert found, output
+    assert 1 <= int(found[1]) < 12
+    assert [step for step, name, _ in losses(run_dir) if name == "loss"] == list(range(1, 13))
+
+
+def test_secrets_are_in_nothing_that_slurm_keeps(launch: Callable[..., Launch], slurm: Slurm) -> None:
+    secret = "s3cr3t-$(x)-'\"-slurm"
+    far = launch(env={"MY_TOKEN": secret, "NOTE": "a b,c='d'"})
+    script = (
+        "import os, time\n"
+        "print(os.environ['TOKEN'], os.environ['NOTE'], flush=True)\n"
+        "while not os.path.exists('looked'): time.sleep(0.1)\n"
+    )
+    launcher = far.start(write_job(far.folder, script, cluster="far", secrets={"TOKEN": {"from_env": "MY_TOKEN"}}))
+    merged = far.run_dir / "merged.log"
+    try:
+        assert eventually(lambda: merged.exists() and merged.read_text().count("***") == 2, 150)
+        seen = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        kept = holds(slurm.folder, secret)
+        (far.folder / "looked").touch()
+        output, _ = launcher.communicate(timeout=240)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    assert output.count("*** a b,c='d'") == 2
+    assert kept == []
+    assert not [each for each in seen if secret.encode() in each]
+    written = holds(far.folder, secret)
+    assert {path.parent.name for path in written} <= {"logs"}, "the ranks' own words, in files of mode 0600"
+    assert not (far.run_dir / "private/secrets.json").exists()
+
+
+def test_nodes_can_be_left_out_and_what_slurm_cannot_run_is_refused(launch: Callable[..., Launch]) -> None:
+    far = launch(nodes=1, exclude=["h1"])
+    done = far.run(write_job(far.folder, "import socket; print(socket.gethostname())", cluster="far"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "h2:0 | h2" in done.stdout
+    far = launch(nodes=3)
+    done = far.run(write_job(far.folder, SLEEP, cluster="far"))
+    assert done.returncode == 69, done.stdout + done.stderr
+    assert "Slurm does not take this job" in done.stderr
+
+
+def test_an_agent_that_is_killed_ends_the_run_and_its_node_is_named(
+    launch: Callable[..., Launch], hosts: Hosts
+) -> None:
+    far = launch()
+    launcher = far.start(write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "2s"}))
+    try:
+        assert up(far)
+        last = [pid for pid in carriers(far.run_id, 1)]
+        agents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in last}
+        for pid in agents & set(last) or agents:
+            os.kill(pid, signal.SIGKILL)
+        output, _ = launcher.communicate(timeout=240)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 69, output
+    assert "the agent of h2 died" in output
+    assert eventually(lambda: not list(carriers(far.run_id)), 20)

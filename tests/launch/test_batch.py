@@ -1,0 +1,121 @@
+"""A run in a queue has its launcher with it: that one decides, writes the record, and queues the run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meshwright.clusters.sweep import carriers
+from tests.launch.pretend_slurm import write_commands
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands, as far as they are needed."""
+    folder = tmp_path / "bin"
+    write_commands(folder)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return folder
+
+
+def start(folder: Path, script: str, *more: str, **keys: object) -> "subprocess.Popen[str]":
+    job = {
+        "name": "j",
+        "command": ["python", "-u", "-c", script],
+        "nodes": 2,
+        "rendezvous": {"interface": "lo"},
+        "cluster": {"type": "slurm"},
+        **keys,
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return subprocess.Popen(
+        [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", folder.name, *more],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(launcher: "subprocess.Popen[str]", folder: Path) -> str:
+    """What a launch said, once it has ended; whatever happens, nothing stays."""
+    try:
+        output, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+        for pid in carriers(folder.name):
+            os.kill(pid, signal.SIGKILL)
+    return output
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 30.0) -> bool:
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_lines_of_all_nodes_and_the_record_come_back(tmp_path: Path) -> None:
+    script = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['MESHWRIGHT_HOST'])"
+    launcher = start(tmp_path, script)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 0, output
+    assert {"n0:0 | 0 2 n0", "n1:1 | 1 2 n1"} <= set(output.splitlines())
+    run_dir = tmp_path / "runs/j" / tmp_path.name
+    assert json.loads((run_dir / "exit.json").read_text())["state"] == "succeeded"
+    assert list((run_dir / "private/step").glob("start.json")) == [], "the key is taken away"
+
+
+def test_the_code_is_the_failing_ranks_own(tmp_path: Path) -> None:
+    script = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(600)"
+    launcher = start(tmp_path, script, "--json")
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 7, output
+    assert "rank 1 on n1 failed first" in output
+    assert json.loads(output.splitlines()[-1])["exit_code"] == 7
+
+
+def test_ranks_that_were_warned_and_left_are_queued_again(tmp_path: Path, commands: Path) -> None:
+    script = (
+        "import os, signal, sys, time\n"
+        "if os.environ['RANK'] == '1':\n"  # this one does not catch it, and must not be killed by it
+        "    time.sleep(1 if os.path.exists('left') else 600); sys.exit(0)\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: (open('left', 'w').close(), os._exit(75)))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(1 if os.path.exists('left') else 600)\n"
+    )
+    launcher = start(tmp_path, script, failure={"shutdown_grace": "1s"})
+    run_dir = tmp_path / "runs/j" / tmp_path.name
+    merged = run_dir / "merged.log"
+    assert eventually(lambda: merged.exists() and "up" in merged.read_text())
+    os.kill(int((commands / "batch").read_text()), signal.SIGUSR2)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 0, output
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
+    assert "is queued again" in output
+    assert merged.read_text().count("up") == 2
+    assert (run_dir / "logs/rank-0.start-0.log").read_text() == (run_dir / "logs/rank-0.log").read_text() == "up\n"
+
+
+def test_ctrl_c_cancels_the_job_and_ranks_end_with_grace(tmp_path: Path) -> None:
+    launcher = start(
+        tmp_path, "import time; print('up', flush=True); time.sleep(600)", failure={"shutdown_grace": "1s"}
+    )
+    merged = tmp_path / "runs/j" / tmp_path.name / "merged.log"
+    assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
+    launcher.send_signal(signal.SIGINT)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 130, output
+    assert json.loads((merged.parent / "exit.json").read_text())["state"] == "interrupted"

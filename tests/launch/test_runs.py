@@ -1,0 +1,123 @@
+"""Runs are found again from any terminal: listed, looked at, ended; what they left on disk outlives their launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meshwright.clusters.sweep import carriers
+from meshwright.launch.runs import Known, RunError, all_runs, cancel, find_run, remember, standing
+
+SLEEP = "import os, time; print('up', os.environ['RANK'], flush=True); time.sleep(600)"
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def known(folder: Path, run_id: str = "r1", **fields: object) -> Known:
+    run_dir = folder / "runs/j" / run_id
+    run_dir.mkdir(parents=True)
+    found = Known(run_id, "j", "local", str(run_dir), 1.0)
+    return Known(**{**found.__dict__, **fields})  # type: ignore[arg-type]
+
+
+def meshwright(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "meshwright.launch.cli", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 30.0) -> bool:
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_launch_that_was_written_down_is_found_by_id_and_by_directory(tmp_path: Path) -> None:
+    made = known(tmp_path, shown=(0, 2)).of_this_process()
+    remember(made)
+    assert find_run("r1") == find_run(made.run_dir) == made
+    assert all_runs() == [made]
+    with pytest.raises(RunError, match="no run 'r2' is known; choose from: r1"):
+        find_run("r2")
+
+
+def test_two_runs_of_one_id_are_told_apart_by_their_directories(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        remember(known(tmp_path / name))
+    with pytest.raises(RunError, match=r"several runs have this id; name the run directory: .*/a/.*/b/"):
+        find_run("r1")
+    assert find_run(str(tmp_path / "a/runs/j/r1")).run_dir == str(tmp_path / "a/runs/j/r1")
+
+
+def test_a_run_stands_as_its_record_says_or_its_launcher(tmp_path: Path) -> None:
+    made = known(tmp_path).of_this_process()
+    remember(made)
+    assert standing(made).state == "running"
+    other = Known(**{**made.__dict__, "began": "1"})
+    assert (standing(other).state, standing(other).exit_code) == ("lost", 69), "the number was given again"
+    elsewhere = Known(**{**made.__dict__, "host": "login7"})
+    assert standing(elsewhere).detail == "its launcher runs on login7"
+    with pytest.raises(RunError, match="login7; cancel it there"):
+        cancel(elsewhere)
+    record = {"state": "failed", "exit_code": 7, "reason": "rank 1 failed"}
+    (tmp_path / "runs/j/r1/exit.json").write_text(json.dumps(record))
+    assert (standing(made).state, standing(made).exit_code, standing(made).over) == ("failed", 7, True)
+    with pytest.raises(RunError, match="run r1 is over: failed"):
+        cancel(made)
+
+
+def test_a_directory_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    made = known(tmp_path)
+    remember(made)
+    for path in sorted(Path(made.run_dir).rglob("*"), reverse=True):
+        path.unlink()
+    Path(made.run_dir).rmdir()
+    assert all_runs() == []
+    assert list((tmp_path / "state/meshwright/runs").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_left_alone_listed_looked_at_and_ended(tmp_path: Path) -> None:
+    run_id = f"detached-{os.getpid()}"
+    job = {"name": "j", "command": ["python", "-c", SLEEP], "nproc_per_node": 2, "failure": {"shutdown_grace": "2s"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    try:
+        done = meshwright(tmp_path, "launch", "job.yaml", "--run-id", run_id, "--detach")
+        assert done.returncode == 0, done.stderr
+        assert f"meshwright attach {run_id}" in done.stdout
+        merged = tmp_path / "runs/j" / run_id / "merged.log"
+        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
+        (run,) = json.loads(meshwright(tmp_path, "ps", "--json").stdout)["runs"]
+        assert (run["run_id"], run["state"]) == (run_id, "running")
+        assert run_id in meshwright(tmp_path, "ps").stdout
+        assert meshwright(tmp_path, "logs", run_id, "--rank", "1").stdout.endswith(":1 | up 1\n")
+        assert "it has" not in (wrong := meshwright(tmp_path, "logs", run_id, "--rank", "9")).stdout
+        assert (wrong.returncode, "the run has ranks 0 to 1" in wrong.stderr) == (64, True)
+        assert "was asked to end" in meshwright(tmp_path, "cancel", run_id).stdout
+        attached = meshwright(tmp_path, "attach", run_id)
+    finally:
+        for pid in carriers(run_id):
+            os.kill(pid, signal.SIGKILL)
+    assert attached.returncode == 143, attached.stdout + attached.stderr
+    assert "up 0" in attached.stdout
+    assert f"run directory: {tmp_path}/runs/j/{run_id}" in attached.stdout
+    assert json.loads(meshwright(tmp_path, "ps", "--json").stdout) == {"runs": []}
+    assert run_id in meshwright(tmp_path, "ps", "--all").stdout
