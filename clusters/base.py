@@ -176,7 +176,7 @@ class Submission:
     Args:
         argv: exact words.
         script: what they read on standard input.
-        step: exact words by which the run starts its agents, once it has its nodes.
+        step: exact words by which the run starts its agents, once it has its nodes; none where the queue starts them.
     """
 
     argv: tuple[str, ...]
@@ -230,7 +230,7 @@ class StartPlan:
         if self.submission is not None:
             script = [f"           | {line}" for line in self.submission.script.splitlines()]
             head += [f"submit     {shlex.join(self.submission.argv)}", "script     on its standard input:", *script]
-            head += [f"step       {shlex.join(self.submission.step)}"]
+            head += [f"step       {shlex.join(self.submission.step)}"] if self.submission.step else []
         return "\n".join([*head, *(line for node in self.nodes for line in _lines(node))]) + "\n"
 
 

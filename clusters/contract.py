@@ -50,10 +50,12 @@ class Job:
     Args:
         state: "pending", "running", "gone" or, where the queue does not answer, "unknown"; it forgets what has ended.
         detail: in the queue's own words.
+        exit_code: of a run that is over, where the queue itself remembers it.
     """
 
     state: str
     detail: str = ""
+    exit_code: int | None = None
 
 
 @runtime_checkable

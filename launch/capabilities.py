@@ -31,7 +31,7 @@ class Gap:
 _ALL = (
     Gap("sweep", "launch once per value with --set"),
     Gap("after", "launch one job after the other"),
-    Gap("health", "remove it"),
+    Gap("health", "remove it; `meshwright doctor JOB.yaml` acts on it"),
     Gap("binding", "remove it, or write none", ("none",)),
     Gap("nodes.min", "write a number of nodes"),
     Gap("nodes.max", "write a number of nodes"),
@@ -67,6 +67,28 @@ GAPS = {
         *_ALL,
         Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
         Gap("failure.exclude_bad_nodes", "name the nodes in cluster.exclude"),
+    ),
+    "kubernetes": (
+        *_ALL,
+        *_UNWARNED,
+        Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
+        Gap("resources.exclusive", "ask for all of a node by resources"),
+        Gap("rendezvous.interface", "remove it: pods have one", ("auto",)),
+        Gap("failure.exclude_bad_nodes", "cordon the node"),
+    ),
+    "mpi": (
+        *_ALL,
+        *_UNWARNED,
+        Gap("resources", "remove it; the host file says what nodes have"),
+        Gap("failure.max_restarts", "set it to 0: an MPI job ends with its first failed rank", (0,)),
+        Gap("failure.exclude_bad_nodes", "take the host out of the host file"),
+    ),
+    "ray": (
+        *_ALL,
+        *_UNWARNED,
+        Gap("resources.gpu_type", "remove it"),
+        Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),
+        Gap("failure.exclude_bad_nodes", "drain the node"),
     ),
 }
 """Type of cluster -> what it does not act on."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "logs": "meshwright.launch.commands.logs",
     "attach": "meshwright.launch.commands.attach",
     "cancel": "meshwright.launch.commands.cancel",
+    "doctor": "meshwright.launch.commands.doctor",
 }
 """Command -> module with a function of that name; imported when it is wanted."""
 

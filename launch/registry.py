@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.environment import inherited
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.kubernetes import KubernetesQueue
+from meshwright.clusters.kubernetes_manifest import KubernetesOptions
 from meshwright.clusters.local import LocalCluster
 from meshwright.clusters.slurm import SlurmOptions, SlurmQueue
 from meshwright.clusters.ssh import SshCluster, SshHost, SshOptions
+from meshwright.launch.engines import kubernetes_queue, mpi_cluster, ray_cluster
 from meshwright.launch.load import LoadedJob
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from meshwright.launch.spec.clusters import SshCluster as SshBlock
     from meshwright.launch.spec.machines import Resources
 
-__all__ = ["cluster_of", "queue_of"]
+__all__ = ["cluster_of", "queue_of", "ssh_options"]
 
 
 def cluster_of(loaded: LoadedJob, warm: "subprocess.Popen[bytes] | None" = None) -> Cluster | Queue:
@@ -34,15 +37,27 @@ def cluster_of(loaded: LoadedJob, warm: "subprocess.Popen[bytes] | None" = None)
         return LocalCluster(warm)
     if found.type == "ssh":
         return _ssh(found, passed=inherited(loaded.job.env_pass, os.environ))
+    if found.type == "mpi":
+        return mpi_cluster(found)
+    if found.type == "ray":
+        return ray_cluster(found)
+    if found.type == "kubernetes":
+        return kubernetes_queue(found, loaded)
     return SlurmQueue(_slurm_options(found, loaded.job.resources))
 
 
-def queue_of(kind: str) -> Queue:
+def queue_of(kind: str, job: str) -> Queue:
     """The queue of a run that was handed over before, to ask about it and to cancel it.
+
+    Args:
+        kind: of the cluster.
+        job: the queue's name of the run.
 
     Raises:
         UnavailableError: for a kind that this version does not have.
     """
+    if kind.startswith("kubernetes"):
+        return KubernetesQueue(KubernetesOptions(image="", namespace=job.partition("/")[0]))
     if kind != "slurm":
         raise UnavailableError(f"the run lies in a queue of type {kind!r}, which this version does not have")
     return SlurmQueue()
@@ -76,7 +91,12 @@ def _ssh(found: "SshBlock", passed: Mapping[str, str]) -> SshCluster:
         SshHost(host.name, host.addr or host.name, host.slots, host.gpus, host.python or python, found.env | host.env)
         for host in found.hosts
     ]
-    options = SshOptions(
+    return SshCluster(hosts, ssh_options(found), passed)
+
+
+def ssh_options(found: "SshBlock") -> SshOptions:
+    """How a job's hosts are reached."""
+    return SshOptions(
         user=found.user,
         port=found.port,
         identity_file=found.identity_file,
@@ -87,4 +107,3 @@ def _ssh(found: "SshBlock", passed: Mapping[str, str]) -> SshCluster:
         connect_timeout_s=found.connect_timeout,
         lost_after_s=found.lost_after,
     )
-    return SshCluster(hosts, options, passed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
-from meshwright.parallel.errors import ScheduleError, WrapError
+from meshwright.parallel.errors import MeshwrightError
 from meshwright.parallel.mesh import AXES, Mesh
 from meshwright.parallel.pipeline.files import is_file
 
@@ -117,7 +117,9 @@ def _said_of(where: str) -> Iterator[None]:
     """Says of the job's `parallel:` what turns out when its model is looked at."""
     try:
         yield
-    except (ScheduleError, WrapError) as error:
+    except JobError:
+        raise
+    except MeshwrightError as error:
         raise JobError([Problem(where, "parallel", str(error))]) from error
 
 

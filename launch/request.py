@@ -83,7 +83,7 @@ def request_of(
 
 def _gpus_per_node(loaded: LoadedJob) -> int | None:
     cluster, asked = loaded.job.cluster, loaded.job.resources.gpus_per_node
-    if cluster.type == "ssh" or asked is not None:
+    if cluster.type == "ssh" or (cluster.type != "local" and asked is not None):
         return asked
     return cluster.gpus_per_node
 

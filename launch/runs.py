@@ -135,7 +135,7 @@ def find_run(run_id: str) -> Known:
     if len(found) == 1:
         return found[0]
     if found:
-        places = ", ".join(each.run_dir for each in found)
+        places = ", ".join(sorted(each.run_dir for each in found))
         raise RunError(f"{run_id}: several runs have this id; name the run directory: {places}")
     ids = [each.run_id for each in runs]
     hint = nearest(run_id, ids) if ids else "nothing was launched by this user"
@@ -166,12 +166,14 @@ def standing(known: Known) -> Standing:
 
 def _in_queue(known: Known, record: dict[str, Any] | None) -> Standing:
     assert known.job is not None, "a run of a queue"
-    job = queue_of(known.cluster).status(known.job)
+    job = queue_of(known.cluster, known.job).status(known.job)
     if job.state != "gone":
         return Standing(job.state, f"job {known.job}: {job.detail}")
     record = record or _record(known.run_dir)  # it may have been written meanwhile
     if record is not None:
         return Standing(record["state"], record["reason"], record["exit_code"])
+    if job.exit_code is not None:
+        return Standing("failed" if job.exit_code else "succeeded", f"job {known.job}: {job.detail}", job.exit_code)
     if "CANCELLED" in job.detail:
         return Standing("cancelled", f"job {known.job}: {job.detail}", 128 + signal.SIGINT)
     return _lost(f"job {known.job}: {job.detail or 'forgotten'}")
@@ -191,7 +193,7 @@ def cancel(known: Known) -> str:
     if now.over:
         raise RunError(f"run {known.run_id} is over: {now.state}")
     if known.job is not None:
-        queue_of(known.cluster).cancel(known.job)
+        queue_of(known.cluster, known.job).cancel(known.job)
         return f"job {known.job} was cancelled"
     if now.state != "running":
         raise RunError(f"run {known.run_id}: {now.detail}; cancel it there")

@@ -11,12 +11,21 @@ from meshwright.launch.spec.block import Block, Count, Duration, Line, Listed, V
 from meshwright.launch.values import check_line
 from meshwright.parallel.errors import nearest
 
-__all__ = ["CLUSTER_TYPES", "Cluster", "Host", "LocalCluster", "SlurmCluster", "SshCluster"]
+__all__ = [
+    "CLUSTER_TYPES",
+    "Cluster",
+    "Host",
+    "KubernetesCluster",
+    "LocalCluster",
+    "MpiCluster",
+    "RayCluster",
+    "SlurmCluster",
+    "SshCluster",
+]
 
-CLUSTER_TYPES = ("local", "ssh", "slurm")
+CLUSTER_TYPES = ("local", "ssh", "slurm", "kubernetes", "mpi", "ray")
 """Types of this version."""
 
-_LATER = ("mpi", "ray", "kubernetes")
 _Gpus = Annotated[int, Field(ge=0, le=1024)]
 _Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -190,16 +199,70 @@ class SlurmCluster(_SlurmRequest):
         return ()
 
 
+class _Sized(Block):
+    """A cluster that says how many nodes a job takes unless it says `nodes`."""
+
+    nodes: Count = Field(default=1, description="Nodes of a job that does not say `nodes`.")
+    gpus_per_node: _Gpus | None = Field(default=None, description="GPUs of each node that are asked for.")
+
+    @property
+    def default_nodes(self) -> int:
+        """Nodes of a job that does not say `nodes`."""
+        return self.nodes
+
+    @property
+    def slots(self) -> tuple[int | None, ...]:
+        """Ranks that each node takes, None where that is not said."""
+        return ()
+
+
+class KubernetesCluster(_Sized):
+    """A namespace of Kubernetes with the operator of JobSet or of Kubeflow Trainer."""
+
+    type: Literal["kubernetes"] = Field(description="Kind of cluster: Kubernetes, through kubectl.")
+    image: Word = Field(description="Image of the pods, with meshwright in it.")
+    kind: Literal["jobset", "trainjob"] = Field(default="jobset", description="Object that a run becomes.")
+    namespace: Word = Field(default="default", description="Namespace of all objects.")
+    context: Word | None = Field(default=None, description="Context of kubectl; by default its current one.")
+    python: Word = Field(default="python3", description="Python interpreter in the image.")
+    workdir: Line | None = Field(default=None, description="Working directory in the image; by default as here.")
+    secret: Word | None = Field(default=None, description="Secret that has the job's secrets, one key per variable.")
+    claim: Word | None = Field(default=None, description="Volume claim for run directories; by default the pod's disk.")
+    runtime: Word = Field(default="torch-distributed", description="Training runtime of a trainjob.")
+    node_selector: dict[Line, Line] = Field(default_factory=dict, description="Labels that nodes must have.")
+
+
+class MpiCluster(_Sized):
+    """What one mpiexec reaches."""
+
+    type: Literal["mpi"] = Field(description="Kind of cluster: MPI, with Open MPI or MPICH.")
+    mpiexec: Word = Field(default="mpiexec", description="Name or path of mpiexec.")
+    hostfile: Line | None = Field(
+        default=None, description="Host file in that MPI's own form; by default this machine."
+    )
+    python: Word | None = Field(default=None, description="Python interpreter on all nodes; by default as here.")
+    extra: Listed[Line] = Field(default=(), description="Further words of mpiexec, as they are.")
+
+
+class RayCluster(_Sized):
+    """A Ray cluster that runs already."""
+
+    type: Literal["ray"] = Field(description="Kind of cluster: Ray.")
+    address: Word = Field(
+        default="auto", description="Address of its head, or auto: what RAY_ADDRESS or this node says."
+    )
+    cpus_per_node: Count = Field(default=1, description="CPUs of each node that are asked for.")
+    ready_timeout: Duration = Field(default=60.0, description="How long Ray may take to place the nodes.")
+
+
 def _known(value: object) -> object:
     """Refuses types of clusters that are not there, before blocks of other types complain about keys."""
     kind = value.get("type", "local") if isinstance(value, Mapping) else "local"
     if kind in CLUSTER_TYPES:
         return value
     has = f"this version of meshwright has {', '.join(CLUSTER_TYPES)}"
-    if kind in _LATER:
-        message = f"cluster type '{kind}' is not in this version of meshwright; it has: {', '.join(CLUSTER_TYPES)}"
-    elif isinstance(kind, str):
-        message = f"no cluster type {kind!r}; {nearest(kind, [*CLUSTER_TYPES, *_LATER])} ({has})"
+    if isinstance(kind, str):
+        message = f"no cluster type {kind!r}; {nearest(kind, CLUSTER_TYPES)} ({has})"
     else:
         message = f"expected a type of cluster as text; {has}"
     raise PydanticCustomError("job_rules", "{message}", {"message": message, "problems": [("type", message)]})
@@ -213,7 +276,10 @@ def _kind(value: object) -> str:
 Cluster = Annotated[
     Annotated[LocalCluster, Tag("<local>")]
     | Annotated[SshCluster, Tag("<ssh>")]
-    | Annotated[SlurmCluster, Tag("<slurm>")],
+    | Annotated[SlurmCluster, Tag("<slurm>")]
+    | Annotated[KubernetesCluster, Tag("<kubernetes>")]
+    | Annotated[MpiCluster, Tag("<mpi>")]
+    | Annotated[RayCluster, Tag("<ray>")],
     Discriminator(_kind),
     BeforeValidator(_known),
 ]

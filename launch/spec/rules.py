@@ -10,7 +10,7 @@ from meshwright.parallel.legal import check_layout
 from meshwright.parallel.pipeline.choose import complaints
 
 if TYPE_CHECKING:
-    from meshwright.launch.spec.clusters import LocalCluster, SlurmCluster, SshCluster
+    from meshwright.launch.spec.clusters import Cluster
     from meshwright.launch.spec.job import Job
 
 __all__ = ["OWNED_VARIABLES", "broken_rules"]
@@ -111,7 +111,7 @@ def _nodes(job: "Job") -> Iterator[Broken]:
     if isinstance(nodes, NodeRange) and nodes.min > nodes.max:
         yield "nodes.min", f"nodes.min={nodes.min} is more than nodes.max={nodes.max}"
     most, key = (nodes.max, "nodes.max") if isinstance(nodes, NodeRange) else (nodes, "nodes")
-    if most is None or job.cluster.type == "slurm":
+    if most is None or job.cluster.type not in ("local", "ssh"):
         return
     have = job.cluster.default_nodes
     if most > have or (most < have and job.cluster.type == "local" and key == "nodes"):
@@ -148,7 +148,7 @@ def _slots(job: "Job", slots: dict[str, int]) -> Iterator[Broken]:
         )
 
 
-def _too_many(nodes: int, cluster: "LocalCluster | SshCluster | SlurmCluster") -> str:
+def _too_many(nodes: int, cluster: "Cluster") -> str:
     have = cluster.default_nodes
     if cluster.type == "local":
         return (

@@ -71,9 +71,9 @@ TRAINING = "name: a\nmodel: {architecture: llama}\ndata: {files: python-stdlib}\
         ),
         (PROGRAM + "name: c\n", "job.yaml:3:1: name: duplicate key, first written at line 1; keep one of them"),
         (
-            PROGRAM + "cluster: {type: ray, address: auto}\n",
-            "job.yaml:3:17: cluster.type: cluster type 'ray' is not in this version of meshwright; it has: local, "
-            "ssh, slurm",
+            PROGRAM + "cluster: {type: rya, address: auto}\n",
+            "job.yaml:3:17: cluster.type: no cluster type 'rya'; did you mean 'ray'? (this version of meshwright has "
+            "local, ssh, slurm, kubernetes, mpi, ray)",
         ),
         (
             "name: a\n",

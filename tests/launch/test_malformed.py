@@ -104,7 +104,7 @@ RAW = {
     "path as name": b"name: ../../etc\ncommand: [b]\n",
     "nothing to run": b"name: a\n",
     "unknown cluster": b"name: a\ncommand: [b]\ncluster: lab\n",
-    "ray": b"name: a\ncommand: [b]\ncluster: {type: ray, address: auto}\n",
+    "ray": b"name: a\ncommand: [b]\ncluster: {type: ray, adress: auto}\n",
     "two blocks of a cluster": b"name: a\ncommand: [b]\ncluster: {type: slurm, simulate_nodes: 2}\n",
     "hosts twice": b"name: a\ncommand: [b]\ncluster: {type: ssh, hosts: [{name: h}, {name: h}]}\n",
     "more nodes than hosts": b"name: a\ncommand: [b]\nnodes: 2\ncluster: {type: ssh, hosts: [{name: h}]}\n",

@@ -1,0 +1,1 @@
+"""Catalogs that come with meshwright: numbers of hardware, with their sources."""

@@ -1,0 +1,104 @@
+"""What links can carry: the catalog of accelerators, and the least bandwidth that a healthy all-reduce has on them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Accelerator", "Catalog", "Expected", "catalog"]
+
+_FILE = Path(__file__).with_name("catalog") / "accelerators.yaml"
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One kind of GPU.
+
+    Args:
+        name: as it stands in the driver's name for it.
+        nvlink_bytes_per_s: all its NVLinks in one direction; None where it has none.
+        memory_bytes: of the smallest one of that name.
+        source: of the numbers.
+    """
+
+    name: str
+    nvlink_bytes_per_s: float | None
+    memory_bytes: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The least bus bandwidth of an all-reduce, in bytes per second, and why."""
+
+    bytes_per_s: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The catalog's numbers.
+
+    Args:
+        accelerators: kinds of GPUs, special names first.
+        pcie_bytes_per_s: generation -> one direction of 16 lanes.
+        shares: link -> share of it that a healthy all-reduce reaches.
+        loopback_bytes_per_s: the least between ranks of one machine, with gloo.
+    """
+
+    accelerators: tuple[Accelerator, ...]
+    pcie_bytes_per_s: Mapping[int, float]
+    shares: Mapping[str, float]
+    loopback_bytes_per_s: float
+
+    def accelerator(self, name: str | None) -> Accelerator | None:
+        """The kind of GPU that a driver calls so; None for one that the catalog does not know.
+
+        >>> catalog().accelerator("NVIDIA H100 80GB HBM3").nvlink_bytes_per_s
+        450000000000.0
+        >>> catalog().accelerator("NVIDIA A100-SXM4-40GB").name, catalog().accelerator("Radeon") is None
+        ('A100', True)
+        """
+        words = (name or "").replace("-", " ").split()
+        return next((each for each in self.accelerators if set(each.name.split()) <= set(words)), None)
+
+    def between_gpus(self, name: str | None, *, linked: bool, generation: int | None) -> Expected | None:
+        """What GPUs of one node reach among each other, by NVLink or over the bus; None where nothing is known."""
+        kind = self.accelerator(name)
+        if linked:
+            if kind is None or kind.nvlink_bytes_per_s is None:
+                return None
+            speed, share = kind.nvlink_bytes_per_s, self.shares["nvlink"]
+            return Expected(speed * share, f"{share:.0%} of NVLink's {speed / 1e9:g} GB/s ({kind.source})")
+        speed_of_bus = self.pcie_bytes_per_s.get(generation or 0)
+        if speed_of_bus is None:
+            return None
+        share = self.shares["pcie"]
+        why = f"{share:.0%} of {speed_of_bus / 1e9:g} GB/s (PCI Express {generation}, 16 lanes)"
+        return Expected(speed_of_bus * share, why)
+
+    def between_nodes(self, bytes_per_s: float | None, backend: str, *, interface: str) -> Expected | None:
+        """What ranks of several nodes reach over an interface of a known speed."""
+        if bytes_per_s is None:
+            return None
+        share = self.shares["gloo" if backend == "gloo" else "infiniband" if interface.startswith("ib") else "ethernet"]
+        return Expected(bytes_per_s * share, f"{share:.0%} of the {bytes_per_s / 1e9:g} GB/s of {interface}")
+
+    def on_loopback(self) -> Expected:
+        """What ranks of one machine reach with gloo."""
+        return Expected(self.loopback_bytes_per_s, "the least over loopback")
+
+
+@cache
+def catalog() -> Catalog:
+    """The catalog that comes with meshwright."""
+    import yaml
+
+    told: dict[str, Any] = yaml.safe_load(_FILE.read_text())
+    return Catalog(
+        accelerators=tuple(Accelerator(**each) for each in told["accelerators"]),
+        pcie_bytes_per_s=told["pcie_bytes_per_s"],
+        shares=told["shares"],
+        loopback_bytes_per_s=told["loopback_bytes_per_s"],
+    )

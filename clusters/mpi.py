@@ -1,0 +1,247 @@
+"""MPI as a cluster: one mpiexec starts a program per rank, on this machine or the hosts of a file.
+
+Open MPI and MPICH differ in a few words only. Ranks talk through torch; MPI starts them, says who shares a node, and
+ends all when one fails.
+"""
+
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.spawn import words_for
+from meshwright.clusters.sweep import sweep
+
+__all__ = ["MpiCluster", "MpiHandle", "MpiOptions", "implementation_of", "plan_mpi"]
+
+_KILL_WAIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class MpiOptions:
+    """How mpiexec is called.
+
+    Args:
+        implementation: "openmpi" or "mpich".
+        mpiexec: its name or path.
+        hostfile: in the implementation's own form; None is this machine.
+        python: interpreter on all nodes.
+        extra: further words, as they are.
+    """
+
+    implementation: str
+    mpiexec: str = "mpiexec"
+    hostfile: str | None = None
+    python: str = sys.executable
+    extra: tuple[str, ...] = ()
+
+
+def implementation_of(mpiexec: str) -> str:
+    """Which MPI a program belongs to.
+
+    Raises:
+        UnavailableError: when it is not there, or neither Open MPI nor MPICH.
+    """
+    if shutil.which(mpiexec) is None:
+        raise UnavailableError(
+            f"cluster.mpiexec: there is no {mpiexec!r} here; install Open MPI or MPICH, or name its path"
+        )
+    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False).stdout
+    for sign, name in (("Open MPI", "openmpi"), ("OpenRTE", "openmpi"), ("PRTE", "openmpi"), ("HYDRA", "mpich")):
+        if sign.lower() in said.lower():
+            return name
+    raise UnavailableError(f"cluster.mpiexec: {mpiexec!r} is neither Open MPI nor MPICH: {said.strip()[:80]!r}")
+
+
+def plan_mpi(request: StartRequest, options: MpiOptions) -> StartPlan:
+    """The exact start plan; pure.
+
+    Raises:
+        UnavailableError: for what MPI cannot do, or where the number of ranks is not said.
+    """
+    if request.limits.max_restarts:
+        raise UnavailableError("failure.max_restarts: an MPI job ends with its first failed rank; set it to 0")
+    asked = request.ranks_per_node
+    if isinstance(asked, str):
+        raise UnavailableError(f"nproc_per_node: {asked}, but mpiexec is told a number of ranks; write one")
+    per_node = asked or max(1, (request.num_ranks or request.num_nodes) // request.num_nodes)
+    alone = request.num_nodes == 1
+    return StartPlan(
+        cluster=f"mpi ({options.implementation})",
+        name=request.name,
+        run_id=request.run_id,
+        run_dir=str(request.run_dir),
+        inherit=request.program.inherit,
+        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
+        setup=request.program.setup,
+        meeting=replace(request.meeting, host=None if alone else request.meeting.host),
+        limits=request.limits,
+        nodes=tuple(_node(request, options, index=index, per_node=per_node) for index in range(request.num_nodes)),
+    )
+
+
+def _node(request: StartRequest, options: MpiOptions, *, index: int, per_node: int) -> NodePlan:
+    ranks = tuple(range(index * per_node, (index + 1) * per_node))
+    env = dict(request.program.env)
+    if request.num_nodes == 1:
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    return NodePlan(
+        name=f"node{index}",
+        index=index,
+        ranks=ranks,
+        cwd=str(request.program.workdir),
+        env=tuple(sorted(env.items())) + identity(request, f"node{index}", index),
+        agent=_words(options, num_ranks=request.num_nodes * per_node, per_node=per_node),
+        argv=words_for(options.python, request.program.argv),
+        logs=tuple(log_name(rank) for rank in ranks),
+    )
+
+
+def _words(options: MpiOptions, *, num_ranks: int, per_node: int) -> tuple[str, ...]:
+    """The words of mpiexec; `-m mpi4py` makes an exception of one process end the job, which would hang without.
+
+    Where both MPIs are installed, mpi4py would else take the library of either.
+    """
+    hosts = (options.hostfile,) if options.hostfile else ()
+    if options.implementation == "openmpi":
+        places: tuple[str, ...] = ("--map-by", f"ppr:{per_node}:node:OVERSUBSCRIBE", "--bind-to", "none")
+        places += ("-x", "MPI4PY_MPIABI=openmpi")
+        found = tuple(word for host in hosts for word in ("--hostfile", host))
+    else:
+        places = ("-ppn", str(per_node), "-bind-to", "none", "-genv", "MPI4PY_MPIABI", "mpich")
+        found = tuple(word for host in hosts for word in ("-f", host))
+    program = (options.python, "-u", "-m", "mpi4py", "-m", "meshwright.clusters.mpi_rank")
+    return (options.mpiexec, "-n", str(num_ranks), *found, *places, *options.extra, *program)
+
+
+class MpiCluster:
+    """What one mpiexec reaches.
+
+    Args:
+        options: how it is called.
+    """
+
+    def __init__(self, options: MpiOptions) -> None:
+        self._options = options
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        """The exact start plan of a request."""
+        return plan_mpi(request, self._options)
+
+    def check(self, plan: StartPlan) -> None:
+        """Makes sure that there is an mpiexec of the planned kind, and mpi4py.
+
+        Raises:
+            UnavailableError: when there is not.
+        """
+        from importlib.util import find_spec
+
+        found = implementation_of(self._options.mpiexec)
+        if found != self._options.implementation:
+            raise UnavailableError(f"cluster.mpirun: {self._options.mpiexec!r} is {found}, not what the job says")
+        if find_spec("mpi4py") is None:
+            raise UnavailableError("mpi4py is not installed; pip install 'meshwright[mpi]'")
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "MpiHandle":
+        """Executes a plan: one mpiexec, whose complaints go to logs/mpiexec.log."""
+        return MpiHandle(plan, secrets)
+
+
+class MpiHandle:
+    """A run under one mpiexec.
+
+    Args:
+        plan: what is started.
+        secrets: values of the plan's secrets.
+    """
+
+    def __init__(self, plan: StartPlan, secrets: Mapping[str, str]) -> None:
+        self._plan, self._rest = plan, b""
+        self._late: list[dict[str, Any]] = []
+        log = os.open(Path(plan.run_dir, "logs", "mpiexec.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._job = subprocess.Popen(
+            plan.nodes[0].agent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            bufsize=0,
+        )
+        os.close(log)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stream(self._job.stdout), selectors.EVENT_READ)
+        self._say({"plan": asdict(plan), "secrets": dict(secrets)})
+
+    def _stream(self, found: "IO[bytes] | None") -> "IO[bytes]":
+        assert found is not None, "it was started with pipes"
+        return found
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        pipe = self._stream(self._job.stdin)
+        left = memoryview(json.dumps(message).encode() + b"\n")
+        with suppress(OSError, ValueError):  # an mpiexec that is gone is found by its end of output
+            while left:
+                left = left[pipe.write(left) or 0 :]
+
+    @property
+    def done(self) -> bool:
+        """Whether mpiexec has ended."""
+        return not self._selector.get_map() and not self._late
+
+    def poll(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Events since the last call; after the end one {"event": "gone", "code": ...} for every node."""
+        events, self._late = self._late, []
+        for key, _ in self._selector.select(0.0 if events else timeout_s):
+            data = os.read(key.fd, 1 << 16)
+            if not data:
+                events += self._gone()
+                continue
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            events += [event for line in lines if (event := _event(line)) is not None]
+        return events
+
+    def _gone(self) -> list[dict[str, Any]]:
+        out = self._stream(self._job.stdout)
+        self._selector.unregister(out)
+        code = self._job.wait()
+        for pipe in (out, self._stream(self._job.stdin)):
+            pipe.close()
+        return [{"event": "gone", "node": node.name, "code": code} for node in self._plan.nodes]
+
+    def stop(self) -> None:
+        """Asks all ranks to end: TERM, then KILL after the plan's grace."""
+        self._say({"command": "stop"})
+
+    def kill(self) -> None:
+        """Kills everything of this run at once, and what it left behind on this machine."""
+        self._say({"command": "kill"})
+        end_s = time.monotonic() + _KILL_WAIT_S
+        while self._selector.get_map() and time.monotonic() < end_s:
+            self._late += self.poll(0.1)
+        if self._job.poll() is None:
+            self._job.terminate()  # mpiexec ends its processes, also those of other hosts
+            with suppress(subprocess.TimeoutExpired):
+                self._job.wait(_KILL_WAIT_S)
+            self._job.kill()
+        if self._selector.get_map():
+            self._late += self._gone()
+        sweep(self._plan.run_id)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """An event; None for what a program of MPI prints by itself."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "event" in found else None

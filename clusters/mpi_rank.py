@@ -1,0 +1,275 @@
+"""The program that mpiexec starts once per rank: finds its place by MPI, starts the rank, and ends with all others.
+
+    launcher --(plan on the first one's standard input; then stop, kill)--> mpi_rank 0 --(MPI)--> mpi_rank 1, 2, ...
+             <--(started, exit, result: lines that mpiexec passes on)------ all of them
+
+Which ranks share a node is what MPI says of shared memory, not what a host file promises. The rank itself is a child
+that knows nothing of MPI: when it fails, all others are told and end theirs with grace, and the job ends with its code.
+Only the main thread calls MPI, and while ranks run it never waits in a call, since waiting would burn a core.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from signal import SIGTERM
+from threading import Thread
+from typing import Any
+
+from meshwright.clusters import bootstrap
+from meshwright.clusters.deaths import Death, Deaths, exit_code_of
+from meshwright.clusters.environment import rank_environment
+from meshwright.clusters.network import own_address
+from meshwright.clusters.setup import SetupError, run_setup
+from meshwright.clusters.sweep import sweep
+
+__all__ = ["Seat", "main", "seat_of"]
+
+_STOP_TAG = 7
+_TICK_S = 0.02
+_SETUP_FAILED = 70
+_OF_MPI = ("OMPI_", "PMI", "PRTE_", "HYDRA")
+"""Starts of variables that tie a process to its mpiexec, which a rank is not to take itself for a part of."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a process sits.
+
+    Args:
+        node: index of its node.
+        local_rank: among the ranks of its node.
+        local_size: number of them.
+        rank: of all, counted node by node.
+        sizes: ranks of every node.
+    """
+
+    node: int
+    local_rank: int
+    local_size: int
+    rank: int
+    sizes: tuple[int, ...]
+
+
+def seat_of(leader: int, local_rank: int, leaders: list[int]) -> Seat:
+    """The seat of a process from what MPI says of shared memory; pure.
+
+    Args:
+        leader: lowest rank of the world that shares memory with this process.
+        local_rank: among those.
+        leaders: of every process of the world.
+
+    >>> seat_of(1, 1, [0, 1, 0, 1])  # dealt in turn to two nodes
+    Seat(node=1, local_rank=1, local_size=2, rank=3, sizes=(2, 2))
+    """
+    nodes = sorted(set(leaders))
+    node, sizes = nodes.index(leader), tuple(leaders.count(each) for each in nodes)
+    return Seat(node, local_rank, sizes[node], sum(sizes[:node]) + local_rank, sizes)
+
+
+class _Process:
+    """One process of the job."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.mpi = MPI
+        self.world = MPI.COMM_WORLD
+        self.local = self.world.Split_type(MPI.COMM_TYPE_SHARED)
+        leader = self.local.bcast(self.world.rank)
+        self.seat = seat_of(leader, self.local.rank, self.world.allgather(leader))
+        self.orders: SimpleQueue[str] = SimpleQueue()
+        first = self._read() if self.world.rank == 0 else None
+        self.message: Mapping[str, Any] = self.world.bcast(first)
+        self.plan: Mapping[str, Any] = self.message["plan"]
+        self.store: Any = None
+        self.deaths: list[Death] = []
+
+    def _read(self) -> Mapping[str, Any]:
+        """The launcher's first message; further ones are orders, and the end of input is one too."""
+        message: Mapping[str, Any] = json.loads(sys.stdin.readline())
+
+        def listen() -> None:
+            for line in sys.stdin:
+                self.orders.put(json.loads(line)["command"])
+            self.orders.put("kill")
+
+        Thread(target=listen, daemon=True).start()
+        return message
+
+    @property
+    def node(self) -> Mapping[str, Any]:
+        """This node's part of the plan."""
+        found: Mapping[str, Any] = self.plan["nodes"][self.seat.node]
+        return found
+
+    def tell(self, event: str, **fields: object) -> None:
+        """One event, in one write: lines of several processes do not mix."""
+        os.write(1, (json.dumps({"event": event, "node": self.node["name"], **fields}) + "\n").encode())
+
+    def misplaced(self) -> str | None:
+        """Why the processes do not lie as planned; None where they do."""
+        planned = tuple(len(node["ranks"]) for node in self.plan["nodes"])
+        if self.seat.sizes == planned:
+            return None
+        found = f"planned were {list(planned)} ranks on nodes, mpiexec started {list(self.seat.sizes)}"
+        return f"{found}; see cluster.hostfile and cluster.extra"
+
+    def meet(self) -> tuple[str, int]:
+        """Where the ranks' store listens: on one address of the first node, held by its first process."""
+        told = None
+        if self.seat.rank == 0:
+            from meshwright.clusters.rendezvous import Place
+
+            meeting, alone = self.plan["meeting"], len(self.seat.sizes) == 1
+            own = own_address(meeting["interface"], [socket.gethostname()]) if not alone else "127.0.0.1"
+            place = Place(own, tuple(meeting["ports"]), everywhere=meeting["everywhere"])
+            self.store = place.listen(meeting["port"])
+            told = (own, self.store.port)
+        _wait_for(self.world)
+        found: tuple[str, int] = next(each for each in self.world.allgather(told) if each is not None)
+        return found
+
+    def environment(self, address: str, port: int) -> dict[str, str]:
+        """All variables of the rank, after the setup script.
+
+        Raises:
+            SetupFailedError: when that fails.
+        """
+        own = rank_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
+        if self.plan["setup"] is not None:
+            own = self._set_up(own)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        mine = {name: value for name, value in own.items() if not name.startswith(_OF_MPI)}
+        return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **mine, **self._place(address, port)}
+
+    def _set_up(self, own: dict[str, str]) -> dict[str, str]:
+        """The environment after the setup script, which the first process of each node runs."""
+        left: dict[str, str] | str = ""
+        if self.local.rank == 0:
+            log = Path(self.plan["run_dir"], "logs", f"setup-{self.node['name']}.log")
+            try:
+                left = run_setup(self.plan["setup"], cwd=self.node["cwd"], env=own, log=log)
+            except SetupError as error:
+                left = str(error)
+        _wait_for(self.local)
+        left = self.local.bcast(left)
+        if isinstance(left, str):
+            raise SetupFailedError(left)
+        return left
+
+    def _place(self, address: str, port: int) -> dict[str, str]:
+        """What torchrun would tell a rank."""
+        seat = self.seat
+        counts = {"RANK": seat.rank, "LOCAL_RANK": seat.local_rank, "WORLD_SIZE": sum(seat.sizes)}
+        counts |= {"LOCAL_WORLD_SIZE": seat.local_size, "GROUP_RANK": seat.node, "GROUP_WORLD_SIZE": len(seat.sizes)}
+        counts |= {"ROLE_RANK": seat.rank, "ROLE_WORLD_SIZE": sum(seat.sizes), "MASTER_PORT": port}
+        counts |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
+        words = {"MASTER_ADDR": address, "TORCHELASTIC_RUN_ID": self.plan["run_id"]}
+        agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # ranks connect to the store, rank 0 starts none
+        return {**{name: str(value) for name, value in counts.items()}, **words, **agent}
+
+    def start(self) -> Deaths:
+        """Starts the rank, tied to this process."""
+        environment = self.environment(*self.meet())
+        words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
+        argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
+        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+        self.tell("started", attempt=0, pids={self.seat.rank: child.pid}, time_unix_s=time.time())
+        return Deaths({self.seat.rank: child.pid}, self._died)
+
+    def _died(self, death: Death) -> None:
+        self.tell(
+            "exit",
+            attempt=0,
+            rank=death.rank,
+            code=death.code,
+            time_unix_s=death.time_unix_s,
+            ended_by_us=death.ended_by_us,
+        )
+        self.deaths.append(death)
+
+    def follow(self, deaths: Deaths) -> None:
+        """Waits until the ranks of all processes have ended; one that fails, or an order, ends them."""
+        barrier: Any = None
+        asked_s: float | None = None
+        while barrier is None or not barrier.Test():
+            if asked_s is None and self._over():
+                asked_s = time.monotonic()
+                deaths.send(SIGTERM)
+            if asked_s is not None and time.monotonic() - asked_s > self.plan["limits"]["shutdown_grace_s"]:
+                deaths.kill_groups()
+            if barrier is None and deaths.all_dead:
+                deaths.kill_groups()
+                barrier = self.world.Ibarrier()
+            time.sleep(_TICK_S)
+
+    def _over(self) -> bool:
+        """Whether ranks are to end: this one failed and the others are told so, they say so, or the launcher does."""
+        ordered = "" if self.orders.empty() else self.orders.get()
+        if ordered == "kill":
+            self.world.Abort(143)
+        if ordered == "stop" or any(death.code and not death.ended_by_us for death in self.deaths):
+            return self._tell_all()
+        return bool(self.world.iprobe(tag=_STOP_TAG))
+
+    def _tell_all(self) -> bool:
+        for other in range(self.world.size):
+            if other != self.world.rank:
+                self.world.isend(None, dest=other, tag=_STOP_TAG)
+        return True
+
+    def end(self) -> None:
+        """Says how this node's ranks ended; ends the job with the code of the first that failed by itself."""
+        own = [
+            (death.time_unix_s, exit_code_of(death.code))
+            for death in self.deaths
+            if death.code and not death.ended_by_us
+        ]
+        failures = sorted(each for part in self.world.allgather(own) for each in part)
+        stopped = any(self.world.allgather(any(death.ended_by_us for death in self.deaths)))
+        if self.local.rank == 0:
+            sweep(self.plan["run_id"], self.seat.node)
+            self.tell("result", state="failed" if failures else "stopped" if stopped else "succeeded", message="")
+        self.world.Barrier()
+        if failures:
+            self.world.Abort(failures[0][1])
+
+
+def _wait_for(others: Any) -> None:
+    """Sleeps until all of a communicator have come here: MPI itself would wait with every core at full load."""
+    barrier = others.Ibarrier()
+    while not barrier.Test():
+        time.sleep(_TICK_S)
+
+
+class SetupFailedError(Exception):
+    """A setup script that failed on this node."""
+
+
+def main() -> None:
+    """Runs one rank of the job."""
+    process = _Process()
+    why = process.misplaced()
+    if why is not None:
+        if process.seat.rank == 0:
+            process.tell("result", state="rendezvous_failed", message=why)
+        process.world.Barrier()
+        process.world.Abort(76)
+    try:
+        deaths = process.start()
+        process.follow(deaths)
+        process.end()
+    except SetupFailedError as error:
+        process.tell("result", state="setup_failed", message=str(error))
+        process.world.Abort(_SETUP_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The program of one pod: its node's launcher, which starts the agent, prints what ranks write, and ends as they do.
+
+It is told by variables: MESHWRIGHT_PLAN and MESHWRIGHT_FILES (JSON), MESHWRIGHT_KEY, the values of secrets, and
+JOB_COMPLETION_INDEX, which Kubernetes gives to the pods of an indexed job. Pods meet at the first one, whose name the
+plan has and whose port is fixed; a pod that comes before the name is known waits for it.
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from meshwright.clusters.deaths import exit_code_of
+from meshwright.clusters.sending import Sender, make_run_dir
+from meshwright.clusters.spawn import end_agent, spawn_agent
+
+__all__ = ["code_of", "main"]
+
+_RETRY_S = 0.5
+_CODES = {"setup_failed": 70, "rendezvous_failed": 76, "error": 70, "stopped": 143, "abandoned": 143}
+Event = Mapping[str, Any]
+
+
+def code_of(events: list[Event], status: int) -> int:
+    """A pod's exit code from the events of its agent: that of the first rank that failed by itself, else the agent's.
+
+    >>> exits = [{"event": "exit", "rank": 0, "code": -15, "ended_by_us": True, "time_unix_s": 1.0, "attempt": 0}]
+    >>> exits += [{"event": "exit", "rank": 1, "code": 7, "ended_by_us": False, "time_unix_s": 2.0, "attempt": 0}]
+    >>> code_of([*exits, {"event": "result", "state": "failed", "message": ""}], 0)
+    7
+    """
+    results = [event for event in events if event["event"] == "result"]
+    if not results:
+        return exit_code_of(status) or 70
+    if results[-1]["state"] == "succeeded":
+        return 0
+    exits = [each for each in events if each["event"] == "exit"]
+    newest = max((each["attempt"] for each in exits), default=0)
+    own = [each for each in exits if each["code"] and not each["ended_by_us"] and each["attempt"] == newest]
+    if own:
+        return exit_code_of(min(own, key=lambda each: float(each["time_unix_s"]))["code"])
+    return _CODES.get(results[-1]["state"], 1)
+
+
+def _printed(host: str) -> Any:
+    """Prints what grows in the logs of ranks, a line at a time, each with its host and rank."""
+    rest: dict[str, str] = {}
+
+    def tell(event: str, **part: Any) -> None:
+        name = str(part["path"])
+        if event != "data" or not name.startswith("logs/rank-"):
+            return
+        rank = name.split("-")[1].partition(".")[0]
+        text = rest.get(name, "") + base64.b64decode(part["data"]).decode(errors="replace")
+        *lines, rest[name] = text.split("\n")
+        sys.stdout.write("".join(f"{host}:{rank} {line}\n" for line in lines))
+        sys.stdout.flush()
+
+    return tell
+
+
+def _first_pod(meeting: Mapping[str, Any], timeout_s: float) -> str | None:
+    """The address of the first pod, once it listens; None where it does not in time."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        with suppress(OSError):
+            address = socket.gethostbyname(meeting["host"])
+            socket.create_connection((address, meeting["port"]), 5.0).close()
+            return address
+        time.sleep(_RETRY_S)
+    return None
+
+
+def _say(agent: "subprocess.Popen[bytes]", message: Mapping[str, Any]) -> None:
+    assert agent.stdin is not None, "it was started with a pipe"
+    left = memoryview(json.dumps(message).encode() + b"\n")
+    with suppress(OSError):  # a dead agent is found by its end of output
+        while left:
+            left = left[agent.stdin.write(left) or 0 :]
+
+
+def main() -> int:
+    """Runs this pod's node to its end; returns the exit code."""
+    told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
+    plan, index = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"])
+    node, run_dir = plan["nodes"][index], Path(plan["run_dir"])
+    make_run_dir(run_dir, json.loads(told["FILES"]))
+    secrets = {name: os.environ[name] for name, _ in plan["secrets"]}
+    agent = spawn_agent()
+    assert agent.stdout is not None, "it was started with a pipe"
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        _say(agent, {"command": "stop"})
+
+    signal.signal(signal.SIGTERM, stop)
+    _say(agent, {"plan": plan, "node": index, "secrets": secrets, "key": told["KEY"], "lost_after_s": None})
+    sender = Sender(run_dir, _printed(node["name"]))
+    if index:
+        address = _first_pod(plan["meeting"], plan["limits"]["join_timeout_s"])
+        if address is not None:
+            _say(agent, {"command": "meet", "address": address, "port": plan["meeting"]["port"]})
+    events = [json.loads(line) for line in agent.stdout]
+    status = agent.wait()
+    sender.finish()
+    end_agent(agent)
+    code = code_of(events, status)
+    record = {"node": node["name"], "exit_code": code, "events": [each for each in events if each["event"] == "exit"]}
+    sys.stdout.write(json.dumps({"meshwright": record}) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

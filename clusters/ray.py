@@ -1,0 +1,222 @@
+"""Ray as a cluster: one actor per node holds that node's agent, placed by a group that Ray spreads strictly.
+
+Ray finds the nodes and gives each actor its CPUs and GPUs; from there on a run is as on any other machines: the agents'
+lines go through the actors' calls, and ranks meet by themselves.
+"""
+
+import logging
+import os
+import secrets as tokens
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.pipes import Far, PipeHandle
+from meshwright.clusters.ray_line import RayLine, agent_class
+from meshwright.clusters.sending import Keeper
+from meshwright.clusters.spawn import AGENT_ARGV
+
+__all__ = ["RayCluster", "RayOptions", "plan_ray", "why_infeasible"]
+
+_LOST_AFTER_S = 30.0
+_DIAL_S = 5.0
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """What is asked of a Ray cluster.
+
+    Args:
+        address: of its head, or "auto".
+        cpus_per_node: that each actor takes.
+        ready_timeout_s: how long Ray may take to place them.
+    """
+
+    address: str = "auto"
+    cpus_per_node: int = 1
+    ready_timeout_s: float = 60.0
+
+
+def plan_ray(request: StartRequest, options: RayOptions) -> StartPlan:
+    """The exact start plan; pure. Where nodes lie is known when Ray has placed them.
+
+    Raises:
+        UnavailableError: where the number of ranks is not said.
+    """
+    asked = request.ranks_per_node
+    if asked == "gpu" and request.gpus_per_node:
+        asked = request.gpus_per_node
+    if isinstance(asked, str):
+        raise UnavailableError(f"nproc_per_node: {asked}, but nodes are planned before Ray places them; write a number")
+    per_node = asked or max(1, (request.num_ranks or request.num_nodes) // request.num_nodes)
+    return StartPlan(
+        cluster=f"ray at {options.address}, {request.num_nodes} x {_words(_bundle(request, options))}, STRICT_SPREAD",
+        name=request.name,
+        run_id=request.run_id,
+        run_dir=str(request.run_dir),
+        inherit=request.program.inherit,
+        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
+        setup=request.program.setup,
+        meeting=request.meeting,
+        limits=request.limits,
+        nodes=tuple(_node(request, index=index, per_node=per_node) for index in range(request.num_nodes)),
+    )
+
+
+def _bundle(request: StartRequest, options: RayOptions) -> dict[str, float]:
+    gpus = {"GPU": float(request.gpus_per_node)} if request.gpus_per_node else {}
+    return {"CPU": float(options.cpus_per_node), **gpus}
+
+
+def _node(request: StartRequest, *, index: int, per_node: int) -> NodePlan:
+    ranks = tuple(range(index * per_node, (index + 1) * per_node))
+    return NodePlan(
+        name=f"node{index}",
+        index=index,
+        ranks=ranks,
+        cwd=str(request.program.workdir),
+        env=tuple(sorted(request.program.env)) + identity(request, f"node{index}", index),
+        agent=AGENT_ARGV,
+        argv=request.program.argv,
+        logs=tuple(log_name(rank) for rank in ranks),
+    )
+
+
+def _words(bundle: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f"{name}: {count:g}" for name, count in bundle.items()) + "}"
+
+
+def why_infeasible(bundle: Mapping[str, float], count: int, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why a cluster can never give so many nodes with so much each; None where it can.
+
+    Args:
+        bundle: what is asked of each node.
+        count: of nodes.
+        nodes: everything each living node has, in use or not.
+
+    >>> why_infeasible({"CPU": 1, "GPU": 8}, 2, [{"CPU": 64, "GPU": 8}, {"CPU": 64}])
+    'asked for 2 nodes with {CPU: 1, GPU: 8}; of 2 nodes 1 has that much: {CPU: 64, GPU: 8}, {CPU: 64}'
+    """
+    fit = sum(all(node.get(name, 0.0) >= wanted for name, wanted in bundle.items()) for node in nodes)
+    if fit >= count:
+        return None
+    has = ", ".join(_words({name: each[name] for name in ("CPU", "GPU") if name in each}) for each in nodes)
+    return f"asked for {count} nodes with {_words(bundle)}; of {len(nodes)} nodes {fit} has that much: {has}"
+
+
+class RayCluster:
+    """A Ray cluster that runs already.
+
+    Args:
+        options: what is asked of it.
+    """
+
+    def __init__(self, options: RayOptions) -> None:
+        self._options = options
+        self._bundle: dict[str, float] = {}
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        """The exact start plan of a request."""
+        self._bundle = _bundle(request, self._options)
+        return plan_ray(request, self._options)
+
+    def check(self, plan: StartPlan) -> None:
+        """Attaches, and makes sure that the cluster can ever give what is asked.
+
+        Raises:
+            UnavailableError: when there is no such cluster, or it is too small.
+        """
+        ray = _attached(self._options)
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            sys.stderr.write(
+                "meshwright: this Ray cluster asks for no token: whoever reaches its ports can run programs there; "
+                "start it with RAY_AUTH_MODE=token\n"
+            )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        why = why_infeasible(self._bundle, len(plan.nodes), nodes)
+        if why is not None:
+            raise UnavailableError(f"Ray could never place this run: {why}")
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
+        """Executes a plan: an actor per node, each with an agent that is told its part.
+
+        Raises:
+            UnavailableError: when Ray has not placed the nodes in time.
+        """
+        actors = self._placed(len(plan.nodes))
+        lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
+        first = next(iter(lines.values()))
+        plan = replace(plan, meeting=replace(plan.meeting, host=first.address()))
+        run_dir = Path(plan.run_dir)
+        probe = f"private/probe-{tokens.token_hex(8)}"
+        (run_dir / probe).touch(mode=0o600)
+        files = {name: (run_dir / name).read_text() for name in ("job.json", "job.yaml")}
+        far = Far({"probe": probe, "passed": {}, "files": files}, _LOST_AFTER_S, _explain, Keeper(run_dir))
+        # a line is as much of a process as a handle needs
+        return PipeHandle(plan, cast("Mapping[str, subprocess.Popen[bytes]]", lines), secrets, far=far)
+
+    def _placed(self, count: int) -> list[Any]:
+        ray = _attached(self._options)
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD")
+        if not group.wait(timeout_seconds=self._options.ready_timeout_s):
+            remove_placement_group(group)
+            free = ray.available_resources()
+            left = ", ".join(f"{name} {free[name]:g}" for name in ("CPU", "GPU") if name in free)
+            asked = f"{count} nodes with {_words(self._bundle)}"
+            raise UnavailableError(
+                f"Ray did not place {asked} within {self._options.ready_timeout_s:g} s; free on all nodes "
+                f"together: {left or 'nothing'}; wait for other jobs, or ask for less"
+            )
+        made = ray.remote(agent_class())
+        return [
+            made.options(
+                num_cpus=self._bundle["CPU"],
+                num_gpus=self._bundle.get("GPU", 0),
+                max_concurrency=4,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            ).remote()
+            for index in range(count)
+        ]
+
+
+def _explain(name: str, code: int) -> Mapping[str, Any]:
+    return {}
+
+
+def _dial(address: str) -> None:
+    """Makes sure that somebody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in address and port.isdecimal():
+        socket.create_connection((host, int(port)), _DIAL_S).close()
+
+
+def _attached(options: RayOptions) -> Any:
+    """The module `ray`, attached once; it takes SIGTERM for itself, which the launcher needs."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UnavailableError("ray is not installed; pip install 'meshwright[ray]'") from error
+    if ray.is_initialized():
+        return ray
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _dial(options.address)
+        ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnavailableError(
+            f"cluster.address: no Ray cluster at {options.address!r}: {first}; start one by ray start"
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return ray

@@ -1,0 +1,45 @@
+"""The program that tells what a node is and has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshwright.clusters.inventory import facts_from, read_directory, read_node
+
+
+def test_the_program_prints_one_json_object_that_reads_back(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "meshwright.clusters.inventory", "--json", str(tmp_path / "runs/later")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    facts = facts_from(json.loads(done.stdout))
+    assert facts.versions["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
+    assert facts.versions["torch"] is not None
+    assert (facts.python, facts.cores >= 1, facts.memory_bytes is not None) == (sys.executable, True, True)
+    (directory,) = facts.directories
+    assert directory.error is None
+    assert directory.free_bytes is not None
+    assert directory.write_bytes_per_s is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_at_a_node_imports_no_torch() -> None:
+    code = (
+        "import sys; from meshwright.clusters import inventory; inventory.read_node(); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_place_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = read_directory(str(tmp_path / "file"))
+    assert (found.free_bytes, found.write_bytes_per_s) == (None, None)
+    assert found.error == f"Not a directory ({tmp_path / 'file'})"
+
+
+def test_what_another_version_tells_is_refused() -> None:
+    told = read_node().as_dict()
+    del told["gpus"]
+    with pytest.raises(ValueError, match="gpus"):
+        facts_from(told)

@@ -1,0 +1,97 @@
+"""Two pods of a run as two programs of this machine: they meet by address, talk, and end as their ranks do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
+from meshwright.clusters.kubernetes import plan_kubernetes
+from meshwright.clusters.kubernetes_manifest import KubernetesOptions
+from meshwright.clusters.network import bind_free, interfaces
+from meshwright.clusters.pod import code_of
+
+pytestmark = pytest.mark.slow
+
+SUM = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.tensor([1.0 + dist.get_rank()])
+dist.all_reduce(x)
+print("sum", x.item(), "of", dist.get_world_size(), os.environ["TOKEN"], flush=True)
+dist.destroy_process_group()
+"""
+FAIL = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(60)\n"
+
+
+def _address() -> str:
+    found = [address for address in interfaces().values() if not address.startswith("127.")]
+    if not found:
+        pytest.skip("this machine has no address besides loopback, at which pods could meet")
+    return found[0]
+
+
+def _pods(folder: Path, code: str) -> list["subprocess.Popen[str]"]:
+    """Starts what Kubernetes would, from the objects it would get; each pod has a disk of its own."""
+    address = _address()
+    with bind_free(address, None, (29400, 29999)) as free:
+        port = free.getsockname()[1]
+    request = StartRequest(
+        name="pods",
+        run_id=f"r{os.getpid()}",
+        run_dir=folder,
+        program=Program((sys.executable, "-c", code), folder, secrets=(Secret("TOKEN", "from_env TOKEN", ""),)),
+        num_nodes=2,
+        meeting=Meeting("first", port=port),
+        limits=Limits(shutdown_grace_s=2.0, join_timeout_s=60.0),
+    )
+    submission = plan_kubernetes(request, KubernetesOptions("x", python=sys.executable, secret="tokens")).submission
+    assert submission is not None
+    config = next(iter(yaml.safe_load_all(submission.script)))
+    plan: dict[str, Any] = json.loads(config["data"]["plan"])
+    plan["meeting"]["host"] = address  # there is no DNS of a cluster here
+    pods = []
+    for index in range(2):
+        plan["run_dir"] = str(folder / f"pod{index}" / "run")
+        told = {
+            "MESHWRIGHT_PLAN": json.dumps(plan),
+            "MESHWRIGHT_FILES": config["data"]["files"],
+            "MESHWRIGHT_KEY": "ab" * 32,
+            "JOB_COMPLETION_INDEX": str(index),
+            "TOKEN": "tok-123",
+        }
+        pods.append(
+            subprocess.Popen(
+                plan["nodes"][index]["agent"], env={**os.environ, **told}, stdout=subprocess.PIPE, text=True
+            )
+        )
+    return pods
+
+
+def test_pods_meet_at_the_first_one_and_their_ranks_talk(tmp_path: Path) -> None:
+    pods = _pods(tmp_path, SUM)
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], said
+    for index, text in enumerate(said):
+        assert f"pods-r{os.getpid()}-node-0-{index}:{index} sum 3.0 of 2 tok-123" in text
+
+
+def test_the_pod_whose_rank_fails_ends_with_its_code_and_the_other_does_not_stay(tmp_path: Path) -> None:
+    pods = _pods(tmp_path, FAIL)
+    said = pods[1].communicate(timeout=60)[0]
+    assert pods[1].returncode == 7, said
+    pods[0].terminate()  # as the JobSet does once one of its pods has failed
+    pods[0].communicate(timeout=30)
+    assert pods[0].returncode in (143, 1)
+    assert json.loads(said.splitlines()[-1])["meshwright"]["exit_code"] == 7
+
+
+def test_an_agent_that_dies_without_a_word_is_a_failure() -> None:
+    assert code_of([], -9) == 137
+    assert code_of([], 0) == 70
+    assert code_of([{"event": "result", "state": "rendezvous_failed", "message": ""}], 0) == 76

@@ -1,0 +1,119 @@
+"""Runs under a real mpiexec: Open MPI and MPICH, with four ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.clusters.sweep import carriers
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import os, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.tensor([1.0 + dist.get_rank()])
+dist.all_reduce(x)
+print("sum", x.item(), "local", os.environ["LOCAL_RANK"], "of", os.environ["LOCAL_WORLD_SIZE"], flush=True)
+if os.environ["RANK"] == os.environ.get("BAD"):
+    sys.exit(7)
+if "BAD" in os.environ:
+    time.sleep(120)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(params=["openmpi", "mpich"])
+def mpiexec(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of both, as Debian names them."""
+    found = shutil.which(f"mpiexec.{request.param}")
+    pytest.importorskip("mpi4py", reason="pip install 'meshwright[mpi]'")
+    if found is None:
+        pytest.skip(
+            f"no mpiexec.{request.param}: apt install {'openmpi-bin' if request.param == 'openmpi' else 'mpich'}"
+        )
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    if request.param == "mpich":  # Debian calls the library differently from what mpi4py's wheel asks for
+        for each in Path("/usr/lib").glob("*/libmpich.so.12"):
+            (tmp_path / "libmpi.so.12").symlink_to(each)
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    return found
+
+
+def _launch(folder: Path, job: str, *words: str) -> Any:
+    (folder / "job.yaml").write_text(job)
+    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", "r", *words]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _job(mpiexec: str, more: str = "") -> str:
+    command = json.dumps([sys.executable, "-c", PROGRAM])
+    return f"name: j\ncommand: {command}\nnproc_per_node: 4\ncluster: {{type: mpi, mpiexec: {mpiexec}}}\n{more}"
+
+
+def test_four_ranks_find_their_places_by_shared_memory_and_talk(tmp_path: Path, mpiexec: str) -> None:
+    done = _launch(tmp_path, _job(mpiexec))
+    assert done.returncode == 0, done.stderr
+    for rank in range(4):
+        assert f"node0:{rank} | sum 10.0 local {rank} of 4" in done.stdout
+
+
+def test_one_failing_rank_ends_the_job_with_its_own_code(tmp_path: Path, mpiexec: str) -> None:
+    start_s = time.monotonic()
+    done = _launch(tmp_path, _job(mpiexec, 'env: {BAD: "2"}\nfailure: {shutdown_grace: 2s}\n'))
+    assert done.returncode == 7, done.stderr
+    assert time.monotonic() - start_s < 100
+    assert "first failure: rank 2 on node0: exited with code 7" in done.stderr
+    assert list(carriers("r")) == []
+
+
+def test_ranks_that_do_not_lie_as_planned_are_refused(tmp_path: Path, mpiexec: str) -> None:
+    job = _job(mpiexec).replace("nproc_per_node: 4", "nproc_per_node: 2\nnodes: 2")
+    extra = "--oversubscribe" if "openmpi" in mpiexec else "-print-rank-map"
+    done = _launch(tmp_path, job, "--set", f"cluster.extra=['{extra}']")
+    assert done.returncode in (69, 76), done.stderr
+
+
+def test_a_training_ends_with_the_loss_of_the_local_cluster_bit_for_bit(tmp_path: Path, mpiexec: str) -> None:
+    words = [
+        "train.steps=3",
+        "parallel.dp=4",
+        "data.max_bytes=1MiB",
+        "train.log_every_steps=1",
+        "checkpoint.resume=never",
+    ]
+
+    def losses(name: str, *more: str) -> list[float]:
+        folder = tmp_path / name
+        folder.mkdir()
+        sets = [word for each in (*words, *more) for word in ("--set", each)]
+        done = _launch(folder, (ROOT / "examples" / "quickstart.yaml").read_text(), *sets)
+        assert done.returncode == 0, done.stderr
+        lines = (folder / "runs/quickstart/r/metrics.jsonl").read_text().splitlines()
+        return [each["loss"] for each in map(json.loads, lines) if "loss" in each]
+
+    assert losses("here") == losses("mpi", "cluster.type=mpi", f"cluster.mpiexec={mpiexec}")
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank(tmp_path: Path, mpiexec: str) -> None:
+    (tmp_path / "job.yaml").write_text(_job(mpiexec, 'env: {BAD: "none"}\n'))
+    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", "killed"]
+    launcher = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _until(lambda: len(list(carriers("killed"))) >= 4, 90)
+    launcher.kill()
+    launcher.wait()
+    _until(lambda: not list(carriers("killed")), 30)
+
+
+def _until(true: Callable[[], bool], timeout_s: float) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end_s, os.getpid()
+        time.sleep(0.2)

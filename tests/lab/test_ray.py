@@ -1,0 +1,89 @@
+"""Runs on a real Ray cluster of two nodes, which this test starts and ends by their processes."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshwright.clusters.network import bind_free, interfaces
+from meshwright.clusters.sweep import carriers
+
+PROGRAM = """
+import os, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.tensor([1.0 + dist.get_rank()])
+dist.all_reduce(x)
+print("sum", x.item(), "node", os.environ["GROUP_RANK"], flush=True)
+if os.environ["RANK"] == os.environ.get("BAD"):
+    sys.exit(7)
+if "BAD" in os.environ:
+    time.sleep(120)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two nodes of two CPUs each; `--block` keeps a node's processes below ours, so that they end with it."""
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    own = [each for each in interfaces().values() if not each.startswith("127.")]
+    if not own:
+        pytest.skip("this machine has no address besides loopback")
+    with bind_free(own[0], None, (26379, 26479)) as free:
+        port = free.getsockname()[1]
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    ray.append(f"--node-ip-address={own[0]}")
+    folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}"  # Ray's sockets need a short path
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    nodes = []
+    for words in (head, [f"--address={own[0]}:{port}"]):
+        with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
+            nodes.append(subprocess.Popen([*ray, *words], stdout=log, stderr=log, start_new_session=True))
+        time.sleep(15)
+    yield f"{own[0]}:{port}"
+    for node in reversed(nodes):
+        node.terminate()
+        node.wait(60)
+
+
+def _launch(folder: Path, address: str, more: str = "", *words: str) -> Any:
+    command = json.dumps([sys.executable, "-c", PROGRAM])
+    cluster = f'{{type: ray, address: "{address}", nodes: 2}}'
+    (folder / "job.yaml").write_text(f"name: j\ncommand: {command}\nnproc_per_node: 2\ncluster: {cluster}\n{more}")
+    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", "r", *words]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_ranks_of_both_nodes_meet_and_an_open_cluster_is_warned_about(tmp_path: Path, address: str) -> None:
+    done = _launch(tmp_path, address)
+    assert done.returncode == 0, done.stderr
+    for rank in range(4):
+        assert f"node{rank // 2}:{rank} | sum 10.0 node {rank // 2}" in done.stdout
+    assert "asks for no token" in done.stderr
+
+
+def test_a_failing_rank_ends_all_nodes_with_its_code(tmp_path: Path, address: str) -> None:
+    done = _launch(tmp_path, address, 'env: {BAD: "3"}\nfailure: {shutdown_grace: 2s}\n')
+    assert done.returncode == 7, done.stderr
+    assert "first failure: rank 3 on node1" in done.stderr
+    assert list(carriers("r")) == []
+
+
+def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:
+    done = _launch(tmp_path, address, "", "--set", "cluster.cpus_per_node=64")
+    assert done.returncode == 69
+    assert "asked for 2 nodes with {CPU: 64}; of 2 nodes 0 has that much: {CPU: 2}, {CPU: 2}" in done.stderr
+
+
+def test_no_cluster_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    done = _launch(tmp_path, "127.0.0.1:1")
+    assert done.returncode == 69
+    assert "no Ray cluster at '127.0.0.1:1'" in done.stderr
