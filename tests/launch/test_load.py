@@ -103,7 +103,11 @@ def test_local_needs_no_file_of_clusters(tmp_path: Path) -> None:
             "",
             "job.yaml:7:10: cluster: no cluster 'box': there is no clusters.yaml; choose from: local",
         ),
-        ("box", "clusters: {box: {type: rya}}\n", "clusters.yaml:1:24: cluster.type: no cluster type 'rya'; did you mean"),
+        (
+            "box",
+            "clusters: {box: {type: rya}}\n",
+            "clusters.yaml:1:24: cluster.type: no cluster type 'rya'; did you mean",
+        ),
         ("box", "clusters: {box: {type: slrum}}\n", "cluster.type: no cluster type 'slrum'; did you mean 'slurm'"),
         ("box", "clusters: {box: {type: slurm, hosts: [a]}}\n", "cluster.hosts: unknown key 'hosts'; choose from"),
         ("box", "clusters: {box: {type: ssh}}\n", "job.yaml:7:1: cluster.hosts: required key is missing; add `hosts:`"),

