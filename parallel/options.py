@@ -136,8 +136,8 @@ class Options(SequenceOptions):
         check_layout(mesh, self)
         if mesh.ep > 1 and self.moe is None:
             raise WrapError(
-                f"mesh axis ep={mesh.ep} deals experts; say how by moe=meshwright.Experts(), or set ep=1 and nearest "
-                f"legal layout: {Mesh.of(mesh.degrees())}"
+                f"mesh axis ep={mesh.ep} deals experts; say how by moe=meshwright.Experts(), or leave it out: "
+                f"{Mesh.of(mesh.degrees())}"
             )
         for _, text in complaints(self.order, mesh.pp, num_microbatches=self.num_microbatches, asked=self.asked):
             raise ScheduleError(text)

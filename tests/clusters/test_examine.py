@@ -144,7 +144,7 @@ def test_an_all_reduce_of_real_ranks_is_timed_and_leaves_nothing_behind() -> Non
 @pytest.mark.slow
 def test_the_node_whose_ranks_fail_is_found_by_trying_each_two() -> None:
     wishes = Wishes(checks=("ports", "allreduce"), allreduce_bytes=1 << 20, write_bytes=0, min_bus_bytes_per_s=1e6)
-    broken = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": "/nowhere"}
+    broken = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONHOME": "/nowhere"}
     lie = f"import os\nfrom meshwright.clusters import probe as p\nos.environ.update({broken!r})"
     found = examine([_node("a"), _lying("b", lie), _node("c")], wishes)
     diagnosis = diagnose(found, wishes)

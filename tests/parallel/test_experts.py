@@ -208,7 +208,7 @@ def test_weights_are_saved_whole_and_read_in_parts(family: str, tmp_path: Path) 
 def test_what_does_not_go_together_is_refused() -> None:
     mesh = mw.Mesh(dp=2, ep=2)
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "mesh axis ep=2 deals experts; say how by moe=meshwright.Experts(), or set ep=1"),
+        ({}, "mesh axis ep=2 deals experts; say how by moe=meshwright.Experts(), or leave it out: dp=2"),
         ({"data_engine": "deepspeed"}, "ep=2 does not go with data_engine='deepspeed'"),
         ({"blockwise": {"ffn_block": 4}}, "ep=2 does not go with blockwise: ffn_block"),
     ]
