@@ -24,6 +24,7 @@ class Experts:
     Args:
         transport: how tokens get to experts and back (see `meshwright.moe.transport`). "auto" sends each token once to
             every node where `ep` spans several of several ranks, and in one hop otherwise.
+        slices: ranks of `ep` that share the hidden features of each expert (expert tensor parallel).
 
     Raises:
         DispatchError: for a transport that does not exist.
@@ -33,6 +34,7 @@ class Experts:
     """
 
     transport: TransportKind | Literal["auto"] = "auto"
+    slices: int = 1
 
     def __post_init__(self) -> None:
         kinds = ("auto", *get_args(TransportKind))
@@ -47,10 +49,10 @@ class Experts:
 
     def plan(self, model: nn.Module, mesh: Mesh) -> ExpertPlan:
         """See `ExpertPass`."""
-        return plan_experts(model, ranks=mesh.ep, kind=self.chosen(mesh))
+        return plan_experts(model, ranks=mesh.ep, kind=self.chosen(mesh), slices=self.slices)
 
     def deal(self, model: nn.Module, plan: ExpertPlan, groups: Groups) -> None:
         """See `ExpertPass`."""
         del plan
         alike = groups.axis("tp") if groups.mesh.tp > 1 else None
-        deal_experts(model, expert_axes(groups), kind=self.chosen(groups.mesh), alike=alike)
+        deal_experts(model, expert_axes(groups), kind=self.chosen(groups.mesh), alike=alike, slices=self.slices)

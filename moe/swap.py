@@ -17,56 +17,66 @@ from torch import Tensor, nn
 
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.balance import Total
-from meshwright.moe.errors import RoutingError, SwapError
+from meshwright.moe.errors import DispatchError, RoutingError, SwapError
 from meshwright.moe.experts import FeedForward
 from meshwright.moe.folding import own_experts
 from meshwright.moe.metrics import RoutingCounts, count_routing, no_counts, summed_counts
 from meshwright.moe.recognise import FoundExperts, find_experts
 from meshwright.moe.routing import Routing
+from meshwright.moe.slices import Slicing, sliced_columns
 from meshwright.moe.transport import Experts, Transport
 from meshwright.moe.transports import TransportKind, transport
 from meshwright.parallel.deferred import like
 from meshwright.parallel.exchange import Axis, cut, join
 from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.layout import Split
+from meshwright.parallel.tiles import Tiles
 
 __all__ = ["deal_experts", "plan_experts", "read_routing", "take_counts"]
 
 
-def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop") -> ExpertPlan:
+def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop", slices: int = 1) -> ExpertPlan:
     """Which rank of `ep` will keep which experts of a model; changes nothing.
 
     Args:
         model: with the same parameters on all ranks; may be on the meta device.
         ranks: the degree `ep`.
         kind: of the transport, for people.
+        slices: ranks that share the hidden features of each expert; a part of `ranks`.
 
     Raises:
-        SwapError: for a model without experts that are recognised, or whose experts are tied.
+        SwapError: for a model without experts that are recognised, whose experts are tied, or cannot be sliced.
         DispatchError: for numbers of experts that the ranks cannot share.
     """
     found = find_experts(model)
     _check(model, found)
+    if slices < 1 or ranks % slices:
+        raise DispatchError(f"{slices} slices of each expert do not divide ep={ranks} ranks")
     splits: dict[str, Split] = {}
+    tiles: dict[str, Tiles] = {}
     homes: dict[str, int] = {}
     for each in found:
-        shares = [own_experts(each.num_experts, ranks=ranks, rank=rank) for rank in range(ranks)]
-        held = [[(own.start, own.stop)] for own in shares]
-        for name, _ in each.module.named_parameters():
-            path = f"{each.path}.{name}".lstrip(".")
-            if each.kind == "stacked":
-                splits[path] = Split.of(0, each.num_experts, held)
-            else:
-                number = _names(each).index(name.partition(".")[0])
-                homes[path] = next(rank for rank, own in enumerate(shares) if number in own)
-    numbers = sorted({each.num_experts for each in found})
-    summary = f"{' or '.join(map(str, numbers))} experts of {len(found)} modules over {ranks} ranks, {kind}"
-    paths = tuple(each.path for each in found)
-    return ExpertPlan(ranks, splits, homes, paths, summary=summary, notes=tuple(_notes(found)))
+        shares = [own_experts(each.num_experts, ranks=ranks // slices, rank=rank // slices) for rank in range(ranks)]
+        rows = Split.of(0, each.num_experts, [[(own.start, own.stop)] for own in shares])
+        names = {name: f"{each.path}.{name}".lstrip(".") for name, _ in each.module.named_parameters()}
+        columns = sliced_columns(each, ranks=ranks, slices=slices) if slices > 1 else {}
+        tiles |= {names[name]: Tiles(rows, split) for name, split in columns.items()}
+        if each.kind == "stacked":
+            splits |= dict.fromkeys(names.values(), rows)
+        else:
+            numbers = {name: _names(each).index(name.partition(".")[0]) for name in names}
+            homes |= {names[name]: next(r for r, own in enumerate(shares) if numbers[name] in own) for name in names}
+    paths, summary = tuple(each.path for each in found), _summary(found, f"{ranks} ranks, {kind}", slices)
+    return ExpertPlan(ranks, splits, tiles, homes, paths, summary=summary, notes=tuple(_notes(found)))
 
 
 def deal_experts(
-    model: nn.Module, axes: ExpertAxes, *, kind: TransportKind = "one_hop", alike: Axis | None = None
+    model: nn.Module,
+    axes: ExpertAxes,
+    *,
+    kind: TransportKind = "one_hop",
+    alike: Axis | None = None,
+    slices: int = 1,
 ) -> ExpertPlan:
     """Leaves this rank its own experts of a model, and lets tokens travel to the others.
 
@@ -77,18 +87,19 @@ def deal_experts(
         axes: the ranks, see `expert_axes`.
         kind: of the transport.
         alike: ranks that hold the same tokens (`tp`), each of which sends its share of them.
+        slices: ranks that share the hidden features of each expert.
 
     Raises:
         SwapError: see `plan_experts`.
         DispatchError: the same.
     """
-    plan = plan_experts(model, ranks=axes.ep.size, kind=kind)
+    plan = plan_experts(model, ranks=axes.ep.size, kind=kind, slices=slices)
     way = transport(kind, axes)
     for each in find_experts(model):
-        own = own_experts(each.num_experts, ranks=axes.ep.size, rank=axes.ep.rank)
-        _keep(each, own)
+        own = own_experts(each.num_experts, ranks=axes.ep.size // slices, rank=axes.ep.rank // slices)
+        _keep(each, own, plan, rank=axes.ep.rank)
         experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module, own)
-        each.module.forward = _Travelling(each, way, experts, alike=alike)
+        each.module.forward = _Travelling(each, way, experts, alike=alike, slicing=Slicing(slices, len(own)))
     return plan
 
 
@@ -142,10 +153,13 @@ def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing
 class _Travelling:
     """The forward of experts that are dealt."""
 
-    def __init__(self, found: FoundExperts, way: Transport, experts: Experts, *, alike: Axis | None) -> None:
+    def __init__(
+        self, found: FoundExperts, way: Transport, experts: Experts, *, alike: Axis | None, slicing: Slicing
+    ) -> None:
         self._num_experts = found.num_experts
         self._path = found.path
         self._alike = alike
+        self._slicing = slicing
         self.counted = no_counts(found.num_experts)
         self._signature = inspect.signature(found.module.forward)
         self._way = way
@@ -175,7 +189,7 @@ class _Travelling:
             )
         if torch.is_grad_enabled():
             self.counted += count_routing(routing)
-        return self._way.carry(flat, routing, self._experts)
+        return self._way.carry(flat, self._slicing.of(routing), self._experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,14 +202,17 @@ class _Stacked:
         module = self.module
         up = "gate_up_proj" if module.has_gate else "up_proj"
         matrices = (getattr(module, up), module.down_proj)
+        up_bias, bias = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
         whole = FeedForward(
             up=matrices[0] if module.is_transposed else matrices[0].mT,
             down=matrices[1] if module.is_transposed else matrices[1].mT,
             act=module._apply_gate if module.has_gate else module.act_fn,
-            up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
-            down_bias=module.down_proj_bias if module.has_bias else None,
+            up_bias=up_bias,
+            down_bias=bias if bias is not None and bias.numel() else None,
         )
-        return whole(rows.to(matrices[0].dtype), counts).to(rows.dtype)
+        made = whole(rows.to(matrices[0].dtype), counts).to(rows.dtype)
+        # a slice without the bias still gives it a gradient, so that all ranks sum and gather the same
+        return made if bias is None or bias.numel() else made + bias.sum().to(made.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,16 +233,17 @@ def _names(found: FoundExperts) -> list[str]:
     return [name for name, _ in found.module.named_children()]
 
 
-def _keep(found: FoundExperts, own: range) -> None:
-    """Drops the parameters that other ranks keep."""
+def _keep(found: FoundExperts, own: range, plan: ExpertPlan, *, rank: int) -> None:
+    """Drops what other ranks keep."""
     if found.kind == "listed":
         for number, expert in enumerate(found.module.children()):
             for module in expert.modules() if number not in own else ():
                 module._parameters.update(dict.fromkeys(module._parameters))  # the modules stay, so that names do
         return
     for name, parameter in list(found.module.named_parameters(recurse=False)):
-        part = parameter.detach()[own.start : own.stop].clone()
-        setattr(found.module, name, like(parameter, part))
+        path = f"{found.path}.{name}".lstrip(".")
+        dealt = plan.tiles.get(path) or plan.splits[path]
+        setattr(found.module, name, like(parameter, dealt.take(parameter.detach(), rank)))
 
 
 def _check(model: nn.Module, found: list[FoundExperts]) -> None:
@@ -235,6 +253,12 @@ def _check(model: nn.Module, found: list[FoundExperts]) -> None:
         for each in found:
             if other != name and (name.startswith(f"{each.path}.") or other.startswith(f"{each.path}.")):
                 raise SwapError(f"parameters {other} and {name} are tied; experts that are dealt must not be")
+
+
+def _summary(found: list[FoundExperts], where: str, slices: int) -> str:
+    counts = " or ".join(map(str, sorted({each.num_experts for each in found})))
+    cut = f", each cut into {slices} slices" if slices > 1 else ""
+    return f"{counts} experts of {len(found)} modules over {where}{cut}"
 
 
 def _notes(found: list[FoundExperts]) -> Iterator[str]:

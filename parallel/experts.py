@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.dealt import DealtStates
+from meshwright.parallel.dealt import DealtStates, rows_of
 from meshwright.parallel.folding import ranks_along
 from meshwright.parallel.layout import Split
 from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.part import Part
 from meshwright.parallel.shared import Local
+from meshwright.parallel.tiles import Tiles
 
 __all__ = ["ExpertPass", "ExpertPlan", "ExpertStates", "square_of"]
 
@@ -31,6 +33,7 @@ class ExpertPlan:
     Args:
         degree: of `ep`.
         splits: parameters that hold many experts -> how they are dealt.
+        tiles: those of them of which ranks keep a part of each expert too.
         homes: parameters of one expert -> the rank of `ep` that keeps them.
         paths: of the modules that hold experts.
         summary: what a report says of it.
@@ -39,6 +42,7 @@ class ExpertPlan:
 
     degree: int = 1
     splits: Mapping[str, Split] = field(default_factory=dict)
+    tiles: Mapping[str, Tiles] = field(default_factory=dict)
     homes: Mapping[str, int] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
     summary: str = ""
@@ -51,8 +55,9 @@ class ExpertPlan:
 
     def local_shape(self, name: str, shape: Sequence[int], rank: int) -> tuple[int, ...]:
         """Shape of what a rank of `ep` keeps of a parameter; no elements where another rank keeps it."""
-        if name in self.splits:
-            return self.splits[name].local_shape(shape, rank)
+        dealt = self.tiles.get(name) or self.splits.get(name)
+        if dealt is not None:
+            return dealt.local_shape(shape, rank)
         return tuple(shape) if self.homes.get(name, rank) == rank else (0, *shape[1:])
 
 
@@ -96,11 +101,23 @@ class ExpertStates:
 
     def part(self, name: str, parameter: Tensor, values: Tensor) -> Tensor:
         """How `values` of a parameter that is dealt are written to a checkpoint."""
-        return self._dealt.part(name, parameter, values)
+        tiles = self.plan.tiles.get(name)
+        if tiles is None:
+            return self._dealt.part(name, parameter, values)
+        shape = list(parameter.shape)
+        shape[0], shape[tiles.columns.dim] = tiles.rows.size, tiles.columns.size
+        return Part.of(torch.Size(shape), values, list(tiles.boxes(self._rank, values, rows_of(parameter))))
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """The full tensor behind this rank's part of a parameter; every rank that holds one must ask."""
-        return self._dealt.whole(name, tensor)
+        tiles = self.plan.tiles.get(name)
+        if tiles is None or not self.is_dealt(name):
+            return self._dealt.whole(name, tensor)
+        shapes = [torch.Size(tiles.local_shape(tensor.shape, rank)) for rank in range(tiles.degree)]
+        mine = tensor.new_zeros(max(shape.numel() for shape in shapes))
+        mine[: tensor.numel()] = tensor.reshape(-1)
+        parts = self._groups.all_gather(mine, "ep")
+        return tiles.join([part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
     def told(self, name: str, tensor: Tensor | None) -> Tensor:
         """A full tensor that this rank or, of a single expert, another one has; every rank of `ep` must ask."""

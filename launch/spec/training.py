@@ -197,6 +197,7 @@ class Moe(Block):
         description="one_hop sends rows to the ranks of their experts, inter_first and intra_first over nodes and "
         "inside of them, once a token once to each node, all_gather all to all; auto is once over several nodes.",
     )
+    slices: Count = Field(default=1, description="Ranks of ep that share the hidden features of each expert.")
 
 
 class Parallel(Staged):

@@ -82,7 +82,8 @@ MODELS: dict[str, Any] = {
     "upcycled": upcycled,
     "crowded": crowded,
     "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
-    **{name: each for name, each in beyond(*((name, partial(build, name)) for name in ("gpt_oss", "olmoe")))},
+    "gpt_oss": partial(build, "gpt_oss"),
+    **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
 }
 
 
@@ -94,8 +95,9 @@ def poison(model: mw.ParallelModel) -> None:
     settings.fill_uninitialized_memory = True
 
 
-def check(model: str, degrees: dict[str, int], options: dict[str, Any], **more: Any) -> None:
-    report = mw.verify(MODELS[model], words, mw.Mesh(**degrees), moe=mw.Experts(), prepare=poison, **options, **more)
+def check(model: str, degrees: dict[str, int], options: dict[str, Any], *, slices: int = 1, **more: Any) -> None:
+    given = {"moe": mw.Experts(slices=slices), "prepare": poison, **options, **more}
+    report = mw.verify(MODELS[model], words, mw.Mesh(**degrees), **given)
     assert report.ok, report
     assert report.max_relative_gradient_error < 1e-11
 
@@ -114,6 +116,22 @@ def test_a_step_on_dealt_sequences_is_the_plain_one(model: str, layout: tuple[di
     check(model, *layout)
 
 
+SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"dp": 4, "ep": 4}, TWO),
+    ({"fsdp": 4, "ep": 2}, LAYERED),
+    ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
+    *beyond(({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}), ({"cp": 2, "dp": 2, "ep": 4}, {})),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "layout"), alternating(("mixtral", "deepseek_v3", "gpt_oss", "crowded"), SLICED, every=3), ids=str
+)
+def test_experts_cut_into_slices_make_the_plain_step(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    check(model, *layout, slices=2)
+
+
 @pytest.mark.slow
 def test_plain_gradient_descent_sees_the_scale_of_gradients() -> None:
     check("mixtral", {"fsdp": 4, "ep": 2}, TWO, build_optimizer=partial(torch.optim.SGD, lr=1.0))
@@ -130,8 +148,9 @@ def stepped(model: mw.ParallelModel, optimizer: torch.optim.Optimizer, steps: ra
 
 def trained(family: str, mesh: mw.Mesh, options: dict[str, Any], *, steps: range, folder: str = "") -> Any:
     """Whole parameters after some steps that go on from where the folder is, if it is not empty."""
+    slices = options.pop("slices", 1)
     with Promote():
-        model = mw.parallelize(MODELS[family](), mesh, moe=mw.Experts(), example=words(2), **options)
+        model = mw.parallelize(MODELS[family](), mesh, moe=mw.Experts(slices=slices), example=words(2), **options)
         optimizer = model.make_optimizer(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
         if folder and steps.start:
             state = model.state_dict(loading=True)
@@ -149,7 +168,8 @@ WAYS = {
         ({"dp": 4, "ep": 4}, {}),
         ({"fsdp": 4, "ep": 2}, {}),
         ({"dp": 2}, {}),
-        ({"fsdp": 4, "ep": 4}, {"schedule": "layered"}),
+        ({"fsdp": 4, "ep": 4}, {"schedule": "layered", "slices": 2}),
+        ({"dp": 4, "ep": 4}, {"slices": 4}),
     ],
     "switch_transformers": [
         ({"fsdp": 4, "ep": 4}, {"schedule": "layered"}),
@@ -167,7 +187,8 @@ def test_checkpoints_move_between_numbers_of_ranks(family: str, tmp_path: Path) 
     for number, (degrees, options) in enumerate(WAYS[family]):
         mesh, steps = mw.Mesh(**degrees), range(number, number + 1)
         found = run_ranks(partial(trained, steps=steps, folder=str(tmp_path)), mesh, family, mesh, options)[0]
-    expected = run_ranks(partial(trained, steps=range(4)), mw.Mesh(), family, mw.Mesh(), {})[0]
+    whole = range(len(WAYS[family]))
+    expected = run_ranks(partial(trained, steps=whole), mw.Mesh(), family, mw.Mesh(), {})[0]
     assert found.keys() == expected.keys()
     for name, each in expected.items():
         torch.testing.assert_close(found[name], each, rtol=1e-9, atol=1e-12, msg=name)
