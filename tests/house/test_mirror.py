@@ -28,7 +28,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.context.arguments": "tests/parallel/context/test_install.py: what blocks take besides",
     "meshwright.parallel.context.attending": "tests/parallel/context/test_planner.py proves with it",
     "meshwright.launch.spec.data": "tests/launch/test_spec.py and test_malformed.py, through Job",
-    "meshwright.parallel.tiles": "tests/moe/test_slices.py joins what ranks hold; tests/parallel/test_experts.py saves it",
+    "meshwright.parallel.tiles": "tests/moe/test_slices.py joins them, tests/parallel/test_experts.py saves them",
     "meshwright.moe.expert_pass": "tests/parallel/test_experts.py: every model on every layout is dealt by it",
     "meshwright.parallel.bundle": "tests/parallel/test_experts.py and test_rotate.py: every layered step of shards",
     "meshwright.parallel.sharding": "tests/parallel/test_rotate.py and test_experts.py: rows over fsdp and edp",
