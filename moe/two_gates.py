@@ -1,20 +1,25 @@
 """Bi-level routers in the place of a model's own: a gate for nodes and a gate for the experts inside of them.
 
-A router of the standard interface has one row of weights for each expert, and gives (logits, weights, choices). What
-takes its place gives the same, from n + m rows instead of n m:
+A router has one row of weights for each expert, and perhaps a bias. What takes its place has n + m rows for n m:
 
   logits of expert (i, j)   log p_i + log q_j, whose softmax is p_i q_j: balance losses read them as any router's
   rows at first             those whose outer sum is nearest to the model's own (least squares):
                             inter_i = mean_j W_ij,   intra_j = mean_i W_ij - mean_ij W_ij
 
-so a model that routed by sums already keeps its choices, and others begin near them.
+so a model that routed by sums already keeps its choices, and others begin near them. Routers of the standard interface
+give (logits, weights, choices), and so do their gates. Where a module gives logits only, and its model chooses by them
+in a way of its own, experts are handed what the gates choose instead.
 """
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from meshwright.moe.bilevel import BiLevel
+from meshwright.moe.bilevel import BiLevel, BiLevelRouting
 from meshwright.moe.errors import SwapError
 from meshwright.moe.recognise import FoundExperts, find_experts
 
@@ -27,20 +32,19 @@ class TwoGates(nn.Module):
     Args:
         weight: [experts, d] of the router that it replaces.
         router: how logits become choices; its nodes times local experts are the experts.
+        bias: [experts] of the router that it replaces.
 
     Raises:
         SwapError: for other numbers of experts.
     """
 
-    def __init__(self, weight: Tensor, router: BiLevel) -> None:
+    def __init__(self, weight: Tensor, router: BiLevel, *, bias: Tensor | None = None) -> None:
         super().__init__()
         n, m = router.num_nodes, router.num_local
         if len(weight) != n * m:
             raise SwapError(f"a router of {n} nodes of {m} experts in the place of one of {len(weight)} experts")
-        rows = weight.detach().unflatten(0, (n, m))
-        inter = rows.mean(1)
-        self.inter = nn.Parameter(inter.clone())
-        self.intra = nn.Parameter(rows.mean(0) - inter.mean(0))
+        self.inter, self.intra = _nearest_sum(weight, n, m)
+        self.inter_bias, self.intra_bias = (None, None) if bias is None else _nearest_sum(bias, n, m)
         self.router = router
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,17 +53,31 @@ class TwoGates(nn.Module):
         Args:
             hidden_states: [..., d]
         """
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).to(self.inter.dtype)
-        inter, intra = tokens @ self.inter.mT, tokens @ self.intra.mT
-        routing = self.router.route(inter, intra)
-        logits = inter.log_softmax(-1)[:, :, None] + intra.log_softmax(-1)[:, None]
-        return logits.flatten(1), routing.weights, routing.experts
+        routing = self.route(hidden_states)
+        return self.logits(hidden_states).flatten(0, -2), routing.weights, routing.experts
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., experts] for [..., d]."""
+        inter, intra = self._levels(hidden_states)
+        return (inter.log_softmax(-1)[..., :, None] + intra.log_softmax(-1)[..., None, :]).flatten(-2)
+
+    def route(self, hidden_states: Tensor) -> BiLevelRouting:
+        """What is chosen for [..., d], a row for each token."""
+        inter, intra = self._levels(hidden_states)
+        return self.router.route(inter.flatten(0, -2), intra.flatten(0, -2))
+
+    def _levels(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = hidden_states.to(self.inter.dtype)
+        inter = functional.linear(tokens, self.inter, self.inter_bias)
+        return inter, functional.linear(tokens, self.intra, self.intra_bias)
 
 
 def replace_routers(model: nn.Module, router: BiLevel) -> list[str]:
     """Puts a bi-level router before all experts of a model, beginning near the router it had.
 
-    The routers' modules stay, with `levels` in the place of their weights: what records their logits finds them.
+    The routers' modules stay, with `levels` in the place of their weights: what records their logits finds them. What
+    moved the model's own choices without learning (loss-free balance) stays as it is and moves nothing any more;
+    capacity and the scale of weights are those of `router`.
 
     Args:
         model: changed in place, before its experts are dealt.
@@ -69,38 +87,91 @@ def replace_routers(model: nn.Module, router: BiLevel) -> list[str]:
         The paths of the routers.
 
     Raises:
-        SwapError: for a model whose routers are not recognised, or have biases, which two gates do not.
+        SwapError: for a model whose routers are not recognised, or have parameters besides a weight and a bias,
+            or give anything else than a router does.
     """
-    found = [_router_of(model, each) for each in find_experts(model)]
-    gates = [TwoGates(module.weight, router) for _, module in found]
-    for (_, module), levels in zip(found, gates, strict=True):
-        for name in [name for name, _ in module.named_parameters()]:
+    found = [(each, *_router_of(model, each)) for each in find_experts(model)]
+    gates = [TwoGates(module.weight, router, bias=getattr(module, "bias", None)) for _, _, module in found]
+    for (experts, path, module), levels in zip(found, gates, strict=True):
+        chooses = _chooses(path, module)
+        for name in {"weight", "bias"} & set(module._parameters):
             delattr(module, name)
         module.levels = levels
-        module.forward = levels.forward
-    return [path for path, _ in found]
+        module.forward = levels.forward if chooses else levels.logits
+        if not chooses:
+            chosen = _Chosen(levels, inspect.signature(experts.module.forward))
+            experts.module.register_forward_pre_hook(chosen, with_kwargs=True)
+    return [path for _, path, _ in found]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Hands to experts what two gates choose, in the form of what their model chose by the logits of these."""
+
+    levels: TwoGates
+    signature: inspect.Signature
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        del module
+        given = self.signature.bind(*args, **kwargs)
+        (_, tokens), (choices, index), (weights, before) = given.arguments.items()
+        routing = self.levels.route(tokens)
+        chosen = routing.experts
+        if index.dim() > before.dim():  # zeros and ones for each expert
+            chosen = functional.one_hot(chosen, routing.num_experts) * routing.kept[..., None]
+        given.arguments[choices], given.arguments[weights] = chosen.to(index.dtype), routing.weights.to(before.dtype)
+        return given.args, given.kwargs
+
+
+def _nearest_sum(rows: Tensor, n: int, m: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Rows of n nodes and of m experts inside, whose outer sum is nearest to [n m, ...]."""
+    each = rows.detach().unflatten(0, (n, m))
+    inter = each.mean(1)
+    return nn.Parameter(inter.clone()), nn.Parameter(each.mean(0) - inter.mean(0))
 
 
 def _router_of(model: nn.Module, experts: FoundExperts) -> tuple[str, Any]:
-    """The module beside experts that has one row of weights for each."""
-    parent = experts.path.rpartition(".")[0]
-    for name, module in model.get_submodule(parent).named_children():
-        weight = getattr(module, "weight", None)
-        if name == experts.path.rpartition(".")[2] or not isinstance(weight, Tensor) or weight.dim() != 2:
-            continue
-        if len(weight) == experts.num_experts and not any(True for _ in module.children()):
-            path = f"{parent}.{name}".lstrip(".")
-            _check(path, module)
-            return path, module
+    """The module beside experts, or the nearest inside of one beside them, that has one row of weights for each."""
+    parent, _, own = experts.path.rpartition(".")
+    near = [
+        (path.count("."), f"{parent}.{path}".lstrip("."), module)
+        for path, module in model.get_submodule(parent).named_modules()
+        if path and path.partition(".")[0] != own and _has_rows(module, experts.num_experts)
+    ]
+    best = [(path, module) for depth, path, module in near if depth == min(near)[0]]
+    if len(best) == 1:
+        _check(*best[0])
+        return best[0]
+    seen = f"; {' and '.join(path for path, _ in best)} could both be it" if best else ""
     raise SwapError(
-        f"no router is recognised beside experts {experts.path}: a module with a weight "
-        f"[{experts.num_experts}, d] that gives logits, weights and choices"
+        f"no router is recognised beside experts {experts.path}: one module with a weight "
+        f"[{experts.num_experts}, d] and perhaps a bias{seen}"
     )
 
 
+def _has_rows(module: nn.Module, number: int) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and len(weight) == number
+
+
 def _check(path: str, module: nn.Module) -> None:
-    for name, extra in [*module.named_parameters(), *module.named_buffers()]:
-        if name != "weight" and bool(extra.detach().any()):
-            raise SwapError(f"router {path} has a {name} that is not zero, which no pair of gates stands for")
-    if isinstance(module, nn.Linear):
-        raise SwapError(f"router {path} gives logits only; what chooses by them is in its model's own forward")
+    for name, extra in module.named_parameters():
+        if name not in ("weight", "bias") and extra.requires_grad:
+            raise SwapError(f"router {path} learns a {name} too, which no pair of gates stands for")
+
+
+def _chooses(path: str, module: Any) -> bool:
+    """Whether a router gives weights and choices besides logits; it is asked with one token."""
+    number, width = module.weight.shape
+    try:
+        with torch.no_grad():
+            made = module(module.weight.new_zeros(1, width))
+    except Exception as error:
+        raise SwapError(f"router {path}, asked with one token: {type(error).__name__}: {error}") from error
+    if isinstance(made, Tensor) and made.shape[-1] == number:
+        return False
+    if isinstance(made, tuple) and [len(each.shape) for each in made] == [2, 2, 2]:
+        logits, weights, choices = made
+        if logits.shape[-1] == number and weights.shape == choices.shape and not choices.is_floating_point():
+            return True
+    raise SwapError(f"router {path} gives neither logits [tokens, {number}] nor (logits, weights, choices)")

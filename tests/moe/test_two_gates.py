@@ -1,6 +1,9 @@
 """Bi-level routers in models: the outer sum nearest to what was there, and the standard three outputs."""
 
+import copy
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +11,13 @@ from torch import Tensor
 
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.bilevel import BiLevel
+from meshwright.moe.capacity import Capacity
 from meshwright.moe.errors import SwapError
+from meshwright.moe.recognise import find_experts
 from meshwright.moe.stacked import Mixture, StackedExperts
 from meshwright.moe.swap import deal_experts
 from meshwright.moe.top_k import TopK
-from meshwright.moe.two_gates import TwoGates, replace_routers
+from meshwright.moe.two_gates import TwoGates, _router_of, replace_routers
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.promote import Promote
 from tests.moe.models import batch, build, run
@@ -59,17 +64,97 @@ def test_models_run_and_learn_with_two_gates(family: str) -> None:
     assert {name.rpartition(".")[2] for name in gradients if "gate." in name} == {"inter", "intra"}
 
 
+_ONE_CHOICE: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_experts_per_tok": 1},
+    "deepseek_v3": {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
+    "switch_transformers": {"expert_capacity": 100},
+}
+
+
+@pytest.mark.parametrize("family", _ONE_CHOICE)
+def test_a_model_that_chose_one_expert_by_sums_is_as_before(family: str) -> None:
+    """Biases are sums too; where a module gives logits only, experts are handed what the gates choose."""
+    with Promote():
+        model = build(family, **_ONE_CHOICE[family])
+        for experts in find_experts(model):
+            for values in _router_of(model, experts)[1].parameters():
+                values.data = _sums_near(values.data, num_nodes=4)
+        plain = run(model, batch(3), 3)[0]
+        scale = getattr(model.config, "routed_scaling_factor", 1.0)
+        router = BiLevel(num_nodes=4, num_local=2, renormalise=family != "switch_transformers", scale=scale)
+        paths = replace_routers(model, router)
+        loss, gradients = run(model, batch(3), 3)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+    levels = [name for name in gradients if any(name.startswith(f"{path}.levels.") for path in paths)]
+    assert len(levels) == len(paths) * (4 if family == "gpt_oss" else 2)
+    assert all(bool(gradients[name].isfinite().all()) for name in levels)
+
+
+def _sums_near(values: Tensor, *, num_nodes: int) -> Tensor:
+    each = values.unflatten(0, (num_nodes, -1))
+    return (each.mean(1, keepdim=True) + each.mean(0, keepdim=True) - each.mean((0, 1), keepdim=True)).flatten(0, 1)
+
+
+def test_experts_are_handed_what_gates_choose_in_the_form_of_their_model() -> None:
+    """One-hot choices of [tokens, 1, experts]; what capacity drops is nowhere."""
+    with Promote():
+        model = build("switch_transformers")
+        replace_routers(model, BiLevel(num_nodes=4, num_local=2, capacity=Capacity(factor=0.5)))
+        seen: list[tuple[Tensor, ...]] = []
+        for each in find_experts(model):
+            each.module.register_forward_pre_hook(lambda _, given: seen.append(given))
+        run(model, batch(3), 3)
+    for _, choices, weights in seen:
+        assert choices.shape == (len(weights), 1, 8)
+        assert torch.equal(choices.sum((1, 2)) > 0, weights[:, 0] > 0)
+    assert any(bool((weights == 0).any()) for _, _, weights in seen)
+
+
+def test_a_mixture_of_its_own_takes_two_gates_too() -> None:
+    experts = StackedExperts(drawn(8, 6, 5, seed=0), drawn(8, 5, 3, seed=1), torch.tanh)
+    weight = (drawn(4, 1, 5, seed=5) + drawn(1, 2, 5, seed=6)).flatten(0, 1)
+    tokens, model = drawn(9, 5, seed=7), Mixture(weight, experts, TopK(num_experts=8, k=1))
+    before = model(tokens)
+    assert replace_routers(model, BiLevel(num_nodes=4, num_local=2)) == ["gate"]
+    torch.testing.assert_close(copy.deepcopy(model)(tokens), before, rtol=1e-12, atol=1e-13)
+
+
+class _Odd(torch.nn.Module):
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(drawn(8, 5, seed=3))
+        self.made = made
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.made(tokens @ self.weight.mT)
+
+
 def test_what_cannot_be_replaced_is_refused() -> None:
     router = BiLevel(num_nodes=4, num_local=2)
-    with pytest.raises(SwapError, match=re.escape("no router is recognised beside experts encoder.block.1.layer.1")):
-        replace_routers(build("switch_transformers"), router)
-    with pytest.raises(SwapError, match=re.escape("router model.layers.0.mlp.router has a bias that is not zero")):
-        replace_routers(build("gpt_oss"), router)
     with pytest.raises(SwapError, match="a router of 2 nodes of 2 experts in the place of one of 8 experts"):
         replace_routers(build("mixtral"), BiLevel(num_nodes=2, num_local=2))
+    learned = build("mixtral")
+    learned.get_submodule("model.layers.1.mlp.gate").temperature = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(SwapError, match=re.escape("router model.layers.1.mlp.gate learns a temperature too")):
+        replace_routers(learned, router)
+    twice = build("mixtral")
+    twice.get_submodule("model.layers.0.mlp").other = torch.nn.Linear(16, 8)
+    with pytest.raises(SwapError, match=re.escape("model.layers.0.mlp.gate and model.layers.0.mlp.other could both")):
+        replace_routers(twice, router)
+    with pytest.raises(SwapError, match=r"no router is recognised beside experts experts: .* \[8, d\]"):
+        replace_routers(_mixture(torch.nn.Linear(5, 7)), router)
+    for odd, words in ((lambda logits: (logits, logits), "gives neither logits"), (len, "gives neither logits")):
+        with pytest.raises(SwapError, match=words):
+            replace_routers(_mixture(_Odd(odd)), router)
+    with pytest.raises(SwapError, match="router gate, asked with one token: ZeroDivisionError"):
+        replace_routers(_mixture(_Odd(lambda _: 1 // 0)), router)
+
+
+def _mixture(gate: torch.nn.Module) -> Mixture:
     experts = StackedExperts(drawn(8, 6, 5, seed=0), drawn(8, 5, 3, seed=1), torch.tanh)
-    with pytest.raises(SwapError, match="router gate gives logits only"):
-        replace_routers(Mixture(drawn(8, 5, seed=5), experts, TopK(num_experts=8, k=2)), router)
+    model = Mixture(drawn(8, 5, seed=5), experts, TopK(num_experts=8, k=2))
+    model.gate = gate
+    return model
 
 
 def test_a_model_with_two_gates_has_its_experts_dealt() -> None:
