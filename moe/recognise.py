@@ -4,7 +4,8 @@
              says by `has_gate`, `has_bias` and `is_transposed` what they mean
   listed     `num_experts` modules of one type in a `ModuleDict` or `ModuleList`, called one by one
 
-Routers, shared experts and what else stands around are the model's own, whatever their names.
+A router is what stands beside them and has one row of weights for each. Shared experts and what else stands around are
+the model's own, whatever their names.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from torch import nn
 
 from meshwright.moe.errors import SwapError
 
-__all__ = ["FoundExperts", "find_experts"]
+__all__ = ["FoundExperts", "find_bias", "find_experts", "find_router"]
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed")
 _NUM_INPUTS = 3
@@ -54,6 +55,62 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
             f"ModuleList of `num_experts` modules of one type{_nearest(model)}"
         )
     return found
+
+
+def find_router(model: nn.Module, experts: FoundExperts) -> tuple[str, Any]:
+    """The module beside experts, or the nearest inside of one beside them, that has one row of weights for each.
+
+    Returns:
+        Its path, and it.
+
+    Raises:
+        SwapError: where there is none, or more than one as near.
+    """
+    near = [(path.count("."), path, module) for path, module in _beside(model, experts)]
+    rows = [each for each in near if _has_rows(each[-1], experts.num_experts)]
+    best = [(path, module) for depth, path, module in rows if depth == min(rows)[0]]
+    if len(best) == 1:
+        return best[0]
+    seen = f"; {' and '.join(path for path, _ in best)} could both be it" if best else ""
+    raise SwapError(
+        f"no router is recognised beside experts {experts.path}: one module with a weight "
+        f"[{experts.num_experts}, d] and perhaps a bias{seen}"
+    )
+
+
+def find_bias(model: nn.Module, experts: FoundExperts) -> tuple[nn.Module, str] | None:
+    """The tensor that moves a router's choices without learning: one number for each expert, beside the experts.
+
+    Returns:
+        The module that holds it and its name there; None where there is none.
+
+    Raises:
+        SwapError: for more than one.
+    """
+    parent = model.get_submodule(experts.path.rpartition(".")[0])
+    found = {
+        id(each): (module, name)
+        for module in (parent, *(module for _, module in _beside(model, experts)))
+        for name, each in (*module._buffers.items(), *module._parameters.items())
+        if each is not None and not each.requires_grad and tuple(each.shape) == (experts.num_experts,)
+    }
+    if len(found) > 1:
+        names = " and ".join(name for _, name in found.values())
+        raise SwapError(f"{names} beside experts {experts.path} could each be the bias that moves their choices")
+    return next(iter(found.values()), None)
+
+
+def _beside(model: nn.Module, experts: FoundExperts) -> Iterator[tuple[str, nn.Module]]:
+    """Modules beside experts, and all inside of them."""
+    parent, _, own = experts.path.rpartition(".")
+    for path, module in model.get_submodule(parent).named_modules():
+        if path and path.partition(".")[0] != own:
+            yield f"{parent}.{path}".lstrip("."), module
+
+
+def _has_rows(module: nn.Module, number: int) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and len(weight) == number
 
 
 def _walk(model: nn.Module) -> Iterator[FoundExperts]:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.moe.axes import ExpertAxes
-from meshwright.moe.balance import Total
 from meshwright.moe.errors import DispatchError, RoutingError, SwapError
 from meshwright.moe.experts import FeedForward
 from meshwright.moe.folding import own_experts
-from meshwright.moe.metrics import RoutingCounts, count_routing, no_counts, summed_counts
 from meshwright.moe.recognise import FoundExperts, find_experts
 from meshwright.moe.routing import Routing
 from meshwright.moe.slices import Slicing, sliced_columns
@@ -32,7 +30,7 @@ from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.layout import Split
 from meshwright.parallel.tiles import Tiles
 
-__all__ = ["deal_experts", "plan_experts", "read_routing", "take_counts"]
+__all__ = ["deal_experts", "plan_experts", "read_routing"]
 
 
 def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop", slices: int = 1) -> ExpertPlan:
@@ -103,17 +101,6 @@ def deal_experts(
     return plan
 
 
-def take_counts(model: nn.Module, total: Total) -> dict[str, RoutingCounts]:
-    """What dealt experts were sent since the last call, by forward passes with gradients: path -> counts.
-
-    Args:
-        model: whose experts were dealt.
-        total: adds int64 [n] over all ranks of a mesh; called once, so all ranks must ask.
-    """
-    ways = {path: each for path, module in model.named_modules() if isinstance(each := module.forward, _Travelling)}
-    return summed_counts({path: each.take() for path, each in ways.items()}, total)
-
-
 def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
     """The routing that a model's router hands to its experts.
 
@@ -160,15 +147,9 @@ class _Travelling:
         self._path = found.path
         self._alike = alike
         self._slicing = slicing
-        self.counted = no_counts(found.num_experts)
         self._signature = inspect.signature(found.module.forward)
         self._way = way
         self._experts = experts
-
-    def take(self) -> RoutingCounts:
-        """What was counted; counting begins anew."""
-        taken, self.counted = self.counted, no_counts(self._num_experts)
-        return taken
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What all experts make of this rank's tokens."""
@@ -187,8 +168,6 @@ class _Travelling:
                 f"experts {self._path}: the router gave NaN weights for {wrong} of {len(flat)} tokens; look for "
                 "infinite activations or too large a learning rate before it"
             )
-        if torch.is_grad_enabled():
-            self.counted += count_routing(routing)
         return self._way.carry(flat, self._slicing.of(routing), self._experts)
 
 

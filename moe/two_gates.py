@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from meshwright.moe.bilevel import BiLevel, BiLevelRouting
 from meshwright.moe.errors import SwapError
-from meshwright.moe.recognise import FoundExperts, find_experts
+from meshwright.moe.recognise import find_experts, find_router
 
 __all__ = ["TwoGates", "replace_routers"]
 
@@ -38,13 +38,18 @@ class TwoGates(nn.Module):
         SwapError: for other numbers of experts.
     """
 
+    inter_bias: Tensor | None
+    intra_bias: Tensor | None
+
     def __init__(self, weight: Tensor, router: BiLevel, *, bias: Tensor | None = None) -> None:
         super().__init__()
         n, m = router.num_nodes, router.num_local
         if len(weight) != n * m:
             raise SwapError(f"a router of {n} nodes of {m} experts in the place of one of {len(weight)} experts")
         self.inter, self.intra = _nearest_sum(weight, n, m)
-        self.inter_bias, self.intra_bias = (None, None) if bias is None else _nearest_sum(bias, n, m)
+        biases = (None, None) if bias is None else _nearest_sum(bias, n, m)
+        self.register_parameter("inter_bias", biases[0])
+        self.register_parameter("intra_bias", biases[1])
         self.router = router
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +95,9 @@ def replace_routers(model: nn.Module, router: BiLevel) -> list[str]:
         SwapError: for a model whose routers are not recognised, or have parameters besides a weight and a bias,
             or give anything else than a router does.
     """
-    found = [(each, *_router_of(model, each)) for each in find_experts(model)]
+    found = [(each, *find_router(model, each)) for each in find_experts(model)]
+    for _, path, module in found:
+        _check(path, module)
     gates = [TwoGates(module.weight, router, bias=getattr(module, "bias", None)) for _, _, module in found]
     for (experts, path, module), levels in zip(found, gates, strict=True):
         chooses = _chooses(path, module)
@@ -128,30 +135,6 @@ def _nearest_sum(rows: Tensor, n: int, m: int) -> tuple[nn.Parameter, nn.Paramet
     each = rows.detach().unflatten(0, (n, m))
     inter = each.mean(1)
     return nn.Parameter(inter.clone()), nn.Parameter(each.mean(0) - inter.mean(0))
-
-
-def _router_of(model: nn.Module, experts: FoundExperts) -> tuple[str, Any]:
-    """The module beside experts, or the nearest inside of one beside them, that has one row of weights for each."""
-    parent, _, own = experts.path.rpartition(".")
-    near = [
-        (path.count("."), f"{parent}.{path}".lstrip("."), module)
-        for path, module in model.get_submodule(parent).named_modules()
-        if path and path.partition(".")[0] != own and _has_rows(module, experts.num_experts)
-    ]
-    best = [(path, module) for depth, path, module in near if depth == min(near)[0]]
-    if len(best) == 1:
-        _check(*best[0])
-        return best[0]
-    seen = f"; {' and '.join(path for path, _ in best)} could both be it" if best else ""
-    raise SwapError(
-        f"no router is recognised beside experts {experts.path}: one module with a weight "
-        f"[{experts.num_experts}, d] and perhaps a bias{seen}"
-    )
-
-
-def _has_rows(module: nn.Module, number: int) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() == 2 and len(weight) == number
 
 
 def _check(path: str, module: nn.Module) -> None:

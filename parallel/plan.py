@@ -19,6 +19,7 @@ from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.options import Options
+from meshwright.parallel.recompute import uncounted
 from meshwright.parallel.spans.install import plan_spans, span_blocks
 from meshwright.parallel.tensor import install, keep_shares
 from meshwright.parallel.tensor_plan import TensorPlan
@@ -54,6 +55,7 @@ class Plans:
     experts: ExpertPlan = field(default_factory=ExpertPlan)
 
 
+@uncounted()
 def make_plans(model: nn.Module, mesh: Mesh, options: Options) -> Plans:
     """What will be dealt over which axis; changes nothing.
 

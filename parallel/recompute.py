@@ -5,7 +5,8 @@ The graph of the first run stays, with places instead of tensors; a second run f
 here it is an action of the schedule, done once, while the rank waits for what it goes back with.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +19,34 @@ from torch.utils._pytree import tree_leaves, tree_map
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Frame", "is_run_again"]
+__all__ = ["Frame", "is_run_again", "uncounted"]
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 
 
 def is_run_again() -> bool:
-    """Whether this forward runs a second time, by a `Frame` or by `torch.utils.checkpoint`: what counts has counted it.
+    """Whether a forward is none that counts: a second one, of a `Frame` or `torch.utils.checkpoint`, or a plan's.
 
     >>> is_run_again()
     False
     """
     return _AGAIN.get() or torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, forward passes are none that count: second ones, or those of plans.
+
+    >>> with uncounted():
+    ...     is_run_again()
+    True
+    """
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
 
 
 @dataclass(frozen=True)
@@ -137,11 +153,8 @@ class Frame:
         self._found = found
 
     def _work_again(self, *args: Any, **kwargs: Any) -> None:
-        token = _AGAIN.set(True)
-        try:
+        with uncounted():
             self._work(*args, **kwargs)
-        finally:
-            _AGAIN.reset(token)
 
     def forget(self) -> None:
         """Lets go of everything, after backward."""

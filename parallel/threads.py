@@ -1,6 +1,7 @@
 """Ranks of one axis as threads of this process, for proofs that need no process group."""
 
 from collections.abc import Callable
+from contextvars import copy_context
 from threading import Barrier, BrokenBarrierError, Thread
 from typing import Any, TypeVar
 
@@ -84,7 +85,7 @@ def run_threads(work: Callable[[ThreadAxis], Result], size: int) -> list[Result]
             failures.append(error)
             barrier.abort()
 
-    threads = [Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [Thread(target=copy_context().run, args=(run, rank), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:

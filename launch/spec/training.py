@@ -52,6 +52,7 @@ class BiLevelGates(Block):
     k_nodes: Count = Field(default=1, description="Nodes of each token.")
     k_local: Count = Field(default=1, description="Experts of each token in each of its nodes.")
     renormalise: bool = Field(default=False, description="Divide the weights of a token by their sum.")
+    scale: Positive = Field(default=1.0, description="Of all weights, such as DeepSeek-V3's routed_scaling_factor.")
 
 
 class Model(Block):
@@ -264,6 +265,11 @@ class Train(Block):
     schedule: Decay = Field(default_factory=Decay, description="The learning rate over the steps.")
     clip_norm: Positive | None = Field(
         default=1.0, description="Largest global gradient norm; null leaves gradients alone."
+    )
+    balance_rate: Positive | None = Field(
+        default=None,
+        description="Step of the biases that balance experts without a loss (arXiv 2408.15664), such as 0.001; for "
+        "models whose routers have them, as DeepSeek-V3's.",
     )
     precision: Precision = Field(default="float32", description="Type the forward and backward pass compute in.")
     validate_every_steps: Count | None = Field(

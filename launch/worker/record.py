@@ -7,6 +7,7 @@ asked for the first time. Files show the first step that is recorded; it draws n
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshwright.launch.spec.job import Job
 from meshwright.launch.worker.experts import ExpertLoads
 from meshwright.parallel.errors import PlotError
 from meshwright.parallel.pipeline.actions import Kind, Schedule
@@ -14,8 +15,9 @@ from meshwright.parallel.pipeline.measured import costs_of
 from meshwright.parallel.pipeline.picture import draw_picture
 from meshwright.parallel.pipeline.timeline import Timeline, timeline
 from meshwright.parallel.pipeline.trace import trace
+from meshwright.parallel.wrap import ParallelModel
 
-__all__ = ["StepFiles", "figures"]
+__all__ = ["StepFiles", "figures", "files_of"]
 
 
 def figures(found: Timeline) -> dict[str, float | int]:
@@ -68,3 +70,10 @@ class StepFiles:
         except PlotError as error:
             return f"no timeline.png: {error}"
         return f"step {self.step}, planned and measured: {path}; {path.with_name('trace.json')} for Perfetto"
+
+
+def files_of(job: Job, model: ParallelModel, run_dir: Path) -> StepFiles:
+    """Those of a job that trains."""
+    assert job.train is not None, "checked when the job was read"
+    title = f"{job.name}: {model.mesh}, {job.parallel.schedule}"
+    return StepFiles(run_dir, title, model.schedule, ExpertLoads(model, balance_rate=job.train.balance_rate))

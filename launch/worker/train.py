@@ -15,14 +15,14 @@ from meshwright.launch.worker.borders import check_borders
 from meshwright.launch.worker.checkpoint import Checkpoints
 from meshwright.launch.worker.errors import CheckpointError
 from meshwright.launch.worker.example import example_batch
-from meshwright.launch.worker.experts import ExpertLoads
+from meshwright.launch.worker.experts import count_job
 from meshwright.launch.worker.leave import Leave
 from meshwright.launch.worker.measure import Meter
 from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line
 from meshwright.launch.worker.model import build_model
 from meshwright.launch.worker.optimizer import build_adamw, decay_of, set_rate
 from meshwright.launch.worker.plot import plot_losses
-from meshwright.launch.worker.record import StepFiles, figures
+from meshwright.launch.worker.record import StepFiles, figures, files_of
 from meshwright.launch.worker.schedule import LearningRate
 from meshwright.launch.worker.text import Text, load_text
 from meshwright.parallel.collectives import gather_integers
@@ -103,6 +103,7 @@ class Training:
         norm = self.model.clip_gradients(train.clip_norm) if train.clip_norm is not None else None
         doing(f"the optimizer's step {self.step}")
         self.optimizer.step()
+        self.files.experts.balance()
         doing(f"measuring and logging step {self.step}")
         self.meter.tick(*self.text.training_size(self.step, self.model.mesh.data_degree))
         extra["time_unix_s"] = now_unix_s()
@@ -246,6 +247,7 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
     example = example_batch(job)
     meter = Meter(device, _DTYPES[train.precision], num_ranks=job.mesh.world_size)
     meter.count(module, {name: each[:, : text.usual_length] for name, each in example.items()})
+    count_job(module, balanced=train.balance_rate is not None)
     model = parallelize(module, job.mesh, **job.options, example=example)
     plan = train.optimizer
     optimizer = model.make_optimizer(build_adamw(plan.lr, plan.betas, plan.eps), decay_of(plan.weight_decay))
@@ -259,13 +261,8 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
         metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
         meter=meter,
         say=whose_say,
-        files=_files(job, model, run_dir),
+        files=files_of(job, model, run_dir),
     )
-
-
-def _files(job: Job, model: ParallelModel, run_dir: Path) -> StepFiles:
-    title = f"{job.name}: {model.mesh}, {job.parallel.schedule}"
-    return StepFiles(run_dir, title, model.schedule, ExpertLoads(model))
 
 
 def _module(job: Job, spec: dict[str, Any], *, vocab_size: int, device: torch.device) -> nn.Module:

@@ -13,11 +13,11 @@ from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.bilevel import BiLevel
 from meshwright.moe.capacity import Capacity
 from meshwright.moe.errors import SwapError
-from meshwright.moe.recognise import find_experts
+from meshwright.moe.recognise import find_experts, find_router
 from meshwright.moe.stacked import Mixture, StackedExperts
 from meshwright.moe.swap import deal_experts
 from meshwright.moe.top_k import TopK
-from meshwright.moe.two_gates import TwoGates, _router_of, replace_routers
+from meshwright.moe.two_gates import TwoGates, replace_routers
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.promote import Promote
 from tests.moe.models import batch, build, run
@@ -77,7 +77,7 @@ def test_a_model_that_chose_one_expert_by_sums_is_as_before(family: str) -> None
     with Promote():
         model = build(family, **_ONE_CHOICE[family])
         for experts in find_experts(model):
-            for values in _router_of(model, experts)[1].parameters():
+            for values in find_router(model, experts)[1].parameters():
                 values.data = _sums_near(values.data, num_nodes=4)
         plain = run(model, batch(3), 3)[0]
         scale = getattr(model.config, "routed_scaling_factor", 1.0)
