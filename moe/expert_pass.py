@@ -25,6 +25,7 @@ class Experts:
         transport: how tokens get to experts and back (see `meshwright.moe.transport`). "auto" sends each token once to
             every node where `ep` spans several of several ranks, and in one hop otherwise.
         slices: ranks of `ep` that share the hidden features of each expert (expert tensor parallel).
+        overlap: tokens travel in two halves: while experts compute one, the other is on its way, there or back.
 
     Raises:
         DispatchError: for a transport that does not exist.
@@ -35,6 +36,7 @@ class Experts:
 
     transport: TransportKind | Literal["auto"] = "auto"
     slices: int = 1
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         kinds = ("auto", *get_args(TransportKind))
@@ -55,4 +57,5 @@ class Experts:
         """See `ExpertPass`."""
         del plan
         alike = groups.axis("tp") if groups.mesh.tp > 1 else None
-        deal_experts(model, expert_axes(groups), kind=self.chosen(groups.mesh), alike=alike, slices=self.slices)
+        kind, axes = self.chosen(groups.mesh), expert_axes(groups)
+        deal_experts(model, axes, kind=kind, alike=alike, slices=self.slices, overlap=self.overlap)

@@ -94,6 +94,18 @@ class Routing:
         """int64 []: choices that capacity dropped."""
         return (self.asked & ~self.kept).sum()
 
+    def rows(self, some: slice) -> "Routing":
+        """That of some of the tokens."""
+        return Routing(
+            experts=self.experts[some],
+            weights=self.weights[some],
+            asked=self.asked[some],
+            kept=self.kept[some],
+            num_experts=self.num_experts,
+            scores=None if self.scores is None else self.scores[some],
+            real=None if self.real is None else self.real[some],
+        )
+
     def _count(self, which: Tensor) -> Tensor:
         return count_choices(self.experts, which, num_experts=self.num_experts)[0]
 

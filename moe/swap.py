@@ -8,7 +8,7 @@ A rank's gradients of its experts hold the tokens of all ranks of `ep`; see `exp
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from meshwright.moe.folding import own_experts
 from meshwright.moe.recognise import FoundExperts, find_experts
 from meshwright.moe.routing import Routing
 from meshwright.moe.slices import Slicing, sliced_columns
-from meshwright.moe.transport import Experts, Transport
+from meshwright.moe.transport import Experts
 from meshwright.moe.transports import TransportKind, transport
 from meshwright.parallel.deferred import like
 from meshwright.parallel.exchange import Axis, cut, join
@@ -75,6 +75,7 @@ def deal_experts(
     kind: TransportKind = "one_hop",
     alike: Axis | None = None,
     slices: int = 1,
+    overlap: bool = False,
 ) -> ExpertPlan:
     """Leaves this rank its own experts of a model, and lets tokens travel to the others.
 
@@ -86,6 +87,7 @@ def deal_experts(
         kind: of the transport.
         alike: ranks that hold the same tokens (`tp`), each of which sends its share of them.
         slices: ranks that share the hidden features of each expert.
+        overlap: let tokens travel in two halves, see `Transport.carry_halves`.
 
     Raises:
         SwapError: see `plan_experts`.
@@ -93,11 +95,12 @@ def deal_experts(
     """
     plan = plan_experts(model, ranks=axes.ep.size, kind=kind, slices=slices)
     way = transport(kind, axes)
+    carry = way.carry_halves if overlap else way.carry
     for each in find_experts(model):
         own = own_experts(each.num_experts, ranks=axes.ep.size // slices, rank=axes.ep.rank // slices)
         _keep(each, own, plan, rank=axes.ep.rank)
         experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module, own)
-        each.module.forward = _Travelling(each, way, experts, alike=alike, slicing=Slicing(slices, len(own)))
+        each.module.forward = _Travelling(each, carry, experts, alike=alike, slicing=Slicing(slices, len(own)))
     return plan
 
 
@@ -141,14 +144,20 @@ class _Travelling:
     """The forward of experts that are dealt."""
 
     def __init__(
-        self, found: FoundExperts, way: Transport, experts: Experts, *, alike: Axis | None, slicing: Slicing
+        self,
+        found: FoundExperts,
+        carry: Callable[..., Tensor],
+        experts: Experts,
+        *,
+        alike: Axis | None,
+        slicing: Slicing,
     ) -> None:
         self._num_experts = found.num_experts
         self._path = found.path
         self._alike = alike
         self._slicing = slicing
         self._signature = inspect.signature(found.module.forward)
-        self._way = way
+        self._carry = carry
         self._experts = experts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -168,7 +177,7 @@ class _Travelling:
                 f"experts {self._path}: the router gave NaN weights for {wrong} of {len(flat)} tokens; look for "
                 "infinite activations or too large a learning rate before it"
             )
-        return self._way.carry(flat, self._slicing.of(routing), self._experts)
+        return self._carry(flat, self._slicing.of(routing), self._experts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,39 +11,49 @@ With one node, or one rank on each, two hops are one. A rank's part in the gradi
 all ranks of `ep`, so nothing is left to be reduced over `ep` where losses of ranks add up to the global one.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from meshwright.moe.axes import ExpertAxes
+from meshwright.moe.axes import ExpertAxes, RowAxis
 from meshwright.moe.dispatch import combine, depart, sort_choices
 from meshwright.moe.errors import DispatchError
 from meshwright.moe.flight import Flight
 from meshwright.moe.folding import own_experts
-from meshwright.moe.journey import Hops, Journey, plan_journey
+from meshwright.moe.journey import Hops, plan_journey
 from meshwright.moe.routing import Routing
-from meshwright.moe.travel import Splits, exchange
+from meshwright.moe.travel import Splits
 
-__all__ = ["Experts", "Hopping", "Transport", "computed", "nothing", "widened"]
+__all__ = ["Experts", "Hopping", "Transport", "Way", "computed", "flown", "nothing", "widened"]
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Rows [rows, d] of this rank's experts, in their order, and int64 [own experts] rows of each -> [rows, d]."""
+
+
+Way: TypeAlias = Generator[None, None, Tensor]
+"""Rows on their way: stops while they are, and ends with what came back."""
 
 
 def nothing() -> None:
     """What is done meanwhile where there is nothing to do."""
 
 
-class Transport(Protocol):
-    """Brings tokens to experts and results back."""
+class Transport(ABC):
+    """Brings tokens to experts and results back; all ranks of `ep` must call the same of its methods."""
+
+    @abstractmethod
+    def travel(self, tokens: Tensor, routing: Routing, experts: Experts) -> Way:
+        """What `carry` does, which stops at least once before experts compute, and equally often on all ranks."""
 
     def carry(
         self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
     ) -> Tensor:
-        """The weighted sum of what its experts make of each token; all ranks of `ep` must call it.
+        """The weighted sum of what its experts make of each token.
 
         Args:
             tokens: [tokens, d] of this rank; there may be none.
@@ -58,11 +68,35 @@ class Transport(Protocol):
         Raises:
             DispatchError: for tokens, experts and ranks that do not fit each other.
         """
-        ...
+        way = self.travel(tokens, routing, experts)
+        next(way)
+        meanwhile()
+        return _in_turn([way])[0]
+
+    def carry_halves(self, tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """The same in two halves of the tokens: while experts compute one, the other is on its way, there or back.
+
+        So it is in backward. Experts add up their gradients in another order; a token's result is the same.
+        """
+        half = (len(tokens) + 1) // 2
+        halves = (slice(0, half), slice(half, len(tokens)))
+        return torch.cat(_in_turn([self.travel(tokens[each], routing.rows(each), experts) for each in halves]))
+
+
+def _in_turn(ways: list[Way]) -> list[Tensor]:
+    """Goes on with one after the other, as long as they stop."""
+    ended: dict[int, Tensor] = {}
+    while len(ended) < len(ways):
+        for number, way in enumerate(ways):
+            try:
+                next(way)
+            except StopIteration as end:
+                ended[number] = end.value
+    return [ended[number] for number in range(len(ways))]
 
 
 @dataclass(frozen=True)
-class Hopping:
+class Hopping(Transport):
     """Rows travel in one hop or two.
 
     Args:
@@ -73,17 +107,22 @@ class Hopping:
     axes: ExpertAxes
     hops: Hops = "one"
 
-    def carry(
-        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
+    def travel(self, tokens: Tensor, routing: Routing, experts: Experts) -> Way:
         """See `Transport`."""
         ep = self.axes.ep
         own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
         leaving = sort_choices(routing)
         counts = self._of_all(leaving.counts)
         journey = plan_journey(leaving, counts, rank=ep.rank, num_nodes=self.axes.num_nodes, hops=self.hops)
-        there = self._there(depart(tokens, journey.departure), journey, meanwhile)
-        rows = self._back(computed(experts, there, journey.counts), journey)
+        rows = depart(tokens, journey.departure)
+        if not journey.hops:
+            yield
+        for hop in journey.hops:
+            rows = hop.ordered((yield from flown(self.axes.named(hop.axis), Splits(hop.sent, hop.received), rows))[0])
+        rows = computed(experts, rows, journey.counts)
+        for hop in reversed(journey.hops):
+            back = Splits(hop.received, hop.sent)
+            (rows,) = yield from flown(self.axes.named(hop.axis), back, hop.restored(rows))
         return combine(rows, journey.departure, routing.weights)
 
     def _of_all(self, counts: Tensor) -> Tensor:
@@ -92,22 +131,13 @@ class Hopping:
             return self.axes.ep.gather_each(counts)
         return self.axes.node.gather_each(self.axes.local.gather_each(counts)).flatten(0, 1)
 
-    def _there(self, rows: Tensor, journey: Journey, meanwhile: Callable[[], object]) -> Tensor:
-        if not journey.hops:
-            meanwhile()
-        for number, hop in enumerate(journey.hops):
-            flight = Flight(self.axes.named(hop.axis), Splits(hop.sent, hop.received))
-            flight.leave(rows)
-            if number == 0:
-                meanwhile()
-            (rows,) = flight.arrive()
-            rows = hop.ordered(rows)
-        return rows
 
-    def _back(self, rows: Tensor, journey: Journey) -> Tensor:
-        for hop in reversed(journey.hops):
-            (rows,) = exchange(self.axes.named(hop.axis), Splits(hop.received, hop.sent), hop.restored(rows))
-        return rows
+def flown(axis: RowAxis, splits: Splits, *tensors: Tensor) -> Generator[None, None, tuple[Tensor, ...]]:
+    """An exchange that stops while rows are on their way."""
+    flight = Flight(axis, splits)
+    flight.leave(*tensors)
+    yield
+    return flight.arrive()
 
 
 def widened(routing: Routing, k: int) -> Routing:
@@ -115,7 +145,6 @@ def widened(routing: Routing, k: int) -> Routing:
 
     Expert choice makes as many places as its most wanted token needs, which differs from rank to rank.
 
-    >>> import torch
     >>> yes = torch.ones(1, 1, dtype=torch.bool)
     >>> routing = Routing(experts=torch.tensor([[1]]), weights=torch.ones(1, 1), asked=yes, kept=yes, num_experts=2)
     >>> widened(routing, 2).kept.tolist()

@@ -4,7 +4,6 @@ What is sent does not depend on the routing, so few ranks, or tokens that visit 
 (the all-gather dispatcher of Megatron-Core). Shares are padded to the largest one while they travel.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,14 +12,14 @@ from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart, sort_choices
 from meshwright.moe.folding import own_experts
 from meshwright.moe.routing import Routing
-from meshwright.moe.transport import Experts, computed, nothing, widened
+from meshwright.moe.transport import Experts, Transport, Way, computed, widened
 from meshwright.moe.travel import gather_rows, scatter_rows
 
 __all__ = ["Gathering"]
 
 
 @dataclass(frozen=True)
-class Gathering:
+class Gathering(Transport):
     """All tokens travel to all ranks.
 
     Args:
@@ -29,10 +28,8 @@ class Gathering:
 
     axes: ExpertAxes
 
-    def carry(
-        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
-        """See `Transport`; nothing is on its way meanwhile."""
+    def travel(self, tokens: Tensor, routing: Routing, experts: Experts) -> Way:
+        """See `Transport`; nothing is on its way when it stops."""
         ep = self.axes.ep
         own = own_experts(routing.num_experts, ranks=ep.size, rank=ep.rank)
         shapes = ep.gather_each(routing.experts.new_tensor([routing.num_tokens, routing.k]))
@@ -40,7 +37,7 @@ class Gathering:
         rows, weights, chosen, kept = gather_rows(
             ep, sizes, tokens, routing.weights, routing.experts, routing.kept.byte()
         )
-        meanwhile()
+        yield
         kept = kept.bool()
         everyone = Routing(experts=chosen, weights=weights, asked=kept, kept=kept, num_experts=routing.num_experts)
         leaving = sort_choices(everyone, own=own)

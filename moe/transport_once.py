@@ -4,7 +4,6 @@ See `once` for what is sent. A row carries its token, experts and weights in one
 one hop to the ranks of their experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +12,17 @@ from torch.nn import functional
 
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart
-from meshwright.moe.flight import Flight
 from meshwright.moe.folding import own_experts
 from meshwright.moe.once import route_on_node, visit_once
 from meshwright.moe.routing import Routing
-from meshwright.moe.transport import Experts, Hopping, nothing, widened
-from meshwright.moe.travel import Splits, exchange
+from meshwright.moe.transport import Experts, Hopping, Transport, Way, flown, widened
+from meshwright.moe.travel import Splits
 
 __all__ = ["Once"]
 
 
 @dataclass(frozen=True)
-class Once:
+class Once(Transport):
     """Tokens travel once to each node.
 
     Args:
@@ -33,12 +31,10 @@ class Once:
 
     axes: ExpertAxes
 
-    def carry(
-        self, tokens: Tensor, routing: Routing, experts: Experts, *, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
+    def travel(self, tokens: Tensor, routing: Routing, experts: Experts) -> Way:
         """See `Transport`."""
         if self.axes.num_nodes == 1:
-            return Hopping(self.axes).carry(tokens, routing, experts, meanwhile=meanwhile)
+            return (yield from Hopping(self.axes).travel(tokens, routing, experts))
         own_experts(routing.num_experts, ranks=self.axes.ep.size, rank=self.axes.ep.rank)
         node = self.axes.node
         visits = visit_once(routing, num_nodes=node.size)
@@ -48,11 +44,9 @@ class Once:
             visits = visit_once(widened(routing, widest), num_nodes=node.size)
         splits = Splits(tuple(counts[node.rank, :-1].tolist()), tuple(counts[:, node.rank].tolist()))
         chosen = visits.experts.to(torch.int32)
-        flight = Flight(node, splits)
-        flight.leave(depart(tokens, visits.departure), visits.weights, chosen)
-        meanwhile()
-        rows, weights, chosen = flight.arrive()
+        leaving = depart(tokens, visits.departure), visits.weights, chosen
+        rows, weights, chosen = yield from flown(node, splits, *leaving)
         inside = route_on_node(chosen.long(), weights, num_experts=routing.num_experts // node.size)
-        sums = Hopping(self.axes.inside).carry(rows, inside, experts)
-        (home,) = exchange(node, splits.back, sums)
+        sums = yield from Hopping(self.axes.inside).travel(rows, inside, experts)
+        (home,) = yield from flown(node, splits.back, sums)
         return combine(home, visits.departure)

@@ -93,7 +93,7 @@ class Job(Conduct, Placement, Training, Program):
         if self.parallel.ep > 1:
             from meshwright.moe.expert_pass import Experts
 
-            stated["moe"] = Experts(self.parallel.moe.transport, self.parallel.moe.slices)
+            stated["moe"] = Experts(**self.parallel.moe.model_dump())
         return {**stated, "seed": self.train.seed if self.train else 0}
 
     @property

@@ -199,6 +199,9 @@ class Moe(Block):
         "inside of them, once a token once to each node, all_gather all to all; auto is once over several nodes.",
     )
     slices: Count = Field(default=1, description="Ranks of ep that share the hidden features of each expert.")
+    overlap: bool = Field(
+        default=False, description="Tokens travel in two halves: experts compute one while the other is on its way."
+    )
 
 
 class Parallel(Staged):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.bilevel import BiLevel
 from meshwright.moe.capacity import Capacity
 from meshwright.moe.expert_choice import ExpertChoice
@@ -26,6 +27,7 @@ __all__ = [
     "Case",
     "Found",
     "carried",
+    "carried_by_all",
     "carried_once",
     "counted",
     "drawn",
@@ -110,12 +112,22 @@ def by_matrix(rows: Tensor, weight: Tensor) -> Tensor:
 def carried(grid: tuple[int, int], kinds: tuple[TransportKind, ...]) -> list[dict[str, Found]]:
     """On a rank: what each transport gives in each case."""
     from meshwright.moe.axes import expert_axes
-    from meshwright.moe.transports import transport
     from meshwright.parallel.collectives import Groups
 
     groups = Groups(mesh_of(grid))
     axes = expert_axes(groups)
-    return [{kind: carried_once(case, grid, groups.rank, transport(kind, axes)) for kind in kinds} for case in CASES]
+    return [carried_by_all(case, grid, groups.rank, axes, kinds) for case in CASES]
+
+
+def carried_by_all(
+    case: Case, grid: tuple[int, int], rank: int, axes: ExpertAxes, kinds: tuple[TransportKind, ...]
+) -> dict[str, Found]:
+    """Name of a transport -> what it gives, whole and in halves."""
+    from meshwright.moe.transports import transport
+
+    whole = {kind: carried_once(case, grid, rank, transport(kind, axes)) for kind in kinds}
+    halves = {f"{kind}, halves": carried_once(case, grid, rank, transport(kind, axes), halves=True) for kind in kinds}
+    return {**whole, **halves}
 
 
 def mesh_of(grid: tuple[int, int]) -> Mesh:
@@ -123,7 +135,7 @@ def mesh_of(grid: tuple[int, int]) -> Mesh:
     return Mesh(dp=ranks, ep=ranks, ep_node=grid[0])
 
 
-def carried_once(case: Case, grid: tuple[int, int], rank: int, way: Transport) -> Found:
+def carried_once(case: Case, grid: tuple[int, int], rank: int, way: Transport, *, halves: bool = False) -> Found:
     tokens, logits = leaves(case, grid, rank)
     own = [weights_of(expert) for expert in range(EACH * rank, EACH * (rank + 1))]
 
@@ -131,7 +143,7 @@ def carried_once(case: Case, grid: tuple[int, int], rank: int, way: Transport) -
         parts = rows.split(counts.tolist())
         return torch.cat([by_matrix(part, weight) for part, weight in zip(parts, own, strict=True)])
 
-    made = way.carry(tokens, routed(case, grid, logits), experts)
+    made = (way.carry_halves if halves else way.carry)(tokens, routed(case, grid, logits), experts)
     asked = [tokens, logits, *own]
     found = torch.autograd.grad((made * (made + rank)).sum(), asked, allow_unused=case.router == "hash")
     full = [torch.zeros_like(leaf) if each is None else each for leaf, each in zip(asked, found, strict=True)]

@@ -89,18 +89,22 @@ class Noted(Function):
     """Says when it is gone back through."""
 
     @staticmethod
-    def forward(ctx: object, value: Tensor, events: list[str]) -> Tensor:
-        ctx.events = events  # type: ignore[attr-defined]
-        events.append("shared")
+    def forward(ctx: object, value: Tensor, events: list[str], what: str) -> Tensor:
+        ctx.events, ctx.what = events, what  # type: ignore[attr-defined]
+        events.append(what)
         return value.clone()
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.events.append("shared")  # type: ignore[attr-defined]
-        return gradients[0], None
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.events.append(ctx.what)  # type: ignore[attr-defined]
+        return gradients[0], None, None
 
 
-def order_of(kind: str) -> tuple[list[str], list[Tensor], list[Tensor]]:
+def noted_in(events: list[str], value: Tensor, what: str) -> Tensor:
+    return Noted.apply(value, events, what)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def order_of(kind: str, halves: bool) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """On a rank: what happened in which order, and results with and without anything on its way."""
     from meshwright.moe.axes import expert_axes
     from meshwright.parallel.collectives import Groups
@@ -113,13 +117,20 @@ def order_of(kind: str) -> tuple[list[str], list[Tensor], list[Tensor]]:
         tokens = drawn(6, 3, seed=groups.rank).requires_grad_()
         beside = drawn(3, 3, seed=7).requires_grad_()
         up, down = (drawn(1, *shape, seed=groups.rank).requires_grad_() for shape in ((3, 8), (4, 3)))
-        made = mix(
-            tokens,
+        routing, experts = (
             TopK(num_experts=4, k=2).route(tokens @ drawn(3, 4, seed=1)),
-            transport=way,
-            experts=FeedForward(up=up, down=down, act=gated(torch.tanh)),
-            shared=lambda each: Noted.apply(each @ beside, events),  # type: ignore[no-untyped-call, no-any-return]
+            FeedForward(up=up, down=down, act=gated(torch.tanh)),
         )
+        if halves:
+            made = way.carry_halves(tokens, routing, lambda *given: noted_in(events, experts(*given), "experts"))
+        else:
+            made = mix(
+                tokens,
+                routing,
+                transport=way,
+                experts=experts,
+                shared=lambda each: noted_in(events, each @ beside, "shared"),
+            )
         made.square().sum().backward()
         leaves = (tokens, beside, up, down)
         return [made.detach(), *(each.grad for each in leaves if each.grad is not None)]
@@ -151,11 +162,19 @@ def order_of(kind: str) -> tuple[list[str], list[Tensor], list[Tensor]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one_hop", "inter_first", "once"])
 def test_shared_experts_compute_while_rows_fly_both_ways_with_the_bits_of_waiting(kind: str) -> None:
-    alone = ["leave", "arrive"]
-    two_hops = kind != "one_hop"
-    there = ["leave", "shared", "arrive", *(alone if two_hops else [])]
-    back = [*(alone if two_hops else []), "leave", "shared", "arrive"]
-    for events, flying, waiting in run_ranks(order_of, Mesh(dp=4, ep=4, ep_node=2), kind):
+    meanwhile, alone = ["leave", "shared", "arrive"], ["leave", "arrive"]
+    others = 1 if kind == "one_hop" else 3  # there and back
+    there, back = [*meanwhile, *(alone * others)], [*(alone * others), *meanwhile]
+    for events, flying, waiting in run_ranks(order_of, Mesh(dp=4, ep=4, ep_node=2), kind, False):
         assert events == [*there, *back]
         assert len(flying) == len(waiting) == 5
+        assert all(torch.equal(*pair) for pair in zip(flying, waiting, strict=True))
+
+
+@pytest.mark.slow
+def test_one_half_of_the_tokens_travels_while_experts_compute_the_other_both_ways() -> None:
+    way = ["leave", "leave", "arrive", "experts", "leave", "arrive", "experts", "leave", "arrive", "arrive"]
+    for events, flying, waiting in run_ranks(order_of, Mesh(dp=4, ep=4, ep_node=2), "one_hop", True):
+        assert events == way + way
+        assert len(flying) == len(waiting) == 4
         assert all(torch.equal(*pair) for pair in zip(flying, waiting, strict=True))

@@ -11,7 +11,7 @@ from meshwright.moe.transports import TransportKind, transport
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.mesh import Mesh
 from meshwright.testing import run_ranks
-from tests.moe.real import CASES, Found, carried, carried_once, expected, mesh_of
+from tests.moe.real import CASES, Found, carried, carried_by_all, expected, mesh_of
 from tests.moe.simulated import GRIDS
 from tests.moe.threads import on_threads
 
@@ -23,8 +23,9 @@ def check(found: list[list[dict[str, Found]]], grid: tuple[int, int]) -> None:
     for number, case in enumerate(CASES):
         for rank, wanted in enumerate(expected(case, grid)):
             here = found[rank][number]
-            for kind in KINDS:
-                for one, other in zip(here[kind], wanted, strict=True):
+            assert len(here) == 2 * len(KINDS)
+            for kind, results in here.items():
+                for one, other in zip(results, wanted, strict=True):
                     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=f"{case} {kind} rank {rank}")
             for kind in ("inter_first", "intra_first"):
                 assert all(torch.equal(*pair) for pair in zip(here["one_hop"], here[kind], strict=True)), (case, rank)
@@ -33,7 +34,7 @@ def check(found: list[list[dict[str, Found]]], grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("grid", [(1, 1), *GRIDS])
 def test_all_transports_give_the_numbers_of_one_process_on_threads(grid: tuple[int, int]) -> None:
     def work(rank: int, axes: ExpertAxes) -> list[dict[str, Found]]:
-        return [{kind: carried_once(case, grid, rank, transport(kind, axes)) for kind in KINDS} for case in CASES]
+        return [carried_by_all(case, grid, rank, axes, KINDS) for case in CASES]
 
     check(on_threads(mesh_of(grid), work), grid)
 

@@ -87,6 +87,9 @@ MODELS: dict[str, Any] = {
 }
 
 
+ALONE = mw.Experts()
+
+
 def poison(model: mw.ParallelModel) -> None:
     """Memory that nobody wrote is full of NaN."""
     del model
@@ -95,8 +98,10 @@ def poison(model: mw.ParallelModel) -> None:
     settings.fill_uninitialized_memory = True
 
 
-def check(model: str, degrees: dict[str, int], options: dict[str, Any], *, slices: int = 1, **more: Any) -> None:
-    given = {"moe": mw.Experts(slices=slices), "prepare": poison, **options, **more}
+def check(
+    model: str, degrees: dict[str, int], options: dict[str, Any], *, moe: mw.Experts = ALONE, **more: Any
+) -> None:
+    given = {"moe": moe, "prepare": poison, **options, **more}
     report = mw.verify(MODELS[model], words, mw.Mesh(**degrees), **given)
     assert report.ok, report
     assert report.max_relative_gradient_error < 1e-11
@@ -129,7 +134,21 @@ SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ("model", "layout"), alternating(("mixtral", "deepseek_v3", "gpt_oss", "crowded"), SLICED, every=3), ids=str
 )
 def test_experts_cut_into_slices_make_the_plain_step(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
-    check(model, *layout, slices=2)
+    check(model, *layout, moe=mw.Experts(slices=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("deepseek_v3", ({"dp": 2, "tp": 2, "ep": 4, "ep_node": 2}, TWO)),
+        ("mixtral", ({"fsdp": 4, "ep": 2}, LAYERED)),
+        *beyond(("crowded", ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}))),
+    ],
+    ids=str,
+)
+def test_tokens_in_two_halves_make_the_plain_step(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    check(model, *layout, moe=mw.Experts(overlap=True))
 
 
 @pytest.mark.slow

@@ -5,15 +5,18 @@ from pathlib import Path
 from shutil import copy
 
 import pytest
+from torch import nn
 
 from meshwright.launch.load import load_job
 from meshwright.launch.rehearse import shrunk_mesh
 from meshwright.launch.worker.errors import ModelBuildError
+from meshwright.launch.worker.experts import count_job
 from meshwright.launch.worker.model import build_model
 from meshwright.moe.expert_pass import Experts
 from meshwright.moe.two_gates import TwoGates
 from meshwright.parallel.mesh import Mesh
 from tests.launch.worker.runs import finish
+from tests.moe.models import build
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "experts.yaml"
 SMALL = ("data.max_bytes=64KiB", "train.validate_batches=1", "train.schedule.warmup_steps=1", "train.log_every_steps=2")
@@ -41,6 +44,17 @@ def test_routers_of_two_levels_must_divide_the_experts() -> None:
     assert [(len(each.inter), len(each.intra)) for each in gates] == [(2, 4), (2, 4)]
     with pytest.raises(ModelBuildError, match=r"model\.bilevel\.nodes=3 does not divide the 8 experts of a layer"):
         build_model({**spec, "bilevel": {**spec["bilevel"], "nodes": 3}}, vocab_size=257, seed=0)
+
+
+def test_only_routers_with_biases_are_balanced_by_them() -> None:
+    count_job(nn.Linear(2, 2), balanced=False)
+    with pytest.raises(ModelBuildError, match=r"train\.balance_rate: no module of Linear is recognised as experts"):
+        count_job(nn.Linear(2, 2), balanced=True)
+    with pytest.raises(
+        ModelBuildError, match=r"train\.balance_rate: no bias moves what experts .* by a loss"
+    ):
+        count_job(build("mixtral"), balanced=True)
+    count_job(build("deepseek_v3"), balanced=True)
 
 
 @pytest.mark.slow
