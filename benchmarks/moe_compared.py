@@ -38,8 +38,7 @@ def compare(rate_mbit_s: float, rounds: int, delay_s: float) -> dict[str, Any]:
         delay_s: of a message to another node, where it has one.
     """
     found = measured(rate_mbit_s, rounds, delay_s)
-    beside = found.pop("shared")
-    overlap = ratio_of(beside["times"]["flying"], beside["times"]["waiting"])
+    beside, halves = found.pop("shared"), found.pop("halves")
     speedups = {
         name: ratio_of(found[case][kind][slow], found[case][kind][fast])
         for name, (case, kind, slow, fast) in _PAIRS.items()
@@ -52,13 +51,18 @@ def compare(rate_mbit_s: float, rounds: int, delay_s: float) -> dict[str, Any]:
         "delay_s": delay_s,
         "cases": {case: _case(case, each) for case, each in found.items()},
         "distinct_nodes": distinct_nodes(),
-        "shared": {
-            "ratio_of_flying_to_waiting": overlap.median,
-            "half_width": overlap.half_width,
-            "noise": noise_of(beside["times"]["waiting again"], beside["times"]["waiting"]),
-            "median_s": {who: median(each) for who, each in beside["times"].items()},
-            "same_bits": beside["same"],
-        },
+        "shared": {**_overlap(beside["times"], "flying", "waiting"), "same_bits": beside["same"]},
+        "halves": {**_overlap(halves["times"], "halves", "whole"), "difference": halves["difference"]},
+    }
+
+
+def _overlap(times: dict[str, list[float]], with_it: str, without: str) -> dict[str, Any]:
+    found = ratio_of(times[with_it], times[without])
+    return {
+        f"ratio_of_{with_it}_to_{without}": found.median,
+        "half_width": found.half_width,
+        "noise": noise_of(times[f"{without} again"], times[without]),
+        "median_s": {who: median(each) for who, each in times.items()},
     }
 
 
@@ -121,6 +125,9 @@ def text(found: dict[str, Any]) -> str:
         f"a shared network while rows fly / after they arrived: {beside['ratio_of_flying_to_waiting']:.3f} "
         f"+- {beside['half_width']:.3f} of the time of a step (A/A {beside['noise']:.3f}, "
         f"{'the same bits' if beside['same_bits'] else 'other bits'})\n"
+        f"tokens in two halves / whole: {found['halves']['ratio_of_halves_to_whole']:.3f} "
+        f"+- {found['halves']['half_width']:.3f} of the time of a step (A/A {found['halves']['noise']:.3f}, "
+        f"outputs differ by {found['halves']['difference']:.1e})\n"
     )
     return "\n".join([*parts, aligned(rows), words])
 

@@ -60,6 +60,7 @@ class OurLayer(nn.Module):
         router: of one level or two; gates of two levels are the first rows of the flat one.
         kind: of the transport.
         shared: a network that every token visits besides, or None.
+        halves: whether tokens travel in two halves, which goes without `shared`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class OurLayer(nn.Module):
         router: TopK | BiLevel,
         kind: TransportKind,
         shared: nn.Module | None = None,
+        halves: bool = False,
     ) -> None:
         super().__init__()
         gate, up, down = weights_of(sizes)
@@ -80,6 +82,7 @@ class OurLayer(nn.Module):
         self.gate = nn.Parameter(gate[:rows].clone())
         self.router = router
         self.shared = shared
+        self.halves = halves
         self.transport = transport(kind, axes)
 
     def route(self, tokens: Tensor) -> Routing:
@@ -92,6 +95,8 @@ class OurLayer(nn.Module):
     def carry(self, tokens: Tensor, routing: Routing) -> Tensor:
         """[tokens, d] -> [tokens, d], by a routing of theirs."""
         experts = FeedForward(up=self.up.mT, down=self.down.mT, act=gated(functional.silu))
+        if self.halves:
+            return self.transport.carry_halves(tokens, routing, experts)
         return mix(tokens, routing, transport=self.transport, experts=experts, shared=self.shared)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ CASES = {
     "top-8": Sizes(tokens=128, width=256, inner=32, experts=4 * RANKS, k=8),
 }
 _SHARED_INNER = 512
+_HALVES_INNER = 1024  # experts compute about as long as rows are on their way
 _SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 _COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "all_reduce")
 Step = Callable[[], Tensor]
@@ -131,6 +132,20 @@ def _shared(rounds: int) -> dict[str, Any]:
     return {"times": alternate(steps, rounds=rounds, steps=1, warmup=1, sync=dist.barrier), "same": same}
 
 
+def _halves(rounds: int) -> dict[str, Any]:
+    """On a rank, seconds per step with tokens that travel in two halves, or whole."""
+    rank, sizes = dist.get_rank(), replace(CASES["top-1"], inner=_HALVES_INNER)
+    axes = expert_axes(Groups(mw.Mesh(dp=RANKS, ep=RANKS, ep_node=NODES)))
+    router, tokens = TopK(num_experts=RANKS, k=1), tokens_of(sizes, rank)
+    whole, halves = (
+        step_of(OurLayer(sizes, axes, router=router, kind="one_hop", halves=each), tokens) for each in (False, True)
+    )
+    steps = {"halves": halves, "whole": whole, "whole again": whole}
+    difference = float((halves() - whole()).abs().max() / whole().abs().max())
+    times = alternate(steps, rounds=rounds, steps=1, warmup=1, sync=dist.barrier)
+    return {"times": times, "difference": difference}
+
+
 def _measure(case: str, rounds: int, delay_s: float) -> dict[str, Any]:
     """On a rank, seconds per step and what was sent, by contender."""
     torch.set_num_threads(1)
@@ -208,7 +223,11 @@ def serve_rank(rank: int, rounds: int, delay_s: float) -> None:
     os.environ["LOCAL_RANK"] = str(rank % EACH)
     address = os.environ["MESHWRIGHT_HOST"]
     dist.init_process_group("gloo", init_method=f"tcp://{address}:29417", rank=rank, world_size=RANKS)
-    found = {"shared": _shared(rounds), **{case: _measure(case, rounds, delay_s) for case in CASES}}
+    found = {
+        "shared": _shared(rounds),
+        "halves": _halves(rounds),
+        **{case: _measure(case, rounds, delay_s) for case in CASES},
+    }
     if rank == 0:
         Path(os.environ["MEASURED"]).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -50,9 +50,7 @@ def test_only_routers_with_biases_are_balanced_by_them() -> None:
     count_job(nn.Linear(2, 2), balanced=False)
     with pytest.raises(ModelBuildError, match=r"train\.balance_rate: no module of Linear is recognised as experts"):
         count_job(nn.Linear(2, 2), balanced=True)
-    with pytest.raises(
-        ModelBuildError, match=r"train\.balance_rate: no bias moves what experts .* by a loss"
-    ):
+    with pytest.raises(ModelBuildError, match=r"train\.balance_rate: no bias moves what experts .* by a loss"):
         count_job(build("mixtral"), balanced=True)
     count_job(build("deepseek_v3"), balanced=True)
 
