@@ -5,6 +5,7 @@ names in a plan; their values travel beside it, on the agent's standard input.
 """
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class StartPlan:
-    """Exactly what is started where; printable and comparable."""
+    """Exactly what is started where; printable and comparable. `variant` says more of the cluster's type, in words."""
 
     cluster: str
     name: str
@@ -199,6 +200,27 @@ class StartPlan:
     limits: Limits
     nodes: tuple[NodePlan, ...]
     submission: Submission | None = None
+    variant: str = ""
+
+    @classmethod
+    def of(
+        cls, request: StartRequest, cluster: str, *, nodes: Sequence[NodePlan], meeting: Meeting, variant: str = ""
+    ) -> "StartPlan":
+        """What every cluster's plan takes from its request; of secrets, names and sources only."""
+        program = request.program
+        return cls(
+            cluster=cluster,
+            name=request.name,
+            run_id=request.run_id,
+            run_dir=str(request.run_dir),
+            inherit=program.inherit,
+            secrets=tuple((secret.name, secret.source) for secret in program.secrets),
+            setup=program.setup,
+            meeting=meeting,
+            limits=request.limits,
+            nodes=tuple(nodes),
+            variant=variant,
+        )
 
     @property
     def world_size(self) -> int:
@@ -214,9 +236,9 @@ class StartPlan:
         return {**asdict(self), "world_size": self.world_size}
 
     def __str__(self) -> str:
-        ranks, nodes = self.world_size, len(self.nodes)
+        ranks, nodes, where = self.world_size, len(self.nodes), f"{self.cluster} {self.variant}".rstrip()
         head = [
-            f"run {self.name}/{self.run_id} on {self.cluster}: {_count(ranks, 'rank')} on {_count(nodes, 'node')}",
+            f"run {self.name}/{self.run_id} on {where}: {_count(ranks, 'rank')} on {_count(nodes, 'node')}",
             f"directory  {self.run_dir}",
             f"writes     {' '.join(RUN_FILES)}",
             f"restarts   at most {self.limits.max_restarts}; TERM, then KILL after {self.limits.shutdown_grace_s:g} s",

@@ -15,6 +15,7 @@ from typing import Any
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submission, identity, log_name
 from meshwright.clusters.contract import Job
+from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions, manifest, object_name, pod_run_dir, written
 from meshwright.clusters.spawn import words_for
@@ -30,22 +31,14 @@ def plan_kubernetes(request: StartRequest, options: KubernetesOptions) -> StartP
     Raises:
         UnavailableError: when Kubernetes would refuse it, or the job asks for what pods cannot do.
     """
-    name, per_node = object_name(request.name, request.run_id), _ranks_per_node(request)
+    name = object_name(request.name, request.run_id)
+    per_node = ranks_per_node(request, "pods are planned before their nodes are known", gpus=request.gpus_per_node)
     if request.gpus_per_node:
         options = replace(options, resources={"nvidia.com/gpu": str(request.gpus_per_node), **options.resources})
     port = request.meeting.port or request.meeting.ports[0]
-    plan = StartPlan(
-        cluster=f"kubernetes {options.kind}",
-        name=request.name,
-        run_id=request.run_id,
-        run_dir=str(request.run_dir),
-        inherit=("*",),
-        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
-        setup=request.program.setup,
-        meeting=replace(request.meeting, host=f"{name}-node-0-0.{name}", port=port),
-        limits=request.limits,
-        nodes=(),
-    )
+    meeting = replace(request.meeting, host=f"{name}-node-0-0.{name}", port=port)
+    plan = StartPlan.of(request, "kubernetes", nodes=(), meeting=meeting, variant=options.kind)
+    plan = replace(plan, inherit=("*",))
     inside = replace(request, run_dir=Path(pod_run_dir(plan)))
     nodes = tuple(_node(inside, options, index=index, per_node=per_node) for index in range(request.num_nodes))
     plan = replace(plan, nodes=nodes)
@@ -65,19 +58,6 @@ def _node(request: StartRequest, options: KubernetesOptions, *, index: int, per_
         agent=(options.python, "-u", "-m", "meshwright.clusters.pod"),
         argv=words_for(options.python, request.program.argv),
         logs=tuple(log_name(rank) for rank in ranks),
-    )
-
-
-def _ranks_per_node(request: StartRequest) -> int:
-    asked = request.ranks_per_node
-    if asked is None:
-        return max(1, (request.num_ranks or request.num_nodes) // request.num_nodes)
-    if isinstance(asked, int):
-        return asked
-    if asked == "gpu" and request.gpus_per_node:
-        return request.gpus_per_node
-    raise UnavailableError(
-        f"nproc_per_node: {asked}, but pods are planned before their nodes are known; write a number"
     )
 
 

@@ -68,18 +68,7 @@ def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
         )
         for index, name in enumerate(names)
     ]
-    return StartPlan(
-        cluster="local",
-        name=request.name,
-        run_id=request.run_id,
-        run_dir=str(request.run_dir),
-        inherit=request.program.inherit,
-        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
-        setup=request.program.setup,
-        meeting=replace(request.meeting, host=None),
-        limits=request.limits,
-        nodes=tuple(nodes),
-    )
+    return StartPlan.of(request, "local", nodes=nodes, meeting=replace(request.meeting, host=None))
 
 
 def _environment(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
+from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.spawn import words_for
 from meshwright.clusters.sweep import sweep
@@ -71,22 +72,14 @@ def plan_mpi(request: StartRequest, options: MpiOptions) -> StartPlan:
     """
     if request.limits.max_restarts:
         raise UnavailableError("failure.max_restarts: an MPI job ends with its first failed rank; set it to 0")
-    asked = request.ranks_per_node
-    if isinstance(asked, str):
-        raise UnavailableError(f"nproc_per_node: {asked}, but mpiexec is told a number of ranks; write one")
-    per_node = asked or max(1, (request.num_ranks or request.num_nodes) // request.num_nodes)
+    per_node = ranks_per_node(request, "mpiexec is told how many ranks to start")
     alone = request.num_nodes == 1
-    return StartPlan(
-        cluster=f"mpi ({options.implementation})",
-        name=request.name,
-        run_id=request.run_id,
-        run_dir=str(request.run_dir),
-        inherit=request.program.inherit,
-        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
-        setup=request.program.setup,
+    return StartPlan.of(
+        request,
+        "mpi",
+        nodes=[_node(request, options, index=index, per_node=per_node) for index in range(request.num_nodes)],
         meeting=replace(request.meeting, host=None if alone else request.meeting.host),
-        limits=request.limits,
-        nodes=tuple(_node(request, options, index=index, per_node=per_node) for index in range(request.num_nodes)),
+        variant=f"({options.implementation})",
     )
 
 

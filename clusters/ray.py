@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
+from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.pipes import Far, PipeHandle
 from meshwright.clusters.ray_line import RayLine, agent_class
@@ -50,23 +51,13 @@ def plan_ray(request: StartRequest, options: RayOptions) -> StartPlan:
     Raises:
         UnavailableError: where the number of ranks is not said.
     """
-    asked = request.ranks_per_node
-    if asked == "gpu" and request.gpus_per_node:
-        asked = request.gpus_per_node
-    if isinstance(asked, str):
-        raise UnavailableError(f"nproc_per_node: {asked}, but nodes are planned before Ray places them; write a number")
-    per_node = asked or max(1, (request.num_ranks or request.num_nodes) // request.num_nodes)
-    return StartPlan(
-        cluster=f"ray at {options.address}, {request.num_nodes} x {_words(_bundle(request, options))}, STRICT_SPREAD",
-        name=request.name,
-        run_id=request.run_id,
-        run_dir=str(request.run_dir),
-        inherit=request.program.inherit,
-        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
-        setup=request.program.setup,
+    per_node = ranks_per_node(request, "nodes are planned before Ray places them", gpus=request.gpus_per_node)
+    return StartPlan.of(
+        request,
+        "ray",
+        nodes=[_node(request, index=index, per_node=per_node) for index in range(request.num_nodes)],
         meeting=request.meeting,
-        limits=request.limits,
-        nodes=tuple(_node(request, index=index, per_node=per_node) for index in range(request.num_nodes)),
+        variant=f"at {options.address}, {request.num_nodes} x {_words(_bundle(request, options))}, STRICT_SPREAD",
     )
 
 

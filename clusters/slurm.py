@@ -19,6 +19,7 @@ from pathlib import Path
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submission, identity, log_name
 from meshwright.clusters.contract import Job
+from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
@@ -61,28 +62,18 @@ def plan_slurm(request: StartRequest, options: SlurmOptions) -> StartPlan:
     Raises:
         UnavailableError: for a number of ranks that only the nodes could tell.
     """
-    program, ranks = request.program, _ranks_per_node(request)
+    ranks = ranks_per_node(request, "nobody knows the nodes before Slurm has chosen them")
     agent = (options.python, *AGENT_WORDS, str(request.run_dir), "SLURM_NODEID")
-    argv = words_for(options.python, program.argv)
+    argv = words_for(options.python, request.program.argv)
     nodes = [_node(request, index, ranks, words=(agent, argv)) for index in range(request.num_nodes)]
     cores = options.cores_per_node or ranks * options.cores_per_rank
-    return StartPlan(
-        cluster="slurm",
-        name=request.name,
-        run_id=request.run_id,
-        run_dir=str(request.run_dir),
-        inherit=program.inherit,
-        secrets=tuple((secret.name, secret.source) for secret in program.secrets),
-        setup=program.setup,
-        meeting=replace(request.meeting, host="first"),
-        limits=request.limits,
-        nodes=tuple(nodes),
-        submission=Submission(
-            argv=_sbatch(request, options, cores),
-            script=f"#!/bin/sh\nexec {shlex.join(_launcher(request, options))}\n",
-            step=_srun(request, options, cores) + agent,
-        ),
+    plan = StartPlan.of(request, "slurm", nodes=nodes, meeting=replace(request.meeting, host="first"))
+    submission = Submission(
+        argv=_sbatch(request, options, cores),
+        script=f"#!/bin/sh\nexec {shlex.join(_launcher(request, options))}\n",
+        step=_srun(request, options, cores) + agent,
     )
+    return replace(plan, submission=submission)
 
 
 def _node(request: StartRequest, index: int, ranks: int, *, words: tuple[tuple[str, ...], tuple[str, ...]]) -> NodePlan:
@@ -99,15 +90,6 @@ def _node(request: StartRequest, index: int, ranks: int, *, words: tuple[tuple[s
         argv=words[1],
         logs=tuple(log_name(rank) for rank in mine),
     )
-
-
-def _ranks_per_node(request: StartRequest) -> int:
-    if isinstance(request.ranks_per_node, str):
-        raise UnavailableError(
-            f"nproc_per_node: {request.ranks_per_node}: nobody knows the nodes before Slurm has chosen them; "
-            "write a number"
-        )
-    return request.ranks_per_node or (request.num_ranks or request.num_nodes) // request.num_nodes
 
 
 def _launcher(request: StartRequest, options: SlurmOptions) -> tuple[str, ...]:

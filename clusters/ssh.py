@@ -153,18 +153,7 @@ def plan_ssh(request: StartRequest, hosts: Sequence[SshHost], options: SshOption
         )
         for index, (host, ranks) in enumerate(dealt)
     ]
-    return StartPlan(
-        cluster="ssh",
-        name=request.name,
-        run_id=request.run_id,
-        run_dir=str(request.run_dir),
-        inherit=request.program.inherit,
-        secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
-        setup=request.program.setup,
-        meeting=replace(request.meeting, host=dealt[0][0].addr),
-        limits=request.limits,
-        nodes=tuple(nodes),
-    )
+    return StartPlan.of(request, "ssh", nodes=nodes, meeting=replace(request.meeting, host=dealt[0][0].addr))
 
 
 def _agent(host: SshHost) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from meshwright.clusters.evidence import CHECKS, Reach, Wishes
 from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.ssh import SshOptions, ssh_words
 from meshwright.clusters.verdicts import Diagnosis
+from meshwright.launch.engines import ssh_options
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob, load_job
-from meshwright.launch.registry import ssh_options
 from meshwright.launch.request import run_dir_of
 from meshwright.launch.values import fill
 from meshwright.parallel.errors import MeshwrightError, nearest

@@ -52,7 +52,7 @@ def test_open_mpi_and_mpich_are_called_exactly_so() -> None:
 def test_what_mpi_cannot_do_is_refused() -> None:
     with pytest.raises(UnavailableError, match="max_restarts"):
         plan_mpi(replace(REQUEST, limits=Limits(max_restarts=1)), MpiOptions("mpich"))
-    with pytest.raises(UnavailableError, match="write one"):
+    with pytest.raises(UnavailableError, match="nproc_per_node: gpu, but mpiexec is told how many"):
         plan_mpi(replace(REQUEST, ranks_per_node="gpu"), MpiOptions("mpich"))
     with pytest.raises(UnavailableError, match="no 'mpiexec-of-nobody' here"):
         implementation_of("mpiexec-of-nobody")

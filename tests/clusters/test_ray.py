@@ -14,7 +14,7 @@ REQUEST = StartRequest("j", "r", Path("/runs/r"), Program(("x",), Path("/w")), 2
 
 def test_a_plan_says_what_is_asked_of_each_node() -> None:
     plan = plan_ray(REQUEST, RayOptions("10.0.0.1:6379", 12))
-    assert plan.cluster == "ray at 10.0.0.1:6379, 2 x {CPU: 12, GPU: 8}, STRICT_SPREAD"
+    assert (plan.cluster, plan.variant) == ("ray", "at 10.0.0.1:6379, 2 x {CPU: 12, GPU: 8}, STRICT_SPREAD")
     assert [node.ranks for node in plan.nodes] == [tuple(range(8)), tuple(range(8, 16))]
     assert plan_ray(replace(REQUEST, ranks_per_node="gpu"), RayOptions()).world_size == 16
     with pytest.raises(UnavailableError, match="write a number"):

@@ -10,6 +10,13 @@ from meshwright.launch.load import load_job
 
 
 @pytest.fixture
+def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where this test's launches are written down, apart from those of other tests."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
 def refuse(tmp_path: Path) -> Callable[..., list[str]]:
     """Loads a job text that must be refused; gives the lines of the error, without the folder's name."""
 

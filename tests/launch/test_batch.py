@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,18 @@ import yaml
 
 from meshwright.clusters.sweep import carriers
 from tests.launch.pretend_slurm import write_commands
+from tests.launch.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_state: Path) -> Path:
     """Slurm's commands, as far as they are needed."""
     folder = tmp_path / "bin"
     write_commands(folder)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    del own_state
     return folder
 
 
@@ -56,15 +55,6 @@ def end(launcher: "subprocess.Popen[str]", folder: Path) -> str:
         for pid in carriers(folder.name):
             os.kill(pid, signal.SIGKILL)
     return output
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 30.0) -> bool:
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_lines_of_all_nodes_and_the_record_come_back(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_job_for_kubernetes_becomes_a_manifest_without_a_cluster(
 def test_a_job_for_ray_says_what_it_asks_of_each_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _dry(tmp_path, "cluster: {type: ray, cpus_per_node: 4, gpus_per_node: 2}\n", capsys)
     assert code == 0
-    assert json.loads(out)["cluster"] == "ray at auto, 2 x {CPU: 4, GPU: 2}, STRICT_SPREAD"
+    assert json.loads(out)["variant"] == "at auto, 2 x {CPU: 4, GPU: 2}, STRICT_SPREAD"
 
 
 def test_a_job_for_an_mpi_that_is_not_here_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from meshwright.clusters.sweep import carriers
+from tests.launch.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -58,15 +58,6 @@ def start(job: Path, run_id: str) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        if holds():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_a_success_leaves_logs_a_merged_stream_a_plan_and_a_record(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,12 @@ import yaml
 
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.runs import Known, RunError, all_runs, cancel, find_run, remember, standing
+from tests.launch.waiting import eventually
 
 SLEEP = "import os, time; print('up', os.environ['RANK'], flush=True); time.sleep(600)"
 
 
-@pytest.fixture(autouse=True)
-def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+pytestmark = pytest.mark.usefixtures("own_state")
 
 
 def known(folder: Path, run_id: str = "r1", **fields: object) -> Known:
@@ -39,15 +36,6 @@ def meshwright(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
         timeout=60,
         check=False,
     )
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 30.0) -> bool:
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_launch_that_was_written_down_is_found_by_id_and_by_directory(tmp_path: Path) -> None:
