@@ -29,7 +29,6 @@ class Gap:
 
 
 _ALL = (
-    Gap("sweep", "launch once per value with --set"),
     Gap("after", "launch one job after the other"),
     Gap("health", "remove it; `meshwright doctor JOB.yaml` acts on it"),
     Gap("binding", "remove it, or write none", ("none",)),
@@ -70,6 +69,7 @@ GAPS = {
     ),
     "kubernetes": (
         *_ALL,
+        Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         *_UNWARNED,
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
         Gap("resources.exclusive", "ask for all of a node by resources"),

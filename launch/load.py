@@ -18,10 +18,29 @@ if TYPE_CHECKING:  # pydantic and PyYAML are imported when the first job is read
     from meshwright.launch.spec.job import Job
     from meshwright.launch.yaml_text import Tree
 
-__all__ = ["CLUSTERS_FILE", "LoadedJob", "load_job"]
+__all__ = ["CLUSTERS_FILE", "LoadedJob", "OpenJob", "check_job", "load_job", "open_job"]
 
 CLUSTERS_FILE = "clusters.yaml"
 """Looked for beside the job, then in the user's configuration (~/.config/meshwright)."""
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job file that was read and is not checked yet.
+
+    Args:
+        path: the file.
+        text: the file as written.
+        root: its tree, with the overrides.
+        overrides: "dotted.key=value".
+        problems: of the text.
+    """
+
+    path: Path
+    text: str = field(repr=False)
+    root: Table = field(repr=False)
+    overrides: tuple[str, ...] = ()
+    problems: tuple[Found, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,15 @@ def load_job(path: Path | str, overrides: Sequence[str] = (), clusters_file: Pat
     Raises:
         JobError: with every problem found, each with its position.
     """
+    return check_job(open_job(path, overrides), clusters_file)
+
+
+def open_job(path: Path | str, overrides: Sequence[str] = ()) -> OpenJob:
+    """Reads a job file and applies overrides, without looking at what the keys mean.
+
+    Raises:
+        JobError: when it cannot be read, or an override cannot be applied.
+    """
     from meshwright.launch.overrides import apply_override
 
     path = Path(path)
@@ -76,10 +104,19 @@ def load_job(path: Path | str, overrides: Sequence[str] = (), clusters_file: Pat
     for place, text in enumerate(overrides):
         root = apply_override(root, text, place)
     assert isinstance(root, Table), root
-    keys = frozenset(root.dotted_keys())
-    resolved, problems = _with_cluster(_with_schedule(root, path), path, clusters_file)
-    job = _check(resolved, [*tree.problems, *problems], str(path))
-    return LoadedJob(job, path, content.decode("utf-8-sig"), keys, resolved)
+    return OpenJob(path, content.decode("utf-8-sig"), root, tuple(overrides), tuple(tree.problems))
+
+
+def check_job(opened: OpenJob, clusters_file: Path | str | None = None) -> LoadedJob:
+    """Looks the cluster up and checks every key.
+
+    Raises:
+        JobError: with every problem found, each with its position.
+    """
+    path, keys = opened.path, frozenset(opened.root.dotted_keys())
+    resolved, problems = _with_cluster(_with_schedule(opened.root, path), path, clusters_file)
+    job = _check(resolved, [*opened.problems, *problems], str(path))
+    return LoadedJob(job, path, opened.text, keys, resolved)
 
 
 def _tree(content: bytes, source: str) -> "Tree":

@@ -10,7 +10,7 @@ from meshwright.launch.yaml_nodes import Items, Mark, Node, Scalar, Table
 from meshwright.launch.yaml_scalars import ScalarError, plain_value
 from meshwright.launch.yaml_text import read_tree
 
-__all__ = ["apply_override"]
+__all__ = ["apply_override", "put_node"]
 
 
 def apply_override(root: Node, text: str, place: int = 0) -> Node:
@@ -35,6 +35,21 @@ def apply_override(root: Node, text: str, place: int = 0) -> Node:
     if not equals or not all(parts):
         raise JobError([Problem(str(mark), "", "expected dotted.key=value, such as --set parallel.dp=4")])
     return _Override(tuple(parts), _read(value.strip(), mark), mark).put(root, 0)
+
+
+def put_node(root: Node, key: str, value: Node, mark: Mark) -> Node:
+    """The tree with one key replaced or added by a value of its own place.
+
+    Args:
+        root: tree of the job; not changed.
+        key: dotted.
+        value: is put there.
+        mark: where the key was written.
+
+    Raises:
+        JobError: when the key leads through a value that has no keys.
+    """
+    return _Override(tuple(key.split(".")), value, mark).put(root, 0)
 
 
 def _read(text: str, mark: Mark) -> Node:

@@ -20,7 +20,6 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
 @pytest.mark.parametrize(
     ("text", "place", "key"),
     [
-        ("sweep: {grid: {name: [a, b]}}", "3:8", "sweep.grid.name"),
         ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
         ("health: {preflight: [disk]}", "3:10", "health.preflight"),
