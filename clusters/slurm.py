@@ -30,6 +30,7 @@ SECRETS_FILE = "private/secrets.json"
 
 _COMMAND_TIMEOUT_S = 60.0
 _LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+_ORDER = ("running", "pending", "gone")  # an array is what the liveliest of its tasks is
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 
 
@@ -178,27 +179,39 @@ class SlurmQueue:
             UnavailableError: when Slurm does not take it.
         """
         assert plan.submission is not None, "made by plan"
-        path = Path(plan.run_dir, SECRETS_FILE)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(dict(secrets), file)
-        hidden = set(secrets.values())
+        return self.submit_all(plan.submission, [(Path(plan.run_dir), secrets)])
+
+    def submit_all(self, submission: Submission, runs: Sequence[tuple[Path, Mapping[str, str]]]) -> str:
+        """Hands over what starts one run, or an array of them; returns Slurm's id of it.
+
+        Args:
+            submission: of all runs.
+            runs: directory and secrets of each.
+
+        Raises:
+            UnavailableError: when Slurm does not take it.
+        """
+        for run_dir, secrets in runs:
+            path = os.open(run_dir / SECRETS_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(path, "w") as file:
+                json.dump(dict(secrets), file)
+        hidden = {value for _, secrets in runs for value in secrets.values()}
         env = {name: value for name, value in os.environ.items() if value not in hidden}
-        done = _command(plan.submission.argv, text=plan.submission.script, env=env)
+        done = _command(submission.argv, text=submission.script, env=env)
         found = re.match(r"[0-9]+", done.stdout)
         if done.returncode or found is None:
-            path.unlink()
+            for run_dir, _ in runs:
+                (run_dir / SECRETS_FILE).unlink()
             raise UnavailableError(f"Slurm did not take this job: {_said(done)}")
         return found.group()
 
     def status(self, job: str) -> Job:
-        """What Slurm says of a job; it needs no accounting."""
+        """What Slurm says of a job, of a task `42_3`, or of all tasks of an array; it needs no accounting."""
         done = _command(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r"])
         if done.returncode and "Invalid job id" not in done.stderr:
             return Job("unknown", _said(done))
-        state, _, reason = done.stdout.strip().partition("|")
-        detail = f"{state} ({reason})" if reason not in ("", "None") else state
-        kind = "running" if state in _LIVE else "pending" if state in _WAITING else "gone"
-        return Job(kind, detail)
+        jobs = [_job(line) for line in done.stdout.split("\n") if line.strip()] or [_job("")]
+        return min(jobs, key=lambda each: _ORDER.index(each.state))
 
     def cancel(self, job: str) -> None:
         """Ends a job, or takes it out of the queue.
@@ -209,6 +222,17 @@ class SlurmQueue:
         done = _command(["scancel", job])
         if done.returncode:
             raise UnavailableError(f"scancel {job}: {_said(done)}")
+
+
+def _job(line: str) -> Job:
+    """What one line of squeue says.
+
+    >>> _job("PENDING|Resources")
+    Job(state='pending', detail='PENDING (Resources)', exit_code=None)
+    """
+    state, _, reason = line.strip().partition("|")
+    detail = f"{state} ({reason})" if reason not in ("", "None") else state
+    return Job("running" if state in _LIVE else "pending" if state in _WAITING else "gone", detail)
 
 
 def _command(

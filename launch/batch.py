@@ -25,6 +25,7 @@ from meshwright.launch.logs import Mask
 from meshwright.launch.report import Outcome
 from meshwright.launch.rundir import write_json
 from meshwright.launch.runs import read_run
+from meshwright.launch.supervise import now_unix_s
 from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["main"]
@@ -111,7 +112,7 @@ def _run(run_dir: Path, times: int) -> int:
         plan=plan,
         shown=None if known is None else known.shown,
         mask=Mask(secrets.values()),
-        started_unix_s=0.0 if known is None else known.started_unix_s,
+        started_unix_s=now_unix_s() if known is None or known.sweep else known.started_unix_s,
     )
 
     def start() -> Handle:

@@ -14,9 +14,10 @@ from meshwright.clusters.ssh import SshOptions, ssh_words
 from meshwright.clusters.verdicts import Diagnosis
 from meshwright.launch.engines import ssh_options
 from meshwright.launch.exits import Exit
-from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.load import LoadedJob
 from meshwright.launch.request import run_dir_of
 from meshwright.launch.values import fill
+from meshwright.launch.variants import load_one
 from meshwright.parallel.errors import MeshwrightError, nearest
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def examine_for(options: DoctorOptions, base: Path) -> Diagnosis:
     from meshwright.clusters.examine import examine
     from meshwright.clusters.health import diagnose
 
-    loaded = None if options.path is None else load_job(options.path, options.overrides)
+    loaded = None if options.path is None else load_one(options.path, options.overrides)
     reaches: Sequence[Reach] = reaches_of(options, None if loaded is None else loaded.job)
     wishes = wishes_of(options, loaded, base)
     return diagnose(examine(reaches, wishes), wishes, options.exclude)

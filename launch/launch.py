@@ -14,15 +14,16 @@ from meshwright.clusters.spawn import warm_agent
 from meshwright.launch.background import in_background
 from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.follow import Run, follow, report
-from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.load import LoadedJob, OpenJob, check_job, open_job
 from meshwright.launch.logs import Mask
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
 from meshwright.launch.runs import Known, cancel, remember
+from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.watch import watch
 
-__all__ = ["LaunchOptions", "launch"]
+__all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "write_inputs"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ def launch(options: LaunchOptions) -> int:
         MeshwrightError: for what the user can mend, before anything has been started.
     """
     started_unix_s, base = round(time.time(), 3), Path.cwd()
-    loaded = load_job(options.path, options.overrides)
+    opened = open_job(options.path, options.overrides)
+    sweep = plan_sweep(opened)
+    if sweep is not None:
+        return _sweep(options, opened, sweep)
+    loaded = check_job(opened)
     check_capabilities(loaded)
     run_id = options.run_id or make_run_id()
     request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
@@ -67,19 +72,26 @@ def launch(options: LaunchOptions) -> int:
         return 0
     cluster.check(plan)
     secrets = {secret.name: secret.value for secret in request.program.secrets}
-    _write_inputs(loaded, plan, resolved_job(loaded, run_id, base))
+    write_inputs(loaded, plan, resolved_job(loaded, run_id, base))
     known = Known(run_id, plan.name, plan.cluster, plan.run_dir, started_unix_s, shown_ranks(loaded))
     if isinstance(cluster, Queue):
         return _hand_over(known, cluster.submit(plan, secrets), options)
     run = Run(loaded.job, plan, known.shown, Mask(secrets.values()), started_unix_s, options.as_json)
     if not options.detach:
-        return _follow(known, run, lambda: cluster.start(plan, secrets))
-    in_background(Path(plan.run_dir), lambda: _follow(known, run, lambda: cluster.start(plan, secrets)))
-    _say_detached(known, options)
+        return follow_run(known, run, lambda: cluster.start(plan, secrets))
+    in_background(Path(plan.run_dir), lambda: follow_run(known, run, lambda: cluster.start(plan, secrets)))
+    say_detached(known, options)
     return 0
 
 
-def _follow(known: Known, run: Run, start: Callable[[], Handle]) -> int:
+def _sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> int:
+    from meshwright.launch.sweeping import launch_sweep  # which launches runs by this module
+
+    return launch_sweep(options, opened, sweep)
+
+
+def follow_run(known: Known, run: Run, start: Callable[[], Handle]) -> int:
+    """Starts a run and follows it to its end; returns its exit code."""
     remember(known.of_this_process())
     outcome = follow(run, start)
     report(run, outcome)
@@ -91,7 +103,7 @@ def _hand_over(known: Known, job: str, options: LaunchOptions) -> int:
     known = replace(known, job=job).of_this_process()
     remember(known)
     if options.detach:
-        _say_detached(known, options)
+        say_detached(known, options)
         return 0
     sys.stderr.write(f"meshwright: {known.cluster} has the run as job {job}; Ctrl-C cancels it\n")
     cancelled: list[str] = []
@@ -108,7 +120,8 @@ def _hand_over(known: Known, job: str, options: LaunchOptions) -> int:
     return 130 if cancelled else int(now.exit_code or 0)
 
 
-def _say_detached(known: Known, options: LaunchOptions) -> None:
+def say_detached(known: Known, options: LaunchOptions) -> None:
+    """Says how a run that goes on by itself is found again."""
     if options.as_json:
         sys.stdout.write(json.dumps({"run_id": known.run_id, "run_dir": known.run_dir, "job": known.job}) + "\n")
     else:
@@ -122,7 +135,8 @@ def shown_ranks(loaded: LoadedJob) -> tuple[int, ...] | None:
     return None if job.command is not None and "logs.show_ranks" not in loaded.keys else job.logs.show_ranks
 
 
-def _write_inputs(loaded: LoadedJob, plan: StartPlan, resolved: dict[str, Any]) -> None:
+def write_inputs(loaded: LoadedJob, plan: StartPlan, resolved: dict[str, Any]) -> None:
+    """Makes a run directory with what was asked for and what is started."""
     run_dir = Path(plan.run_dir)
     create_run_dir(run_dir)
     write_text(run_dir / "job.yaml", loaded.text)

@@ -37,7 +37,7 @@ def apply_override(root: Node, text: str, place: int = 0) -> Node:
     return _Override(tuple(parts), _read(value.strip(), mark), mark).put(root, 0)
 
 
-def put_node(root: Node, key: str, value: Node, mark: Mark) -> Node:
+def put_node(root: Node, key: str, value: Node, *, mark: Mark) -> Node:
     """The tree with one key replaced or added by a value of its own place.
 
     Args:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def make_run_id(now_unix_s: float | None = None, token: str | None = None) -> st
     return f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{token or secrets.token_hex(3)}"
 
 
-def create_run_dir(path: Path) -> None:
+def create_run_dir(path: Path, folders: Sequence[str] = _FOLDERS) -> None:
     """Makes a run directory that only this user can read, with its folders.
 
     Raises:
@@ -45,7 +46,7 @@ def create_run_dir(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
-        for name in _FOLDERS:
+        for name in folders:
             (path / name).mkdir(mode=0o700)
     except FileExistsError as error:
         if error.filename is not None and Path(error.filename) != path:

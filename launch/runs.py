@@ -45,6 +45,8 @@ class Known:
         pid: of the launcher.
         began: when that process began, in the kernel's ticks, so that a number that was given again is told apart.
         job: the queue's id; None where the launcher itself follows the run.
+        sweep: id of the sweep that it is a run of.
+        runs: directories of its runs, where it is a sweep.
     """
 
     run_id: str
@@ -57,6 +59,8 @@ class Known:
     pid: int = 0
     began: str = ""
     job: str | None = None
+    sweep: str = ""
+    runs: tuple[str, ...] = ()
 
     def of_this_process(self) -> "Known":
         """The same, launched by this process."""
@@ -103,7 +107,8 @@ def read_run(run_dir: Path) -> Known | None:
     try:
         told = json.loads((run_dir / LAUNCH_FILE).read_text())
         shown = told.pop("shown")
-        return Known(**told, shown=None if shown is None else tuple(shown))
+        runs = tuple(told.pop("runs", ()))
+        return Known(**told, shown=None if shown is None else tuple(shown), runs=runs)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -156,12 +161,27 @@ def standing(known: Known) -> Standing:
     if record is not None and (known.job is None or record["state"] != "interrupted"):
         return Standing(record["state"], record["reason"], record["exit_code"])
     if known.job is not None:
-        return _in_queue(known, record)
+        return _array(known, known.job) if known.runs else _in_queue(known, record)
     if known.host != socket.gethostname():
         return Standing("unknown", f"its launcher runs on {known.host}")
     if known.pid and _began(known.pid) == known.began:
         return Standing("running", f"launcher {known.pid}")
     return _lost()
+
+
+def _array(known: Known, job: str) -> Standing:
+    """How a sweep in a queue stands, which has no launcher of its own; one question for all its runs."""
+    told = queue_of(known.cluster, job).status(job)
+    records = [record for run_dir in known.runs if (record := _record(run_dir)) is not None]
+    done = f"{len(records)} of {len(known.runs)} runs are over"
+    if told.state != "gone":
+        return Standing(told.state, f"job {job}: {told.detail}; {done}")
+    found = [standing(run) for run_dir in known.runs if (run := read_run(Path(run_dir))) is not None]
+    bad = [each for each in found if each.state != "succeeded"]
+    if not bad and len(found) == len(known.runs):
+        return Standing("succeeded", done, 0)
+    worst = max((each.exit_code or int(Exit.UNAVAILABLE) for each in bad), default=int(Exit.UNAVAILABLE))
+    return Standing("failed", f"{len(bad)} of {len(known.runs)} runs did not succeed", worst)
 
 
 def _in_queue(known: Known, record: dict[str, Any] | None) -> Standing:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ class Variant:
     def apply(self, root: Table) -> Table:
         """The tree of the job with these values, and with the suffix in its name."""
         for each in self.settings:
-            changed = put_node(root, each.key, each.node, each.mark)
+            changed = put_node(root, each.key, each.node, mark=each.mark)
             assert isinstance(changed, Table), "a mapping stays one"
             root = changed
         name = root.nodes.get("name")
@@ -163,6 +163,11 @@ def _wrong(key: str, values: Items, *, earlier: Sequence[str], overrides: Sequen
         yield f"{parts[0]} cannot be swept: {_OWN[parts[0]]}"
     if not values.nodes:
         yield "no values; write at least one, or remove the key"
+    yield from _again(key, values, earlier=earlier, overrides=overrides)
+
+
+def _again(key: str, values: Items, *, earlier: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
+    """What sets a value, or the key, a second time."""
     texts = [json.dumps(each.plain(), sort_keys=True) for each in values.nodes]
     twice = [text for place, text in enumerate(texts) if text in texts[:place]]
     if twice:
@@ -172,7 +177,7 @@ def _wrong(key: str, values: Items, *, earlier: Sequence[str], overrides: Sequen
             yield f"{other} is swept too, and one lies in the other"
     for text in overrides:
         if _overlap(key, text.partition("=")[0].strip()):
-            yield f"--set {key if parts[0] in _OWN else text} sets it too; --set sweep=null launches one run"
+            yield f"--set {key} sets it too; --set sweep=null launches one run"
 
 
 def _overlap(key: str, other: str) -> bool:
@@ -182,9 +187,11 @@ def _overlap(key: str, other: str) -> bool:
 def _variants(grid: Table) -> Iterator[Variant]:
     lists = _lists(grid)
     labels = _labels(list(lists))
+    texts = {labels[key] for key, values in lists.items() if {type(each.plain()) for each in values.nodes} == {str}}
     for index, nodes in enumerate(itertools.product(*(values.nodes for values in lists.values()))):
         settings = [Setting(key, node, grid.marks[key]) for key, node in zip(lists, nodes, strict=True)]
-        yield Variant(index, tuple(settings), readable({labels[each.key]: each.node.plain() for each in settings}))
+        values = {labels[each.key]: each.node.plain() for each in settings}
+        yield Variant(index, tuple(settings), readable(values, texts))
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
@@ -202,10 +209,14 @@ def _labels(keys: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def readable(values: Mapping[str, Any]) -> str:
+def readable(values: Mapping[str, Any], texts: Collection[str] = ()) -> str:
     """The values of a run as a part of a name that is safe as a directory; different values never give the same.
 
     What names cannot hold is replaced; then, and where it would be too long, a digest of the values follows.
+
+    Args:
+        values: of the run.
+        texts: those that are text in all runs, so that "1" need not be told from 1.
 
     >>> readable({"lr": 0.0003, "seed": 2})
     'lr-0.0003_seed-2'
@@ -214,7 +225,7 @@ def readable(values: Mapping[str, Any]) -> str:
     """
     words = {name: _word(value) for name, value in values.items()}
     text = "_".join(f"{_safe(name)}-{word}" for name, word in words.items())
-    exact = all(_same(word, values[name]) for name, word in words.items())
+    exact = all(_same(word, values[name], as_text=name in texts) for name, word in words.items())
     if exact and len(text) <= _MOST_SUFFIX:
         return text
     digest = hashlib.sha256(json.dumps(list(values.items()), sort_keys=True).encode()).hexdigest()[:8]
@@ -229,8 +240,9 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-def _same(word: str, value: Any) -> bool:
-    read = _read(word)
+def _same(word: str, value: Any, *, as_text: bool) -> bool:
+    """Whether a word says the value and nothing else."""
+    read = word or None if as_text else _read(word)
     return type(read) is type(value) and read == value
 
 

@@ -120,7 +120,7 @@ def load_one(path: Place, overrides: Sequence[str] = (), index: int | None = Non
     variant = plan.variants[index or 0]
     if index is None:
         sys.stderr.write(
-            f"meshwright: the job is a sweep of {total} runs; this is the first, {variant}; "
-            "--sweep-index N looks at another\n"
+            f"meshwright: the job is a sweep of {total} runs; this is the first, {variant}; --sweep-index N of verify "
+            "and simulate looks at another\n"
         )
     return _job(opened, variant, None)

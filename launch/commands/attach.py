@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from meshwright.launch.runs import find_run
+from meshwright.launch.summary import follow_array
 from meshwright.launch.watch import watch
 
 __all__ = ["attach"]
@@ -18,6 +19,8 @@ def attach(run: Annotated[str, typer.Argument(help="Id of a run, or its director
     The exit code is the run's.
     """
     known = find_run(run)
+    if known.runs and known.job is not None:  # a sweep in a queue has no launcher of its own to listen to
+        raise typer.Exit(follow_array(known))
     now = watch(known)
     if now.exit_code or not Path(known.run_dir, "launcher.log").exists():
         sys.stderr.write(f"meshwright: run {known.run_id} {now.state}{f': {now.detail}' if now.detail else ''}\n")

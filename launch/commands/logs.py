@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 
 from meshwright.clusters.saved import plan_from
 from meshwright.launch.logs import LogTail, clean_line
-from meshwright.launch.runs import Known, RunError, find_run, standing
+from meshwright.launch.runs import RunError, find_run, standing
 from meshwright.launch.values import fill
 
 __all__ = ["logs"]
@@ -25,37 +25,45 @@ def logs(
     rank: Annotated[int | None, typer.Option(help="Only this rank.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the run is over.")] = False,
 ) -> None:
-    """Print the merged output of a run's ranks, secrets masked."""
+    """Print the merged output of a run's ranks, secrets masked; of a sweep that of all runs, with their ids."""
     known = find_run(run)
-    start = "" if rank is None else _start_of(known, rank)
+    folders = [Path(each) for each in known.runs] or [Path(known.run_dir)]
+    tails = [_tail(folder, f"{folder.name} " if known.runs else "", rank) for folder in folders]
+    _print(tails, over=(lambda: standing(known).over) if follow else None)
+
+
+def _tail(run_dir: Path, prefix: str, rank: int | None) -> LogTail:
+    start = "" if rank is None else _start_of(run_dir, rank)
 
     def show(raw: bytes) -> None:
         line = clean_line(raw)
         if line.startswith(start):
-            sys.stdout.write(f"{line}\n")
+            sys.stdout.write(f"{prefix}{line}\n")
 
-    _print(LogTail(Path(known.run_dir, "merged.log"), show), over=(lambda: standing(known).over) if follow else None)
+    return LogTail(run_dir / "merged.log", show)
 
 
-def _print(tail: LogTail, over: Callable[[], bool] | None) -> None:
+def _print(tails: Sequence[LogTail], over: Callable[[], bool] | None) -> None:
     while over is not None:
         ended = over()
-        while tail.read():
-            sys.stdout.flush()
+        for tail in tails:
+            while tail.read():
+                sys.stdout.flush()
         if ended:
             break
         time.sleep(_LOOK_S)
-    tail.close()
+    for tail in tails:
+        tail.close()
 
 
-def _start_of(known: Known, rank: int) -> str:
+def _start_of(run_dir: Path, rank: int) -> str:
     """How lines of a rank begin.
 
     Raises:
         RunError: when there is no such rank, or its lines cannot be told apart.
     """
-    plan = plan_from(json.loads(Path(known.run_dir, "plan.json").read_text()))
-    prefix = json.loads(Path(known.run_dir, "job.json").read_text())["logs"]["prefix"]
+    plan = plan_from(json.loads((run_dir / "plan.json").read_text()))
+    prefix = json.loads((run_dir / "job.json").read_text())["logs"]["prefix"]
     if not 0 <= rank < plan.world_size:
         raise RunError(f"--rank {rank}: the run has ranks 0 to {plan.world_size - 1}")
     if "{rank}" not in prefix:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.load import LoadedJob
 from meshwright.launch.rehearse import report_on_meta, settled_on_meta
+from meshwright.launch.variants import load_one
 from meshwright.parallel.errors import PlotError, ScheduleError, nearest
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.draw import drawn
@@ -47,7 +48,7 @@ def show(
 ) -> None:
     """Print the mesh, the wrap report, the order of a step and its predicted collectives."""
     given = _costs(costs or ())
-    loaded = load_job(job, overrides or ())
+    loaded = load_one(job, overrides or ())
     model, report = report_on_meta(loaded) if loaded.job.model is not None else (None, None)
     planned = None if model is None else _planned(loaded, model, given)
     if picture is not None or events is not None:

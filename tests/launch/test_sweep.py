@@ -16,6 +16,12 @@ from meshwright.launch.values import check_name
 from meshwright.launch.variants import jobs_of, load_one
 
 HEAD = "name: tiny\ncommand: [python, train.py]\n"
+TRAINED = """\
+name: tiny
+model: {architecture: llama}
+data: {files: python-stdlib}
+train: {steps: 1, batch_size: 2, optimizer: {lr: 1}}
+"""
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 )
@@ -30,14 +36,18 @@ def sweep(folder: Path, text: str, *overrides: str, head: str = HEAD) -> SweepPl
     return plan
 
 
+def check(path: Path, overrides: tuple[str, ...]) -> None:
+    opened = open_job(path, overrides)
+    plan = plan_sweep(opened)
+    assert plan is not None
+    jobs_of(opened, plan)
+
+
 def refused(folder: Path, text: str, *overrides: str, head: str = HEAD) -> list[str]:
     path = folder / "job.yaml"
     path.write_text(head + text)
     with pytest.raises(JobError) as caught:
-        opened = open_job(path, overrides)
-        plan = plan_sweep(opened)
-        assert plan is not None
-        jobs_of(opened, plan)
+        check(path, overrides)
     return [str(problem).replace(f"{folder}/", "") for problem in caught.value.problems]
 
 
@@ -55,8 +65,7 @@ VALUES = "1, 1.0, '1', true, 'true', null, 1e-5, 0x10, off, [1, a], {a: 'x: y'},
 
 
 def test_values_keep_their_types_and_are_those_that_set_would_give(tmp_path: Path) -> None:
-    head = "name: tiny\nmodel: {architecture: llama}\ndata: {files: python-stdlib}\ntrain: {steps: 1, batch_size: 2, optimizer: {lr: 1}}\n"
-    plan = sweep(tmp_path, f"sweep: {{grid: {{model.config.x: [{VALUES}]}}}}\n", head=head)
+    plan = sweep(tmp_path, f"sweep: {{grid: {{model.config.x: [{VALUES}]}}}}\n", head=TRAINED)
     jobs = jobs_of(open_job(tmp_path / "job.yaml"), plan)
     for variant, loaded in zip(plan.variants, jobs, strict=True):
         given = ("sweep=null", *variant.overrides, f"name=tiny-{variant.suffix}")
@@ -68,9 +77,10 @@ def test_values_keep_their_types_and_are_those_that_set_would_give(tmp_path: Pat
     assert len({each.job.name for each in jobs}) == len(wanted)
 
 
-@given(st.lists(SCALARS | TEXTS, min_size=2, max_size=6, unique_by=lambda value: json.dumps(value)))
+@given(st.lists(SCALARS | TEXTS, min_size=2, max_size=6, unique_by=json.dumps))
 def test_suffixes_are_safe_and_tell_any_values_apart(values: list[object]) -> None:
-    names = [readable({"lr": first, "s": second}) for first, second in itertools.product(values, values)]
+    texts = {"lr", "s"} if all(isinstance(value, str) for value in values) else ()
+    names = [readable({"lr": first, "s": second}, texts) for first, second in itertools.product(values, values)]
     assert len(set(names)) == len(names)
     for name in names:
         assert check_name(f"{'j' * 80}-{name}"[:100]), name
@@ -80,6 +90,11 @@ def test_suffixes_are_safe_and_tell_any_values_apart(values: list[object]) -> No
 def test_suffixes_are_what_people_would_write_where_that_is_safe(tmp_path: Path) -> None:
     plan = sweep(tmp_path, "sweep: {grid: {train.optimizer.lr: [3e-4], train.seed: [2], data.seed: [1]}}\n")
     assert plan.variants[0].suffix == "lr-0.0003_train.seed-2_data.seed-1"
+    texts = sweep(tmp_path, "sweep: {grid: {env.SEED: ['1', '2']}}\n")
+    assert [each.suffix for each in texts.variants] == ["SEED-1", "SEED-2"]
+    mixed = sweep(tmp_path, "sweep: {grid: {model.config.x: ['1', 1]}}\n")
+    assert mixed.variants[0].suffix.startswith("x-1-")
+    assert mixed.variants[1].suffix == "x-1"
     assert readable({"w": "../../etc/passwd"}).startswith("w-..-..-etc-passwd-")
     assert readable({"w": "%a; rm -rf /"}).startswith("w--a-rm--rf--")
 
@@ -112,7 +127,7 @@ def test_a_grid_that_makes_no_sense_is_refused_where_it_stands(tmp_path: Path, t
 def test_a_key_that_the_command_line_sets_is_not_swept_over_its_head(tmp_path: Path) -> None:
     text = "sweep: {grid: {env.A: [x, y]}}\n"
     (message,) = refused(tmp_path, text, "env.A=z")
-    assert message.endswith("sweep.grid.env.A: --set env.A=z sets it too; --set sweep=null launches one run")
+    assert message.endswith("sweep.grid.env.A: --set env.A sets it too; --set sweep=null launches one run")
     assert plan_sweep(open_job(tmp_path / "job.yaml", ["sweep=null"])) is None
     assert len(sweep(tmp_path, text, "sweep={grid: {env.A: [a, b, c]}}").variants) == 3
 
@@ -138,8 +153,7 @@ def test_runs_share_no_directory_no_port_and_one_kind_of_cluster(tmp_path: Path)
     assert "would meet at one port" in refused(tmp_path, f"rendezvous: {{port: 29500}}\n{text}")[0]
     clusters = "sweep: {grid: {cluster: [{type: local}, {type: slurm}]}}\n"
     assert "a sweep runs on one kind of cluster" in refused(tmp_path, clusters)[0]
-    head = "name: tiny\nmodel: {architecture: llama}\ndata: {files: python-stdlib}\ntrain: {steps: 1, batch_size: 2, optimizer: {lr: 1}}\n"
-    trained = refused(tmp_path, "checkpoint: {dir: c}\nsweep: {grid: {train.seed: [1, 2]}}\n", head=head)
+    trained = refused(tmp_path, "checkpoint: {dir: c}\nsweep: {grid: {train.seed: [1, 2]}}\n", head=TRAINED)
     assert "would continue from each other's checkpoints" in trained[0]
 
 
