@@ -181,6 +181,10 @@ def follow_array(known: Known, *, interrupted: Callable[[], object] | None = Non
             _news(known, screen, said)
             gone = gone + 1 if standing(known).over else 0
             time.sleep(_ASK_S)
+    return _end_of(known, screen, numbers, as_json=as_json)
+
+
+def _end_of(known: Known, screen: Callable[[str], None], numbers: Sequence[int], *, as_json: bool) -> int:
     if Path(known.run_dir, "exit.json").exists():  # somebody else looked to its end
         return int(standing(known).exit_code or 0)
     return conclude(known, screen, as_json=as_json, code=128 + numbers[0] if numbers else None)

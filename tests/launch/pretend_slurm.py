@@ -20,22 +20,45 @@ home = os.path.dirname(__file__)
 open(f"{home}/script", "w").write(script)
 runner = os.path.join(home, "runner")
 log = open(words["output"].replace("%%", "%"), "a")
-child = subprocess.Popen([sys.executable, runner, home, nodes], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                         start_new_session=True)
+child = subprocess.Popen([sys.executable, runner, home, nodes, words.get("array", "")], stdin=subprocess.DEVNULL,
+                         stdout=log, stderr=log, start_new_session=True)
 open(f"{home}/pid", "w").write(str(child.pid))
 print("42;cluster")
 """
 _RUNNER = """\
-import os, signal, subprocess, sys
-home, nodes = sys.argv[1:]
-for times in range(5):
+import os, re, signal, subprocess, sys, time
+home, nodes, array = sys.argv[1:]
+def set_state(task, state):
+    open(f"{home}/.part", "w").write(state)
+    os.rename(f"{home}/.part", f"{home}/state{task}")
+def start(task, times):
     env = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": nodes, "SLURM_RESTART_COUNT": str(times)}
+    if task:
+        env |= {"SLURM_JOB_ID": str(43 + int(task[1:])), "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": task[1:]}
     child = subprocess.Popen(["/bin/sh", f"{home}/script"], env=env, start_new_session=True)
-    open(f"{home}/batch", "w").write(str(child.pid))
-    child.wait()
-    if not os.path.exists(f"{home}/requeue"):
-        break
-    os.unlink(f"{home}/requeue")
+    open(f"{home}/batch{task}", "w").write(str(child.pid))
+    set_state(task, "RUNNING")
+    return child
+last, most = re.fullmatch("0-([0-9]+)%([0-9]+)", array).groups() if array else (0, 1)
+waiting = [f"_{number}" for number in range(int(last) + 1)] if array else [""]
+for task in waiting:
+    set_state(task, "PENDING")
+running = {}
+while waiting or running:
+    while waiting and len(running) < int(most):
+        task = waiting.pop(0)
+        if open(f"{home}/state{task}").read() == "PENDING":
+            running[task] = (start(task, 0), 0)
+    for task, (child, times) in list(running.items()):
+        if child.poll() is None:
+            continue
+        if os.path.exists(f"{home}/requeue{task}"):
+            os.unlink(f"{home}/requeue{task}")
+            running[task] = (start(task, times + 1), times + 1)
+        else:
+            del running[task]
+            set_state(task, "COMPLETED" if child.returncode == 0 else "FAILED")
+    time.sleep(0.02)
 """
 _SRUN = """\
 import os, signal, subprocess, sys
@@ -52,23 +75,27 @@ _SCONTROL = """\
 import os, signal, sys
 home = os.path.dirname(__file__)
 if sys.argv[1] == "requeue":
-    open(f"{home}/requeue", "w").close()
-    os.kill(int(open(f"{home}/batch").read()), signal.SIGTERM)
+    task = "" if sys.argv[2] == "42" else f"_{int(sys.argv[2]) - 43}"
+    open(f"{home}/requeue{task}", "w").close()
+    os.kill(int(open(f"{home}/batch{task}").read()), signal.SIGTERM)
 else:
     print("\\n".join(sys.argv[-1].split(",")))
 """
 _SQUEUE = """\
-import os
-pid = open(os.path.join(os.path.dirname(__file__), "pid")).read()
-try:
-    alive = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
-except OSError:
-    alive = False
-print("RUNNING|None" if alive else "COMPLETED|None")
+import glob, os, sys
+job = next(word for word in sys.argv if word.startswith("--jobs=")).partition("=")[2]
+for path in sorted(glob.glob(os.path.join(os.path.dirname(__file__), f"state{job[2:] or '*'}"))):
+    state = open(path).read()
+    print(f"{state}|{'JobArrayTaskLimit' if state == 'PENDING' else 'None'}")
 """
 _SCANCEL = """\
-import os, signal
-os.kill(int(open(os.path.join(os.path.dirname(__file__), "batch")).read()), signal.SIGTERM)
+import glob, os, signal, sys
+home = os.path.dirname(__file__)
+for path in glob.glob(f"{home}/state{sys.argv[1][2:] or '*'}"):
+    if open(path).read() == "PENDING":
+        open(path, "w").write("CANCELLED")
+    elif open(path).read() == "RUNNING":
+        os.kill(int(open(path.replace("state", "batch")).read()), signal.SIGTERM)
 """
 
 
