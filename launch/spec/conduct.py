@@ -111,10 +111,12 @@ class Checkpoint(Block):
 
 
 class Sweep(Block):
-    """One job per combination of values."""
+    """One run per combination of values, each as if launched by itself with `--set`."""
 
-    grid: dict[Line, Listed[Any]] = Field(description="Dotted key -> values it takes.", min_length=1)
-    max_parallel: Count = Field(default=1, description="Jobs that run at the same time.")
+    grid: dict[Line, Listed[Any]] = Field(
+        description="Dotted key -> values it takes; combinations in this order, the last key fastest.", min_length=1
+    )
+    max_parallel: Count = Field(default=1, description="Runs at the same time.")
 
 
 class Conduct(Block):
@@ -126,5 +128,5 @@ class Conduct(Block):
     checkpoint: Checkpoint = Field(
         default_factory=Checkpoint, description="Where the job saves and what it continues from."
     )
-    sweep: Sweep | None = Field(default=None, description="One job per combination of values.")
+    sweep: Sweep | None = Field(default=None, description="One run per combination of values.")
     after: Listed[Name] = Field(default=(), description="Jobs (names or run ids) that must have succeeded before.")
