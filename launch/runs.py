@@ -194,9 +194,17 @@ def _in_queue(known: Known, record: dict[str, Any] | None) -> Standing:
         return Standing(record["state"], record["reason"], record["exit_code"])
     if job.exit_code is not None:
         return Standing("failed" if job.exit_code else "succeeded", f"job {known.job}: {job.detail}", job.exit_code)
-    if "CANCELLED" in job.detail:
-        return Standing("cancelled", f"job {known.job}: {job.detail}", 128 + signal.SIGINT)
-    return _lost(f"job {known.job}: {job.detail or 'forgotten'}")
+    return _forgotten(known, job.detail)
+
+
+def _forgotten(known: Known, detail: str) -> Standing:
+    """Of a run without a record that its queue has no more."""
+    if known.sweep and not detail and not Path(known.run_dir, "launcher.log").exists():
+        # Slurm keeps nothing of a task that is taken out of an array before it began
+        return Standing("cancelled", f"job {known.job} left the queue before it began", 128 + signal.SIGINT)
+    if "CANCELLED" in detail:
+        return Standing("cancelled", f"job {known.job}: {detail}", 128 + signal.SIGINT)
+    return _lost(f"job {known.job}: {detail or 'forgotten'}")
 
 
 def _lost(detail: str = "its launcher is gone") -> Standing:

@@ -180,3 +180,31 @@ def test_an_agent_that_is_killed_ends_the_run_and_its_node_is_named(
     assert launcher.returncode == 69, output
     assert "the agent of h2 died" in output
     assert eventually(lambda: not list(carriers(far.run_id)), 20)
+
+
+def test_a_sweep_is_one_array_whose_runs_are_seen_and_ended_one_by_one(launch: Callable[..., Launch]) -> None:
+    far = launch(nodes=1)
+    grid = {"grid": {"env.A": ["1", "2", "3", "4"]}, "max_parallel": 2}
+    script = (
+        "import os, sys, time; print('up', flush=True); time.sleep(600 if os.environ['A'] != '3' else 0); sys.exit(3)"
+    )
+    job = write_job(far.folder, script, cluster="far", sweep=grid, failure={"shutdown_grace": "2s"})
+    done = far.run(job, "--detach")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = far.folder / "runs"
+
+    def standings() -> list[str]:
+        found = {each["run_id"]: each["state"] for each in json.loads(far.type("ps", "--all", "--json").stdout)["runs"]}
+        return [found[far.run_id], *(found[f"{far.run_id}-{index}"] for index in range(4))]
+
+    assert eventually(lambda: len(list(runs.glob("j-A-*/*/merged.log"))) == 2, 150)
+    assert standings() == ["running", "running", "running", "pending", "pending"]
+    assert "was cancelled" in far.type("cancel", f"{far.run_id}-3").stdout
+    assert "was cancelled" in far.type("cancel", f"{far.run_id}-0").stdout
+    assert eventually(lambda: standings()[3] == "failed", 150), "the third takes the place of the first"
+    assert standings()[0] == "running"
+    assert "was cancelled" in far.type("cancel", far.run_id).stdout
+    attached = far.type("attach", far.run_id)
+    assert standings() == ["failed", "interrupted", "interrupted", "failed", "cancelled"]
+    assert attached.returncode in (130, 143), attached.stdout + attached.stderr
+    assert not [pid for index in range(4) for pid in carriers(f"{far.run_id}-{index}")]

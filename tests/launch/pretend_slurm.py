@@ -86,6 +86,8 @@ import glob, os, sys
 job = next(word for word in sys.argv if word.startswith("--jobs=")).partition("=")[2]
 for path in sorted(glob.glob(os.path.join(os.path.dirname(__file__), f"state{job[2:] or '*'}"))):
     state = open(path).read()
+    if state == "FORGOTTEN":  # as Slurm does with tasks that never began
+        continue
     print(f"{state}|{'JobArrayTaskLimit' if state == 'PENDING' else 'None'}")
 """
 _SCANCEL = """\
@@ -93,7 +95,7 @@ import glob, os, signal, sys
 home = os.path.dirname(__file__)
 for path in glob.glob(f"{home}/state{sys.argv[1][2:] or '*'}"):
     if open(path).read() == "PENDING":
-        open(path, "w").write("CANCELLED")
+        open(path, "w").write("FORGOTTEN")
     elif open(path).read() == "RUNNING":
         os.kill(int(open(path.replace("state", "batch")).read()), signal.SIGTERM)
 """

@@ -189,7 +189,7 @@ def test_a_sweep_in_a_queue_is_one_array_with_a_record_per_run(tmp_path: Path, s
 
 
 def test_tasks_and_the_whole_array_are_cancelled_from_another_terminal(tmp_path: Path, slurm: Path) -> None:
-    write_job(tmp_path, LATE, ["1", "2", "3"], **SLURM)
+    write_job(tmp_path, LATE, ["1", "2", "3", "4"], **SLURM)
     sweep = tmp_path.name
     assert typed(tmp_path, "launch", "job.yaml", "--run-id", sweep, "--detach").returncode == 0
     assert eventually(lambda: ups(tmp_path) == 2, 60)
@@ -199,11 +199,14 @@ def test_tasks_and_the_whole_array_are_cancelled_from_another_terminal(tmp_path:
         f"{sweep}-0": "running",
         f"{sweep}-1": "running",
         f"{sweep}-2": "pending",
+        f"{sweep}-3": "pending",
     }
+    assert "job 42_3 was cancelled" in typed(tmp_path, "cancel", f"{sweep}-3").stdout
     assert "job 42_0 was cancelled" in typed(tmp_path, "cancel", f"{sweep}-0").stdout
     assert eventually(lambda: ups(tmp_path) == 3, 60), "the third takes its place"
     assert "job 42 was cancelled" in typed(tmp_path, "cancel", sweep).stdout
     attached = typed(tmp_path, "attach", sweep)
     assert attached.returncode == 143, attached.stdout + attached.stderr
-    assert [record(tmp_path, run)["state"] for run in ("1", "2", "3")] == ["interrupted"] * 3
+    rows = {row["run_id"]: row["state"] for row in record(tmp_path)["runs"]}
+    assert list(rows.values()) == ["interrupted"] * 3 + ["cancelled"]
     assert left(tmp_path) == []
