@@ -243,7 +243,7 @@ def _safe(text: str) -> str:
 def _same(word: str, value: Any, *, as_text: bool) -> bool:
     """Whether a word says the value and nothing else."""
     read = word or None if as_text else _read(word)
-    return type(read) is type(value) and read == value
+    return bool(read == value)
 
 
 def _read(text: str) -> Any:
