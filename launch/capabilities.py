@@ -31,7 +31,7 @@ class Gap:
 _ALL = (
     Gap("sweep", "launch once per value with --set"),
     Gap("after", "launch one job after the other"),
-    Gap("health", "remove it; `meshwright doctor JOB.yaml` acts on it"),
+    Gap("health.watch", "remove it"),
     Gap("binding", "remove it, or write none", ("none",)),
     Gap("nodes.min", "write a number of nodes"),
     Gap("nodes.max", "write a number of nodes"),
@@ -43,6 +43,7 @@ _ALL = (
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
+_UNEXAMINED = (Gap("health", "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"),)
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
     Gap("checkpoint.lead", "remove it: nothing ends such a job early"),
@@ -65,11 +66,13 @@ GAPS = {
     ),
     "slurm": (
         *_ALL,
+        *_UNEXAMINED,
         Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
         Gap("failure.exclude_bad_nodes", "name the nodes in cluster.exclude"),
     ),
     "kubernetes": (
         *_ALL,
+        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
         Gap("resources.exclusive", "ask for all of a node by resources"),
@@ -78,6 +81,7 @@ GAPS = {
     ),
     "mpi": (
         *_ALL,
+        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
         Gap("failure.max_restarts", "set it to 0: an MPI job ends with its first failed rank", (0,)),
@@ -85,6 +89,7 @@ GAPS = {
     ),
     "ray": (
         *_ALL,
+        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
         Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),

@@ -16,6 +16,7 @@ from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.logs import Mask
+from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
@@ -58,6 +59,8 @@ def launch(options: LaunchOptions) -> int:
     started_unix_s, base = round(time.time(), 3), Path.cwd()
     loaded = load_job(options.path, options.overrides)
     check_capabilities(loaded)
+    if not options.dry_run:
+        loaded = on_fit_nodes(loaded, base)
     run_id = options.run_id or make_run_id()
     request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
     cluster = cluster_of(loaded, None if options.detach else warm_agent())

@@ -23,7 +23,7 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
         ("sweep: {grid: {name: [a, b]}}", "3:8", "sweep.grid.name"),
         ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
-        ("health: {preflight: [disk]}", "3:10", "health.preflight"),
+        ("health: {watch: {xid: any}}", "3:18", "health.watch.xid"),
         ("failure:\n  backoff: {initial: 9s}", "4:13", "failure.backoff.initial"),
         ("nodes: {min: 1, max: 1}", "3:9", "nodes.min"),
         ("rendezvous: {bind: any}", "3:14", "rendezvous.bind"),
