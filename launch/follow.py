@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from meshwright.clusters.base import StartPlan, log_name
+from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
-from meshwright.launch.exits import Blame, Verdict, judge
-from meshwright.launch.logs import Mask, log_end
+from meshwright.clusters.records import error_records, hang_record, log_end
+from meshwright.launch.logs import Mask
 from meshwright.launch.report import Outcome, outcome_of
-from meshwright.launch.rundir import RunDirError, error_records, hang_record, write_json
+from meshwright.launch.rundir import RunDirError, write_json
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.launch.exits import Blame, Exit, Verdict
+from meshwright.clusters.blame import Blame, Verdict
+from meshwright.launch.exits import Exit
 from meshwright.launch.supervise import RunState
 
 __all__ = ["Outcome", "outcome_of"]

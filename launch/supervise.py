@@ -11,8 +11,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
+from meshwright.clusters.blame import RankEnd
 from meshwright.clusters.contract import Handle
-from meshwright.launch.exits import Exit, RankEnd
+from meshwright.launch.exits import Exit
 
 __all__ = ["Interrupts", "RunState", "supervise"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
+from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.local import Machine, plan_local
-from meshwright.launch.exits import Blame, Verdict, judge
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from meshwright.launch.exits import ErrorRecord, Exit, HangRecord, RankEnd, Verdict, judge, traceback_in
+from meshwright.clusters.blame import ErrorRecord, HangRecord, RankEnd, Verdict, judge, traceback_in
+from meshwright.parallel.hang import EXIT_CODE
 
 LOST = (
     "Traceback (most recent call last):\n  ...\n"
@@ -88,7 +89,7 @@ def hang(*suspects: int, time_s: float = 5.0) -> HangRecord:
 def test_of_a_hang_the_rank_that_was_behind_is_blamed_though_it_was_ended_by_us() -> None:
     ends = [end(0, 125, 5.1), end(1, -15, 5.3, asked=True), end(2, 125, 5.1)]
     found = judge(ends, hang=hang(1))
-    assert first(found) == (1, Exit.HANG)
+    assert first(found) == (1, EXIT_CODE)
     assert found.first is not None
     assert found.first.evidence == "has not answered"
     assert [(each.rank, each.evidence, each.traceback) for each in found.victims] == [
@@ -99,7 +100,7 @@ def test_of_a_hang_the_rank_that_was_behind_is_blamed_though_it_was_ended_by_us(
 
 
 def test_where_none_is_behind_the_rank_that_found_it_speaks() -> None:
-    assert first(judge([end(0, 125, 5.1), end(1, -15, 5.3, asked=True)], hang=hang())) == (0, Exit.HANG)
+    assert first(judge([end(0, 125, 5.1), end(1, -15, 5.3, asked=True)], hang=hang())) == (0, EXIT_CODE)
 
 
 def test_a_rank_that_failed_before_the_hang_is_its_cause() -> None:
