@@ -1,9 +1,10 @@
 """What ranks left behind is read as far as it is whole and of this attempt."""
 
 import json
+import os
 from pathlib import Path
 
-from meshwright.clusters.records import error_records, hang_record
+from meshwright.clusters.records import error_records, hang_record, newest_step
 from meshwright.launch.rundir import create_run_dir
 
 
@@ -27,3 +28,27 @@ def test_a_hang_is_read_unless_it_is_broken_or_of_an_earlier_attempt(tmp_path: P
     assert found is not None
     assert (found.time_unix_s, found.suspects, found.ranks) == (20.0, (1,), {0: "waits"})
     assert hang_record(tmp_path / "r1", 25.0) is None
+
+
+def test_how_far_ranks_came_is_seen_in_metrics_notes_and_checkpoints_of_this_run(tmp_path: Path) -> None:
+    run, saved = tmp_path / "r1", tmp_path / "c"
+    create_run_dir(run)
+    assert newest_step(run, 0.0) is None
+    (run / "metrics.jsonl").write_text('{"step": 4}\n{"event": "resumed"}\n{"step": 6}\n{"ste')
+    assert newest_step(run, 0.0) == 6
+    (run / "ranks/0").mkdir()
+    (run / "ranks/0/progress.json").write_text('{"step": 7}')
+    assert newest_step(run, 0.0) == 7
+    (run / "job.json").write_text(json.dumps({"checkpoint": {"dir": str(saved)}}))
+    assert newest_step(run, 0.0) == 7
+    for name in ("step-00000010", "checkpoint-30", ".step-40", "step-50.partial", "model_20.pt", "v1.60", "old-70"):
+        (saved / name).mkdir(parents=True)
+    os.utime(saved / "old-70", (100.0, 100.0))
+    assert newest_step(run, 1000.0) == 30
+
+
+def test_what_cannot_be_read_tells_nothing_of_steps(tmp_path: Path) -> None:
+    create_run_dir(tmp_path / "r1")
+    (tmp_path / "r1/metrics.jsonl").write_bytes(b"\xff\xfe[]\n3\nnull\n{}\n")
+    (tmp_path / "r1/job.json").write_text('{"checkpoint": null}')
+    assert newest_step(tmp_path / "r1", 0.0) is None
