@@ -20,6 +20,7 @@ __all__ = [
     "decision_from",
     "policy_from",
     "spent",
+    "unwanted",
     "wait_of",
 ]
 
@@ -148,7 +149,7 @@ def decide(
     why = _impossible(known) or (spent(max_restarts) if done >= max_restarts else None)
     if why is None and hang_stops and first.kind == "hang":
         why = "failure.hang.action is dump_and_stop"
-    why = why or _unwanted(policy, first) or _stuck(policy, history, step)
+    why = why or unwanted(policy, first) or _stuck(policy, history, step)
     if why is not None:
         return Decision(False, why, 0.0, done, first, step)
     words = f"{_named(first)} is worth a restart; {max_restarts - done - 1} left after it"
@@ -183,7 +184,7 @@ def spent(max_restarts: int) -> str:
     return "the only restart is used" if max_restarts == 1 else f"all {max_restarts} restarts are used"
 
 
-def _unwanted(policy: RetryPolicy, first: Failure) -> str | None:
+def unwanted(policy: RetryPolicy, first: Failure) -> str | None:
     """Why a failure is not worth a restart; a number outweighs a kind, and what is in both lists is not retried."""
     number = f"exit:{first.exit_code}"
     for name in (number, first.kind or "exit"):
