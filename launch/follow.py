@@ -121,7 +121,7 @@ class _Output:
             write=self._bar.write if self._bar else _LinePrinter(screen),
         )
         self._stream = MergedStream(run.plan, shown)
-        said = RestartLines(run.mask)
+        said = RestartLines(run.mask, self._bar.write if self._bar else _LinePrinter(sys.stderr))
         self.watchers: list[Callable[[RunState], None]] = [self._stream, said, *([self._bar] if self._bar else [])]
 
     def close(self) -> None:

@@ -1,6 +1,5 @@
 """What restarts a run had: why, after what wait, what time they cost; and why there was no further one."""
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +47,7 @@ class RestartLines:
         write: takes one line for people.
     """
 
-    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object] = sys.stderr.write) -> None:
+    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object]) -> None:
         self._mask, self._write = mask, write
         self._said: set[int] = set()
 
@@ -57,4 +56,4 @@ class RestartLines:
         for attempt in sorted(set(state.decisions) - self._said):
             self._said.add(attempt)
             if state.decisions[attempt]["again"]:
-                self._write(self._mask(f"meshwright: {line_of(state.decisions[attempt])}\n"))
+                self._write(self._mask(f"meshwright: {line_of(state.decisions[attempt])}"))

@@ -17,7 +17,7 @@ def test_a_restart_is_said_once_while_it_is_waited_for() -> None:
     show(state)
     show(state)
     assert said == [
-        "meshwright: attempt 0: signal at step 3: rank 1 on node1: killed by ***; starting again in 1.25 s: 1 left\n"
+        "meshwright: attempt 0: signal at step 3: rank 1 on node1: killed by ***; starting again in 1.25 s: 1 left"
     ]
 
 
