@@ -130,7 +130,7 @@ class Rounds:
             if all(self._has(_key(other)) for other in others):
                 break
             time.sleep(_LOOK_S)
-        mine = self._decide([own, *(Failure(**told) for other in others if (told := self._get(_key(other))))])
+        mine = self._decide([own, *(told for other in others if (told := self._heard(_key(other))) is not None)])
         with suppress(Exception):  # the node that keeps the store may be gone, having decided
             stands = self._store.compare_set(_DECIDED, "", json.dumps(mine.as_saved()))
             return decision_from(json.loads(stands))
@@ -148,11 +148,9 @@ class Rounds:
             return bool(self._store.check([key]))
         return False
 
-    def _get(self, key: str) -> dict[str, Any] | None:
+    def _heard(self, key: str) -> Failure | None:
         with suppress(Exception):
-            if self._store.check([key]):
-                found: dict[str, Any] = json.loads(self._store.get(key))
-                return found
+            return Failure(**json.loads(self._store.get(key))) if self._store.check([key]) else None
         return None
 
 
