@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meshwright.clusters.retry import RetryPolicy
+
 __all__ = [
     "RUN_FILES",
     "Limits",
@@ -75,6 +77,7 @@ class Limits:
         join_timeout_s: for nodes to meet.
         hang_s: how long ranks may stand still; None is for ever.
         hang_action: "dump_and_restart", "dump_and_stop" or "warn".
+        retry: after which failures ranks start again, and when.
     """
 
     max_restarts: int = 0
@@ -82,6 +85,7 @@ class Limits:
     join_timeout_s: float = 600.0
     hang_s: float | None = None
     hang_action: str = "dump_and_restart"
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ class StartPlan:
             f"directory  {self.run_dir}",
             f"writes     {' '.join(RUN_FILES)}",
             f"restarts   at most {self.limits.max_restarts}; TERM, then KILL after {self.limits.shutdown_grace_s:g} s",
+            *([f"           {self.limits.retry}"] if self.limits.max_restarts else []),
             *([] if self.limits.hang_s is None else [f"hang       {_hang(self.limits)}"]),
             f"store      {self.meeting}",
             f"inherits   {' '.join(self.inherit)}",

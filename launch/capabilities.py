@@ -36,14 +36,11 @@ _ALL = (
     Gap("nodes.min", "write a number of nodes"),
     Gap("nodes.max", "write a number of nodes"),
     Gap("rendezvous.backend", "remove it", ("c10d",)),
-    Gap("failure.backoff", "remove it: restarts come at once"),
-    Gap("failure.retry_on", "remove it: every failure is retried up to max_restarts"),
-    Gap("failure.no_retry_on", "remove it: every failure is retried up to max_restarts"),
-    Gap("failure.stop_after_no_progress", "remove it"),
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
 _UNEXAMINED = (Gap("health", "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"),)
+_RETRIES = ("backoff", "retry_on", "no_retry_on", "stop_after_no_progress")
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
     Gap("checkpoint.lead", "remove it: nothing ends such a job early"),
@@ -85,6 +82,7 @@ GAPS = {
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
         Gap("failure.max_restarts", "set it to 0: an MPI job ends with its first failed rank", (0,)),
+        *(Gap(f"failure.{key}", "remove it: an MPI job has no restarts") for key in _RETRIES),
         Gap("failure.exclude_bad_nodes", "take the host out of the host file"),
     ),
     "ray": (
