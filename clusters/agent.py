@@ -124,13 +124,7 @@ class _Agent:
         from meshwright.clusters.elastic import NodeAgent, StoppedError
 
         spec = self._spec()
-        self.torch_agent = NodeAgent(
-            spec,
-            run_id=self.plan["run_id"],
-            node=self.node["index"],
-            limits=self.plan["limits"],
-            tell=self.channel.tell,
-        )
+        self.torch_agent = NodeAgent(spec, plan=self.plan, node=self.node["index"], tell=self.channel.tell)
         if self.stopped:
             return "stopped"
         try:

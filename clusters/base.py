@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meshwright.clusters.retry import RetryPolicy
+
 __all__ = [
     "RUN_FILES",
     "Limits",
@@ -76,6 +78,7 @@ class Limits:
         join_timeout_s: for nodes to meet.
         hang_s: how long ranks may stand still; None is for ever.
         hang_action: "dump_and_restart", "dump_and_stop" or "warn".
+        retry: after which failures ranks start again, and when.
     """
 
     max_restarts: int = 0
@@ -83,6 +86,7 @@ class Limits:
     join_timeout_s: float = 600.0
     hang_s: float | None = None
     hang_action: str = "dump_and_restart"
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True)
@@ -207,15 +211,14 @@ class StartPlan:
         cls, request: StartRequest, cluster: str, *, nodes: Sequence[NodePlan], meeting: Meeting, variant: str = ""
     ) -> "StartPlan":
         """What every cluster's plan takes from its request; of secrets, names and sources only."""
-        program = request.program
         return cls(
             cluster=cluster,
             name=request.name,
             run_id=request.run_id,
             run_dir=str(request.run_dir),
-            inherit=program.inherit,
-            secrets=tuple((secret.name, secret.source) for secret in program.secrets),
-            setup=program.setup,
+            inherit=request.program.inherit,
+            secrets=tuple((secret.name, secret.source) for secret in request.program.secrets),
+            setup=request.program.setup,
             meeting=meeting,
             limits=request.limits,
             nodes=tuple(nodes),
@@ -236,13 +239,13 @@ class StartPlan:
         return {**asdict(self), "world_size": self.world_size}
 
     def __str__(self) -> str:
-        ranks, nodes, where = self.world_size, len(self.nodes), f"{self.cluster} {self.variant}".rstrip()
+        ranks, nodes = self.world_size, len(self.nodes)
+        size = f"{ranks} rank{'s'[: ranks != 1]} on {nodes} node{'s'[: nodes != 1]}"
         head = [
-            f"run {self.name}/{self.run_id} on {where}: {_count(ranks, 'rank')} on {_count(nodes, 'node')}",
+            f"run {self.name}/{self.run_id} on {f'{self.cluster} {self.variant}'.rstrip()}: {size}",
             f"directory  {self.run_dir}",
             f"writes     {' '.join(RUN_FILES)}",
-            f"restarts   at most {self.limits.max_restarts}; TERM, then KILL after {self.limits.shutdown_grace_s:g} s",
-            *([] if self.limits.hang_s is None else [f"hang       {_hang(self.limits)}"]),
+            *_limits(self.limits),
             f"store      {self.meeting}",
             f"inherits   {' '.join(self.inherit)}",
         ]
@@ -289,9 +292,10 @@ def identity(request: StartRequest, name: str, index: int) -> Pairs:
     )
 
 
-def _hang(limits: Limits) -> str:
-    return f"after {limits.hang_s:g} s in which no rank moves: {limits.hang_action.replace('_', ' ')}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _limits(limits: Limits) -> list[str]:
+    hang = f"hang       after {limits.hang_s or 0:g} s in which no rank moves: {limits.hang_action.replace('_', ' ')}"
+    return [
+        f"restarts   at most {limits.max_restarts}; TERM, then KILL after {limits.shutdown_grace_s:g} s",
+        *([f"           {limits.retry}"] if limits.max_restarts else []),
+        *([] if limits.hang_s is None else [hang]),
+    ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
 
-__all__ = ["Death", "Deaths", "exit_code_of"]
+__all__ = ["Death", "Deaths", "exit_code_of", "oom_kills"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ class Deaths:
         return len(self._dead) == len(self.pids)
 
     @property
+    def known(self) -> list[Death]:
+        """Those that have been."""
+        return list(self._dead.values())
+
+    @property
     def failed(self) -> bool:
         """Whether one ended with anything but 0."""
         return any(death.code for death in list(self._dead.values()))
-
-    def ended_with(self, code: int) -> bool:
-        """Whether one ended with this code by itself."""
-        return any(death.code == code and not death.ended_by_us for death in list(self._dead.values()))
 
     def send(self, number: signal.Signals) -> None:
         """Signals the process group of every rank that lives; their deaths count as ours from now on."""
@@ -115,6 +116,16 @@ class Deaths:
         """Waits until all are dead; tells whether they are."""
         with self._changed:
             return self._changed.wait_for(lambda: self.all_dead, timeout_s)
+
+
+def oom_kills() -> int:
+    """Processes of this one's control group that the kernel has killed for want of memory; 0 where it does not say."""
+    with suppress(OSError, StopIteration, ValueError, IndexError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line[3:] for line in groups if line.startswith("0::")).lstrip("/")
+        told = Path("/sys/fs/cgroup", own, "memory.events").read_text().splitlines()
+        return int(next(line for line in told if line.startswith("oom_kill ")).split()[1])
+    return 0
 
 
 def _catches(pid: int, number: signal.Signals) -> bool:

@@ -16,8 +16,8 @@ from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from meshwright.clusters.deaths import Death, Deaths
+from meshwright.clusters.rounds import Rounds
 from meshwright.clusters.sweep import sweep
-from meshwright.parallel.hang import EXIT_CODE
 
 __all__ = ["NodeAgent", "StoppedError"]
 
@@ -45,21 +45,20 @@ class NodeAgent(LocalElasticAgent):
 
     Args:
         spec: what torch's agent runs.
-        run_id: what processes of this run carry in their environment.
+        plan: of the run, as a dictionary.
         node: index of this node.
-        limits: of the plan.
         tell: sends an event to the launcher.
     """
 
-    def __init__(self, spec: WorkerSpec, *, run_id: str, node: int, limits: Mapping[str, Any], tell: Tell) -> None:
+    def __init__(self, spec: WorkerSpec, *, plan: Mapping[str, Any], node: int, tell: Tell) -> None:
         super().__init__(spec, _OwnLogs(), exit_barrier_timeout=300)
         self.stop = Flag()
         self.deaths: Deaths | None = None
         self._attempt = -1
-        self._run_id, self._node, self._tell = run_id, node, tell
-        self._grace_s: float = limits["shutdown_grace_s"]
+        self._run_id, self._node, self._tell = plan["run_id"], node, tell
+        self._grace_s: float = plan["limits"]["shutdown_grace_s"]
         self._leaving = False
-        self._stops_hanging = limits["hang_s"] is not None and limits["hang_action"] == "dump_and_stop"
+        self._rounds = Rounds(plan, node, self.stop.is_set)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
@@ -67,6 +66,7 @@ class NodeAgent(LocalElasticAgent):
         if self.stop.is_set():
             raise StoppedError
         now = time.time()
+        self._rounds.begin(self._store, self._attempt)
         local: dict[int, Any] = super()._start_workers(worker_group)
         pids = {worker_group.workers[rank].global_rank: pid for rank, pid in local.items()}
         self._tell("started", attempt=self._attempt, pids=pids, time_unix_s=now)
@@ -89,13 +89,35 @@ class NodeAgent(LocalElasticAgent):
         assert self.deaths is not None, "ranks are watched from their start"
         if self.stop.is_set():
             raise StoppedError
-        if not (self.deaths.failed or self.deaths.all_dead):
+        ended, failed = self.deaths.all_dead, self.deaths.failed  # in this order: who has ended fails no more
+        if failed:
+            self._rounds.call()
+        elif ended:
+            self._rounds.leave()
+        elif not self._rounds.called:
             return RunResult(state=WorkerState.HEALTHY)
         self.end_ranks()
-        if self._leaving or (self._stops_hanging and self.deaths.ended_with(EXIT_CODE)):
-            self._remaining_restarts = 0
+        if (failed or not ended) and self._rounds.left > 0:
+            self._decide(failed=failed)
+        if not (failed or ended):
+            return RunResult(state=WorkerState.FAILED)
         result: RunResult = super()._monitor_workers(worker_group)
         return result
+
+    def _decide(self, *, failed: bool) -> None:
+        """Comes back when it is time to start again, or with no restart left."""
+        assert self.deaths is not None, "ranks are watched from their start"
+        decision = self._rounds.decide(self.deaths.known, leaving=self._leaving)
+        if self.stop.is_set():
+            raise StoppedError
+        self._tell("decided", **decision.as_dict())
+        if decision.again and self.stop.wait(decision.wait_s):
+            raise StoppedError
+        if decision.again and not self._leaving:
+            return
+        if not failed:
+            raise StoppedError  # the ranks of another node failed for good
+        self._remaining_restarts = 0
 
     def leave(self, number: signal.Signals) -> None:
         """Warns ranks that this node will be taken away; who ends from now on is not started again."""

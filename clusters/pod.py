@@ -113,7 +113,8 @@ def main() -> int:
     sender.finish()
     end_agent(agent)
     code = code_of(events, status)
-    record = {"node": node["name"], "exit_code": code, "events": [each for each in events if each["event"] == "exit"]}
+    kept = [each for each in events if each["event"] in ("exit", "decided")]
+    record = {"node": node["name"], "exit_code": code, "events": kept}
     sys.stdout.write(json.dumps({"meshwright": record}) + "\n")
     return code
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshwright.clusters.base import Limits, Meeting, NodePlan, StartPlan, Submission
+from meshwright.clusters.retry import policy_from
 
 __all__ = ["plan_from"]
 
@@ -16,7 +17,7 @@ def plan_from(saved: Mapping[str, Any]) -> StartPlan:
         **{
             **fields,
             "meeting": Meeting(**_deep(saved["meeting"])),
-            "limits": Limits(**saved["limits"]),
+            "limits": Limits(**{**saved["limits"], "retry": policy_from(saved["limits"]["retry"])}),
             "nodes": tuple(NodePlan(**_deep(node)) for node in saved["nodes"]),
             "submission": None if submission is None else Submission(**_deep(submission)),
         }

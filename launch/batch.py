@@ -16,7 +16,9 @@ from typing import Any
 
 from meshwright.clusters.base import StartPlan
 from meshwright.clusters.contract import Handle
+from meshwright.clusters.failure import Failure
 from meshwright.clusters.files import StepHandle
+from meshwright.clusters.retry import policy_from, unwanted
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.slurm import SECRETS_FILE, named, node_names, requeue
 from meshwright.launch.exits import Exit
@@ -72,7 +74,9 @@ def _put_aside(run_dir: Path, times: int) -> None:
 def _again(run_dir: Path, outcome: Outcome, times: int) -> bool:
     """Queues a preempted run again, if it may be; tells whether."""
     may = os.environ.get("SLURM_JOB_ID", "") if outcome.exit_code == Exit.PREEMPTED else ""
-    if not may or "--no-requeue" in _argv(run_dir):
+    plan = json.loads((run_dir / "plan.json").read_text())
+    unworthy = unwanted(policy_from(plan["limits"]["retry"]), Failure("", "preempt", outcome.exit_code))
+    if not may or unworthy or "--no-requeue" in plan["submission"]["argv"]:
         return False
     write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
     sys.stdout.write(f"meshwright: preempted after saving; job {may} is queued again\n")
@@ -82,11 +86,6 @@ def _again(run_dir: Path, outcome: Outcome, times: int) -> bool:
         return False
     time.sleep(_END_S)  # a job that ends by itself meanwhile counts as failed
     return True
-
-
-def _argv(run_dir: Path) -> Sequence[str]:
-    found: list[str] = json.loads((run_dir / "plan.json").read_text())["submission"]["argv"]
-    return found
 
 
 def main(words: Sequence[str]) -> int:

@@ -30,18 +30,16 @@ class Gap:
 
 _ALL = (
     Gap("after", "launch one job after the other"),
-    Gap("health", "remove it; `meshwright doctor JOB.yaml` acts on it"),
+    Gap("health.watch", "remove it"),
     Gap("binding", "remove it, or write none", ("none",)),
     Gap("nodes.min", "write a number of nodes"),
     Gap("nodes.max", "write a number of nodes"),
     Gap("rendezvous.backend", "remove it", ("c10d",)),
-    Gap("failure.backoff", "remove it: restarts come at once"),
-    Gap("failure.retry_on", "remove it: every failure is retried up to max_restarts"),
-    Gap("failure.no_retry_on", "remove it: every failure is retried up to max_restarts"),
-    Gap("failure.stop_after_no_progress", "remove it"),
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
+_UNEXAMINED = (Gap("health", "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"),)
+_RETRIES = ("backoff", "retry_on", "no_retry_on", "stop_after_no_progress")
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
     Gap("checkpoint.lead", "remove it: nothing ends such a job early"),
@@ -64,12 +62,14 @@ GAPS = {
     ),
     "slurm": (
         *_ALL,
+        *_UNEXAMINED,
         Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
         Gap("failure.exclude_bad_nodes", "name the nodes in cluster.exclude"),
     ),
     "kubernetes": (
         *_ALL,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
+        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
         Gap("resources.exclusive", "ask for all of a node by resources"),
@@ -78,13 +78,16 @@ GAPS = {
     ),
     "mpi": (
         *_ALL,
+        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
         Gap("failure.max_restarts", "set it to 0: an MPI job ends with its first failed rank", (0,)),
+        *(Gap(f"failure.{key}", "remove it: an MPI job has no restarts") for key in _RETRIES),
         Gap("failure.exclude_bad_nodes", "take the host out of the host file"),
     ),
     "ray": (
         *_ALL,
+        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
         Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),

@@ -23,7 +23,7 @@ from meshwright.parallel.errors import MeshwrightError, nearest
 if TYPE_CHECKING:
     from meshwright.launch.spec import Job
 
-__all__ = ["DoctorError", "DoctorOptions", "examine_for", "reach_by_ssh", "reaches_of", "wishes_of"]
+__all__ = ["DoctorError", "DoctorOptions", "examine_for", "examine_job", "reach_by_ssh", "reaches_of", "wishes_of"]
 
 
 class DoctorError(MeshwrightError):
@@ -148,15 +148,19 @@ def _gpus(job: "Job", *, here: bool) -> int | None:
 
 
 def examine_for(options: DoctorOptions, base: Path) -> Diagnosis:
-    """Examines the nodes of a job.
+    """Examines the nodes that a command line asks for.
 
     Raises:
         MeshwrightError: for a job or an option that makes no sense; nothing was started.
     """
+    return examine_job(options, None if options.path is None else load_one(options.path, options.overrides), base)
+
+
+def examine_job(options: DoctorOptions, loaded: LoadedJob | None, base: Path) -> Diagnosis:
+    """Examines the nodes of a job that is read; see `examine_for`."""
     from meshwright.clusters.examine import examine
     from meshwright.clusters.health import diagnose
 
-    loaded = None if options.path is None else load_one(options.path, options.overrides)
     reaches: Sequence[Reach] = reaches_of(options, None if loaded is None else loaded.job)
     wishes = wishes_of(options, loaded, base)
     return diagnose(examine(reaches, wishes), wishes, options.exclude)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from meshwright.clusters.base import StartPlan, log_name
+from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
-from meshwright.launch.exits import Blame, Verdict, judge
-from meshwright.launch.logs import Mask, log_end
+from meshwright.clusters.records import error_records, hang_record, log_end
+from meshwright.launch.logs import Mask
 from meshwright.launch.report import Outcome, outcome_of
-from meshwright.launch.rundir import RunDirError, error_records, hang_record, write_json
+from meshwright.launch.restarts import RestartLines, line_of
+from meshwright.launch.rundir import RunDirError, write_json
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 
@@ -119,7 +121,8 @@ class _Output:
             write=self._bar.write if self._bar else _LinePrinter(screen),
         )
         self._stream = MergedStream(run.plan, shown)
-        self.watchers: list[Callable[[RunState], None]] = [self._stream, *([self._bar] if self._bar else [])]
+        said = RestartLines(run.mask, self._bar.write if self._bar else _LinePrinter(sys.stderr))
+        self.watchers: list[Callable[[RunState], None]] = [self._stream, said, *([self._bar] if self._bar else [])]
 
     def close(self) -> None:
         self._stream.close()
@@ -134,6 +137,8 @@ def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
     first = None if verdict.first is None else _masked(verdict.first, run.mask)
     victims = tuple(_masked(victim, run.mask) for victim in verdict.victims)
     verdict = Verdict(first, victims, run.mask(verdict.hang), verdict.only_lost)
+    for told in state.decisions.values():
+        told.update({name: run.mask(told[name]) for name in ("evidence", "reason")})
     times_s = (run.started_unix_s, round(time.time(), 3))
     return outcome_of(state, verdict, interrupts, times_s=times_s)
 
@@ -151,6 +156,8 @@ def report(run: Run, outcome: Outcome) -> None:
         if outcome.reason.startswith("setup failed"):
             for log in sorted(run.directory.glob("logs/setup-*.log")):
                 sys.stderr.write(run.mask(f"--- end of {log}\n{log_end(log, 4096).rstrip()}\n"))
+    elif outcome.restarts:
+        sys.stderr.write("".join(f"meshwright: {line_of(each)}\n" for each in outcome.restarts))
     told = f"run directory: {run.directory}\n"
     if run.as_json:
         told = json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n"

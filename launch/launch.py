@@ -16,6 +16,7 @@ from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.load import LoadedJob, OpenJob, check_job, open_job
 from meshwright.launch.logs import Mask
+from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
@@ -61,8 +62,7 @@ def launch(options: LaunchOptions) -> int:
     sweep = plan_sweep(opened)
     if sweep is not None:
         return _sweep(options, opened, sweep)
-    loaded = check_job(opened)
-    check_capabilities(loaded)
+    loaded = _fit(opened, options, base)
     run_id = options.run_id or make_run_id()
     request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
     cluster = cluster_of(loaded, None if options.detach else warm_agent())
@@ -82,6 +82,13 @@ def launch(options: LaunchOptions) -> int:
     in_background(Path(plan.run_dir), lambda: follow_run(known, run, lambda: cluster.start(plan, secrets)))
     say_detached(known, options)
     return 0
+
+
+def _fit(opened: OpenJob, options: LaunchOptions, base: Path) -> LoadedJob:
+    """The job, checked, on nodes that are fit for it as far as it wants them examined."""
+    loaded = check_job(opened)
+    check_capabilities(loaded)
+    return loaded if options.dry_run else on_fit_nodes(loaded, base)
 
 
 def _sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> int:

@@ -8,29 +8,10 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["LogTail", "Mask", "clean_line", "log_end"]
+__all__ = ["LogTail", "Mask"]
 
-_SEQUENCES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # OSC and other strings
-    r"|\x1b[ -/]*[0-~]"  # two-character sequences
-)
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MAX_LINE_BYTES = 1 << 20
 _MASK = "***"
-
-
-def clean_line(raw: bytes) -> str:
-    """One line of output as text that is safe on a terminal.
-
-    >>> clean_line(b"\\x1b[31mred\\x1b[0m\\ttab")
-    'red\\ttab'
-    >>> clean_line(b" 10%|#   |\\r 20%|##  |\\r")
-    ' 20%|##  |'
-    """
-    text = _SEQUENCES.sub("", raw.decode("utf-8", "replace"))
-    states = [state for state in text.split("\r") if state.strip()]
-    return _CONTROLS.sub("", states[-1] if states else "")
 
 
 class Mask:
@@ -95,15 +76,3 @@ class LogTail:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def log_end(path: Path, max_bytes: int = 1 << 16) -> str:
-    """The clean end of a log; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - max_bytes))
-            data = file.read()
-    except OSError:
-        return ""
-    return "\n".join(clean_line(line) for line in data.splitlines())

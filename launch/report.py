@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.launch.exits import Blame, Exit, Verdict
+from meshwright.clusters.blame import Blame, Verdict
+from meshwright.launch.exits import Exit
+from meshwright.launch.restarts import line_of, restarts_of, why_given_up
 from meshwright.launch.supervise import RunState
 
 __all__ = ["Outcome", "outcome_of"]
@@ -31,6 +33,8 @@ class Outcome:
         attempts: how often the ranks were started.
         started_unix_s: when the launch began.
         ended_unix_s: when nothing was left of it.
+        restarts: what each was for, with its wait and what time it cost.
+        given_up: why there was no further restart, where there could have been.
     """
 
     run_id: str
@@ -41,6 +45,13 @@ class Outcome:
     attempts: int
     started_unix_s: float
     ended_unix_s: float
+    restarts: tuple[dict[str, Any], ...] = ()
+    given_up: str | None = None
+
+    @property
+    def lost_s(self) -> float:
+        """Time in which no rank ran, between failures and the starts after them."""
+        return round(sum(float(each["down_s"]) for each in self.restarts), 3)
 
     def as_dict(self) -> dict[str, Any]:
         """The exit record."""
@@ -53,6 +64,9 @@ class Outcome:
             "first_failure": None if first is None else first.as_dict(),
             "victims": [victim.as_dict() for victim in self.verdict.victims],
             "attempts": self.attempts,
+            "restarts": list(self.restarts),
+            "lost_s": self.lost_s,
+            "given_up": self.given_up,
             "started_unix_s": self.started_unix_s,
             "ended_unix_s": self.ended_unix_s,
         }
@@ -65,6 +79,7 @@ class Outcome:
         if first is not None and self.state == "failed":
             lines += [f"--- first failure: rank {first.rank} on {first.host}: {first.evidence}", first.traceback]
         lines += [f"--- {_victim(victim)}" for victim in self.verdict.victims]
+        lines += [f"--- {line_of(each)}" for each in self.restarts]
         return "\n".join(line for line in [*lines, f"exit code {self.exit_code}"] if line)
 
 
@@ -87,12 +102,14 @@ def outcome_of(
     nodes = [(node, told) for node, told in state.results.items() if told[0] in _NODE_CODES]
     lost = bool(state.lost) and (verdict.first is None or verdict.only_lost)
     if interrupts:
-        code, reason = 128 + interrupts[0], f"the launcher got {signal.Signals(interrupts[0]).name}"
-        return Outcome(state.plan.run_id, "interrupted", code, verdict, reason, state.attempt + 1, *times_s)
-    word, code, reason = _failure(state, verdict, nodes=nodes, lost=lost)
-    if nodes or lost:
-        verdict = Verdict(None)  # no rank is to blame for what its node could not do
-    return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s)
+        name = signal.Signals(interrupts[0]).name
+        word, code, reason = "interrupted", 128 + interrupts[0], f"the launcher got {name}"
+    else:
+        word, code, reason = _failure(state, verdict, nodes=nodes, lost=lost)
+        if nodes or lost:
+            verdict = Verdict(None)  # no rank is to blame for what its node could not do
+    history: dict[str, Any] = {"restarts": restarts_of(state), "given_up": why_given_up(state)}
+    return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s, **history)
 
 
 def _failure(
@@ -104,7 +121,8 @@ def _failure(
     if lost:
         return ("failed", *_lost(state))
     if verdict.first is not None:
-        return "failed", verdict.first.exit_code, verdict.reason
+        why = why_given_up(state)
+        return "failed", verdict.first.exit_code, verdict.reason + (f"; not started again: {why}" if why else "")
     if len(state.results) == len(state.plan.nodes) and not state.over:
         return "succeeded", 0, ""
     return "failed", int(Exit.INTERNAL), "the agents ended without a word"

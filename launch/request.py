@@ -5,13 +5,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
+from meshwright.clusters.retry import RetryPolicy
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.spec.conduct import Secret as SecretSource
 from meshwright.launch.values import fill
+
+if TYPE_CHECKING:
+    from meshwright.launch.spec.conduct import Failure
 
 __all__ = ["WORKER_ARGV", "job_argv", "request_of", "resolved_job", "run_dir_of"]
 
@@ -96,10 +101,23 @@ def _meeting(loaded: LoadedJob) -> Meeting:
 
 def _limits(loaded: LoadedJob) -> Limits:
     failure, join_timeout_s = loaded.job.failure, loaded.job.rendezvous.join_timeout
-    limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s)
+    limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s, retry=_retries(failure))
     if failure.hang is None:
         return limits
     return replace(limits, hang_s=failure.hang.no_progress_for, hang_action=failure.hang.action)
+
+
+def _retries(failure: "Failure") -> RetryPolicy:
+    wait = failure.backoff
+    return RetryPolicy(
+        initial_s=wait.initial,
+        factor=wait.factor,
+        max_s=wait.max,
+        jitter=wait.jitter,
+        retry_on=failure.retry_on,
+        no_retry_on=failure.no_retry_on,
+        stop_after_no_progress=failure.stop_after_no_progress,
+    )
 
 
 def _program(loaded: LoadedJob, run_id: str, environment: Mapping[str, str] | None) -> Program:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.launch.exits import ErrorRecord, Exit, HangRecord
+from meshwright.launch.exits import Exit
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["RunDirError", "create_run_dir", "error_records", "hang_record", "make_run_id", "write_json", "write_text"]
+__all__ = ["RunDirError", "create_run_dir", "make_run_id", "write_json", "write_text"]
 
 _FOLDERS = ("logs", "errors", "ranks", "private")
 
@@ -83,40 +83,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON value, whole or absent."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def error_records(run_dir: Path, since_unix_s: float = 0.0) -> dict[int, ErrorRecord]:
-    """What failed ranks wrote down since a moment: errors/rank-N.json, or error.json in a rank's own directory."""
-    found: dict[int, ErrorRecord] = {}
-    for path in [*run_dir.glob("errors/rank-*.json"), *run_dir.glob("ranks/*/error.json")]:
-        try:
-            told = json.loads(path.read_text())
-            rank = int(told["rank"])
-            text = str(told.get("traceback") or f"{told.get('type', 'error')}: {told.get('message', '')}")
-            record = ErrorRecord(rank, float(told["time_unix_s"]), text.rstrip(), int(told.get("exit_code") or 1))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a rank that was killed while it wrote
-        if record.time_unix_s >= since_unix_s:
-            found.setdefault(rank, record)
-    return found
-
-
-def hang_record(run_dir: Path, since_unix_s: float = 0.0) -> HangRecord | None:
-    """What a rank wrote down since a moment when it found that nothing moves: errors/hang-ATTEMPT.json."""
-    found = []
-    for path in run_dir.glob("errors/hang-*.json"):
-        try:
-            told = json.loads(path.read_text())
-            found.append(
-                HangRecord(
-                    time_unix_s=float(told["time_unix_s"]),
-                    found_by=int(told["found_by"]),
-                    line=str(told["line"]),
-                    suspects=tuple(map(int, told["suspects"])),
-                    ranks={int(rank): str(text) for rank, text in told["ranks"].items()},
-                    stacks={int(rank): str(text) for rank, text in told["stacks"].items()},
-                )
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # a rank that was killed while it wrote
-    return next((each for each in found if each.time_unix_s >= since_unix_s), None)

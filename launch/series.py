@@ -1,6 +1,7 @@
 """What a sweep starts: a start plan per run and, on Slurm, the one array that holds them. A value that prints."""
 
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.slurm_array import array_of, as_tasks, unlike
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob, OpenJob
+from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of
 from meshwright.launch.sweep import SweepPlan, Variant
@@ -107,7 +109,8 @@ def series_of(opened: OpenJob, sweep: SweepPlan, sweep_id: str, *, base: Path, r
         MeshwrightError: for what is wrong with any of them.
     """
     members = []
-    for variant, loaded in zip(sweep.variants, jobs_of(opened, sweep), strict=True):
+    jobs = jobs_of(opened, sweep)
+    for variant, loaded in zip(sweep.variants, _on_fit_nodes(jobs, base) if reveal else jobs, strict=True):
         request = request_of(loaded, sweep.run_id(sweep_id, variant.index), base=base, reveal=reveal)
         cluster = cluster_of(loaded)
         secrets = {secret.name: secret.value for secret in request.program.secrets}
@@ -115,6 +118,16 @@ def series_of(opened: OpenJob, sweep: SweepPlan, sweep_id: str, *, base: Path, r
     directory = (base / fill(members[0].loaded.job.logs.dir, name=sweep.name, run_id=sweep_id)).absolute()
     series = Series(sweep_id, sweep, directory, tuple(members))
     return _as_array(opened, series) if isinstance(members[0].cluster, Queue) else series
+
+
+def _on_fit_nodes(jobs: Sequence[LoadedJob], base: Path) -> Iterator[LoadedJob]:
+    """The jobs on nodes that were found fit; runs that want the same of the same nodes have them examined once."""
+    found: dict[str, LoadedJob] = {}
+    for loaded in jobs:
+        wanted = f"{loaded.job.cluster!r} {loaded.job.health!r} {loaded.job.num_nodes}"
+        if wanted not in found:
+            found[wanted] = on_fit_nodes(loaded, base)
+        yield replace(loaded, job=loaded.job.model_copy(update={"cluster": found[wanted].job.cluster}))
 
 
 def _as_array(opened: OpenJob, series: Series) -> Series:

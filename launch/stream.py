@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from meshwright.clusters.base import StartPlan, log_name
-from meshwright.launch.logs import LogTail, Mask, clean_line
+from meshwright.clusters.records import clean_line
+from meshwright.launch.logs import LogTail, Mask
 from meshwright.launch.supervise import RunState
 from meshwright.launch.values import fill
 

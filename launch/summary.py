@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from meshwright.launch.logs import log_end
+from meshwright.clusters.records import log_end
 from meshwright.launch.rundir import write_json
 from meshwright.launch.runs import Known, read_run, standing
 from meshwright.launch.supervise import Interrupts, now_unix_s

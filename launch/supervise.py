@@ -11,13 +11,15 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
+from meshwright.clusters.blame import RankEnd
 from meshwright.clusters.contract import Handle
-from meshwright.launch.exits import Exit, RankEnd
+from meshwright.launch.exits import Exit
 
 __all__ = ["Interrupts", "RunState", "supervise"]
 
 _TICK_S = 0.1
 _IMPATIENT = 2
+_ENVELOPE = ("event", "node")
 
 
 class Interrupts:
@@ -56,6 +58,8 @@ class RunState:
         lost: node -> exit status of an agent that died without one.
         causes: node of those -> exit code and words of a cluster that knows more.
         apart: nodes that do not share the run directory.
+        decisions: attempt that failed -> what its agents agreed on.
+        down_s: attempt that failed -> seconds until ranks had started again.
     """
 
     plan: StartPlan
@@ -66,27 +70,45 @@ class RunState:
     lost: dict[str, int] = field(default_factory=dict)
     causes: dict[str, tuple[int, str]] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)
+    decisions: dict[int, dict[str, Any]] = field(default_factory=dict)
+    down_s: dict[int, float] = field(default_factory=dict)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
         kind, node = event["event"], event["node"]
         if kind == "started":
             self._begin(event["attempt"], event["time_unix_s"])
-        elif kind == "exit" and event["attempt"] >= self.attempt:
-            self._begin(event["attempt"], event["time_unix_s"])
-            rank = event["rank"]
-            self.ends[rank] = RankEnd(rank, node, event["code"], event["time_unix_s"], event["ended_by_us"])
+        elif kind == "exit":
+            self._end(event)
         elif kind == "result":
             self.results[node] = (event["state"], event.get("message", ""))
         elif kind == "gone" and node not in self.results:
-            self.lost[node] = event["code"]
-            if "message" in event:
-                self.causes[node] = (event["exit_code"], event["message"])
+            self._lose(event)
+        elif kind == "decided":
+            self._agree(event)
         elif kind == "joined" and not event["shared"]:
             self.apart.append(node)
 
+    def _agree(self, event: dict[str, Any]) -> None:
+        told = {key: value for key, value in event.items() if key not in _ENVELOPE}
+        self.decisions.setdefault(event["attempt"], told)
+
+    def _end(self, event: dict[str, Any]) -> None:
+        if event["attempt"] < self.attempt:
+            return
+        self._begin(event["attempt"], event["time_unix_s"])
+        rank = event["rank"]
+        self.ends[rank] = RankEnd(rank, event["node"], event["code"], event["time_unix_s"], event["ended_by_us"])
+
+    def _lose(self, event: dict[str, Any]) -> None:
+        self.lost[event["node"]] = event["code"]
+        if "message" in event:
+            self.causes[event["node"]] = (event["exit_code"], event["message"])
+
     def _begin(self, attempt: int, time_unix_s: float) -> None:
         if attempt > self.attempt:
+            failed_s = [end.time_unix_s for end in self.ends.values() if end.code and not end.ended_by_us]
+            self.down_s[self.attempt] = max(0.0, time_unix_s - min(failed_s, default=time_unix_s))
             self.attempt, self.ends, self.attempt_unix_s = attempt, {}, time_unix_s
         elif not self.attempt_unix_s:
             self.attempt_unix_s = time_unix_s

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from meshwright.launch.logs import LogTail, clean_line
+from meshwright.clusters.records import clean_line
+from meshwright.launch.logs import LogTail
 from meshwright.launch.runs import Known, Standing, standing
 
 __all__ = ["LAST_LINE", "watch"]

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
-from meshwright.launch.logs import LogTail, clean_line
+from meshwright.launch.logs import LogTail
 from meshwright.launch.runs import RunError, find_run, standing
 from meshwright.launch.values import fill
 

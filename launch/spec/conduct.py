@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from meshwright.launch.spec.block import Block, Count, Directory, Duration, Line, Listed, Name, Prefix, Share
 from meshwright.launch.spec.health import Health
@@ -11,7 +11,7 @@ from meshwright.parallel.errors import nearest
 
 __all__ = ["Backoff", "Checkpoint", "Conduct", "Failure", "Hang", "Logs", "Secret", "Sweep"]
 
-CAUSES = ("node", "signal", "hang", "preempt", "config", "import_error", "exit:N")
+CAUSES = ("node", "signal", "hang", "preempt", "exit", "config", "import_error", "exit:N")
 
 
 def _cause(value: str) -> str:
@@ -51,14 +51,14 @@ class Logs(Block):
 
 
 class Backoff(Block):
-    """How long to wait before a restart: initial x factor^restarts, at most max, varied by jitter."""
+    """How long to wait before a restart: initial x factor^restarts, at most max, less a random part."""
 
-    initial: Duration = Field(default=5.0, description="Wait before the first restart.")
+    initial: Duration = Field(default=1.0, description="Wait before the first restart.")
     factor: Annotated[float, Field(ge=1, le=100)] = Field(
         default=2.0, description="Growth from one restart to the next."
     )
     max: Duration = Field(default=300.0, description="Longest wait.")
-    jitter: Share = Field(default=0.2, description="Random part of the wait, 0 to 1.")
+    jitter: Share = Field(default=0.2, description="Share of the wait that is left to chance, 0 to 1.")
 
 
 class Hang(Block):
@@ -74,25 +74,45 @@ class Hang(Block):
     )
 
 
+_RETRIED = ("node", "signal", "hang", "preempt", "exit")
+_NOT_RETRIED = ("config", "import_error")
+
+
 class Failure(Block):
     """What happens when a rank fails."""
 
     max_restarts: Annotated[int, Field(ge=0, le=10_000)] = Field(default=0, description="Restarts of the whole job.")
     backoff: Backoff = Field(default_factory=Backoff, description="Waits between restarts.")
     retry_on: Listed[Cause] = Field(
-        default=("node", "signal", "hang", "preempt"),
-        description='Causes that are worth a restart: node, signal, hang, preempt, "exit:N".',
+        default=_RETRIED,
+        description="Failures after which ranks start again: node (faults of a machine, broken connections), signal, "
+        'hang, preempt (exit code 75), exit (any other), or one exit code as "exit:N".',
     )
     no_retry_on: Listed[Cause] = Field(
-        default=("config", "import_error"),
-        description='Causes that are never retried: config, import_error, "exit:N".',
+        default=_NOT_RETRIED,
+        description="Failures after which they never do, whatever retry_on says: config (exit codes 64, 65, 126, 127, "
+        "usage errors), import_error (missing modules, syntax errors), or any of the others. exit:N outweighs kinds.",
     )
     hang: Hang | None = Field(default=None, description="When the job counts as hanging; never unless given.")
     stop_after_no_progress: Count | None = Field(
-        default=None, description="Restarts without a newer step after which the job is given up."
+        default=None,
+        description="Restarts in a row without a newer step (in metrics.jsonl or checkpoint.dir) after which the job "
+        "is given up.",
     )
     exclude_bad_nodes: bool = Field(default=False, description="Leave out nodes that failed.")
     shutdown_grace: Duration = Field(default=30.0, description="Time between SIGTERM and SIGKILL.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_list_written(cls, found: Any) -> Any:
+        """Takes what one list names out of the other's default."""
+        if not isinstance(found, dict):
+            return found
+        lists = (("retry_on", "no_retry_on", _NOT_RETRIED), ("no_retry_on", "retry_on", _RETRIED))
+        for written, other, default in lists:
+            if isinstance(found.get(written), (list, tuple)) and other not in found:
+                return {**found, other: tuple(each for each in default if each not in found[written])}
+        return found
 
 
 class Checkpoint(Block):

@@ -36,6 +36,7 @@ run tiny/r1 on local: 4 ranks on 2 nodes
 directory  /runs/tiny/r1
 writes     job.yaml job.json plan.json merged.log exit.json
 restarts   at most 3; TERM, then KILL after 120 s
+           on node, signal, hang, preempt, exit; never on config, import_error; wait 1 s x 2 each, at most 300 s
 store      port 29500 on the loopback interface
 inherits   HOME PATH
 secret     TOKEN=*** (from_env MY_TOKEN)

@@ -36,7 +36,7 @@ def _address() -> str:
     return found[0]
 
 
-def _pods(folder: Path, code: str) -> list["subprocess.Popen[str]"]:
+def _pods(folder: Path, code: str, max_restarts: int = 0) -> list["subprocess.Popen[str]"]:
     """Starts what Kubernetes would, from the objects it would get; each pod has a disk of its own."""
     address = _address()
     with bind_free(address, None, (29400, 29999)) as free:
@@ -48,7 +48,7 @@ def _pods(folder: Path, code: str) -> list["subprocess.Popen[str]"]:
         program=Program((sys.executable, "-c", code), folder, secrets=(Secret("TOKEN", "from_env TOKEN", ""),)),
         num_nodes=2,
         meeting=Meeting("first", port=port),
-        limits=Limits(shutdown_grace_s=2.0, join_timeout_s=60.0),
+        limits=Limits(max_restarts, shutdown_grace_s=2.0, join_timeout_s=60.0),
     )
     submission = plan_kubernetes(request, KubernetesOptions("x", python=sys.executable, secret="tokens")).submission
     assert submission is not None
@@ -89,6 +89,23 @@ def test_the_pod_whose_rank_fails_ends_with_its_code_and_the_other_does_not_stay
     pods[0].communicate(timeout=30)
     assert pods[0].returncode in (143, 1)
     assert json.loads(said.splitlines()[-1])["meshwright"]["exit_code"] == 7
+
+
+def test_pods_agree_what_follows_a_failure_that_only_one_of_them_can_explain(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\n"
+        "rank, attempt = os.environ['RANK'], os.environ['MESHWRIGHT_ATTEMPT']\n"
+        "if (rank, attempt) == ('1', '0'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if (rank, attempt) == ('0', '1'): import no_such_module\n"
+        "time.sleep(600)\n"
+    )
+    pods = _pods(tmp_path, code, max_restarts=5)
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [1, 143], said
+    for text in said:
+        events = json.loads(text.splitlines()[-1])["meshwright"]["events"]
+        told = [(each["kind"], each["rank"], each["again"]) for each in events if each["event"] == "decided"]
+        assert told == [("signal", 1, True), ("import_error", 0, False)]
 
 
 def test_an_agent_that_dies_without_a_word_is_a_failure() -> None:

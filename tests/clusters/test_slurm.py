@@ -52,6 +52,7 @@ run tiny/r1 on slurm: 4 ranks on 2 nodes
 directory  /runs/100%/r 1
 writes     job.yaml job.json plan.json merged.log exit.json
 restarts   at most 1; TERM, then KILL after 30 s
+           on node, signal, hang, preempt, exit; never on config, import_error; wait 1 s x 2 each, at most 300 s
 store      a free port of 29400-29999 on the first node, the interface with that address
 inherits   *
 secret     TOKEN=*** (from_env MY_TOKEN)

@@ -95,7 +95,11 @@ def _state(slurm: Slurm, job: str) -> str:
 
 
 def _hurried(slurm: Slurm, job: str) -> str:
-    """The state of a job that is not to wait: Slurm itself holds what is queued again for two minutes."""
+    """The state of a job that is not to wait: Slurm itself holds what is queued again for two minutes.
+
+    A node refuses a start of the same second in which it was told to end the job ("credential revoked").
+    """
+    time.sleep(2.5)
     slurm.type("scontrol", "update", f"JobId={job}", "StartTime=now")
     time.sleep(1)
     return _state(slurm, job)

@@ -109,3 +109,36 @@ def test_ctrl_c_cancels_the_job_and_ranks_end_with_grace(tmp_path: Path) -> None
     output = end(launcher, tmp_path)
     assert launcher.returncode == 130, output
     assert json.loads((merged.parent / "exit.json").read_text())["state"] == "interrupted"
+
+
+def test_nodes_that_meet_over_a_store_agree_to_start_again(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, time\n"
+        "first = os.environ['MESHWRIGHT_ATTEMPT'] == '0'\n"
+        "if first and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(600 if first else 0)\n"
+    )
+    failure = {"max_restarts": 1, "retry_on": ["signal"], "backoff": {"initial": "300ms"}, "shutdown_grace": "1s"}
+    launcher = start(tmp_path, script, failure=failure)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 0, output
+    told = json.loads((tmp_path / "runs/j" / tmp_path.name / "exit.json").read_text())
+    assert [(each["kind"], each["rank"], each["host"]) for each in told["restarts"]] == [("signal", 1, "n1")]
+    assert told["lost_s"] == told["restarts"][0]["down_s"] >= told["restarts"][0]["wait_s"] > 0.2
+    assert "starting again in 0." in output
+
+
+def test_ranks_that_left_stay_away_where_that_is_asked(tmp_path: Path, commands: Path) -> None:
+    script = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: os._exit(75))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    launcher = start(tmp_path, script, failure={"shutdown_grace": "1s", "no_retry_on": ["preempt"]})
+    merged = tmp_path / "runs/j" / tmp_path.name / "merged.log"
+    assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
+    os.kill(int((commands / "batch").read_text()), signal.SIGUSR2)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 75, output
+    assert "queued again" not in output

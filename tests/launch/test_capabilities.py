@@ -22,8 +22,8 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
     [
         ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
-        ("health: {preflight: [disk]}", "3:10", "health.preflight"),
-        ("failure:\n  backoff: {initial: 9s}", "4:13", "failure.backoff.initial"),
+        ("health: {watch: {xid: any}}", "3:18", "health.watch.xid"),
+        ("failure:\n  exclude_bad_nodes: true", "4:3", "failure.exclude_bad_nodes"),
         ("nodes: {min: 1, max: 1}", "3:9", "nodes.min"),
         ("rendezvous: {bind: any}", "3:14", "rendezvous.bind"),
         ("resources: {gpus_per_node: 8}", "3:13", "resources.gpus_per_node"),
@@ -48,6 +48,7 @@ def test_what_local_cannot_do_is_refused_with_its_place(tmp_path: Path, text: st
         "health: {preflight: []}",
         "logs: {merge: true}",
         "failure: {hang: {no_progress_for: 10m, action: warn}}",
+        "failure: {backoff: {initial: 9s}, retry_on: [signal], no_retry_on: ['exit:3'], stop_after_no_progress: 2}",
         "failure: {exclude_bad_nodes: false, max_restarts: 3, shutdown_grace: 5s}",
         "rendezvous: {backend: c10d, interface: auto, bind: interface, port: 29500}",
     ],
@@ -59,3 +60,9 @@ def test_a_key_that_asks_for_nothing_is_accepted(tmp_path: Path, text: str) -> N
 def test_an_override_is_refused_as_one(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"--set binding=numa: binding: the local cluster does not act on binding yet"):
         check_capabilities(load(tmp_path, "", "binding=numa"))
+
+
+@pytest.mark.parametrize("key", ["backoff: {initial: 9s}", "retry_on: [exit]", "stop_after_no_progress: 2"])
+def test_what_restarts_need_is_refused_where_there_are_none(tmp_path: Path, key: str) -> None:
+    with pytest.raises(JobError, match="an MPI job has no restarts"):
+        check_capabilities(load(tmp_path, f"cluster: {{type: mpi}}\nfailure: {{{key}}}\n"))

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.launch.logs import LogTail, Mask, clean_line, log_end
+from meshwright.clusters.records import clean_line, log_end
+from meshwright.launch.logs import LogTail, Mask
 
 
 @pytest.mark.parametrize(

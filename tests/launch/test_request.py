@@ -7,6 +7,7 @@ import pytest
 
 from meshwright.clusters.base import StartRequest
 from meshwright.clusters.environment import BASE
+from meshwright.clusters.retry import RetryPolicy
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import load_job
 from meshwright.launch.request import WORKER_ARGV, request_of, resolved_job
@@ -74,3 +75,14 @@ def test_secrets_are_read_where_they_are_and_never_printed(tmp_path: Path) -> No
 def test_a_secret_that_cannot_be_had_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(JobError, match=message):
         request(tmp_path, f"command: [x]\nsecrets: {{A: {text}}}", SHORT="abc")
+
+
+def test_restarts_are_as_the_job_says_and_by_default_as_the_policy_is(tmp_path: Path) -> None:
+    assert request(tmp_path, "command: [x]").limits.retry == RetryPolicy()
+    text = (
+        "command: [x]\nfailure:\n  max_restarts: 7\n  backoff: {initial: 2s, factor: 3, max: 1m, jitter: 0.5}\n"
+        "  retry_on: [signal]\n  no_retry_on: ['exit:3']\n  stop_after_no_progress: 4\n"
+    )
+    found = request(tmp_path, text).limits
+    assert found.max_restarts == 7
+    assert found.retry == RetryPolicy(2.0, 3.0, 60.0, 0.5, ("signal",), ("exit:3",), 4)

@@ -122,6 +122,22 @@ def test_rules_of_running_name_their_key(changes: dict[str, Any], key: str) -> N
     assert key in broken({**PROGRAM, **changes})
 
 
+@pytest.mark.parametrize(
+    ("written", "retry_on", "no_retry_on"),
+    [
+        ({"no_retry_on": ["signal", "exit:3"]}, ("node", "hang", "preempt", "exit"), ("signal", "exit:3")),
+        ({"retry_on": ["config"]}, ("config",), ("import_error",)),
+        ({}, ("node", "signal", "hang", "preempt", "exit"), ("config", "import_error")),
+    ],
+)
+def test_what_one_list_of_failures_names_is_not_in_the_other_s_default(
+    written: dict[str, list[str]], retry_on: tuple[str, ...], no_retry_on: tuple[str, ...]
+) -> None:
+    job = Job.model_validate({**PROGRAM, "failure": written})
+    assert (job.failure.retry_on, job.failure.no_retry_on) == (retry_on, no_retry_on)
+    assert Job.model_validate(job.as_dict()) == job
+
+
 def test_deepspeed_may_shard_nothing() -> None:
     Job.model_validate({**TRAINING, "parallel": {"zero_stage": 0, "data_engine": "deepspeed"}})
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
+from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.local import Machine, plan_local
-from meshwright.launch.exits import Blame, Verdict, judge
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 
@@ -111,6 +111,30 @@ def test_a_lost_node_outweighs_ranks_that_it_took_along(code: int) -> None:
     own = judge(state.ends.values(), tails={0: "Traceback (most recent call last):\nKeyError: 'a'"})
     if code > 0:
         assert outcome_of(state, own, [], times_s=(0, 1)).exit_code == 1
+
+
+def test_a_run_that_its_agents_gave_up_says_why_and_what_its_restarts_cost() -> None:
+    told = {"kind": "exit", "rank": 0, "host": "node0", "exit_code": 7, "evidence": "exited with code 7", "step": None}
+    again = {**told, "event": "decided", "attempt": 0, "again": True, "reason": "2 left", "wait_s": 2.0}
+    given_up = {**told, "event": "decided", "attempt": 1, "again": False, "reason": "no progress", "wait_s": 0.0}
+    started = {"event": "started", "node": "node0", "attempt": 1, "pids": {}, "time_unix_s": 13.5}
+    events = [end("node0", 0, 7), {**again, "node": "node0"}, {**again, "node": "node1"}, started]
+    events += [end("node0", 0, 7, attempt=1), {**given_up, "node": "node0"}, result("node0", "failed")]
+    state, _ = follow(*events, max_restarts=3)
+    found = outcome_of(state, judge(state.ends.values()), [], times_s=(0, 20))
+    assert found.reason == "rank 0 on node0 failed first; not started again: no progress"
+    record = found.as_dict()
+    assert (record["lost_s"], record["given_up"], len(record["restarts"])) == (3.5, "no progress", 1)
+    assert record["restarts"][0] == {key: again[key] for key in again if key != "event"} | {"down_s": 3.5}
+    assert "--- attempt 0: exit: rank 0 on node0: exited with code 7; started again after a wait of 2 s" in str(found)
+
+
+def test_a_run_without_a_restart_left_says_so() -> None:
+    state, _ = follow(end("node0", 0, 7), end("node0", 0, 7, attempt=1), result("node0", "failed"), max_restarts=1)
+    found = outcome_of(state, judge(state.ends.values()), [], times_s=(0, 1))
+    assert found.reason.endswith("not started again: the only restart is used")
+    bare, _ = follow(end("node0", 0, 7), result("node0", "failed"))
+    assert outcome_of(bare, judge(bare.ends.values()), [], times_s=(0, 1)).given_up is None
 
 
 def test_nodes_that_do_not_share_the_run_directory_are_noted() -> None:

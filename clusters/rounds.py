@@ -1,0 +1,158 @@
+"""One node's part in what follows a failure: it hears of it, tells what it knows, and takes the decision that stands.
+
+    a rank fails -> the node calls -> all nodes end their ranks and tell -> the first decision that is written stands
+
+All goes through the store of the attempt's nodes, so it works without a launcher. A node alone decides alone.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from meshwright.clusters.base import log_name
+from meshwright.clusters.blame import RankEnd, judge
+from meshwright.clusters.deaths import Death, oom_kills
+from meshwright.clusters.failure import Failure, failure_of
+from meshwright.clusters.records import error_records, hang_record, log_end, newest_step
+from meshwright.clusters.retry import Decision, decide, decision_from, policy_from
+
+__all__ = ["Rounds"]
+
+_LOOK_S = 0.05
+_LATE_S = 5.0
+_CALLED = "meshwright/failed"
+_DECIDED = "meshwright/decided"
+_KILLED = 137
+
+
+class Rounds:
+    """Attempts of a run, as one node sees them.
+
+    Args:
+        plan: of the run, as a dictionary.
+        node: index of this node.
+        stopped: whether the run is being ended, so that nothing is waited for.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], node: int, stopped: Callable[[], bool] = lambda: False) -> None:
+        self._plan, self._node, self._stopped = plan, node, stopped
+        self._name: str = plan["nodes"][node]["name"]
+        self._limits: Mapping[str, Any] = plan["limits"]
+        self._policy = policy_from(self._limits["retry"])
+        self._began_s = self._attempt_s = time.time()
+        self._killed = oom_kills()
+        self._store: Any = None
+        self.history: list[Decision] = []
+
+    def begin(self, store: Any, attempt: int) -> None:
+        """A new attempt starts.
+
+        Args:
+            store: of its nodes.
+            attempt: from 0.
+        """
+        self._store, self._attempt_s, self._killed = store, time.time(), oom_kills()
+        while len(self.history) < attempt:  # this node started again without having heard why
+            self.history.append(Decision(True, "", 0.0, len(self.history), Failure("")))
+
+    @property
+    def left(self) -> int:
+        """Restarts that are left."""
+        return int(self._limits["max_restarts"]) - len(self.history)
+
+    @property
+    def called(self) -> bool:
+        """Whether a node has said that a rank of this attempt failed, after which ranks may start again."""
+        return self._shared and self._has(_CALLED)
+
+    def call(self) -> None:
+        """Says that a rank of this node failed."""
+        if self._shared:
+            self._set(_CALLED, "1")
+
+    def leave(self) -> None:
+        """Says that all ranks of this node have succeeded."""
+        if self._shared:
+            self._tell(Failure(self._name, done=True))
+
+    def decide(self, deaths: Sequence[Death], *, leaving: bool = False) -> Decision:
+        """What follows, alike on all nodes; call it once the ranks of this node have ended.
+
+        Args:
+            deaths: of this node's ranks.
+            leaving: whether the node is about to be taken away.
+        """
+        own = replace(self._look(deaths), leaving=leaving)
+        decision = self._agreed(own) if self._shared else self._decide([own])
+        self.history.append(decision)
+        return decision
+
+    @property
+    def _shared(self) -> bool:
+        return len(self._plan["nodes"]) > 1 and self.left > 0
+
+    def _look(self, deaths: Sequence[Death]) -> Failure:
+        """What this node knows of the attempt."""
+        run_dir, attempt = Path(self._plan["run_dir"]), len(self.history)
+        ends = [RankEnd(each.rank, self._name, each.code, each.time_unix_s, each.ended_by_us) for each in deaths]
+        records = error_records(run_dir, self._attempt_s)
+        tails = {end.rank: log_end(run_dir / log_name(end.rank, attempt)) for end in ends}
+        verdict = judge(ends, records, tails, hang=hang_record(run_dir, self._attempt_s))
+        times_s = {end.rank: end.time_unix_s for end in ends} | {
+            each.rank: each.time_unix_s for each in records.values()
+        }
+        first_s = 0.0 if verdict.first is None else times_s[verdict.first.rank]
+        found = failure_of(self._name, verdict, time_unix_s=first_s, step=newest_step(run_dir, self._began_s))
+        if found.exit_code == _KILLED and oom_kills() > self._killed:
+            return replace(found, evidence=f"{found.evidence}; the kernel killed a process for want of memory")
+        return found
+
+    def _decide(self, failures: Sequence[Failure]) -> Decision:
+        return decide(
+            self._policy,
+            self.history,
+            failures,
+            run_id=self._plan["run_id"],
+            max_restarts=self._limits["max_restarts"],
+            hang_stops=self._limits["hang_s"] is not None and self._limits["hang_action"] == "dump_and_stop",
+        )
+
+    def _agreed(self, own: Failure) -> Decision:
+        """The decision that stands: of whom was first to hear all nodes, or to be tired of waiting."""
+        self._tell(own)
+        end_s = time.monotonic() + self._limits["shutdown_grace_s"] + _LATE_S
+        others = [node["index"] for node in self._plan["nodes"] if node["index"] != self._node]
+        while not self._stopped() and time.monotonic() < end_s and not self._has(_DECIDED):
+            if all(self._has(_key(other)) for other in others):
+                break
+            time.sleep(_LOOK_S)
+        mine = self._decide([own, *(told for other in others if (told := self._heard(_key(other))) is not None)])
+        with suppress(Exception):  # the node that keeps the store may be gone, having decided
+            stands = self._store.compare_set(_DECIDED, "", json.dumps(mine.as_saved()))
+            return decision_from(json.loads(stands))
+        return mine
+
+    def _tell(self, failure: Failure) -> None:
+        self._set(_key(self._node), json.dumps(asdict(failure)))
+
+    def _set(self, key: str, text: str) -> None:
+        with suppress(Exception):  # a store that is gone went with its node, which ends the run
+            self._store.set(key, text)
+
+    def _has(self, key: str) -> bool:
+        with suppress(Exception):
+            return bool(self._store.check([key]))
+        return False
+
+    def _heard(self, key: str) -> Failure | None:
+        with suppress(Exception):
+            return Failure(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return None
+
+
+def _key(node: int) -> str:
+    return f"meshwright/failure/{node}"

@@ -1,0 +1,59 @@
+"""What restarts a run had: why, after what wait, what time they cost; and why there was no further one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from meshwright.clusters.retry import spent
+from meshwright.launch.supervise import RunState
+
+__all__ = ["RestartLines", "line_of", "restarts_of", "why_given_up"]
+
+
+def restarts_of(state: RunState) -> tuple[dict[str, Any], ...]:
+    """The restarts of a run, oldest first: what its agents decided, and how long no rank ran."""
+    found = [told for _, told in sorted(state.decisions.items()) if told["again"] and told["attempt"] < state.attempt]
+    return tuple({**told, "down_s": round(state.down_s.get(told["attempt"], 0.0), 3)} for told in found)
+
+
+def why_given_up(state: RunState) -> str | None:
+    """Why a run that may restart did not do so again; None where nothing failed, or nothing may restart."""
+    limit, told = state.plan.limits.max_restarts, state.decisions.get(state.attempt)
+    if told is not None:
+        return None if told["again"] else str(told["reason"])
+    failed = any(end.code and not end.ended_by_us for end in state.ends.values())
+    return spent(limit) if failed and limit and state.attempt >= limit else None
+
+
+def line_of(told: Mapping[str, Any]) -> str:
+    """A restart in words.
+
+    >>> told = {"attempt": 0, "kind": "signal", "rank": 1, "host": "b", "evidence": "killed", "wait_s": 2.0, "step": 40}
+    >>> line_of({**told, "down_s": 3.26})
+    'attempt 0: signal at step 40: rank 1 on b: killed; started again after a wait of 2 s, 3.3 s lost'
+    """
+    where = "" if told["step"] is None else f" at step {told['step']}"
+    who = "" if told["rank"] is None else f": rank {told['rank']} on {told['host']}"
+    what = f"attempt {told['attempt']}: {told['kind'] or 'failure'}{where}{who}: {told['evidence']}"
+    if "down_s" in told:
+        return f"{what}; started again after a wait of {told['wait_s']:.3g} s, {told['down_s']:.1f} s lost"
+    return f"{what}; starting again in {told['wait_s']:.3g} s: {told['reason']}"
+
+
+class RestartLines:
+    """Says that ranks will start again while they wait for it.
+
+    Args:
+        mask: replaces secrets.
+        write: takes one line for people.
+    """
+
+    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object]) -> None:
+        self._mask, self._write = mask, write
+        self._said: set[int] = set()
+
+    def __call__(self, state: RunState) -> None:
+        """Says what is new."""
+        for attempt in sorted(set(state.decisions) - self._said):
+            self._said.add(attempt)
+            if state.decisions[attempt]["again"]:
+                self._write(self._mask(f"meshwright: {line_of(state.decisions[attempt])}"))
