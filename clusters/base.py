@@ -239,8 +239,9 @@ class StartPlan:
         return {**asdict(self), "world_size": self.world_size}
 
     def __str__(self) -> str:
-        ranks, nodes = self.world_size, len(self.nodes)
-        size = f"{ranks} rank{'s'[: ranks != 1]} on {nodes} node{'s'[: nodes != 1]}"
+        size = " on ".join(
+            f"{n} {noun}{'s'[: n != 1]}" for n, noun in ((self.world_size, "rank"), (len(self.nodes), "node"))
+        )
         head = [
             f"run {self.name}/{self.run_id} on {f'{self.cluster} {self.variant}'.rstrip()}: {size}",
             f"directory  {self.run_dir}",
