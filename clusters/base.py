@@ -239,9 +239,8 @@ class StartPlan:
         return {**asdict(self), "world_size": self.world_size}
 
     def __str__(self) -> str:
-        size = " on ".join(
-            f"{n} {noun}{'s'[: n != 1]}" for n, noun in ((self.world_size, "rank"), (len(self.nodes), "node"))
-        )
+        counts = ((self.world_size, "rank"), (len(self.nodes), "node"))
+        size = " on ".join(f"{number} {noun}{'s'[: number != 1]}" for number, noun in counts)
         head = [
             f"run {self.name}/{self.run_id} on {f'{self.cluster} {self.variant}'.rstrip()}: {size}",
             f"directory  {self.run_dir}",
@@ -282,10 +281,9 @@ def log_name(rank: int, attempt: int = 0) -> str:
 
 def identity(request: StartRequest, name: str, index: int) -> Pairs:
     """Variables that tell a node's ranks where they are, in which run."""
-    limits = request.limits
-    hang = {"MESHWRIGHT_HANG_ACTION": limits.hang_action, "MESHWRIGHT_HANG_S": f"{limits.hang_s}"}
+    hang = {"MESHWRIGHT_HANG_ACTION": request.limits.hang_action, "MESHWRIGHT_HANG_S": f"{request.limits.hang_s}"}
     return (
-        *(hang.items() if limits.hang_s is not None else ()),
+        *(hang.items() if request.limits.hang_s is not None else ()),
         ("MESHWRIGHT_HOST", name),
         ("MESHWRIGHT_NODE", str(index)),
         ("MESHWRIGHT_RUN_DIR", str(request.run_dir)),
