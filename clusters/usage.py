@@ -71,9 +71,9 @@ def network_traffic(counts: Path = _COUNTS, net: Path = _NET) -> Traffic | None:
     rows = _rows(counts)
     if rows is None:
         return None
-    open_ones = [row for name, row in rows.items() if name != "lo" and not name.startswith(HOST_LOCAL)]
-    parts = [row for name, row in rows.items() if (net / name / "bonding_slave").exists()]
-    return _sum(row for row in open_ones if row not in parts)
+    inside = {name for name in rows if name == "lo" or name.startswith(HOST_LOCAL)}
+    parts = {name for name in rows if (net / name / "bonding_slave").exists()}
+    return _sum(rows[name] for name in rows.keys() - inside - parts)
 
 
 def loopback_bytes(counts: Path = _COUNTS) -> int | None:

@@ -62,6 +62,11 @@ class RankEnd:
     time_unix_s: float
     ended_by_us: bool = False
 
+    @property
+    def how(self) -> str:
+        """How it ended, in words."""
+        return f"was killed by {_signal(self.code)}" if self.code < 0 else f"exited with code {self.code}"
+
 
 @dataclass(frozen=True)
 class ErrorRecord:
@@ -250,10 +255,6 @@ class _Case:
     def order(self) -> tuple[float, int]:
         return (self.record.time_unix_s if self.record else self.end.time_unix_s, self.end.rank)
 
-    def _how(self) -> str:
-        code = self.end.code
-        return f"was killed by {_signal(code)}" if code < 0 else f"exited with code {code}"
-
     def _blame(self, exit_code: int, evidence: str) -> Blame:
         number = self.end.code
         shown = self.traceback or "\n".join(self.tail.rstrip().splitlines()[-20:])
@@ -263,7 +264,7 @@ class _Case:
     def culprit(self) -> Blame:
         if not self.end.ended_by_us:
             when = "its error record is the earliest" if self.record else "no rank died before it by itself"
-            return self._blame(exit_code_of(self.end.code), f"{self._how()}; {when}")
+            return self._blame(exit_code_of(self.end.code), f"{self.end.how}; {when}")
         if self.record is not None:
             return self._blame(
                 self.record.exit_code, "its error record is the earliest; it was ended while tearing down"
@@ -277,11 +278,11 @@ class _Case:
 
     def victim(self) -> Blame:
         if self.lost:
-            why = f"lost its connection; {'was ended by the launcher' if self.end.ended_by_us else self._how()}"
+            why = f"lost its connection; {'was ended by the launcher' if self.end.ended_by_us else self.end.how}"
         elif self.end.ended_by_us:
             why = "was ended by the launcher"
         else:
-            why = f"{self._how()} later"
+            why = f"{self.end.how} later"
         return self._blame(exit_code_of(self.end.code), why)
 
 

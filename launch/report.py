@@ -2,11 +2,11 @@
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from meshwright.launch.exits import Blame, Exit, Verdict
-from meshwright.launch.supervise import RunState
+from meshwright.launch.supervise import Restart, RunState
 
 __all__ = ["Outcome", "outcome_of"]
 
@@ -31,6 +31,7 @@ class Outcome:
         attempts: how often the ranks were started.
         started_unix_s: when the launch began.
         ended_unix_s: when nothing was left of it.
+        restarts: of all ranks, in order.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class Outcome:
     attempts: int
     started_unix_s: float
     ended_unix_s: float
+    restarts: tuple[Restart, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The exit record."""
@@ -53,6 +55,7 @@ class Outcome:
             "first_failure": None if first is None else first.as_dict(),
             "victims": [victim.as_dict() for victim in self.verdict.victims],
             "attempts": self.attempts,
+            "restarts": [asdict(each) for each in self.restarts],
             "started_unix_s": self.started_unix_s,
             "ended_unix_s": self.ended_unix_s,
         }
@@ -85,14 +88,16 @@ def outcome_of(
         times_s: when the launch began and ended, in seconds since 1970.
     """
     nodes = [(node, told) for node, told in state.results.items() if told[0] in _NODE_CODES]
+    restarts = tuple(state.restarts)
     lost = bool(state.lost) and (verdict.first is None or verdict.only_lost)
     if interrupts:
         code, reason = 128 + interrupts[0], f"the launcher got {signal.Signals(interrupts[0]).name}"
-        return Outcome(state.plan.run_id, "interrupted", code, verdict, reason, state.attempt + 1, *times_s)
+        word = "interrupted"
+        return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s, restarts)
     word, code, reason = _failure(state, verdict, nodes=nodes, lost=lost)
     if nodes or lost:
         verdict = Verdict(None)  # no rank is to blame for what its node could not do
-    return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s)
+    return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s, restarts)
 
 
 def _failure(

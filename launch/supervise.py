@@ -14,7 +14,7 @@ from meshwright.clusters.base import StartPlan
 from meshwright.clusters.contract import Handle
 from meshwright.launch.exits import Exit, RankEnd
 
-__all__ = ["Interrupts", "RunState", "supervise"]
+__all__ = ["Interrupts", "Restart", "RunState", "supervise"]
 
 _TICK_S = 0.1
 _IMPATIENT = 2
@@ -44,6 +44,32 @@ class Interrupts:
         self.numbers.append(number)
 
 
+@dataclass(frozen=True)
+class Restart:
+    """When all ranks were started once more, and why.
+
+    Args:
+        attempt: that began, from 1.
+        time_unix_s: when.
+        cause: how the first rank of the attempt before ended; empty where nobody was heard of.
+    """
+
+    attempt: int
+    time_unix_s: float
+    cause: str
+
+    @classmethod
+    def after(cls, ends: Iterable[RankEnd], attempt: int, time_unix_s: float) -> "Restart":
+        """The restart that follows these ends.
+
+        >>> Restart.after([RankEnd(1, "n0", -9, 5.0)], 1, 6.0).cause
+        'rank 1 on n0 was killed by SIGKILL'
+        """
+        own = [end for end in ends if end.code and not end.ended_by_us]
+        first = min(own, key=lambda end: (end.time_unix_s, end.rank), default=None)
+        return cls(attempt, time_unix_s, "" if first is None else f"rank {first.rank} on {first.host} {first.how}")
+
+
 @dataclass
 class RunState:
     """What is known of a run from its agents' events.
@@ -56,6 +82,7 @@ class RunState:
         lost: node -> exit status of an agent that died without one.
         causes: node of those -> exit code and words of a cluster that knows more.
         apart: nodes that do not share the run directory.
+        restarts: of all ranks, in order.
     """
 
     plan: StartPlan
@@ -66,6 +93,7 @@ class RunState:
     lost: dict[str, int] = field(default_factory=dict)
     causes: dict[str, tuple[int, str]] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
@@ -87,6 +115,7 @@ class RunState:
 
     def _begin(self, attempt: int, time_unix_s: float) -> None:
         if attempt > self.attempt:
+            self.restarts.append(Restart.after(self.ends.values(), attempt, time_unix_s))
             self.attempt, self.ends, self.attempt_unix_s = attempt, {}, time_unix_s
         elif not self.attempt_unix_s:
             self.attempt_unix_s = time_unix_s
