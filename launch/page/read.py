@@ -205,9 +205,6 @@ def _of_launcher(told: Mapping[str, Any], own: Mapping[str, Any], records: Seque
 
 def _step_at(time_s: float | None, records: Sequence[Mapping[str, Any]]) -> float:
     """The last step that was logged before a moment."""
-    steps = [
-        number(each.get("step")) or 0.0
-        for each in records
-        if time_s is not None and (number(each.get("time_unix_s")) or math.inf) <= time_s
-    ]
-    return steps[-1] if steps else 0.0
+    logged = points(records, "time_unix_s")
+    before = [(when, step) for step, when in logged if time_s is not None and when <= time_s]
+    return max(before)[1] if before else 0.0
