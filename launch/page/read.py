@@ -69,6 +69,11 @@ def number(value: object) -> float | None:
         return None
 
 
+def _finite(value: object) -> float | None:
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
 def points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Point, ...]:
     """(step, value) of every record that has both.
 
@@ -81,8 +86,8 @@ def points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Point, ...]:
     """
     found = []
     for record in records:
-        step, value = number(record.get("step")), number(_inner(record, key))
-        if step is not None and value is not None and math.isfinite(step):
+        step, value = _finite(record.get("step")), number(_inner(record, key))
+        if step is not None and value is not None:
             found.append((step, value))
     return tuple(found)
 
@@ -103,16 +108,16 @@ def read_view(run_dir: Path, state: str | None = None) -> RunView:
     """
     job, ended, launch = (_json(run_dir / name) for name in ("job.json", "exit.json", "launch.json"))
     records, folder = tuple(_records(run_dir / "metrics.jsonl")), run_dir.resolve().name
-    times = [each for record in records if (each := number(record.get("time_unix_s"))) is not None]
-    begun = [number(each.get("started_unix_s")) for each in (launch, ended)]
+    times = [each for record in records if (each := _finite(record.get("time_unix_s"))) is not None]
+    begun = [_finite(each.get("started_unix_s")) for each in (launch, ended)]
     return RunView(
         name=str(_first(job.get("name"), launch.get("name"), folder)),
         run_id=str(_first(launch.get("run_id"), ended.get("run_id"), folder)),
         state=str(_first(ended.get("state"), state, "unknown")),
         facts=tuple(_facts(job, launch, _json(run_dir / "plan.json"))),
-        steps=number(_dict(job, "train").get("steps")),
+        steps=_finite(_dict(job, "train").get("steps")),
         started_unix_s=_first(*begun, min(times, default=None)),
-        ended_unix_s=_first(number(ended.get("ended_unix_s")), max(times, default=None)),
+        ended_unix_s=_first(_finite(ended.get("ended_unix_s")), max(times, default=None)),
         records=records,
         marks=tuple(_marks(records, ended)),
         reason=str(_first(ended.get("reason"), "")),
@@ -180,15 +185,19 @@ def _mesh(parallel: Mapping[str, Any]) -> str:
 
 def _marks(records: Sequence[Mapping[str, Any]], ended: Mapping[str, Any]) -> Iterator[Mark]:
     """Restarts by the exit record, with their causes; the others by what was written when the training went on."""
-    known = {each.get("attempt"): each for each in _list(ended, "restarts")}
+    known = {str(each.get("attempt")): each for each in _list(ended, "restarts")}
     written = [each for each in records if each.get("event") == "restart"]
-    own = {each.get("attempt"): each for each in written if each.get("run_id") == ended.get("run_id")}
+    own = {str(each.get("attempt")): each for each in written if each.get("run_id") == ended.get("run_id")}
     found = [_of_launcher(each, own.get(attempt, {}), records) for attempt, each in known.items()]
     for each in written:
-        attempt, is_own = each.get("attempt"), each.get("run_id") == ended.get("run_id")
+        attempt, is_own = str(each.get("attempt")), each.get("run_id") == ended.get("run_id")
         if not (is_own and attempt in known):
-            text = f"attempt {attempt}" if attempt else f"launched again as {each.get('run_id') or 'another run'}"
-            found.append(Mark(number(each.get("step")) or 0.0, number(each.get("time_unix_s")), text))
+            text = (
+                f"attempt {attempt}"
+                if each.get("attempt")
+                else f"launched again as {each.get('run_id') or 'another run'}"
+            )
+            found.append(Mark(_finite(each.get("step")) or 0.0, _finite(each.get("time_unix_s")), text))
     yield from sorted(found, key=lambda mark: (mark.time_unix_s or 0.0, mark.step))
 
 
@@ -198,7 +207,7 @@ def _list(found: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _of_launcher(told: Mapping[str, Any], own: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Mark:
-    time_s, step = number(told.get("time_unix_s")), number(own.get("step"))
+    time_s, step = _finite(told.get("time_unix_s")), _finite(own.get("step"))
     text = f"attempt {told.get('attempt')}: {told.get('cause') or 'cause unknown'}"
     return Mark(_step_at(time_s, records) if step is None else step, time_s, text)
 

@@ -1,5 +1,6 @@
 """The page loads nothing, runs nothing of what a run wrote, and says how the run stands."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_a_run_that_logged_nothing_has_a_page_too(tmp_path: Path) -> None:
     assert "No step has been logged." in page
     assert Elements(page).count("svg") == 0
     assert document(RunView("j", "r", "lost", started_unix_s=1e300, ended_unix_s=-1e300))
+
+
+@pytest.mark.parametrize("strange", ["1e999", "-1e999", "NaN", "null", "[]", "1" + 400 * "0", "-5", "1e300"])
+def test_no_number_of_a_file_keeps_the_page_from_being_made(tmp_path: Path, strange: str) -> None:
+    keys = ("step", "loss", "tokens_per_s", "validation_loss", "counted_s", "loopback_bytes", "time_unix_s")
+    lines = [{key: 2.0 for key in keys} | {"step": 7}, *({**dict.fromkeys(keys, 1.0), key: 77.5} for key in keys)]
+    rows = "\n".join(json.dumps(line).replace("77.5", strange) for line in lines)
+    restart = {"attempt": 77.5, "time_unix_s": 77.5}
+    ended = {"started_unix_s": 77.5, "ended_unix_s": 77.5, "restarts": [restart]}
+    job = {"train": {"steps": 77.5}, "parallel": {"dp": 77.5}}
+    for name, told in (("job.json", job), ("exit.json", ended)):
+        (tmp_path / name).write_text(json.dumps(told).replace("77.5", strange))
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    page = document(read_view(tmp_path))
+    places = [value for _, found in Elements(page).found for name, value in found.items() if name in PLACES]
+    assert places
+    assert not re.search("nan|inf", " ".join(map(str, places)))
+
+
+PLACES = {"x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "d"}
 
 
 def test_losses_that_are_no_numbers_have_a_page_too() -> None:
