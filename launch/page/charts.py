@@ -178,12 +178,13 @@ def _line(line: Line, frame: _Frame) -> Iterator[str]:
 
 
 def _hovers(chart: Chart, frame: _Frame) -> list[list[object]]:
-    """[x, text] for steps at which a pointer shows values."""
-    told: dict[float, list[str]] = {}
+    """[x, text] for steps at which a pointer shows values: some of all, and each of a line that has few."""
+    steps = sorted({step for line in chart.lines for step, _ in line.points})
+    shown = set(steps[:: math.ceil(len(steps) / _MOST_HOVERS)])
+    shown |= {step for line in chart.lines if len(line.points) <= _MOST_HOVERS // 4 for step, _ in line.points}
+    told: dict[float, list[str]] = {step: [f"step {STEP.text(step)}"] for step in sorted(shown)}
     for line in chart.lines:
         for step, value in line.points:
-            told.setdefault(step, []).append(f"{line.label} {chart.unit.text(value)}")
-    every = math.ceil(len(told) / _MOST_HOVERS)
-    rare = {step for line in chart.lines if len(line.points) <= _MOST_HOVERS // 4 for step, _ in line.points}
-    shown = sorted({step for index, step in enumerate(sorted(told)) if index % every == 0} | rare) if told else []
-    return [[frame.x(step), f"step {STEP.text(step)}\n" + "\n".join(told[step])] for step in shown]
+            if step in shown:
+                told[step].append(f"{line.label} {chart.unit.text(value)}")
+    return [[frame.x(step), "\n".join(texts)] for step, texts in told.items()]

@@ -61,6 +61,8 @@ def number(value: object) -> float | None:
     >>> number(3), number(True), number("3"), number(10**400)
     (3.0, None, None, None)
     """
+    if type(value) is float:  # the usual case, millions of times
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -84,19 +86,16 @@ def points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Point, ...]:
     >>> points([{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "loss": "x"}], "loss")
     ((1.0, 2.0),)
     """
-    found = []
+    found, parts = [], key.split(".")
     for record in records:
-        step, value = _finite(record.get("step")), number(_inner(record, key))
-        if step is not None and value is not None:
-            found.append((step, value))
+        value: object = record
+        for part in parts:
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and (amount := number(value)) is not None:
+            step = _finite(record.get("step"))
+            if step is not None:
+                found.append((step, amount))
     return tuple(found)
-
-
-def _inner(record: Mapping[str, Any], key: str) -> object:
-    value: object = record
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def read_view(run_dir: Path, state: str | None = None) -> RunView:

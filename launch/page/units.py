@@ -20,7 +20,8 @@ __all__ = [
 ]
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_SPANS = ((86_400, 3_600, ("d", "h")), (3_600, 60, ("h", "min")), (60, 1, ("min", "s")))
+_SPANS = ((86_400, 3_600, "dh"), (3_600, 60, "hm"), (60, 1, "ms"))
+_HUGE, _TINY = 1e300, 1e-280
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -111,8 +112,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     >>> ticks(0, 9.3), ticks(1.9, 5.6), ticks(2, 2)
     ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 1.5, 2.0, 2.5, 3.0])
     """
-    if not high > low or (high - low) <= 1e-9 * max(abs(low), abs(high)):
-        spare = abs(low) / 2 or 1.0
+    low, high = (max(-_HUGE, min(_HUGE, end)) for end in (low, high))  # their distance is a float, too
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _TINY):
+        spare = abs(low) / 2 if abs(low) > _TINY else 1.0
         low, high = low - spare, high + spare
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     for step in (nice * power for nice in (*_NICE, *(10 * nice for nice in _NICE))):
@@ -126,11 +128,11 @@ def duration(seconds: float) -> str:
     """Seconds as two units of time.
 
     >>> duration(4.24), duration(75), duration(7_980), duration(200_000)
-    ('4.2 s', '1 min 15 s', '2 h 13 min', '2 d 7 h')
+    ('4.2 s', '1m 15s', '2h 13m', '2d 7h')
     """
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     large, small, names = next(each for each in _SPANS if whole >= each[0] or each is _SPANS[-1])
     rest = whole % large // small
-    return f"{whole // large} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
+    return f"{whole // large}{names[0]}" + (f" {rest}{names[1]}" if rest else "")

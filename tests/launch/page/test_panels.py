@@ -61,7 +61,7 @@ def test_figures_tell_the_end_and_what_was_usual(tmp_path: Path) -> None:
     assert found["Tokens"] == ("819k", "all ranks")
     assert found["Validation loss"] == ("2.50", "lowest 2.50")
     assert found["MFU"] == ("41.0%", "median 41.0%")
-    assert found["Duration"] == ("3 min 41 s", "1 restart")
+    assert found["Duration"] == ("3m 41s", "1 restart")
 
 
 def test_a_loss_that_never_was_a_number_says_so() -> None:
