@@ -176,23 +176,3 @@ def test_whatever_happens_no_rank_stays() -> None:
     with pytest.raises(RuntimeError, match="disk full"):
         supervise(handle, RunState(plan()), Interrupts(), watchers=[broken])
     assert handle.calls == ["kill"]
-
-
-def test_each_restart_is_recorded_with_the_rank_that_ended_first() -> None:
-    again = [
-        {"event": "started", "node": "node0", "attempt": number, "time_unix_s": 20.0 + number} for number in (1, 2)
-    ]
-    state, _ = follow(
-        end("node0", 0, -15, asked=True),
-        end("node1", 1, -9),
-        again[0],
-        again[0],
-        again[1],
-        result("node0", "succeeded"),
-        max_restarts=3,
-    )
-    told = outcome_of(state, Verdict(None), [], times_s=(0.0, 1.0)).as_dict()["restarts"]
-    assert told == [
-        {"attempt": 1, "time_unix_s": 21.0, "cause": "rank 1 on node1 was killed by SIGKILL"},
-        {"attempt": 2, "time_unix_s": 22.0, "cause": ""},
-    ]
