@@ -11,12 +11,13 @@ from pathlib import Path
 
 from meshwright.clusters.network import interfaces
 
-__all__ = ["Interface", "candidates", "read_interfaces"]
+__all__ = ["HOST_LOCAL", "Interface", "candidates", "read_interfaces"]
 
 _NET = Path("/sys/class/net")
 _GET_FLAGS = 0x8913
 _UP, _LOOPBACK, _RUNNING = 0x1, 0x8, 0x40
-_LOCAL_TO_A_HOST = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "lxc", "podman", "tunl", "kube-")
+HOST_LOCAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "lxc", "podman", "tunl", "kube-")
+"""How names of interfaces begin that reach this host only."""
 
 
 @dataclass(frozen=True)
@@ -112,5 +113,5 @@ def candidates(interfaces: Iterable[Interface], asked: str = "auto") -> tuple[In
     usable = [each for each in interfaces if each.up and each.address]
     if asked != "auto":
         return tuple(each for each in usable if each.name == asked)
-    open_ones = [each for each in usable if not each.name.startswith(_LOCAL_TO_A_HOST)]
+    open_ones = [each for each in usable if not each.name.startswith(HOST_LOCAL)]
     return tuple(sorted(open_ones, key=lambda each: (each.loopback, not each.wired, -(each.bytes_per_s or 0))))

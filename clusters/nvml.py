@@ -1,7 +1,7 @@
 """Reads the GPUs of this node through NVML, the library that comes with NVIDIA's driver.
 
-The one module that calls it. A library or driver that is missing, old, or lost a GPU gives an answer, not an error:
-every question is asked by name, and a question that this library or driver does not know is answered by None.
+What they are and how well; `usage` asks how busy one is. A library or driver that is missing, old, or lost a GPU gives
+an answer, not an error: every question is asked by name, and one that it does not know is answered by None.
 """
 
 from collections.abc import Iterator

@@ -26,6 +26,7 @@ COMMANDS = {
     "ps": "meshwright.launch.commands.ps",
     "logs": "meshwright.launch.commands.logs",
     "attach": "meshwright.launch.commands.attach",
+    "page": "meshwright.launch.commands.page",
     "cancel": "meshwright.launch.commands.cancel",
     "doctor": "meshwright.launch.commands.doctor",
 }

@@ -14,6 +14,7 @@ from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
 from meshwright.clusters.records import error_records, hang_record, log_end
 from meshwright.launch.logs import Mask
+from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.restarts import RestartLines, line_of
 from meshwright.launch.rundir import RunDirError, write_json
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from meshwright.launch.spec.job import Job
 
 __all__ = ["Run", "follow", "report"]
+
+_SHOWN = (("loss curve", "loss.png"), ("page", PAGE))
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,18 @@ def report(run: Run, outcome: Outcome) -> None:
                 sys.stderr.write(run.mask(f"--- end of {log}\n{log_end(log, 4096).rstrip()}\n"))
     elif outcome.restarts:
         sys.stderr.write("".join(f"meshwright: {line_of(each)}\n" for each in outcome.restarts))
-    told = f"run directory: {run.directory}\n"
+    if run.job.train is not None:
+        try_to_write_page(run.directory)
+    told = _places(run.directory)
     if run.as_json:
         told = json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n"
-    elif (run.directory / "loss.png").exists():
-        told += f"loss curve: {run.directory / 'loss.png'}\n"
     try:
         sys.stdout.write(told)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads; the exit code still tells
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _places(run_dir: Path) -> str:
+    found = (f"{what}: {run_dir / name}\n" for what, name in _SHOWN if (run_dir / name).exists())
+    return f"run directory: {run_dir}\n" + "".join(found)

@@ -10,9 +10,25 @@ __all__ = ["RestartLines", "line_of", "restarts_of", "why_given_up"]
 
 
 def restarts_of(state: RunState) -> tuple[dict[str, Any], ...]:
-    """The restarts of a run, oldest first: what its agents decided, and how long no rank ran."""
+    """The restarts of a run, oldest first: what its agents decided, when ranks ran again, and how long none did."""
     found = [told for _, told in sorted(state.decisions.items()) if told["again"] and told["attempt"] < state.attempt]
-    return tuple({**told, "down_s": round(state.down_s.get(told["attempt"], 0.0), 3)} for told in found)
+    return tuple(_restart(told, state) for told in found)
+
+
+def _restart(told: Mapping[str, Any], state: RunState) -> dict[str, Any]:
+    failed = told["attempt"]
+    return {
+        **told,
+        "cause": _cause(told),
+        "down_s": round(state.down_s.get(failed, 0.0), 3),
+        "next_attempt": failed + 1,
+        "time_unix_s": state.again_unix_s.get(failed),
+    }
+
+
+def _cause(told: Mapping[str, Any]) -> str:
+    who = "" if told["rank"] is None else f"rank {told['rank']} on {told['host']}: "
+    return f"{who}{told['evidence']}"
 
 
 def why_given_up(state: RunState) -> str | None:
@@ -32,8 +48,7 @@ def line_of(told: Mapping[str, Any]) -> str:
     'attempt 0: signal at step 40: rank 1 on b: killed; started again after a wait of 2 s, 3.3 s lost'
     """
     where = "" if told["step"] is None else f" at step {told['step']}"
-    who = "" if told["rank"] is None else f": rank {told['rank']} on {told['host']}"
-    what = f"attempt {told['attempt']}: {told['kind'] or 'failure'}{where}{who}: {told['evidence']}"
+    what = f"attempt {told['attempt']}: {told['kind'] or 'failure'}{where}: {_cause(told)}"
     if "down_s" in told:
         return f"{what}; started again after a wait of {told['wait_s']:.3g} s, {told['down_s']:.1f} s lost"
     return f"{what}; starting again in {told['wait_s']:.3g} s: {told['reason']}"

@@ -1,7 +1,7 @@
 """The run directory: who made it, what lies where, and writing into it so that a file is whole or absent.
 
 runs/<name>/<run_id>/  job.yaml job.json plan.json exit.json merged.log metrics.jsonl loss.png
-                       trace.json timeline.png
+                       page.html trace.json timeline.png
                        logs/ errors/ ranks/ private/
 """
 

@@ -60,6 +60,7 @@ class RunState:
         apart: nodes that do not share the run directory.
         decisions: attempt that failed -> what its agents agreed on.
         down_s: attempt that failed -> seconds until ranks had started again.
+        again_unix_s: attempt that failed -> when they did.
     """
 
     plan: StartPlan
@@ -72,6 +73,7 @@ class RunState:
     apart: list[str] = field(default_factory=list)
     decisions: dict[int, dict[str, Any]] = field(default_factory=dict)
     down_s: dict[int, float] = field(default_factory=dict)
+    again_unix_s: dict[int, float] = field(default_factory=dict)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
@@ -109,6 +111,7 @@ class RunState:
         if attempt > self.attempt:
             failed_s = [end.time_unix_s for end in self.ends.values() if end.code and not end.ended_by_us]
             self.down_s[self.attempt] = max(0.0, time_unix_s - min(failed_s, default=time_unix_s))
+            self.again_unix_s[self.attempt] = time_unix_s
             self.attempt, self.ends, self.attempt_unix_s = attempt, {}, time_unix_s
         elif not self.attempt_unix_s:
             self.attempt_unix_s = time_unix_s

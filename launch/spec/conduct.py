@@ -9,7 +9,7 @@ from meshwright.launch.spec.block import Block, Count, Directory, Duration, Line
 from meshwright.launch.spec.health import Health
 from meshwright.parallel.errors import nearest
 
-__all__ = ["Backoff", "Checkpoint", "Conduct", "Failure", "Hang", "Logs", "Secret", "Sweep"]
+__all__ = ["Backoff", "Checkpoint", "Conduct", "Failure", "Hang", "Logs", "Monitor", "Secret", "Sweep"]
 
 CAUSES = ("node", "signal", "hang", "preempt", "exit", "config", "import_error", "exit:N")
 
@@ -48,6 +48,16 @@ class Logs(Block):
     )
     show_ranks: Listed[Annotated[int, Field(ge=0)]] = Field(default=(0,), description="Ranks whose output is shown.")
     keep_attempts: Count = Field(default=10, description="Attempts whose logs are kept.")
+
+
+class Monitor(Block):
+    """How a run of the built-in program can be watched while it runs."""
+
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        default=None,
+        description="Port on 127.0.0.1 of rank 0's host where Prometheus reads the newest metrics, at /metrics; 0 "
+        "takes a free one and says which; none unless given.",
+    )
 
 
 class Backoff(Block):
@@ -143,6 +153,9 @@ class Conduct(Block):
     """Keys of a job that say how it behaves."""
 
     logs: Logs = Field(default_factory=Logs, description="What is kept of the ranks' output.")
+    monitor: Monitor = Field(
+        default_factory=Monitor, description="How the built-in program can be watched while it runs."
+    )
     health: Health = Field(default_factory=Health, description="Checks of machines before and while the job runs.")
     failure: Failure = Field(default_factory=Failure, description="What happens when a rank fails.")
     checkpoint: Checkpoint = Field(

@@ -54,6 +54,11 @@ def _command(job: "Job") -> Iterator[Broken]:
     for key in ("model", "data", "train"):
         if getattr(job, key) is not None:
             yield key, f"`{key}` is read by the built-in program only, and this job has `command`; remove one of them"
+    if job.monitor.prometheus_port is not None:
+        yield (
+            "monitor.prometheus_port",
+            "the built-in program serves them, and this job has `command`; remove it",
+        )
     if isinstance(job.command, str) and not job.shell:
         yield "command", "a command given as text needs `shell: true`; or write it as a list of words"
     if not isinstance(job.command, str) and job.shell:

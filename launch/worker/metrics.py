@@ -5,16 +5,17 @@ is in it once.
 """
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["MetricsFile", "now_unix_s", "peak_memory_bytes", "progress_line", "utilisation"]
+__all__ = ["MetricsFile", "now_unix_s", "peak_memory_bytes", "progress_line", "restart_record", "utilisation"]
 
 
 @dataclass
@@ -23,9 +24,11 @@ class MetricsFile:
 
     Args:
         path: the file; None writes nothing.
+        heard: is told every record that is written.
     """
 
     path: Path | None
+    heard: Callable[[Mapping[str, Any]], None] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def restart(self, history: list[dict[str, Any]]) -> None:
@@ -40,6 +43,8 @@ class MetricsFile:
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(_line(record))
+        if self.heard is not None:
+            self.heard(record)
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -90,6 +95,19 @@ def progress_line(record: Mapping[str, Any], steps: int) -> str:
     if record.get("mfu_full") is not None:
         parts.append(f"MFU {record['mfu_full']:.1%} ({record['mfu_causal']:.1%} causal)")
     return "  ".join(parts)
+
+
+def restart_record(step: int) -> list[dict[str, Any]]:
+    """The record of a training that begins in the middle, or not for the first time; none for an ordinary beginning.
+
+    Args:
+        step: it goes on from.
+    """
+    attempt = int(os.environ.get("MESHWRIGHT_ATTEMPT", "0"))
+    if not step and not attempt:
+        return []
+    run_id = os.environ.get("MESHWRIGHT_RUN_ID", "")
+    return [{"event": "restart", "step": step, "run_id": run_id, "attempt": attempt, "time_unix_s": now_unix_s()}]
 
 
 def now_unix_s() -> float:

@@ -18,10 +18,10 @@ from meshwright.launch.worker.example import example_batch
 from meshwright.launch.worker.experts import count_job
 from meshwright.launch.worker.leave import Leave
 from meshwright.launch.worker.measure import Meter
-from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line
+from meshwright.launch.worker.metrics import MetricsFile, now_unix_s, progress_line, restart_record
 from meshwright.launch.worker.model import build_model
 from meshwright.launch.worker.optimizer import build_adamw, decay_of, set_rate
-from meshwright.launch.worker.plot import plot_losses
+from meshwright.launch.worker.prometheus import metrics_of
 from meshwright.launch.worker.record import StepFiles, figures, files_of
 from meshwright.launch.worker.schedule import LearningRate
 from meshwright.launch.worker.text import Text, load_text
@@ -70,7 +70,7 @@ class Training:
         check_borders(self.model, self.text, _DTYPES[self.job.train.precision])
         if self.step == 0:
             self._validate()
-        while self.step < self.job.train.steps and not self._out_of_time():
+        while self._is_unfinished and not self._out_of_time():
             self.step += 1
             self._one_step()
             if self._due(self.job.checkpoint.every_steps):
@@ -80,7 +80,7 @@ class Training:
     def _resume(self) -> None:
         found = self.checkpoints.find(self.job.checkpoint.resume)
         if found is None:
-            self.metrics.restart([])
+            self.metrics.restart(restart_record(0))
             return
         expected, was = self.text.fingerprint(), found.manifest.get("text")
         if was != expected:
@@ -88,8 +88,9 @@ class Training:
                 f"checkpoint {found.path} was trained on other text, another seed or another batch size "
                 f"(fingerprint {was}, now {expected}); put them back, or set checkpoint.resume=never to start anew"
             )
-        self.metrics.restart(self.checkpoints.load(self.model, found))
+        history = self.checkpoints.load(self.model, found)
         self.step = self.saved = found.step
+        self.metrics.restart([*history, *restart_record(found.step)] if self._is_unfinished else history)
         self.meter.tokens = self._tokens_read()
         self.say(f"resumed from {found.path} at step {found.step}")
 
@@ -135,7 +136,7 @@ class Training:
             **self.meter.read(),
             "lr": self._rate().at(self.step),
             "gradient_norm": norm,
-            **self.files.experts.read(),
+            **self.files.read(),
             **extra,
         }
         self.metrics.write(record)
@@ -169,8 +170,7 @@ class Training:
         self.say(f"saved {path}")
 
     def _finish(self) -> None:
-        assert self.job.train is not None, "checked when the job was read"
-        done = self.step >= self.job.train.steps
+        done = not self._is_unfinished
         last = self.metrics.history[-1] if self.metrics.history else {}
         if done and "validation_loss" not in last and last.get("event") != "end":
             self._validate()
@@ -181,17 +181,9 @@ class Training:
             self.metrics.write({"event": "end", "step": self.step, "seconds": seconds, "time_unix_s": now_unix_s()})
         if self.model.rank == 0:
             with patience("plotting"):
-                self._plot()
+                self.files.draw(self.metrics.history, self.say)
         if not done:
             self.say(f"stopped at step {self.step} {_why(self.checkpoints.leave)}")
-
-    def _plot(self) -> None:
-        path = self.files.run_dir / "loss.png"
-        missing = plot_losses(self.metrics.history, path, title=f"{self.job.name}: {self.model.mesh}")
-        self.say(f"loss curve: {path}" if missing is None else f"no loss.png: {missing}")
-        for said in (self.files.draw(), self.files.experts.draw(self.files.run_dir / "experts.png")):
-            if said:
-                self.say(said)
 
     def _rate(self) -> LearningRate:
         train = self.job.train
@@ -210,6 +202,11 @@ class Training:
         known = [record for record in self.metrics.history if "tokens" in record]
         step, tokens = (known[-1]["step"], known[-1]["tokens"]) if known else (0, 0)
         return tokens + sum(self.text.training_size(each, 1).tokens for each in range(step + 1, self.step + 1))
+
+    @property
+    def _is_unfinished(self) -> bool:
+        assert self.job.train is not None, "checked when the job was read"
+        return self.step < self.job.train.steps
 
     @property
     def _is_logged(self) -> bool:
@@ -258,10 +255,10 @@ def build_training(job: Job, run_dir: Path, *, device: torch.device, say: Callab
         optimizer=optimizer,
         text=text,
         checkpoints=_checkpoints(job, model, whose_say),
-        metrics=MetricsFile(run_dir / "metrics.jsonl" if model.rank == 0 else None),
+        metrics=metrics_of(job, run_dir, rank=model.rank, say=say),
         meter=meter,
         say=whose_say,
-        files=files_of(job, model, run_dir),
+        files=files_of(job, model, run_dir, device=device),
     )
 
 

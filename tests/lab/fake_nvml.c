@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 typedef void *device; /* index + 1 */
-enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, LOST = 15 };
+enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, LOST = 15 };
 
 static long told(const char *start, const char *key, long otherwise) {
     char wanted[64];
@@ -52,6 +52,12 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, device *out) {
     *out = (device)(long)(index + 1);
     return of(*out, "lost", 0) && of(*out, "early", 0) ? LOST : SUCCESS;
 }
+int nvmlDeviceGetHandleByUUID(const char *uuid, device *out) {
+    long index;
+    if (sscanf(uuid, "GPU-fake-%ld", &index) != 1 || index < 0 || index >= told("", "gpus", 8)) return NOT_FOUND;
+    *out = (device)(index + 1);
+    return SUCCESS;
+}
 int nvmlDeviceGetName(device d, char *out, unsigned size) {
     snprintf(out, size, of(d, "kind", 0) ? "NVIDIA A100-SXM4-40GB" : "NVIDIA H100 80GB HBM3");
     return SUCCESS;
@@ -68,6 +74,21 @@ int nvmlDeviceGetMemoryInfo(device d, struct memory *out) {
     out->total = 85899345920ULL;
     out->used = (unsigned long long)of(d, "used", 1 << 20);
     out->free = out->total - out->used;
+    return SUCCESS;
+}
+
+struct rates { unsigned gpu, memory; };
+int nvmlDeviceGetUtilizationRates(device d, struct rates *out) {
+    ASK(d);
+    HAVE(d, "busy");
+    out->gpu = (unsigned)of(d, "busy", 0);
+    out->memory = 0;
+    return SUCCESS;
+}
+int nvmlDeviceGetPowerUsage(device d, unsigned *out) {
+    ASK(d);
+    HAVE(d, "milliwatts");
+    *out = (unsigned)of(d, "milliwatts", 0);
     return SUCCESS;
 }
 

@@ -151,3 +151,9 @@ def test_every_key_is_described_and_every_block_too(block: type[BaseModel]) -> N
 
 def test_all_blocks_are_looked_at() -> None:
     assert len(blocks()) >= 25
+
+
+def test_numbers_are_served_by_the_built_in_program_only() -> None:
+    monitor = {"monitor": {"prometheus_port": 0}}
+    assert broken({**PROGRAM, **monitor}) == ["monitor.prometheus_port"]
+    assert Job.model_validate({**TRAINING, **monitor}).monitor.prometheus_port == 0

@@ -125,7 +125,12 @@ def test_a_run_that_its_agents_gave_up_says_why_and_what_its_restarts_cost() -> 
     assert found.reason == "rank 0 on node0 failed first; not started again: no progress"
     record = found.as_dict()
     assert (record["lost_s"], record["given_up"], len(record["restarts"])) == (3.5, "no progress", 1)
-    assert record["restarts"][0] == {key: again[key] for key in again if key != "event"} | {"down_s": 3.5}
+    assert record["restarts"][0] == {key: again[key] for key in again if key != "event"} | {
+        "cause": "rank 0 on node0: exited with code 7",
+        "down_s": 3.5,
+        "next_attempt": 1,
+        "time_unix_s": 13.5,
+    }
     assert "--- attempt 0: exit: rank 0 on node0: exited with code 7; started again after a wait of 2 s" in str(found)
 
 

@@ -24,6 +24,8 @@ def test_a_run_learns_measures_and_leaves_its_records(tmp_path: Path) -> None:
     assert {row["kind"] for row in first["collectives"]} <= {"all_reduce", "all_gather"}
     for key in ("tokens_per_s", "step_s", "peak_memory_bytes", "mfu_full", "mfu_causal", "gradient_norm"):
         assert first[key] > 0, key
+    assert first["loopback_bytes"] > 0, "two ranks of one machine"
+    assert {"network_sent_bytes", "network_received_bytes", "counted_s", "cpu_s", "resident_bytes"} <= set(first)
     assert records[-1]["event"] == "end"
     assert (run_dir(job, "one") / "loss.png").stat().st_size > 10_000
     assert json.loads((run_dir(job, "one") / "exit.json").read_text())["state"] == "succeeded"

@@ -1,0 +1,113 @@
+"""The page in headless Chromium: charts stand, nothing is complained about, nothing is asked of any network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from meshwright.launch.page.write import write_page
+from tests.launch.page.made import START_S, write_run
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUIET = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+    *("--proxy-server=127.0.0.1:9", "--proxy-bypass-list=<-loopback>"),  # what the browser itself asks for goes nowhere
+)
+HOVER = """<script>
+const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+const place = {clientX: box.left + box.width / 2, clientY: box.top + 50};
+svg.dispatchEvent(new PointerEvent("pointermove", place));
+</script>"""
+
+
+class Seen(NamedTuple):
+    """What came of opening a page: its document, lines of its console, addresses that it asked for."""
+
+    dom: str
+    console: list[str]
+    requests: list[str]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("NOT TESTED: pages in a browser; `apt install chromium` puts one here")
+    return found
+
+
+def look(chromium: str, page: Path, *more: str) -> Seen:
+    """Opens a page in a browser that knows nothing yet."""
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    words = [chromium, *QUIET, *more, f"--user-data-dir={folder}/profile", f"--log-net-log={folder}/net.json"]
+    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    events = json.loads((folder / "net.json").read_text())["events"]
+    asked = [event["params"] for event in events if {"url", "initiator"} <= set(event.get("params", {}))]
+    # "not an origin" is the browser itself
+    return Seen(done.stdout, console, [each["url"] for each in asked if each["initiator"] != "not an origin"])
+
+
+def artifacts(tmp_path: Path) -> Path:
+    """Where pictures are kept: $MESHWRIGHT_ARTIFACTS, or the test's own folder."""
+    folder = Path(os.environ.get("MESHWRIGHT_ARTIFACTS") or tmp_path / "artifacts")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write(tmp_path: Path) -> Path:
+    restarts = [{"next_attempt": 1, "time_unix_s": START_S + 99, "cause": "rank 5 on node1 was killed by SIGKILL"}]
+    first = {"traceback": "Traceback (most recent call last):\n  ...\nValueError: <b>no</b>"}
+    ended = {"state": "failed", "reason": "rank 3 on node0 failed first", "first_failure": first}
+    return write_page(write_run(tmp_path / "r", job="llama <script>x</script>", restarts=restarts, **ended))
+
+
+def test_the_page_stands_in_a_browser_without_a_complaint_or_a_request(chromium: str, tmp_path: Path) -> None:
+    page = write(tmp_path)
+    seen = look(chromium, page, "--dump-dom")
+    assert (seen.console, seen.requests) == ([], [])
+    charts = re.findall(r'<svg [^>]*aria-label="([^"]+)"', seen.dom)
+    assert charts[:3] == ["Loss", "Throughput", "Model-FLOP utilisation"]
+    assert len(charts) == 10
+    assert seen.dom.count('<div class="tip"') == 10, "the script ran: the policy knows it"
+    assert "<h1>llama &lt;script&gt;x&lt;/script&gt;</h1>" in seen.dom
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_picture_of_the_page_is_kept(chromium: str, tmp_path: Path, scheme: str) -> None:
+    picture = artifacts(tmp_path) / f"page-{scheme}.png"
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    look(chromium, write(tmp_path), f"--screenshot={picture}", "--window-size=1240,2000", *dark)
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 50_000, "more than an empty sheet"
+
+
+def test_a_pointer_over_a_chart_shows_the_values_of_its_step(chromium: str, tmp_path: Path) -> None:
+    page = write(tmp_path)
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    page.write_text(text.replace("</body>", f"{HOVER}</body>"))
+    seen = look(chromium, page, "--dump-dom")
+    (tip,) = re.findall(r'<div class="tip" style="[^"]*">([^<]+)</div>', seen.dom)
+    step = int(re.match(r"step (\d+)\n", tip)[1])  # type: ignore[index]
+    assert 115 <= step <= 135, "the middle of 250 steps, but for the margins"
+    assert re.search(r"^each step 2\.\d+$", tip, re.MULTILINE)
+    assert 'class="needle"' in seen.dom
+
+
+def test_these_tests_would_see_a_request_and_a_complaint(chromium: str, tmp_path: Path) -> None:
+    page = write(tmp_path)
+    image = '<img src="http://127.0.0.1:9/x.png">'
+    page.write_text(page.read_text().replace("</main>", f"{image}</main>"))
+    seen = look(chromium, page, "--dump-dom")
+    assert any("Content Security Policy" in line for line in seen.console), "the policy holds"
+    assert seen.requests == []
+    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text()))
+    assert look(chromium, page, "--dump-dom").requests == ["http://127.0.0.1:9/x.png"]
