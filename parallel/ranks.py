@@ -187,7 +187,7 @@ def _receive(rank: int, each: _Rank) -> Any:
     try:
         good, value = cloudpickle.loads(each.connection.recv_bytes())
     except (EOFError, ConnectionError):
-        return _Failure(f"rank {rank} died with exit code {each.process.wait()}\n{_tail(each.stderr)}")
+        return _Failure(f"rank {rank} died with exit code {each.process.wait()}\n{_tail(each.stderr, lines=60)}")
     if good:
         return value
     cause, text = value
@@ -199,6 +199,7 @@ def serve(descriptor: int, parent: int) -> None:
     import faulthandler
 
     faulthandler.register(signal.SIGUSR1)
+    faulthandler.enable()  # a crash of native code says where Python was
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     connection = Connection(descriptor)
     from meshwright.parallel.collectives import stop_ranks
