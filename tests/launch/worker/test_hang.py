@@ -83,7 +83,7 @@ def test_a_rank_that_stops_answering_is_named_with_its_action_within_the_limit(t
     assert told["first_failure"]["rank"] == 1
     assert re.search(
         r"hang: rank 1 \(pp=1\) has not answered for \d s \(its process is stopped by a signal\); "
-        r"it was last heard of at step \d+, 1F0 \(forward, stage 1, micro-batch 0\); "
+        r"it was last heard of at step \d+, 1F([01]) \(forward, stage 1, micro-batch \1\); "
         r"rank 0 waits for rank 1 at step \d+, 0RECV_B\d",
         told["reason"],
     ), told["reason"]
