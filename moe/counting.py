@@ -19,7 +19,7 @@ from meshwright.moe.loss_free import next_bias
 from meshwright.moe.metrics import RoutingCounts, count_routing, no_counts, summed_counts
 from meshwright.moe.recognise import FoundExperts, find_bias, find_experts
 from meshwright.moe.swap import read_routing
-from meshwright.parallel.recompute import is_run_again
+from meshwright.parallel.recompute import is_uncounted
 
 __all__ = ["count_experts", "move_biases", "take_counts"]
 
@@ -94,7 +94,7 @@ class _Counter:
         self._counted = no_counts(found.num_experts)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training or is_run_again():
+        if not module.training or is_uncounted():
             return
         _, index, weights = self._signature.bind(*args, **kwargs).arguments.values()
         self._counted += count_routing(read_routing(index, weights.detach(), num_experts=self._num_experts))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from meshwright.moe.balance import Total
 from meshwright.moe.errors import BalanceError
 from meshwright.moe.routing import Routing
-from meshwright.parallel.recompute import is_run_again
+from meshwright.parallel.recompute import is_uncounted
 
 __all__ = ["LoadBias", "next_bias"]
 
@@ -83,7 +83,7 @@ class LoadBias(nn.Module):
 
         Counts nothing in evaluation, nor in a forward that is run again.
         """
-        if self.training and not is_run_again():
+        if self.training and not is_uncounted():
             self._counted = self.counts + routing.counts().sum(0)
 
     def step(self, total: Total | None = None) -> None:

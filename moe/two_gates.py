@@ -58,17 +58,19 @@ class TwoGates(nn.Module):
         Args:
             hidden_states: [..., d]
         """
-        routing = self.route(hidden_states)
-        return self.logits(hidden_states).flatten(0, -2), routing.weights, routing.experts
+        levels = self._levels(hidden_states)
+        routing = self._routed(*levels)
+        return _outer_sum(*levels).flatten(0, -2), routing.weights, routing.experts
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., experts] for [..., d]."""
-        inter, intra = self._levels(hidden_states)
-        return (inter.log_softmax(-1)[..., :, None] + intra.log_softmax(-1)[..., None, :]).flatten(-2)
+        return _outer_sum(*self._levels(hidden_states))
 
     def route(self, hidden_states: Tensor) -> BiLevelRouting:
         """What is chosen for [..., d], a row for each token."""
-        inter, intra = self._levels(hidden_states)
+        return self._routed(*self._levels(hidden_states))
+
+    def _routed(self, inter: Tensor, intra: Tensor) -> BiLevelRouting:
         return self.router.route(inter.flatten(0, -2), intra.flatten(0, -2))
 
     def _levels(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +130,11 @@ class _Chosen:
             chosen = functional.one_hot(chosen, routing.num_experts) * routing.kept[..., None]
         given.arguments[choices], given.arguments[weights] = chosen.to(index.dtype), routing.weights.to(before.dtype)
         return given.args, given.kwargs
+
+
+def _outer_sum(inter: Tensor, intra: Tensor) -> Tensor:
+    """Logits [..., experts] of both levels together."""
+    return (inter.log_softmax(-1)[..., :, None] + intra.log_softmax(-1)[..., None, :]).flatten(-2)
 
 
 def _nearest_sum(rows: Tensor, n: int, m: int) -> tuple[nn.Parameter, nn.Parameter]:

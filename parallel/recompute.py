@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Frame", "is_run_again", "uncounted"]
+__all__ = ["Frame", "is_uncounted", "uncounted"]
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 
 
-def is_run_again() -> bool:
+def is_uncounted() -> bool:
     """Whether a forward is none that counts: a second one, of a `Frame` or `torch.utils.checkpoint`, or a plan's.
 
-    >>> is_run_again()
+    >>> is_uncounted()
     False
     """
     return _AGAIN.get() or torch._C._current_graph_task_id() != -1
@@ -39,7 +39,7 @@ def uncounted() -> Iterator[None]:
     """Inside, forward passes are none that count: second ones, or those of plans.
 
     >>> with uncounted():
-    ...     is_run_again()
+    ...     is_uncounted()
     True
     """
     token = _AGAIN.set(True)

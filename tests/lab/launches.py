@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["QUICKSTART", "ROOT", "Launch", "eventually", "finish", "losses", "write_job"]
+__all__ = ["QUICKSTART", "ROOT", "Launch", "finish", "losses", "write_job"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _STEPS = ("train.steps=4", "data.max_bytes=256KiB", "train.validate_every_steps=2", "train.log_every_steps=1")
@@ -22,16 +21,6 @@ QUICKSTART: tuple[Any, ...] = (
 """The example as it is, with few steps."""
 
 _APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private")
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    """Whether something comes true in time."""
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def finish(launcher: "subprocess.Popen[str]") -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
-from tests.lab.launches import QUICKSTART, Launch, eventually, finish, losses, write_job
+from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job
 from tests.lab.slurm import Slurm, holds
+from tests.launch.waiting import eventually
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 

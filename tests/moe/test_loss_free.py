@@ -96,7 +96,7 @@ def test_a_block_that_the_engine_runs_again_counts_once() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_forward_that_is_run_again_counts_once(reentrant: bool) -> None:
+def test_a_forward_that_is_uncounted_counts_once(reentrant: bool) -> None:
     load = LoadBias(4)
     logits = flat_logits().requires_grad_()
     weights = checkpoint(lambda each: routed(each, load).weights, logits, use_reentrant=reentrant)
