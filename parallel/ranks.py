@@ -7,8 +7,7 @@ every rank gave its answer, and each failed only by a refusal of this library's 
 """
 
 import atexit
-import contextlib
-import gc
+import logging
 import os
 import shutil
 import signal
@@ -16,9 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,9 +29,12 @@ import cloudpickle
 from meshwright.parallel.errors import MeshwrightError, RankError
 from meshwright.parallel.mesh import Mesh
 
-__all__ = ["RankPool", "default_pool", "run_ranks", "serve"]
+__all__ = ["RankPool", "default_pool", "run_ranks"]
 
+_LOG = logging.getLogger(__name__)
 _POLL_S = 0.5
+_START_S = 300.0  # to import torch may take long where the disk is slow
+_MEETING_S = 60.0  # a handshake takes milliseconds; processes may wait for a core
 _REFUSAL_S = 2.0  # what one rank refuses, others mostly refuse a moment later
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -61,6 +61,22 @@ class _Rank:
     process: subprocess.Popen[bytes]
     connection: Connection
     stderr: Path
+    ready: bool = False
+
+    def get_ready(self) -> None:
+        """Waits until torch is imported, or until the last call's group is left; neither counts as a call's time."""
+        if self.ready:
+            return
+        try:
+            self.ready = self.connection.poll(_START_S) and bool(self.connection.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            raise RankError(f"a rank died between two calls with {self.death()}") from error
+        if not self.ready:
+            raise RankError(f"a rank was not ready within {_START_S:g} s\n{_tail(self.stderr, lines=60)}")
+
+    def death(self) -> str:
+        """How this process ended, and the end of what it wrote."""
+        return f"exit code {self.process.wait()}\n{_tail(self.stderr, lines=60)}"
 
 
 @dataclass(frozen=True)
@@ -98,15 +114,12 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], num_ranks: int, args: Sequence[Any], *, timeout_s: float) -> list[Any]:
         """Calls a function on the first `num_ranks` processes; see `run_ranks`."""
-        self._calls += 1
-        ranks, folder = self._warm(num_ranks)
-        store = folder / f"store-{self._calls}"
+        payload = _dumps(function, tuple(args))
+        ranks, store = self._meet(num_ranks)
         try:
-            payload = _dumps(function, tuple(args))
-            for rank, each in enumerate(ranks):
-                each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store), sys.path)))
+            for each in ranks:
                 each.connection.send_bytes(payload)
-            results = _collect(ranks, time.monotonic() + timeout_s, timeout_s)
+            results = _collect(ranks, timeout_s)
             for each, result in zip(ranks, results, strict=True):  # one that left earlier would have cut others off
                 if not isinstance(result, _Failure):
                     each.connection.send_bytes(b"done")
@@ -132,22 +145,49 @@ class RankPool:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    def _meet(self, num_ranks: int) -> tuple[list[_Rank], Path]:
+        """Ranks in a process group of their own, and the file that it keeps.
+
+        Seldom, gloo's handshake never ends or a process dies while it leaves the group before. Nothing of the caller's
+        has run then, so they are started anew, once, and it is said.
+        """
+        try:
+            return self._met(num_ranks)
+        except (RankError, ConnectionError) as error:
+            _LOG.warning("%d ranks are started anew, since these did not meet: %s", num_ranks, error)
+            return self._met(num_ranks)
+
+    def _met(self, num_ranks: int) -> tuple[list[_Rank], Path]:
+        try:
+            ranks, folder = self._warm(num_ranks)
+            self._calls += 1
+            store = folder / f"store-{self._calls}"
+            for rank, each in enumerate(ranks):
+                each.ready = False
+                each.connection.send_bytes(cloudpickle.dumps((rank, num_ranks, str(store), sys.path)))
+            failures = [each for each in _collect(ranks, _MEETING_S) if isinstance(each, _Failure)]
+            if failures:
+                _culprit(failures).throw()
+        except BaseException:
+            self.close()
+            raise
+        return ranks, store
+
     def _warm(self, num_ranks: int) -> tuple[list[_Rank], Path]:
         if any(each.process.poll() is not None for each in self._ranks):
             self.close()
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="meshwright-ranks-"))
-        known = len(self._ranks)
         while len(self._ranks) < num_ranks:
             self._ranks.append(_start(self._folder / f"stderr-{self._calls}-{len(self._ranks)}"))
-        for each in self._ranks[known:]:
-            each.connection.recv_bytes()  # torch is imported: a call's time does not count it
+        for each in self._ranks[:num_ranks]:
+            each.get_ready()
         return self._ranks[:num_ranks], self._folder
 
 
-def _collect(ranks: list[_Rank], deadline_s: float, timeout_s: float) -> list[Any]:
+def _collect(ranks: list[_Rank], timeout_s: float) -> list[Any]:
     """The answers of all ranks; failures are among them where every rank can go on after them."""
     results: dict[int, Any] = {}
-    patience_s = deadline_s
+    patience_s = deadline_s = time.monotonic() + timeout_s
     while len(results) < len(ranks):
         waiting = {id(each.connection): rank for rank, each in enumerate(ranks) if rank not in results}
         arrived = wait([ranks[rank].connection for rank in waiting.values()], timeout=_POLL_S)
@@ -187,55 +227,11 @@ def _receive(rank: int, each: _Rank) -> Any:
     try:
         good, value = cloudpickle.loads(each.connection.recv_bytes())
     except (EOFError, ConnectionError):
-        return _Failure(f"rank {rank} died with exit code {each.process.wait()}\n{_tail(each.stderr, lines=60)}")
+        return _Failure(f"rank {rank} died with {each.death()}")
     if good:
         return value
     cause, text = value
     return _Failure(f"rank {rank} failed\n{text}", cause)
-
-
-def serve(descriptor: int, parent: int) -> None:
-    """The life of one process of a pool: receives functions on a socket until it closes."""
-    import faulthandler
-
-    faulthandler.register(signal.SIGUSR1)
-    faulthandler.enable()  # a crash of native code says where Python was
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    connection = Connection(descriptor)
-    from meshwright.parallel.collectives import stop_ranks
-
-    num_modules = 0
-    connection.send_bytes(b"ready")
-    while True:
-        try:
-            rank, num_ranks, store, sys.path[:] = cloudpickle.loads(connection.recv_bytes())
-            answer = _answer(connection.recv_bytes(), rank, num_ranks, store)
-            connection.send_bytes(cloudpickle.dumps(answer))
-            if answer[0]:
-                connection.recv_bytes()  # a rank that failed leaves at once, so that no other waits for it
-        except (EOFError, ConnectionError):
-            return
-        del answer
-        gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
-        if len(sys.modules) != num_modules:
-            num_modules = len(sys.modules)
-            gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
-        with contextlib.suppress(RuntimeError):
-            stop_ranks()
-
-
-def _answer(payload: bytes, rank: int, num_ranks: int, store: str) -> tuple[bool, Any]:
-    from meshwright.parallel.collectives import World, start_ranks
-
-    position = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
-    os.environ.update({name: str(value) for name, value in position.items()})
-    try:
-        function, args = cloudpickle.loads(payload)
-        start_ranks(f"file://{store}", position=World(rank, num_ranks, rank, num_ranks), hang_s=0)
-        return True, function(*args)
-    except Exception as error:
-        cause = error if isinstance(error, MeshwrightError) else None
-        return False, (cause, traceback.format_exc())
 
 
 def _dumps(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
@@ -259,7 +255,7 @@ def _travels_by_value(module_name: str) -> bool:
 
 def _start(stderr: Path) -> _Rank:
     here, there = socket.socketpair()
-    code = f"from meshwright.parallel.ranks import serve; serve({there.fileno()}, {os.getpid()})"
+    code = f"from meshwright.parallel.serving import serve; serve({there.fileno()}, {os.getpid()})"
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
     with stderr.open("wb") as log:
         process = subprocess.Popen(
@@ -272,12 +268,6 @@ def _start(stderr: Path) -> _Rank:
         )
     there.close()
     return _Rank(process, Connection(here.detach()), stderr)
-
-
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL_S)
-    os._exit(1)
 
 
 def _hang_text(stuck: set[int], ranks: list[_Rank], timeout_s: float) -> str:

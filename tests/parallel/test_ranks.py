@@ -1,10 +1,13 @@
 import os
+import signal
 import time
+from typing import NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from meshwright.parallel import ranks
 from meshwright.parallel.collectives import world
 from meshwright.parallel.errors import MeshError, RankError
 from meshwright.parallel.mesh import Mesh
@@ -92,6 +95,58 @@ def test_ranks_that_wait_for_one_that_refused_are_let_go_and_those_that_do_not_h
     with pytest.raises(MeshError, match="no such mesh"):
         run_ranks(_sleep_beside_one_that_refused, Mesh(dp=2))
     assert not set(run_ranks(_process, Mesh(dp=2))) & set(first)
+
+
+class _EndsWhenCollected:
+    def __init__(self) -> None:
+        self.myself = self
+
+    def __del__(self) -> None:
+        time.sleep(0.5)
+        os._exit(9)
+
+
+def _leave_something_that_ends_this_process() -> int:
+    _EndsWhenCollected()
+    return os.getpid()
+
+
+def test_a_rank_that_dies_between_two_calls_is_said_and_costs_the_next_call_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pool = RankPool()
+    try:
+        first = pool.run(_leave_something_that_ends_this_process, 2, (), timeout_s=60)
+        assert not set(pool.run(_process, 2, (), timeout_s=60)) & set(first)
+    finally:
+        pool.close()
+    assert "2 ranks are started anew" in caplog.text
+    assert "died between two calls with exit code 9" in caplog.text
+
+
+def _nobody_answers(tries: list[float], timeout_s: float) -> NoReturn:
+    tries.append(timeout_s)
+    raise RankError("nobody answers")
+
+
+def test_ranks_that_never_meet_are_started_anew_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ranks, "_MEETING_S", 3.0)
+    pool = RankPool()
+    try:
+        first = pool.run(_process, 2, (), timeout_s=60)
+        time.sleep(0.5)  # both have left their group
+        os.kill(first[1], signal.SIGSTOP)
+        assert not set(pool.run(_process, 2, (), timeout_s=60)) & set(first)
+        assert "ranks [0, 1] of 2 did not finish within 3 s" in caplog.text
+        tries: list[float] = []
+        monkeypatch.setattr(ranks, "_collect", lambda _, timeout_s: _nobody_answers(tries, timeout_s))
+        with pytest.raises(RankError, match="nobody answers"):
+            pool.run(_process, 2, (), timeout_s=60)
+        assert len(tries) == 2
+    finally:
+        pool.close()
 
 
 def test_a_rank_that_dies_is_named_with_its_code() -> None:

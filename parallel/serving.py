@@ -1,0 +1,87 @@
+"""The life of one process of a pool of ranks: it joins a group, calls what it is sent, and leaves the group again."""
+
+import contextlib
+import faulthandler
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+
+from meshwright.parallel.collectives import World, start_ranks, stop_ranks
+from meshwright.parallel.errors import MeshwrightError
+
+__all__ = ["serve"]
+
+_POLL_S = 0.5
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Serves calls on a socket until it closes or the parent is gone.
+
+    For each call it says that it is ready, receives its place and the group's file, says that all ranks have met,
+    receives the function, and answers: pairs of whether it went well and the result, or what went wrong.
+    """
+    faulthandler.register(signal.SIGUSR1)
+    faulthandler.enable()  # a crash of native code says where Python was
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    connection = Connection(descriptor)
+    num_modules = 0
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connection.send_bytes(b"ready")
+            _serve_one(connection)
+            gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
+            if len(sys.modules) != num_modules:
+                num_modules = len(sys.modules)
+                gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
+            with contextlib.suppress(RuntimeError):
+                stop_ranks()
+
+
+def _serve_one(connection: Connection) -> None:
+    rank, num_ranks, store, sys.path[:] = cloudpickle.loads(connection.recv_bytes())
+    met = _answer(lambda: _join(World(rank, num_ranks, rank, num_ranks), store))
+    connection.send_bytes(cloudpickle.dumps(met))
+    payload = connection.recv_bytes()
+    answer = _answer(lambda: _call(payload))
+    connection.send_bytes(cloudpickle.dumps(answer))
+    if answer[0]:
+        connection.recv_bytes()  # a rank that failed leaves at once, so that no other waits for it
+
+
+def _join(position: World, store: str) -> None:
+    names = {
+        "RANK": position.rank,
+        "WORLD_SIZE": position.world_size,
+        "LOCAL_RANK": position.local_rank,
+        "LOCAL_WORLD_SIZE": position.local_world_size,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+    start_ranks(f"file://{store}", position=position, hang_s=0)
+
+
+def _call(payload: bytes) -> Any:
+    function, args = cloudpickle.loads(payload)
+    return function(*args)
+
+
+def _answer(work: Callable[[], Any]) -> tuple[bool, Any]:
+    try:
+        return True, work()
+    except Exception as error:
+        cause = error if isinstance(error, MeshwrightError) else None
+        return False, (cause, traceback.format_exc())
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)
