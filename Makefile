@@ -12,8 +12,11 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
-# tests that start no ranks share the cores; the others have them for themselves
+# tests that start no ranks share the cores; whole runs leave half of them idle and go two at a time; the others,
+# which start ranks themselves, have them for themselves
 QUICK := not slow and not faults and not lab
+SLOW  := (slow or faults) and not lab
+RUNS  := tests/launch tests/clusters tests/house
 
 export DS_BUILD_OPS := 0
 export PIP_ROOT_USER_ACTION := ignore
@@ -31,7 +34,8 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 
 test: $(STAMP) lint ## ruff, mypy --strict, all tests and documents
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
-	$(BIN)/python -m pytest -q -m "not ($(QUICK)) and not lab"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(SLOW)" $(RUNS)
+	$(BIN)/python -m pytest -q -m "$(SLOW)" $(RUNS:%=--ignore=%)
 
 check: $(STAMP) lint ## the same without slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
