@@ -56,11 +56,13 @@ class Host:
     def __init__(self, name: str, address: str, namespace: str, folder: Path) -> None:
         self.name, self.address, self.namespace, self.folder = name, address, namespace, folder
         self.children: list[subprocess.Popen[bytes]] = []
+        self._daemons: list[tuple[Sequence[str], Path | None]] = []
         self._private = self.folder / "private"
         self._private.mkdir(parents=True)
 
     def start(self, words: Sequence[str], *, private: Path | None = None) -> "subprocess.Popen[bytes]":
         """Starts a daemon on this host as the first process of its own; `private` is another directory here."""
+        self._daemons.append((words, private))
         hosts = str(self.folder.parent / "hosts")
         inner = ["bash", "-c", _ENTER, "_", self.name, hosts, str(self._private), str(private or ""), *words]
         own = ["--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private"]
@@ -75,6 +77,13 @@ class Host:
             )
         self.children.append(child)
         return child
+
+    def boot(self) -> None:
+        """Starts again what ran on this host before it ended."""
+        before = list(self._daemons)
+        self._daemons.clear()
+        for words, private in before:
+            self.start(words, private=private)
 
     def link(self, state: str) -> None:
         """Plugs the network cable in or out: "up", "down"."""

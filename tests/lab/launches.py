@@ -91,13 +91,13 @@ class Launch:
             check=False,
         )
 
-    def start(self, job: Path, *more: str) -> "subprocess.Popen[str]":
-        """Launches, and leaves it running; its process is the launcher itself."""
+    def start(self, job: Path, *more: str, output: Any = subprocess.PIPE) -> "subprocess.Popen[str]":
+        """Launches, and leaves it running; its process is the launcher itself, `output` takes what it says."""
         return subprocess.Popen(
             self.words("launch", str(job), "--run-id", self.run_id, *more),
             cwd=self.folder,
             env=self.env,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,

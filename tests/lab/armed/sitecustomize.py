@@ -1,0 +1,27 @@
+"""Arms every Python process that has this folder on its path, so that faults can be made inside of it from outside."""
+
+import os
+import signal
+import socket
+import time
+
+
+def _crash(number: int, frame: object) -> None:
+    raise RuntimeError("a crash that the lab asked for")
+
+
+def _slow(flush: object, wait_s: float) -> object:
+    def flush_late(descriptor: int) -> None:
+        time.sleep(wait_s)
+        flush(descriptor)
+
+    return flush_late
+
+
+if "LAB_CRASH" in os.environ and "RANK" in os.environ:
+    signal.signal(signal.SIGRTMIN + 5, _crash)
+if "LAB_FLUSH_S" in os.environ:
+    os.fsync = _slow(os.fsync, float(os.environ["LAB_FLUSH_S"]))
+if socket.gethostname() == os.environ.get("LAB_SKEWED"):
+    _now = time.time
+    time.time = lambda: _now() + 120.0

@@ -1,0 +1,230 @@
+"""One training on the lab's hosts that a fault can befall, and what it says and leaves meanwhile."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from meshwright.clusters.sweep import carriers
+from tests.lab.hosts import Host, Hosts
+from tests.lab.launches import ROOT, Launch
+from tests.lab.slurm import Slurm
+from tests.launch.waiting import eventually
+
+__all__ = ["EVERY", "STEPS", "Bench", "Kind", "write_training"]
+
+Kind = Literal["ssh", "slurm"]
+STEPS = 24
+EVERY = 6
+"""Steps from one checkpoint to the next."""
+
+_FAILURE = {
+    "max_restarts": 3,
+    "backoff": {"initial": "500ms", "factor": 2, "max": "2s"},
+    "shutdown_grace": "2s",
+    "retry_on": ["node", "signal", "hang", "preempt", "exit"],
+    "hang": {"no_progress_for": "8s", "action": "dump_and_restart"},
+}
+
+
+def write_training(path: Path, **keys: Any) -> Path:
+    """The quickstart with few steps, many checkpoints, and a policy that starts again."""
+    job: dict[str, Any] = yaml.safe_load((ROOT / "examples/quickstart.yaml").read_text())
+    job["data"]["max_bytes"] = "256KiB"
+    job["train"] |= {"steps": STEPS, "log_every_steps": 1, "validate_every_steps": None, "batch_size": 8}
+    job["checkpoint"] = {"every_steps": EVERY, "keep": 10, "dir": "checkpoints"}
+    job["logs"] = {"dir": "runs/{run_id}"}
+    job["failure"] = dict(_FAILURE)
+    job["nodes"] = 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(job | keys))
+    return path
+
+
+class Bench:
+    """A training in a folder of its own.
+
+    Args:
+        kind: of cluster.
+        folder: that all hosts see.
+        hosts: up; the first two train.
+        slurm: of those hosts, where `kind` is slurm.
+        variables: of every Python process.
+        cluster: further keys of the cluster.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        folder: Path,
+        hosts: Hosts,
+        slurm: Slurm | None,
+        *,
+        variables: Mapping[str, str],
+        cluster: Mapping[str, Any],
+    ) -> None:
+        self.kind, self.folder, self.hosts, self.slurm = kind, folder, hosts, slurm
+        own = {
+            "PYTHONPATH": f"{ROOT / 'tests/lab/armed'}:{ROOT / 'src'}",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **variables,
+        }
+        keys = _ssh_keys(hosts, own) if slurm is None else {"type": "slurm"}
+        self._launch = Launch(folder, {"far": keys | dict(cluster)}, "r", own | (slurm.env if slurm else {}))
+        self._output = (folder / "output.txt").open("wb")
+        self._launcher: Any = None
+        self._tries = 0
+        self._occupant: subprocess.Popen[bytes] | None = None
+
+    def start(self, job: Path) -> None:
+        """Launches the job; again where it was launched before."""
+        self._tries += 1
+        self._launch.run_id = f"{self.folder.name}-{self._tries}"
+        self._launcher = self._launch.start(job, "--set", "cluster=far", output=self._output)
+
+    @property
+    def run_id(self) -> str:
+        """Of the last launch."""
+        return self._launch.run_id
+
+    @property
+    def run_dir(self) -> Path:
+        """Of the last launch."""
+        return self.folder / "runs" / self.run_id
+
+    @property
+    def launcher(self) -> int:
+        """Process id."""
+        return int(self._launcher.pid)
+
+    def said(self, pattern: str = "") -> str:
+        """What launchers have said; the part that a pattern matches."""
+        found = re.search(pattern, self._said())
+        return found[0] if found else ""
+
+    def all_said(self, pattern: str) -> list[str]:
+        """Everything that they have said and that a pattern matches, or its group."""
+        return re.findall(pattern, self._said())
+
+    def _said(self) -> str:
+        return (self.folder / "output.txt").read_text(errors="replace")
+
+    def attach(self, timeout_s: float = 180.0) -> int:
+        """Looks at the last launch again from another terminal until it ends."""
+        done = self._launch.type("attach", self.run_id, timeout_s=timeout_s)
+        with (self.folder / "output.txt").open("a") as file:
+            file.write(done.stdout + done.stderr)
+        return done.returncode
+
+    def saved(self, checkpoints: Path | None = None) -> list[int]:
+        """Steps of whole checkpoints, ascending."""
+        where = checkpoints or self.folder / "checkpoints"
+        return sorted(int(path.name.removeprefix("step-")) for path in where.glob("step-*"))
+
+    def ranks(self, node: int) -> list[int]:
+        """Process ids of training processes of a node."""
+        return [pid for pid in carriers(self.run_id, node) if _is_rank(pid)]
+
+    def agents(self, node: int) -> list[int]:
+        """Process ids of what runs a node's ranks, up to the first that is not the run's."""
+        return [pid for pid in carriers(self.run_id, node) if not _is_rank(pid)] or [
+            _parent(pid) for pid in self.ranks(node)[:1]
+        ]
+
+    def host(self, node: int) -> Host:
+        """That carries a node of the run."""
+        named = json.loads((self.run_dir / "plan.json").read_text())["nodes"][node]["name"]
+        return next(each for each in self.hosts.hosts if each.name == named)
+
+    def trains(self, checkpoints: Path, generator: random.Random, timeout_s: float = 180.0) -> bool:
+        """Waits for a checkpoint, and a random while more."""
+        found = eventually(lambda: bool(self.saved(checkpoints)) or self.over(), timeout_s) and not self.over()
+        time.sleep(generator.uniform(0.0, 1.0))
+        return found
+
+    def over(self) -> bool:
+        """Whether the launcher has ended."""
+        return self._launcher.poll() is not None
+
+    def end(self, timeout_s: float = 180.0) -> int | None:
+        """The launcher's exit code; None where it has not ended in time."""
+        return self._launcher.returncode if eventually(self.over, timeout_s) else None
+
+    def left(self) -> int:
+        """Processes of any launch of this bench that still run a while after its end."""
+        ids = [f"{self.folder.name}-{index}" for index in range(1, self._tries + 1)]
+        eventually(lambda: not any(pid for each in ids for pid in carriers(each)), 10)
+        return sum(1 for each in ids for _ in carriers(each))
+
+    def losses(self) -> dict[int, float]:
+        """Step -> loss as it was written last."""
+        found: dict[int, float] = {}
+        for index in range(1, self._tries + 1):
+            path = self.folder / f"runs/{self.folder.name}-{index}/metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            found |= {each["step"]: each["loss"] for each in map(json.loads, lines) if "loss" in each}
+        return found
+
+    def occupy(self, ports: Sequence[int]) -> None:
+        """Listens on ports of the first host."""
+        first = self.hosts.hosts[0]
+        held = f"held = [socket.create_server(('0.0.0.0', port)) for port in {list(ports)}]"
+        words = ["nsenter", f"--net=/run/netns/{first.namespace}", sys.executable, "-S", "-c"]
+        self._occupant = subprocess.Popen([*words, f"import socket, time; {held}; time.sleep(3600)"])
+        if not eventually(lambda: f"0.0.0.0:{ports[-1]}" in first.listening(), 20):
+            raise RuntimeError(f"ports {ports} of {first.name} are not there to be taken")
+
+    def vacate(self) -> None:
+        """Lets go of the ports."""
+        if self._occupant is not None:
+            self._occupant.kill()
+            self._occupant.wait()
+            self._occupant = None
+
+    def close(self) -> None:
+        """Ends what is left."""
+        self.vacate()
+        if self._launcher is not None and not self.over():
+            self._launcher.send_signal(signal.SIGTERM)
+            if not eventually(self.over, 20):
+                self._launcher.kill()
+            self._launcher.wait()
+        for index in range(1, self._tries + 1):
+            for pid in carriers(f"{self.folder.name}-{index}"):
+                os.kill(pid, signal.SIGKILL)
+        self._output.close()
+
+
+def _ssh_keys(lab: Hosts, variables: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "type": "ssh",
+        "hosts": [{"name": host.name, "addr": host.address} for host in lab.hosts],
+        "user": "root",
+        "identity_file": str(lab.key),
+        "known_hosts": str(lab.known_hosts),
+        "config": str(lab.folder / "ssh_config"),
+        "lost_after": "6s",
+        "connect_timeout": "5s",
+        "env": dict(variables),
+    }
+
+
+def _is_rank(pid: int) -> bool:
+    try:
+        return b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,0 +1,213 @@
+"""Makes every fault of the table happen, again and again, and writes what was seen to docs/reliability.md.
+
+`python -m tests.lab.reliability [--repeat N] [--kind ssh|slurm] [--only WORDS] [--write]`, as root. Trials are added to
+benchmarks/results/reliability.jsonl; `--write` alone makes the page of them.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.lab.bench import STEPS, Bench, Kind, write_training
+from tests.lab.faults import AGAIN, FAULTS, LOOK, REFUSED, UNHARMED, Fault
+from tests.lab.hosts import Hosts, missing_for_hosts, run
+from tests.lab.reliability_page import PAGE, RESULTS, page
+from tests.lab.slurm import Slurm, missing_for_slurm
+from tests.launch.waiting import eventually
+
+__all__ = ["Trial", "attempt", "lab", "main", "undisturbed"]
+
+_SMALL_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was seen of one fault.
+
+    Args:
+        fault: its name.
+        kind: of cluster.
+        detected_s: from the blow to the words that name who and why; None where there was nothing to say, or none came.
+        named: whether they were said, or need not be.
+        limit_s: in which they must be.
+        lost_steps: steps between the newest whole checkpoint and the one that was resumed from.
+        left: processes that were still there after the end.
+        same: whether the losses of all steps are, bit for bit, those of an undisturbed run, or nothing was started.
+        code: of the last launch.
+        wall_s: of the whole trial.
+        note: what was wrong, in words.
+    """
+
+    fault: str
+    kind: str
+    detected_s: float | None
+    named: bool
+    limit_s: float
+    lost_steps: int
+    left: int
+    same: bool
+    code: int | None
+    wall_s: float
+    note: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether all was as it must be."""
+        in_time = self.detected_s is None or self.detected_s <= self.limit_s
+        return self.named and in_time and not self.lost_steps and not self.left and self.same and not self.note
+
+
+@contextmanager
+def lab(kind: Kind) -> Iterator[tuple[Path, Hosts, Slurm | None]]:
+    """Three hosts, and Slurm on them where it is asked for, around a folder that all of them see."""
+    folder = Path(tempfile.mkdtemp(prefix="meshwright-faults-"))
+    folder.chmod(0o755)
+    (folder / "small").mkdir()
+    run("mount", "-t", "tmpfs", "-o", f"size={_SMALL_BYTES}", "tmpfs", str(folder / "small"))
+    hosts = Hosts(folder, number=3)
+    slurm = Slurm(hosts) if kind == "slurm" else None
+    try:
+        hosts.up()
+        hosts.wait()
+        if slurm is not None:
+            slurm.up()
+        yield folder, hosts, slurm
+    finally:
+        if slurm is not None:
+            slurm.down()
+        hosts.down()
+        run("umount", "-l", str(folder / "small"), check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def undisturbed(kind: Kind, folder: Path, hosts: Hosts, slurm: Slurm | None) -> dict[int, float]:
+    """Losses of a run that nothing befalls."""
+    bench = Bench(kind, folder / "undisturbed", hosts, slurm, variables={}, cluster={})
+    try:
+        bench.start(write_training(bench.folder / "job.yaml"))
+        code = bench.end()
+        if code != 0 or len(bench.losses()) != STEPS:
+            raise RuntimeError(f"the undisturbed run ended with {code}: {bench.said('(?s).*')}")
+        return bench.losses()
+    finally:
+        bench.close()
+
+
+def attempt(fault: Fault, bench: Bench, expected: dict[int, float], generator: random.Random) -> Trial:
+    """Makes the fault happen once to a bench that has not started yet."""
+    began_s = time.monotonic()
+    job = write_training(bench.folder / "job.yaml", **fault.keys)
+    if fault.follows == REFUSED:
+        fault.strike(bench)
+    bench.start(job)
+    struck_s, saved, notes = began_s, list[int](), list[str]()
+    if fault.follows not in (REFUSED, UNHARMED):
+        checkpoints = bench.folder / fault.keys.get("checkpoint", {}).get("dir", "checkpoints")
+        if not bench.trains(checkpoints, generator):
+            notes.append("it did not come to a checkpoint")
+        saved, struck_s = bench.saved(checkpoints), time.monotonic()
+        fault.strike(bench)
+    detected_s = _heard(fault, bench, struck_s)
+    code = _followed(fault, bench, job, notes)
+    done = code not in (0, None) if fault.follows == REFUSED else code == 0 and bench.losses() == expected
+    return Trial(
+        fault=fault.name,
+        kind=bench.kind,
+        detected_s=None if detected_s is None else round(detected_s, 2),
+        named=not fault.culprit or detected_s is not None,
+        limit_s=fault.limit_s,
+        lost_steps=_lost(bench, saved),
+        left=bench.left(),
+        same=done,
+        code=code,
+        wall_s=round(time.monotonic() - began_s, 1),
+        note="; ".join(notes),
+    )
+
+
+def _heard(fault: Fault, bench: Bench, struck_s: float) -> float | None:
+    """Seconds until the launcher named who and why."""
+    if not fault.culprit:
+        return None
+    eventually(lambda: bool(bench.said(fault.culprit)) or bench.over(), 60)
+    return time.monotonic() - struck_s if bench.said(fault.culprit) else None
+
+
+def _followed(fault: Fault, bench: Bench, job: Path, notes: list[str]) -> int | None:
+    """Sees the training to its end; the exit code of the last launch."""
+    if fault.follows in (AGAIN, LOOK):
+        bench.end()
+        if fault.follows == LOOK:
+            return bench.attach()
+        if left := bench.left():
+            notes.append(f"{left} processes lived on")
+        fault.mend(bench)
+        bench.start(job)
+        return bench.end()
+    fault.mend(bench)
+    return bench.end()
+
+
+def _lost(bench: Bench, saved: list[int]) -> int:
+    """Steps of whole checkpoints that were not gone on from."""
+    steps = [int(each) for each in bench.all_said(r"resumed from .* at step (\d+)")]
+    return max(0, saved[-1] - min(steps)) if saved and steps else 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs trials, or writes the page; the exit code tells whether all were as they must be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=0, help="trials of each fault")
+    parser.add_argument("--kind", choices=("ssh", "slurm"), action="append")
+    parser.add_argument("--only", default="", help="faults whose names contain these words")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--write", action="store_true", help="write docs/reliability.md")
+    asked = parser.parse_args(words)
+    lacking = missing_for_hosts() or (missing_for_slurm() if asked.kind != ["ssh"] else "")
+    if asked.repeat and lacking:
+        sys.stderr.write(f"no trial is run: {lacking}\n")
+        return 69
+    bad = sum(_trials(kind, asked.repeat, asked.only, asked.seed) for kind in asked.kind or ("ssh", "slurm"))
+    if asked.write:
+        PAGE.write_text(page(RESULTS))
+    return int(bad > 0)
+
+
+def _trials(kind: Kind, repeat: int, only: str, seed: int) -> int:
+    """Runs all faults of a kind of cluster; how many trials were not as they must be."""
+    chosen = [fault for fault in FAULTS if kind in fault.kinds and only in fault.name]
+    if not repeat or not chosen:
+        return 0
+    generator, bad = random.Random(seed), 0
+    with lab(kind) as (folder, hosts, slurm):
+        expected = undisturbed(kind, folder, hosts, slurm)
+        for index in range(repeat * len(chosen)):
+            fault = chosen[index % len(chosen)]
+            where = folder / f"{index}-{fault.name.replace(' ', '-')}"
+            bench = Bench(kind, where, hosts, slurm, variables=fault.variables, cluster=fault.cluster)
+            try:
+                trial = attempt(fault, bench, expected, generator)
+            finally:
+                fault.mend(bench)
+                bench.close()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({**asdict(trial), "time_unix_s": int(time.time())}) + "\n")
+            bad += not trial.good
+            sys.stdout.write(f"{'good' if trial.good else 'BAD '} {trial}\n")
+            sys.stdout.flush()
+            if not trial.good:
+                shutil.copytree(where, Path(tempfile.gettempdir()) / "meshwright-bad" / where.name, dirs_exist_ok=True)
+            shutil.rmtree(where, ignore_errors=True)
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())
