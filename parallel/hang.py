@@ -13,7 +13,8 @@ EXIT_CODE = 125
 """Of a process that ends because its ranks hang."""
 
 PATIENCE_S = 600.0
-"""The limit while a rank has not finished a step yet, or writes a checkpoint, where the user's is shorter."""
+"""The limit while a rank says that it has not finished a step yet, or writes a checkpoint, where the user's is shorter.
+"""
 
 _MOST_NAMED = 8
 
@@ -66,16 +67,22 @@ class Sight:
         note: the last one.
         quiet_s: since when there was no newer one, though ranks write one a second.
         state: of the process, in words, where that is known.
+        heard: whether it has said anything yet.
     """
 
     note: Note
     quiet_s: float = 0.0
     state: str = ""
+    heard: bool = True
 
     @property
     def still_s(self) -> float:
         """How long the rank is not known to have moved."""
         return self.note.age_s + self.quiet_s
+
+    def patient(self, limit_s: float) -> bool:
+        """Whether it may take long; of a rank that has fallen silent, the last word is no excuse."""
+        return self.note.patient and (self.quiet_s < limit_s or not self.heard)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def find_hang(sights: Mapping[int, Sight], limit_s: float) -> Hang | None:
     True
     """
     present = {rank: sight for rank, sight in sights.items() if not sight.note.left}
-    patient = any(sight.note.patient for sight in present.values())
+    patient = any(sight.patient(limit_s) for sight in present.values())
     limit = max(limit_s, PATIENCE_S) if patient else limit_s
     if not present or min(sight.still_s for sight in present.values()) < limit:
         return None

@@ -171,7 +171,7 @@ class Watchdog:
         for rank, each in self._seen.items():
             quiet_s = 0.0 if each.note.left else now_s - max(each.since_s, self._awake_s)
             silent = quiet_s >= self._asked.limit_s / 2 and each.host == socket.gethostname()
-            sights[rank] = Sight(each.note, quiet_s, _state(each.pid) if silent else "")
+            sights[rank] = Sight(each.note, quiet_s, _state(each.pid) if silent else "", each.beat >= 0)
         return find_hang(sights, self._asked.limit_s)
 
     def _end(self, hang: Hang) -> None:

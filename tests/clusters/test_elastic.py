@@ -7,6 +7,7 @@ import pytest
 
 from meshwright.clusters.base import Limits, Program, StartRequest
 from meshwright.clusters.local import LocalCluster, Machine, plan_local
+from tests.launch.own import own
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +18,7 @@ def test_ranks_that_hang_are_started_again_only_if_asked(tmp_path: Path, action:
         (tmp_path / name).mkdir()
     request = StartRequest(
         name="j",
-        run_id=f"hang-{action}",
+        run_id=own(f"hang-{action}"),
         run_dir=tmp_path,
         program=Program((sys.executable, "-c", "raise SystemExit(125)"), tmp_path),
         limits=Limits(max_restarts=1, hang_s=9.0, hang_action=action),

@@ -17,6 +17,7 @@ from meshwright.clusters.deaths import Death, oom_kills
 from meshwright.clusters.local import LocalCluster, Machine, plan_local
 from meshwright.clusters.retry import Decision, RetryPolicy
 from meshwright.clusters.rounds import Rounds
+from tests.launch.own import own
 
 QUICK = RetryPolicy(initial_s=0.2, jitter=0.0)
 WORDS = "import os, signal, sys, time\nrank, attempt = os.environ['RANK'], int(os.environ['MESHWRIGHT_ATTEMPT'])\n"
@@ -27,7 +28,7 @@ def plan(folder: Path, script: str = "", *, nodes: int = 2, restarts: int = 3, r
         (folder / name).mkdir()
     request = StartRequest(
         name="j",
-        run_id=f"rounds-{folder.name}",
+        run_id=own(f"rounds-{folder.name}"),
         run_dir=folder,
         program=Program((sys.executable, "-c", WORDS + script), folder),
         num_nodes=nodes,

@@ -169,7 +169,7 @@ FAULTS = (
     Fault("launcher is killed", "", _kill_launcher, limit_s=15.0, follows=LOOK, kinds=("slurm",)),
     Fault("link is cut", r"(host|node) h2", _cut, _plug, limit_s=15.0),
     Fault("node reboots", r"(host|node) h2|agent of h2 died", _power_off, _power_on, limit_s=15.0),
-    Fault("rank hangs", r"rank 1 (is|was) behind|waits? for rank 1|rank 1 .*stopped", _hang, limit_s=8.0 + 4.0),
+    Fault("rank hangs", r"rank 1 .*(has not answered|has been at)", _hang, limit_s=8.0 + 4.0),
     Fault(
         "disk is full",
         r"checkpoint.*[Nn]o space|[Nn]o space",

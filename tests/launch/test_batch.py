@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from meshwright.clusters.sweep import carriers
+from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
 from tests.launch.waiting import eventually
 
@@ -38,7 +39,7 @@ def start(folder: Path, script: str, *more: str, **keys: object) -> "subprocess.
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     return subprocess.Popen(
-        [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", folder.name, *more],
+        [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", own(folder.name), *more],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -52,7 +53,7 @@ def end(launcher: "subprocess.Popen[str]", folder: Path) -> str:
         output, _ = launcher.communicate(timeout=60)
     finally:
         launcher.kill()
-        for pid in carriers(folder.name):
+        for pid in carriers(own(folder.name)):
             os.kill(pid, signal.SIGKILL)
     return output
 
@@ -63,7 +64,7 @@ def test_lines_of_all_nodes_and_the_record_come_back(tmp_path: Path) -> None:
     output = end(launcher, tmp_path)
     assert launcher.returncode == 0, output
     assert {"n0:0 | 0 2 n0", "n1:1 | 1 2 n1"} <= set(output.splitlines())
-    run_dir = tmp_path / "runs/j" / tmp_path.name
+    run_dir = tmp_path / "runs/j" / own(tmp_path.name)
     assert json.loads((run_dir / "exit.json").read_text())["state"] == "succeeded"
     assert list((run_dir / "private/step").glob("start.json")) == [], "the key is taken away"
 
@@ -87,7 +88,7 @@ def test_ranks_that_were_warned_and_left_are_queued_again(tmp_path: Path, comman
         "time.sleep(1 if os.path.exists('left') else 600)\n"
     )
     launcher = start(tmp_path, script, failure={"shutdown_grace": "1s"})
-    run_dir = tmp_path / "runs/j" / tmp_path.name
+    run_dir = tmp_path / "runs/j" / own(tmp_path.name)
     merged = run_dir / "merged.log"
     assert eventually(lambda: merged.exists() and "up" in merged.read_text())
     os.kill(int((commands / "batch").read_text()), signal.SIGUSR2)
@@ -103,7 +104,7 @@ def test_ctrl_c_cancels_the_job_and_ranks_end_with_grace(tmp_path: Path) -> None
     launcher = start(
         tmp_path, "import time; print('up', flush=True); time.sleep(600)", failure={"shutdown_grace": "1s"}
     )
-    merged = tmp_path / "runs/j" / tmp_path.name / "merged.log"
+    merged = tmp_path / "runs/j" / own(tmp_path.name) / "merged.log"
     assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
     launcher.send_signal(signal.SIGINT)
     output = end(launcher, tmp_path)
@@ -122,7 +123,7 @@ def test_nodes_that_meet_over_a_store_agree_to_start_again(tmp_path: Path) -> No
     launcher = start(tmp_path, script, failure=failure)
     output = end(launcher, tmp_path)
     assert launcher.returncode == 0, output
-    told = json.loads((tmp_path / "runs/j" / tmp_path.name / "exit.json").read_text())
+    told = json.loads((tmp_path / "runs/j" / own(tmp_path.name) / "exit.json").read_text())
     assert [(each["kind"], each["rank"], each["host"]) for each in told["restarts"]] == [("signal", 1, "n1")]
     assert told["lost_s"] == told["restarts"][0]["down_s"] >= told["restarts"][0]["wait_s"] > 0.2
     assert "starting again in 0." in output
@@ -136,7 +137,7 @@ def test_ranks_that_left_stay_away_where_that_is_asked(tmp_path: Path, commands:
         "time.sleep(600)\n"
     )
     launcher = start(tmp_path, script, failure={"shutdown_grace": "1s", "no_retry_on": ["preempt"]})
-    merged = tmp_path / "runs/j" / tmp_path.name / "merged.log"
+    merged = tmp_path / "runs/j" / own(tmp_path.name) / "merged.log"
     assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
     os.kill(int((commands / "batch").read_text()), signal.SIGUSR2)
     output = end(launcher, tmp_path)

@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 from meshwright.clusters.sweep import carriers
+from tests.launch.own import own
 from tests.launch.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
+RUN = own("r")
 REPORT_LIMIT_S = 2.0
 """A local crash of one rank: all ranks gone and the report printed within this time."""
 
@@ -34,7 +36,7 @@ def write_job(folder: Path, script: str, **keys: object) -> Path:
 
 def run(job: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words(job, "--run-id", "r1", *more),
+        words(job, "--run-id", RUN, *more),
         cwd=job.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
@@ -45,7 +47,7 @@ def run(job: Path, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def record(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "runs/j/r1/exit.json").read_text())
+    found: dict[str, object] = json.loads((folder / f"runs/j/{RUN}/exit.json").read_text())
     return found
 
 
@@ -65,7 +67,7 @@ def test_a_success_leaves_logs_a_merged_stream_a_plan_and_a_record(tmp_path: Pat
     job = write_job(tmp_path, script, cluster={"simulate_nodes": 2}, nproc_per_node=1)
     done = run(job)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/j/r1"
+    folder = tmp_path / f"runs/j/{RUN}"
     assert sorted((folder / "merged.log").read_text().splitlines()) == ["node0:0 | hello 0 0", "node1:1 | hello 1 0"]
     assert sorted(line for line in done.stdout.splitlines() if "|" in line) == [
         "node0:0 | hello 0 0",
@@ -76,7 +78,7 @@ def test_a_success_leaves_logs_a_merged_stream_a_plan_and_a_record(tmp_path: Pat
     assert folder.stat().st_mode & 0o777 == 0o700
     assert f"run directory: {folder}" in done.stdout
     shown = subprocess.run(
-        words(job, "--run-id", "r1", "--dry-run", "--json"), cwd=tmp_path, capture_output=True, text=True, check=True
+        words(job, "--run-id", RUN, "--dry-run", "--json"), cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert json.loads(shown.stdout) == json.loads((folder / "plan.json").read_text())
 
@@ -143,7 +145,7 @@ def test_a_crash_is_reported_and_every_rank_gone_in_two_seconds(tmp_path: Path) 
     crash = next(line for line in done.stdout.splitlines() if "crash" in line)
     taken_s = ended_unix_s - float(crash.split()[-1])
     assert done.returncode == 3
-    assert not list(carriers("r1"))
+    assert not list(carriers(RUN))
     assert taken_s < REPORT_LIMIT_S, f"{taken_s:.2f} s from the crash to the end of the launcher"
 
 
@@ -214,7 +216,7 @@ def test_restarts_count_once_for_the_whole_job_and_keep_their_logs(tmp_path: Pat
     done = run(write_job(tmp_path, script, **keys))
     assert done.returncode == 0, done.stderr
     assert record(tmp_path)["attempts"] == 3
-    logs = tmp_path / "runs/j/r1/logs"
+    logs = tmp_path / f"runs/j/{RUN}/logs"
     for rank in (0, 1):
         assert [
             (logs / name).read_text().split()[-1]
@@ -243,7 +245,7 @@ def test_a_failed_setup_is_no_failed_rank(tmp_path: Path) -> None:
     assert "setup failed" in done.stderr
     assert "preparing" in done.stderr
     assert "rank" not in done.stderr.replace("setup-", "")
-    assert not list((tmp_path / "runs/j/r1/logs").glob("rank-*"))
+    assert not list((tmp_path / f"runs/j/{RUN}/logs").glob("rank-*"))
 
 
 def test_setup_changes_the_environment_and_words_secrets_and_env_pass_arrive(tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_setup_changes_the_environment_and_words_secrets_and_env_pass_arrive(tmp
     }
     done = run(write_job(tmp_path, script, **keys), MY_TOKEN="hunter22-secret", WANTED="1", UNWANTED="1")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/j/r1"
+    folder = tmp_path / f"runs/j/{RUN}"
     told = json.loads((folder / "ranks/1/told.json").read_text())
     assert told["argv"] == [odd, ""]
     env = told["env"]

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from meshwright.clusters.sweep import carriers
+from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
 from tests.launch.waiting import eventually
 
@@ -40,7 +41,7 @@ def typed(folder: Path, *more: str) -> "subprocess.CompletedProcess[str]":
 
 def started(folder: Path, *more: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        words("launch", "job.yaml", "--run-id", folder.name, *more),
+        words("launch", "job.yaml", "--run-id", own(folder.name), *more),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -56,7 +57,7 @@ def write_job(folder: Path, script: str, values: list[str], **keys: Any) -> None
 
 
 def record(folder: Path, run: str = "") -> dict[str, Any]:
-    place = f"runs/j-A-{run}/{folder.name}-{int(run) - 1}" if run else f"runs/j/{folder.name}"
+    place = f"runs/j-A-{run}/{own(folder.name)}-{int(run) - 1}" if run else f"runs/j/{own(folder.name)}"
     found: dict[str, Any] = json.loads((folder / place / "exit.json").read_text())
     return found
 
@@ -66,7 +67,7 @@ def ups(folder: Path) -> int:
 
 
 def left(folder: Path) -> list[int]:
-    return [pid for index in range(4) for pid in carriers(f"{folder.name}-{index}")]
+    return [pid for index in range(4) for pid in carriers(f"{own(folder.name)}-{index}")]
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +91,15 @@ SLURM = {"rendezvous": {"interface": "lo"}, "cluster": {"type": "slurm"}}
 
 def test_three_tiny_runs_train_two_at_a_time_and_save_apart(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(TINY)
-    done = typed(tmp_path, "launch", "job.yaml", "--run-id", "r1", "--json")
+    done = typed(tmp_path, "launch", "job.yaml", "--run-id", own("r"), "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert [run["values"] for run in told["runs"]] == [f"train.optimizer.lr={lr}" for lr in (0.001, 0.1, 0.01)]
     assert [run["state"] for run in told["runs"]] == ["succeeded"] * 3
     lines = [line for line in done.stderr.splitlines() if "started" in line or "succeeded:" in line]
-    assert [" ".join(line.split()[:2]).rstrip(":") for line in lines[:2]] == ["r1-0 started", "r1-1 started"]
+    assert [" ".join(line.split()[:2]).rstrip(":") for line in lines[:2]] == [
+        f"{own('r')}-{run} started" for run in (0, 1)
+    ]
     assert lines.index(next(line for line in lines if "succeeded" in line)) == 2, "the third waits for one of the two"
     for run in told["runs"]:
         lines = (Path(run["run_dir"]) / "metrics.jsonl").read_text().splitlines()
@@ -107,14 +110,14 @@ def test_three_tiny_runs_train_two_at_a_time_and_save_apart(tmp_path: Path) -> N
 
 def test_one_failed_run_stops_no_other_and_the_worst_code_counts(tmp_path: Path) -> None:
     write_job(tmp_path, "import os, sys; sys.exit(int(os.environ['A']) % 3)", ["1", "2", "3"])
-    done = typed(tmp_path, "launch", "job.yaml", "--run-id", tmp_path.name)
+    done = typed(tmp_path, "launch", "job.yaml", "--run-id", own(tmp_path.name))
     assert done.returncode == 2, done.stderr
     assert [record(tmp_path, run)["exit_code"] for run in ("1", "2", "3")] == [1, 2, 0]
-    row = next(line for line in done.stdout.splitlines() if line.startswith(f"{tmp_path.name}-1  "))
+    row = next(line for line in done.stdout.splitlines() if line.startswith(f"{own(tmp_path.name)}-1  "))
     assert "failed (2)" in row
     assert (record(tmp_path)["state"], record(tmp_path)["reason"]) == ("failed", "2 of 3 runs did not succeed")
     rows = json.loads(typed(tmp_path, "ps", "--all", "--json").stdout)["runs"]
-    assert [each["sweep"] for each in rows].count(tmp_path.name) == 3
+    assert [each["sweep"] for each in rows].count(own(tmp_path.name)) == 3
     assert next(each for each in rows if each["runs"])["exit_code"] == 2
 
 
@@ -137,7 +140,7 @@ def test_an_interrupt_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> 
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 130, output
     assert [record(tmp_path, run)["state"] for run in ("1", "2")] == ["interrupted"] * 2
-    assert "not started" in next(line for line in output.splitlines() if line.startswith(f"{tmp_path.name}-2  "))
+    assert "not started" in next(line for line in output.splitlines() if line.startswith(f"{own(tmp_path.name)}-2  "))
     assert record(tmp_path)["state"] == "interrupted"
     assert left(tmp_path) == []
 
@@ -156,7 +159,7 @@ def test_runs_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_sweep_is_left_alone_looked_at_and_ended_whole_or_by_one_run(tmp_path: Path) -> None:
     write_job(tmp_path, LATE, ["1", "2"])
-    sweep = tmp_path.name
+    sweep = own(tmp_path.name)
     done = typed(tmp_path, "launch", "job.yaml", "--run-id", sweep, "--detach")
     assert done.returncode == 0, done.stderr
     assert eventually(lambda: ups(tmp_path) == 2, 60)
@@ -182,7 +185,7 @@ def test_a_sweep_in_a_queue_is_one_array_with_a_record_per_run(tmp_path: Path, s
     assert [record(tmp_path, run)["exit_code"] for run in ("1", "2", "3")] == [1, 2, 0]
     told = json.loads(output.splitlines()[-1])
     assert [run["state"] for run in told["runs"]] == ["failed", "failed", "succeeded"]
-    folder = tmp_path / f"runs/j-A-1/{tmp_path.name}-0"
+    folder = tmp_path / f"runs/j-A-1/{own(tmp_path.name)}-0"
     assert json.loads((folder / "launch.json").read_text())["job"] == "42_0"
     assert "rank 0 on n0 failed first" in (folder / "launcher.log").read_text()
     assert not list(tmp_path.glob("runs/*/*/private/secrets.json"))
@@ -190,7 +193,7 @@ def test_a_sweep_in_a_queue_is_one_array_with_a_record_per_run(tmp_path: Path, s
 
 def test_tasks_and_the_whole_array_are_cancelled_from_another_terminal(tmp_path: Path, slurm: Path) -> None:
     write_job(tmp_path, LATE, ["1", "2", "3", "4"], **SLURM)
-    sweep = tmp_path.name
+    sweep = own(tmp_path.name)
     assert typed(tmp_path, "launch", "job.yaml", "--run-id", sweep, "--detach").returncode == 0
     assert eventually(lambda: ups(tmp_path) == 2, 60)
     runs = {each["run_id"]: each for each in json.loads(typed(tmp_path, "ps", "--json").stdout)["runs"]}

@@ -98,6 +98,15 @@ def test_a_rank_that_may_take_long_gives_all_of_them_time() -> None:
     assert found(reduce(0, 9999.0, ranks=2), Sight(late)).suspects == (1,)
 
 
+def test_a_rank_that_fell_silent_as_it_saved_gives_nobody_time_but_one_that_was_never_heard_does() -> None:
+    saving = Note("saving", 0.5, None, patient=True)
+    silent = found(reduce(0, 99.0, ranks=2), Sight(saving, 98.0))
+    assert silent.suspects == (1,)
+    assert "rank 1 has not answered for 98 s; it was last heard of at saving" in silent.line
+    assert find_hang({0: reduce(0, 99.0, ranks=2), 1: Sight(saving, 0.5)}, LIMIT_S) is None
+    assert find_hang({0: reduce(0, 99.0, ranks=2), 1: Sight(saving, 98.0, heard=False)}, LIMIT_S) is None
+
+
 def test_a_job_whose_ranks_have_all_left_does_not_hang() -> None:
     assert find_hang({0: Sight(Note("own code", 99.0, left=True), 99.0)}, LIMIT_S) is None
 

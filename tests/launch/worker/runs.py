@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.launch.own import own
+
 MODEL = """
 import torch
 from torch import nn
@@ -71,7 +73,7 @@ def write_job(folder: Path, *, parallel: str = "{dp: 2}", steps: int = 20, every
 def start(job: Path, run_id: str, *overrides: str) -> subprocess.Popen[str]:
     """The launcher, running; it has a process group of its own."""
     words = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "-m", "meshwright.launch.cli", "launch", str(job), "--run-id", run_id, *words]
+    command = [sys.executable, "-m", "meshwright.launch.cli", "launch", str(job), "--run-id", own(run_id), *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=job.parent
     )
@@ -85,7 +87,7 @@ def finish(job: Path, run_id: str, *overrides: str, timeout_s: float = 120.0) ->
 
 
 def run_dir(job: Path, run_id: str) -> Path:
-    return job.parent / "runs" / run_id
+    return job.parent / "runs" / own(run_id)
 
 
 def metrics(job: Path, run_id: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.own import own
 from tests.launch.worker.runs import differing, final_states, finish, losses, run_dir, start, write_job
 
 pytestmark = [
@@ -30,7 +31,7 @@ def _alive(run_id: str) -> list[int]:
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         try:
-            carries = f"MESHWRIGHT_RUN_ID={run_id}".encode() in (entry / "environ").read_bytes()
+            carries = f"MESHWRIGHT_RUN_ID={own(run_id)}".encode() in (entry / "environ").read_bytes()
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
