@@ -4,6 +4,9 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 EXTRAS := hf,plots,deepspeed,test
+LAB    := ray,mpi
+LAB_PACKAGES := slurm-wlm munge openssh-server openssh-client iproute2 util-linux openmpi-bin mpich
+LAB_TOOLS    := slurmctld munged sshd ip unshare mpiexec.openmpi mpiexec.mpich
 JOB    ?= examples/quickstart.yaml
 
 VENV := .venv
@@ -48,7 +51,10 @@ lint: $(STAMP) ## ruff and mypy alone
 faults: $(STAMP) ## kill and resume training runs 20 times
 	MESHWRIGHT_FAULTS=20 $(BIN)/python -m pytest -q -m faults
 
-lab: $(STAMP) ## real ssh and Slurm between pretended hosts, as root (apt install slurm-wlm munge openssh-server iproute2)
+lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, it installs what it needs
+	@$(PIP) --editable '.[$(EXTRAS),$(LAB)]' || echo "THE LAB GOES WITHOUT RAY AND MPI"
+	@which $(LAB_TOOLS) >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
 	$(BIN)/python -m pytest -q -m lab tests/lab
 
 matrix: $(STAMP) ## every family on every pair and triple of axes, every cell of every test; writes docs/parity*.md

@@ -88,7 +88,8 @@ def bind_free(address: str, port: int | None, ports: tuple[int, int]) -> socket.
         except OSError as error:
             held.close()
             last = error
-    what = f"rendezvous.port: port {port}" if port is not None else f"rendezvous.port_range: no port of {ports}"
+    first, end = ports
+    what = f"rendezvous.port: port {port}" if port is not None else f"rendezvous.port_range: no port of {first}-{end}"
     raise RendezvousError(
         f"{what} of {address or 'this machine'} on {socket.gethostname()} can be taken: "
         f"{last.strerror if last else 'the range is empty'}; choose others"

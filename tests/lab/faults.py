@@ -172,7 +172,7 @@ FAULTS = (
     Fault("rank hangs", r"rank 1 .*(has not answered|has been at)", _hang, limit_s=8.0 + 4.0),
     Fault(
         "disk is full",
-        r"checkpoint.*[Nn]o space|[Nn]o space",
+        r"checkpoint .* could not be written in .*small/checkpoints \(0 bytes are free\)",
         _fill,
         _empty,
         limit_s=30.0,
@@ -181,10 +181,10 @@ FAULTS = (
     ),
     Fault("disk is slow", "", follows=UNHARMED, variables={"LAB_FLUSH_S": "0.3"}),
     Fault("preemption signal", "", _preempt, limit_s=60.0, kinds=("slurm",)),
-    Fault("newest checkpoint is corrupt", r"damaged|passed over|not whole", _spoil, limit_s=30.0),
+    Fault("newest checkpoint is corrupt", r"damaged|passed over|not whole|skipped", _spoil, limit_s=30.0),
     Fault(
         "ports are taken",
-        rf"no port of {_PORT}-{_PORT + 1} of .* on h1 can be taken",
+        rf"no port of {_PORT}-{_PORT + 1} of .* on (h1|ctl) can be taken|h1: .*no port of",
         _take_ports,
         _free_ports,
         limit_s=10.0,

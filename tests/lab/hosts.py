@@ -40,7 +40,22 @@ def missing_for_hosts() -> str:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     wanted = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "nsenter": "util-linux"}
     lacking = [package for tool, package in wanted.items() if shutil.which(tool, path=path) is None]
-    return f"apt-get install {' '.join(lacking)}" if lacking else ""
+    return f"apt-get install {' '.join(lacking)}" if lacking else _forbidden()
+
+
+def _forbidden() -> str:
+    """Why hosts cannot be pretended here, as in a container without the rights to; empty where they can."""
+    name = f"mw{os.getpid()}try"
+    veth = ["ip", "link", "add", f"{name}v"[-15:], "type", "veth", "peer", "name", "eth0", "netns", name]
+    own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private", "true"]
+    try:
+        for words in (["ip", "netns", "add", name], veth, own):
+            run(*words)
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        return f"this machine does not let hosts be pretended: {error}"
+    finally:
+        run("ip", "netns", "del", name, check=False)
+    return ""
 
 
 class Host:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.sweep import carriers
+from tests.launch.own import own
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -49,7 +50,7 @@ def mpiexec(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 def _launch(folder: Path, job: str, *words: str) -> Any:
     (folder / "job.yaml").write_text(job)
-    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", "r", *words]
+    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", own("mpi"), *words]
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -71,7 +72,7 @@ def test_one_failing_rank_ends_the_job_with_its_own_code(tmp_path: Path, mpiexec
     assert done.returncode == 7, done.stderr
     assert time.monotonic() - start_s < 100
     assert "first failure: rank 2 on node0: exited with code 7" in done.stderr
-    assert list(carriers("r")) == []
+    assert list(carriers(own("mpi"))) == []
 
 
 def test_ranks_that_do_not_lie_as_planned_are_refused(tmp_path: Path, mpiexec: str) -> None:
@@ -96,7 +97,7 @@ def test_a_training_ends_with_the_loss_of_the_local_cluster_bit_for_bit(tmp_path
         sets = [word for each in (*words, *more) for word in ("--set", each)]
         done = _launch(folder, (ROOT / "examples" / "quickstart.yaml").read_text(), *sets)
         assert done.returncode == 0, done.stderr
-        lines = (folder / "runs/quickstart/r/metrics.jsonl").read_text().splitlines()
+        lines = (folder / f"runs/quickstart/{own('mpi')}/metrics.jsonl").read_text().splitlines()
         return [each["loss"] for each in map(json.loads, lines) if "loss" in each]
 
     assert losses("here") == losses("mpi", "cluster.type=mpi", f"cluster.mpiexec={mpiexec}")
@@ -104,12 +105,12 @@ def test_a_training_ends_with_the_loss_of_the_local_cluster_bit_for_bit(tmp_path
 
 def test_a_launcher_that_is_killed_leaves_no_rank(tmp_path: Path, mpiexec: str) -> None:
     (tmp_path / "job.yaml").write_text(_job(mpiexec, 'env: {BAD: "none"}\n'))
-    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", "killed"]
+    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", own("killed")]
     launcher = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _until(lambda: len(list(carriers("killed"))) >= 4, 90)
+    _until(lambda: len(list(carriers(own("killed")))) >= 4, 90)
     launcher.kill()
     launcher.wait()
-    _until(lambda: not list(carriers("killed")), 30)
+    _until(lambda: not list(carriers(own("killed"))), 30)
 
 
 def _until(true: Callable[[], bool], timeout_s: float) -> None:

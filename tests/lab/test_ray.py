@@ -14,6 +14,8 @@ import pytest
 
 from meshwright.clusters.network import bind_free, interfaces
 from meshwright.clusters.sweep import carriers
+from tests.lab.launches import QUICKSTART, Launch, finish, losses
+from tests.launch.own import own
 
 PROGRAM = """
 import os, sys, time, torch, torch.distributed as dist
@@ -33,21 +35,21 @@ dist.destroy_process_group()
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two nodes of two CPUs each; `--block` keeps a node's processes below ours, so that they end with it."""
     pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
-    own = [each for each in interfaces().values() if not each.startswith("127.")]
-    if not own:
+    addresses = [each for each in interfaces().values() if not each.startswith("127.")]
+    if not addresses:
         pytest.skip("this machine has no address besides loopback")
-    with bind_free(own[0], None, (26379, 26479)) as free:
+    with bind_free(addresses[0], None, (26379, 26479)) as free:
         port = free.getsockname()[1]
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
-    ray.append(f"--node-ip-address={own[0]}")
+    ray.append(f"--node-ip-address={addresses[0]}")
     folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}"  # Ray's sockets need a short path
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
     nodes = []
-    for words in (head, [f"--address={own[0]}:{port}"]):
+    for words in (head, [f"--address={addresses[0]}:{port}"]):
         with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
             nodes.append(subprocess.Popen([*ray, *words], stdout=log, stderr=log, start_new_session=True))
         time.sleep(15)
-    yield f"{own[0]}:{port}"
+    yield f"{addresses[0]}:{port}"
     for node in reversed(nodes):
         node.terminate()
         node.wait(60)
@@ -57,7 +59,7 @@ def _launch(folder: Path, address: str, more: str = "", *words: str) -> Any:
     command = json.dumps([sys.executable, "-c", PROGRAM])
     cluster = f'{{type: ray, address: "{address}", nodes: 2}}'
     (folder / "job.yaml").write_text(f"name: j\ncommand: {command}\nnproc_per_node: 2\ncluster: {cluster}\n{more}")
-    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", "r", *words]
+    argv = [sys.executable, "-m", "meshwright.launch.cli", "launch", "job.yaml", "--run-id", own("ray"), *words]
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -69,11 +71,22 @@ def test_ranks_of_both_nodes_meet_and_an_open_cluster_is_warned_about(tmp_path: 
     assert "asks for no token" in done.stderr
 
 
+def test_the_quickstart_trains_on_ray_as_it_does_here(tmp_path: Path, address: str, here: list[Any]) -> None:
+    far = Launch(tmp_path, {"far": {"type": "ray", "address": address, "nodes": 2}}, own("ray-quickstart"))
+    launcher = far.start(*QUICKSTART, "--set", "cluster=far")  # Ray looks for its own processes on this machine
+    try:
+        output, _ = launcher.communicate(timeout=400)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    assert losses(far.folder / "runs/quickstart" / far.run_id) == here
+
+
 def test_a_failing_rank_ends_all_nodes_with_its_code(tmp_path: Path, address: str) -> None:
     done = _launch(tmp_path, address, 'env: {BAD: "3"}\nfailure: {shutdown_grace: 2s}\n')
     assert done.returncode == 7, done.stderr
     assert "first failure: rank 3 on node1" in done.stderr
-    assert list(carriers("r")) == []
+    assert list(carriers(own("ray"))) == []
 
 
 def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:
