@@ -23,6 +23,7 @@ THEMES = {
     "tests/launch/page/test_browser.py": "a page of a run in headless Chromium",
     "tests/clusters/test_carried.py": "any words and variables on the line of every cluster",
     "tests/launch/test_fuzz.py": "ten thousand damaged inputs of the command line",
+    "tests/launch/test_dry_run.py": "what 512 nodes cost on paper, and where their ranks are",
     "tests/moe/test_compared.py": "layers that benchmarks compare compute the same",
 }
 
