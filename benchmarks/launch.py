@@ -9,6 +9,7 @@ better of which counts. `python -m benchmarks.launch [--json] [--rounds N]`
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,13 @@ def _ours_s(folder: Path) -> float:
 
 def _first_s(name: str, folder: Path) -> float:
     """Seconds to the end of the first step, of one launch."""
-    return _ours_s(folder) if name == "ours" else first_step_s(name, folder, _JOB, _STEPS)
+    return _ours_s(folder) if name == "ours" else first_step_s(name, folder, job=_JOB, steps=_STEPS)
+
+
+def _cpu_s() -> float:
+    """Of all launches so far, to their ends; what else the machine does hardly changes it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _run(command: list[str]) -> None:
@@ -80,11 +87,14 @@ def steady(rounds: int) -> dict[str, list[float]]:
 def _measure(rounds: int, steady_rounds: int) -> dict[str, Any]:
     peers = [name for name in PEERS if name not in missing()]
     firsts: dict[str, list[float]] = {name: [] for name in ("ours", "ours again", *peers, "torchrun again")}
+    cpu: dict[str, list[float]] = {name: [] for name in firsts}
     for turn in range(rounds):
         names = list(firsts)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with tempfile.TemporaryDirectory(prefix="meshwright-bench-") as folder:
+                before_s = _cpu_s()
                 firsts[name].append(_first_s(name.removesuffix(" again"), Path(folder)))
+                cpu[name].append(_cpu_s() - before_s)
     pool = RankPool()
     try:
         times = pool.run(steady, _RANKS, (steady_rounds,), timeout_s=1200.0)[0]
@@ -97,6 +107,7 @@ def _measure(rounds: int, steady_rounds: int) -> dict[str, Any]:
         "first_step_ratios": {name: ratio_of(firsts["ours"], firsts[name]).median for name in peers},
         "first_step_ratio": ratio_of(firsts["ours"], firsts[fastest]).median,
         "first_step_against": fastest,
+        "launch_cpu_s": {name: median(seconds) for name, seconds in cpu.items()},
         "left_out": missing(),
         "first_step_noise": noise_of(firsts["torchrun"], firsts["torchrun again"]),
         "step_s": {name: median(seconds) for name, seconds in times.items()},
@@ -119,7 +130,7 @@ def main() -> None:
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    for part in ("first_step_s", "step_s"):
+    for part in ("first_step_s", "launch_cpu_s", "step_s"):
         for name, seconds in result[part].items():
             sys.stdout.write(f"{part:<13} {name:<15} {seconds:8.3f} s\n")
     for name, ratio in result["first_step_ratios"].items():

@@ -59,7 +59,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def first_step_s(name: str, folder: Path, job: Path, steps: int) -> float:
+def first_step_s(name: str, folder: Path, *, job: Path, steps: int) -> float:
     """Seconds from the commands to the end of the first step.
 
     Args:
