@@ -319,7 +319,7 @@ def _logged_in(shell: str, command: str, place: Place, host: SshHost) -> None:
     here.write_text(f'#!/bin/sh\nexec {shlex.join(place.program)} "$@"\n')
     here.chmod(0o700)
     replaced = command.replace(shlex.quote(host.python), shlex.quote(str(here)))
-    subprocess.run([shell, "-c", replaced], env={"PATH": os.environ["PATH"]}, check=True)
+    subprocess.run([shell, "-c", replaced], cwd=place.run_dir, env={"PATH": os.environ["PATH"]}, check=True)
 
 
 def test_a_hosts_interpreter_that_env_would_take_for_a_variable_is_refused(place: Place) -> None:
