@@ -1,13 +1,15 @@
-"""From command to the end of the first step, and the steady step, against torchrun with loops written by hand.
+"""From command to the end of the first step, and the steady step, against other launchers with loops written by hand.
 
-Both start two ranks on this machine with the quickstart's llama; launches alternate. The steady step is timed in
-one set of processes, in turn, against DDP and FSDP2 (see `benchmarks.loops`), the better of which counts.
-`python -m benchmarks.launch [--json] [--rounds N]`
+All start the quickstart's llama on two pretended nodes of this machine, a rank each; launches alternate. torchrun,
+deepspeed and accelerate start the same loop (see `benchmarks.launch_peers`); one that is not installed is left out, and
+said. The steady step is timed in one set of processes, in turn, against DDP and FSDP2 (see `benchmarks.loops`), the
+better of which counts. `python -m benchmarks.launch [--json] [--rounds N]`
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 import meshwright as mw
+from benchmarks.launch_peers import PEERS, first_step_s, missing
 from benchmarks.loops import batch_of, build_llama, ddp_step, fsdp2_step, our_step
 from benchmarks.timing import alternate, noise_of, ratio_of
 from meshwright.parallel.ranks import RankPool
@@ -39,6 +42,7 @@ def _ours_s(folder: Path) -> float:
         "train.validate_every_steps": "null",
         "checkpoint.dir": folder / "checkpoints",
         "logs.dir": folder / "run",
+        "cluster.simulate_nodes": _RANKS,
     }
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     start_s = time.time()
@@ -48,13 +52,15 @@ def _ours_s(folder: Path) -> float:
     return float(first["time_unix_s"]) - start_s
 
 
-def _torchrun_s(folder: Path, kind: str) -> float:
-    """Seconds from torchrun to the end of the first step of the loop written by hand."""
-    out = folder / "peer.json"
-    start_s = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(_RANKS)]
-    _run([*command, "-m", "benchmarks.peer_loop", str(_JOB), str(_STEPS), kind, str(out)])
-    return float(json.loads(out.read_text())["first_step_unix_s"]) - start_s
+def _first_s(name: str, folder: Path) -> float:
+    """Seconds to the end of the first step, of one launch."""
+    return _ours_s(folder) if name == "ours" else first_step_s(name, folder, job=_JOB, steps=_STEPS)
+
+
+def _cpu_s() -> float:
+    """Of all launches so far, to their ends; what else the machine does hardly changes it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _run(command: list[str]) -> None:
@@ -79,20 +85,30 @@ def steady(rounds: int) -> dict[str, list[float]]:
 
 
 def _measure(rounds: int, steady_rounds: int) -> dict[str, Any]:
-    firsts: dict[str, list[float]] = {"ours": [], "torchrun": [], "torchrun again": []}
-    for _ in range(rounds):
-        for name, seconds in firsts.items():
+    peers = [name for name in PEERS if name not in missing()]
+    firsts: dict[str, list[float]] = {name: [] for name in ("ours", "ours again", *peers, "torchrun again")}
+    cpu: dict[str, list[float]] = {name: [] for name in firsts}
+    for turn in range(rounds):
+        names = list(firsts)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with tempfile.TemporaryDirectory(prefix="meshwright-bench-") as folder:
-                seconds.append(_ours_s(Path(folder)) if name == "ours" else _torchrun_s(Path(folder), "ddp"))
+                before_s = _cpu_s()
+                firsts[name].append(_first_s(name.removesuffix(" again"), Path(folder)))
+                cpu[name].append(_cpu_s() - before_s)
     pool = RankPool()
     try:
         times = pool.run(steady, _RANKS, (steady_rounds,), timeout_s=1200.0)[0]
     finally:
         pool.close()
+    fastest = min(peers, key=lambda name: median(firsts[name]))
     better = min(("DDP", "FSDP2"), key=lambda name: median(times[name]))
     return {
         "first_step_s": {name: median(seconds) for name, seconds in firsts.items()},
-        "first_step_ratio": ratio_of(firsts["ours"], firsts["torchrun"]).median,
+        "first_step_ratios": {name: ratio_of(firsts["ours"], firsts[name]).median for name in peers},
+        "first_step_ratio": ratio_of(firsts["ours"], firsts[fastest]).median,
+        "first_step_against": fastest,
+        "launch_cpu_s": {name: median(seconds) for name, seconds in cpu.items()},
+        "left_out": missing(),
         "first_step_noise": noise_of(firsts["torchrun"], firsts["torchrun again"]),
         "step_s": {name: median(seconds) for name, seconds in times.items()},
         "step_ratio": ratio_of(times["ours"], times[better]).median,
@@ -108,13 +124,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="launches of each kind")
     parser.add_argument("--steady-rounds", type=int, default=16)
     arguments = parser.parse_args()
+    for name in missing():
+        sys.stderr.write(f"LEFT OUT: {name} is not installed here\n")
     result = _measure(arguments.rounds, arguments.steady_rounds)
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    for part in ("first_step_s", "step_s"):
+    for part in ("first_step_s", "launch_cpu_s", "step_s"):
         for name, seconds in result[part].items():
             sys.stdout.write(f"{part:<13} {name:<15} {seconds:8.3f} s\n")
+    for name, ratio in result["first_step_ratios"].items():
+        sys.stdout.write(f"first_step ours / {name:<16} {ratio:8.3f}\n")
     for name in ("first_step_ratio", "first_step_noise", "step_ratio", "noise"):
         sys.stdout.write(f"{name:<29} {result[name]:8.3f}\n")
 

@@ -253,7 +253,7 @@ class StartPlan:
         if self.setup is not None:
             head += ["setup      once per node:", *(f"           | {line}" for line in self.setup.splitlines())]
         if self.submission is not None:
-            script = [f"           | {line}" for line in self.submission.script.splitlines()]
+            script = [f"           | {line}" for line in self.submission.script.split("\n")[:-1]]
             head += [f"submit     {shlex.join(self.submission.argv)}", "script     on its standard input:", *script]
             head += [f"step       {shlex.join(self.submission.step)}"] if self.submission.step else []
         return "\n".join([*head, *(line for node in self.nodes for line in _lines(node))]) + "\n"

@@ -21,6 +21,17 @@ def _die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _as_given(name: str) -> None:
+    """Takes back what Python itself did to a variable at its start: it sets LC_CTYPE where that would be ASCII."""
+    with open("/proc/self/environ", "rb") as pairs:
+        given = dict(pair.split(b"=", 1) for pair in pairs.read().split(b"\0") if b"=" in pair)
+    value = given.get(name.encode())
+    if value is not None:
+        os.environ[name] = os.fsdecode(value)
+    else:
+        os.environ.pop(name, None)
+
+
 def _open_log(run_dir: str, rank: str, attempt: str) -> None:
     name = f"rank-{rank}.log" if attempt == "0" else f"rank-{rank}.attempt-{attempt}.log"
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -38,6 +49,7 @@ def main(words: list[str]) -> None:
     """
     if sys.platform == "linux":
         _die_with(int(words[0]))
+        _as_given("LC_CTYPE")
     run_dir, workdir, command = words[1], words[2], words[3:]
     rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     os.environ["MESHWRIGHT_ATTEMPT"] = attempt

@@ -1,7 +1,8 @@
 """A start plan as objects of Kubernetes: a JobSet or a Kubeflow TrainJob, and the ConfigMap that its pods read. Pure.
 
 Secrets are never in them: a variable of a secret refers to a key of a Secret that is in the namespace already. Nothing
-of a job stands where Kubernetes would expand `$(NAME)`: commands are ours, values come from the ConfigMap.
+of a job stands where Kubernetes would expand `$(NAME)`: commands are ours, values come from the ConfigMap, as JSON
+in ASCII, so that they hold any bytes.
 """
 
 import json
@@ -124,6 +125,20 @@ def _environment(plan: StartPlan, options: KubernetesOptions) -> list[dict[str, 
     return found
 
 
+def _command(plan: StartPlan) -> list[str]:
+    """The words of a pod; Kubernetes takes `$$` for `$` and `$(NAME)` for a variable.
+
+    Raises:
+        UnavailableError: for bytes that a manifest cannot hold.
+    """
+    for word in plan.nodes[0].agent:
+        if any("\ud800" <= each <= "\udfff" for each in word):
+            raise UnavailableError(
+                f"command: {word!r} is not Unicode text, which a manifest is; rename it in the image"
+            )
+    return [word.replace("$", "$$") for word in plan.nodes[0].agent]
+
+
 def _resources(options: KubernetesOptions) -> dict[str, Any]:
     """Requests equal to limits: a pod of a training is never squeezed out by another."""
     return {"limits": dict(options.resources), "requests": dict(options.resources)} if options.resources else {}
@@ -134,7 +149,7 @@ def _pod(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
     container = {
         "name": "node",
         "image": options.image,
-        "command": list(plan.nodes[0].agent),
+        "command": _command(plan),
         "env": _environment(plan, options),
         "ports": [{"containerPort": plan.meeting.port}],
         "resources": _resources(options),
@@ -185,7 +200,7 @@ def _trainjob(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
         },
         "trainer": {
             "image": options.image,
-            "command": list(plan.nodes[0].agent),
+            "command": _command(plan),
             "env": _environment(plan, options),
             "numNodes": len(plan.nodes),
             **({"resourcesPerNode": _resources(options)} if options.resources else {}),

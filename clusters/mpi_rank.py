@@ -29,7 +29,7 @@ from meshwright.clusters.network import own_address
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
 
-__all__ = ["Seat", "main", "seat_of"]
+__all__ = ["Seat", "main", "own_environment", "seat_of"]
 
 _STOP_TAG = 7
 _TICK_S = 0.02
@@ -71,6 +71,14 @@ def seat_of(leader: int, local_rank: int, leaders: list[int]) -> Seat:
     nodes = sorted(set(leaders))
     node, sizes = nodes.index(leader), tuple(leaders.count(each) for each in nodes)
     return Seat(node, local_rank, sizes[node], sum(sizes[:node]) + local_rank, sizes)
+
+
+def own_environment(
+    plan: Mapping[str, Any], node: Mapping[str, Any], *, secrets: Mapping[str, str], environment: Mapping[str, str]
+) -> dict[str, str]:
+    """The variables of a node's ranks, without those that would tie them to mpiexec; what a job says itself stays."""
+    free = {name: value for name, value in environment.items() if not name.startswith(_OF_MPI)}
+    return rank_environment(plan, node, secrets=secrets, environment=free)
 
 
 class _Process:
@@ -142,12 +150,11 @@ class _Process:
         Raises:
             SetupFailedError: when that fails.
         """
-        own = rank_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
+        own = own_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
         if self.plan["setup"] is not None:
             own = self._set_up(own)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        mine = {name: value for name, value in own.items() if not name.startswith(_OF_MPI)}
-        return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **mine, **self._place(address, port)}
+        return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **own, **self._place(address, port)}
 
     def _set_up(self, own: dict[str, str]) -> dict[str, str]:
         """The environment after the setup script, which the first process of each node runs."""

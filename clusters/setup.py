@@ -10,7 +10,8 @@ from pathlib import Path
 
 __all__ = ["SetupError", "run_setup"]
 
-_IGNORED = frozenset(["_", "SHLVL", "PWD", "OLDPWD"])
+_OF_SHELL = frozenset(["_", "SHLVL", "PWD", "OLDPWD"])
+"""Variables that a shell sets for itself: they stay as they were before the script."""
 
 
 class SetupError(Exception):
@@ -48,4 +49,5 @@ def run_setup(script: str, *, cwd: str, env: Mapping[str, str], log: Path) -> di
     if code:
         raise SetupError(code)
     pairs = (os.fsdecode(each).partition("=") for each in left.split(b"\0") if each)
-    return {name: value for name, _, value in pairs if name not in _IGNORED}
+    kept = {name: env[name] for name in _OF_SHELL & set(env)}
+    return {name: value for name, _, value in pairs if name not in _OF_SHELL} | kept

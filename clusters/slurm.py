@@ -33,6 +33,9 @@ _LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OU
 _ORDER = ("running", "pending", "gone")  # an array is what the liveliest of its tasks is
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 
+_READ_OTHERWISE = re.compile(r"[\x00-\x1f\x7f\\]")
+"""In a file's name a backslash makes sbatch leave every `%` alone, and a newline ends a line of its records."""
+
 
 @dataclass(frozen=True)
 class SlurmOptions:
@@ -61,8 +64,13 @@ def plan_slurm(request: StartRequest, options: SlurmOptions) -> StartPlan:
     """The exact start plan on Slurm; pure. Slurm names the nodes when they are there.
 
     Raises:
-        UnavailableError: for a number of ranks that only the nodes could tell.
+        UnavailableError: for ranks that only the nodes could count, or a directory that Slurm would read otherwise.
     """
+    if _READ_OTHERWISE.search(str(request.run_dir)):
+        raise UnavailableError(
+            f"Slurm would read {str(request.run_dir)!r} otherwise; set logs.dir to a directory without backslashes "
+            "and control characters"
+        )
     ranks = ranks_per_node(request, "nobody knows the nodes before Slurm has chosen them")
     agent = (options.python, *AGENT_WORDS, str(request.run_dir), "SLURM_NODEID")
     argv = words_for(options.python, request.program.argv)
@@ -241,7 +249,14 @@ def _command(
     if shutil.which(words[0]) is None:
         raise UnavailableError(f"cluster: there is no `{words[0]}` on PATH; launch where Slurm's commands are")
     return subprocess.run(
-        words, input=text, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, env=env, check=False
+        words,
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # a path may hold any bytes
+        timeout=_COMMAND_TIMEOUT_S,
+        env=env,
+        check=False,
     )
 
 

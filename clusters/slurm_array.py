@@ -65,7 +65,7 @@ def _renamed(word: str, own: dict[str, str]) -> str:
 def _launcher(plan: StartPlan) -> list[str]:
     """The words of a plan's own script, without its run directory."""
     assert plan.submission is not None, "made by plan_slurm"
-    words = shlex.split(plan.submission.script.splitlines()[-1])
+    words = shlex.split(plan.submission.script.partition("\n")[2])
     assert (words[0], words[-1]) == ("exec", plan.run_dir), words
     return words[1:-1]
 

@@ -137,7 +137,7 @@ def plan_ssh(request: StartRequest, hosts: Sequence[SshHost], options: SshOption
     """The exact start plan over ssh; pure.
 
     Raises:
-        UnavailableError: when the hosts do not take all ranks.
+        UnavailableError: when the hosts do not take all ranks, or their words could not be told apart.
     """
     dealt = deal_ranks(request, hosts)
     nodes = [
@@ -158,6 +158,11 @@ def plan_ssh(request: StartRequest, hosts: Sequence[SshHost], options: SshOption
 
 def _agent(host: SshHost) -> tuple[str, ...]:
     given = tuple(f"{name}={value}" for name, value in sorted(host.env.items()))
+    if given and "=" in host.python:
+        raise UnavailableError(
+            f"host {host.name}: python {host.python!r} has a '=', so `env` would take it for a variable; "
+            "name it by a link without one, or give the host no env"
+        )
     return (*(("env", *given) if given else ()), host.python, *AGENT_WORDS)
 
 

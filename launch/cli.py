@@ -3,6 +3,7 @@
 A launch starts its agent before anything else is imported, so that torch loads while the job is read.
 """
 
+import io
 import os
 import sys
 import tempfile
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; None takes those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _print_anything()
     if _starts_ranks(words):
         from meshwright.clusters.spawn import keep_warm
 
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except MeshwrightError as error:
-        sys.stderr.write(f"meshwright: {error}\n")
+        sys.stderr.write(f"meshwright: {_printable(error)}\n")
         return int(getattr(error, "exit_code", _BAD_JOB))
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -92,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_warm()
 
 
+def _print_anything() -> None:
+    """Paths may hold bytes that are no text: they are printed as they are, and what a terminal lacks by its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 and stream is sys.stdout else "backslashreplace")
+
+
 def _run(words: list[str]) -> int:
     names = [words[0]] if words and words[0] in COMMANDS else list(COMMANDS)
     app = build_app(names)
@@ -104,6 +114,11 @@ def _run(words: list[str]) -> int:
         show()
         return _USAGE
     return code if isinstance(code, int) else 0
+
+
+def _printable(error: Exception) -> str:
+    """An error's lines, in which a name that somebody gave cannot act on the terminal."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in str(error))
 
 
 def _bug(error: Exception) -> str:

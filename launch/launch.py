@@ -20,8 +20,9 @@ from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
-from meshwright.launch.runs import Known, cancel, remember
+from meshwright.launch.runs import Known, RunError, cancel, remember
 from meshwright.launch.sweep import SweepPlan, plan_sweep
+from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
 
 __all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "write_inputs"]
@@ -58,6 +59,7 @@ def launch(options: LaunchOptions) -> int:
         MeshwrightError: for what the user can mend, before anything has been started.
     """
     started_unix_s, base = round(time.time(), 3), Path.cwd()
+    _check_run_id(options.run_id)
     opened = open_job(options.path, options.overrides)
     sweep = plan_sweep(opened)
     if sweep is not None:
@@ -82,6 +84,15 @@ def launch(options: LaunchOptions) -> int:
     in_background(Path(plan.run_dir), lambda: follow_run(known, run, lambda: cluster.start(plan, secrets)))
     say_detached(known, options)
     return 0
+
+
+def _check_run_id(run_id: str | None) -> None:
+    """Raises for a name that is not safe as one directory."""
+    try:
+        if run_id is not None:
+            check_name(run_id)
+    except ValueError as error:
+        raise RunError(f"--run-id {run_id!r}: {error}") from None
 
 
 def _fit(opened: OpenJob, options: LaunchOptions, base: Path) -> LoadedJob:

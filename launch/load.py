@@ -3,13 +3,13 @@
 Every problem of a file is reported at once, in the order of the file.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.home import user_folder
 from meshwright.launch.yaml_nodes import Found, Items, Node, Scalar, Table, follow, show
 from meshwright.parallel.errors import nearest
 from meshwright.parallel.pipeline.files import is_file
@@ -205,8 +205,7 @@ def _replaced(root: Table, cluster: Node) -> Table:
 
 def _cluster_files(path: Path) -> tuple[Path, Path]:
     """Where named clusters are described: beside the job, and for all jobs of this user."""
-    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return path.parent / CLUSTERS_FILE, settings / "meshwright" / CLUSTERS_FILE
+    return path.parent / CLUSTERS_FILE, user_folder("XDG_CONFIG_HOME", ".config") / "meshwright" / CLUSTERS_FILE
 
 
 def _clusters(file: Path) -> tuple[dict[str, Node], list[Found]]:

@@ -146,7 +146,7 @@ def _secret(loaded: LoadedJob, name: str, source: SecretSource, *, environment: 
         return Secret(name, shown, "")
     key = f"secrets.{name}"
     if source.from_env is None:
-        value = _read_secret(loaded, key, Path(source.from_file or "").expanduser())
+        value = _read_secret(loaded, key, Path(os.path.expanduser(source.from_file or "")))
     elif source.from_env in environment:
         value = environment[source.from_env]
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.launch.exits import Exit
+from meshwright.launch.home import user_folder
 from meshwright.launch.registry import queue_of
 from meshwright.launch.rundir import write_json
 from meshwright.parallel.errors import MeshwrightError, nearest
@@ -89,8 +90,7 @@ def _began(pid: int) -> str:
 
 
 def _pointers() -> Path:
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    return state / "meshwright" / "runs"
+    return user_folder("XDG_STATE_HOME", ".local/state") / "meshwright" / "runs"
 
 
 def remember(known: Known) -> None:

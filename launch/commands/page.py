@@ -1,5 +1,6 @@
 """`meshwright page`: one self-contained HTML file about a run."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ def page(
 def _found(run: str) -> tuple[Path, str | None]:
     """The directory, and how the run stands; nobody knows that of one that `meshwright launch` did not make."""
     folder = Path(run)
-    if (folder / "metrics.jsonl").exists() and not (folder / "launch.json").exists():
+    if os.path.exists(folder / "metrics.jsonl") and not os.path.exists(folder / "launch.json"):
         return folder, None
     known = find_run(run)
     return Path(known.run_dir), standing(known).state

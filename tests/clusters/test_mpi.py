@@ -8,7 +8,7 @@ import pytest
 from meshwright.clusters.base import Limits, Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.mpi import MpiOptions, implementation_of, plan_mpi
-from meshwright.clusters.mpi_rank import Seat, seat_of
+from meshwright.clusters.mpi_rank import Seat, own_environment, seat_of
 
 REQUEST = StartRequest(
     name="j",
@@ -63,3 +63,10 @@ def test_ranks_are_counted_node_by_node_however_mpi_dealt_them() -> None:
     seats = [seat_of(leader, leaders[:index].count(leader), leaders) for index, leader in enumerate(leaders)]
     assert [seat.rank for seat in seats] == [0, 2, 1, 3, 4]
     assert seats[4] == Seat(node=1, local_rank=2, local_size=3, rank=4, sizes=(2, 3))
+
+
+def test_ranks_are_not_tied_to_mpiexec_but_keep_what_the_job_says_itself() -> None:
+    plan, node = {"inherit": ["*"]}, {"env": [("OMPI_MCA_btl", "self")]}
+    around = {"PATH": "/bin", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0", "OMPI_MCA_btl": "tcp"}
+    found = own_environment(plan, node, secrets={"PMI_KEY": "s"}, environment=around)
+    assert found == {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMI_KEY": "s"}

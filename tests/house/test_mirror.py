@@ -21,6 +21,9 @@ THEMES = {
     "tests/parallel/test_matrix.py": "the parity matrix: families x layouts",
     "tests/launch/worker/test_parts.py": "the small parts of the training program",
     "tests/launch/page/test_browser.py": "a page of a run in headless Chromium",
+    "tests/clusters/test_carried.py": "any words and variables on the line of every cluster",
+    "tests/launch/test_fuzz.py": "ten thousand damaged inputs of the command line",
+    "tests/launch/test_dry_run.py": "what 512 nodes cost on paper, and where their ranks are",
     "tests/moe/test_compared.py": "layers that benchmarks compare compute the same",
 }
 

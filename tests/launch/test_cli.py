@@ -69,3 +69,33 @@ def test_the_launcher_never_imports_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules and 'rich.progress' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("run_id", ["../up", "", "a b", "\udcff", "-x", "a\nb"])
+def test_a_run_id_that_is_no_name_of_a_directory_is_refused(
+    run_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    assert cli.main(["launch", str(tmp_path / "job.yaml"), "--dry-run", f"--run-id={run_id}"]) == 64
+    assert f"--run-id {run_id!r}: expected a name" in capsys.readouterr().err
+
+
+def test_a_directory_of_any_bytes_is_printed_as_it_is(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a\udcff"
+    folder.mkdir()
+    (folder / "job.yaml").write_text(JOB)
+    monkeypatch.chdir(folder)
+    assert cli.main(["launch", "job.yaml", "--dry-run"]) == 0
+    assert b"/a\xff" in capfdbinary.readouterr().out
+
+
+def test_a_name_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "\x1b[2J.yaml", "--dry-run"]) == 65
+    assert r"\x1b[2J.yaml:1:1: this job file does not exist" in capsys.readouterr().err
+
+
+def test_a_name_that_no_file_can_have_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["page", "1" * 400]) == 64
+    assert "Traceback" not in capsys.readouterr().err
