@@ -17,7 +17,7 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.parallel.promote import Promote
 from meshwright.testing import run_ranks
-from tests.moe.models import NUM_EXPERTS, VOCABULARY, build
+from tests.moe.models import NUM_EXPERTS, VOCABULARY, build, build_listed
 from tests.parallel.cells import alternating, beyond
 from tests.parallel.families import lm
 
@@ -83,6 +83,7 @@ MODELS: dict[str, Any] = {
     "crowded": crowded,
     "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
     "gpt_oss": partial(build, "gpt_oss"),
+    "listed": build_listed,
     **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
 }
 
@@ -127,6 +128,15 @@ SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
     *beyond(({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}), ({"cp": 2, "dp": 2, "ep": 4}, {})),
 ]
+LISTED: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"dp": 4, "ep": 4}, TWO),
+    ({"fsdp": 4, "ep": 2}, LAYERED),
+    ({"fsdp": 4, "ep": 2}, TWO),
+    ({"tp": 2, "dp": 2, "ep": 4}, TWO),
+    ({"dp": 2, "ep": 2}, {}),
+    ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "1f1b"}),
+    *beyond(({"dp": 2, "fsdp": 2, "ep": 4}, LAYERED), ({"tp": 2, "fsdp": 2, "ep": 2}, TWO)),
+]
 
 
 @pytest.mark.slow
@@ -134,6 +144,14 @@ SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ("model", "layout"), alternating(("mixtral", "deepseek_v3", "gpt_oss", "crowded"), SLICED, every=3), ids=str
 )
 def test_experts_cut_into_slices_make_the_plain_step(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    check(model, *layout, moe=mw.Experts(slices=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layout"), alternating(("switch_transformers", "listed"), LISTED, every=3), ids=str)
+def test_experts_that_are_modules_are_cut_into_slices(
+    model: str, layout: tuple[dict[str, int], dict[str, Any]]
+) -> None:
     check(model, *layout, moe=mw.Experts(slices=2))
 
 
@@ -195,6 +213,14 @@ WAYS = {
         ({"dp": 4, "ep": 2}, {}),
         ({"fsdp": 2}, {}),
         ({"tp": 2, "dp": 2, "ep": 4}, {}),
+        ({"fsdp": 4, "ep": 4}, {"schedule": "layered", "slices": 2}),
+        ({"dp": 4, "ep": 4}, {"slices": 4}),
+    ],
+    "listed": [
+        ({"fsdp": 4, "ep": 2}, {"schedule": "layered", "slices": 2}),
+        ({"dp": 4, "ep": 4}, {"slices": 4}),
+        ({"fsdp": 4, "ep": 4}, {}),
+        ({"dp": 4, "ep": 4}, {"slices": 2}),
     ],
 }
 
