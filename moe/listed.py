@@ -73,7 +73,8 @@ def slice_expert(expert: nn.Module, *, slices: int, where: str) -> dict[str, Spl
         for each, parts in zip(whole.dropped, zip(*found, strict=True), strict=True):
             if sum(part[-1] for part in parts) != each[-1] or not draws(expert):
                 raise _UnfitError("it drops elements that are no hidden features, or not by nn.Dropout")
-    except _UnfitError as why:
+    except (_UnfitError, RuntimeError) as error:  # of a backward that a model could not do either
+        why = error if isinstance(error, _UnfitError) else f"it cannot be followed ({str(error).splitlines()[0]})"
         raise SwapError(f"expert {where} is not seen to be the sum of {slices} slices: {why}; use one slice") from None
     return cuts
 

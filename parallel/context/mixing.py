@@ -1,8 +1,8 @@
 """Modules of a block that look at other positions though they are no attention, such as routers that count tokens.
 
 A router with a capacity drops the tokens of an expert that come after too many others. Random tokens may never fill
-one, so that a proof on them would pass; one token at all positions fills it. Such a module runs on the whole sequence on
-every rank, and what it says of each position goes on with the position.
+one, so that a proof on them would pass; one token at all positions fills it. Such a module runs on the whole sequence
+on every rank, and what it says of each position goes on with the position.
 """
 
 import copy

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "NUM_EXPERTS", "batch", "build", "build_listed", "run"]
+__all__ = ["FAMILIES", "NUM_EXPERTS", "Gated", "GatedList", "batch", "build", "build_listed", "run"]
 
 VOCABULARY = 53
 NUM_EXPERTS = 8

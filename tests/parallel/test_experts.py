@@ -77,6 +77,16 @@ def crowded() -> nn.Module:
     return model
 
 
+def one_expert() -> nn.Module:
+    """All tokens of a sample want one expert, which takes five of them."""
+    model = build("switch_transformers", num_experts=6, expert_capacity=5)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if name.endswith("classifier.weight"):
+                each.zero_()
+    return model
+
+
 MODELS: dict[str, Any] = {
     **{name: partial(build, name) for name in ("mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers")},
     "upcycled": upcycled,
@@ -84,6 +94,7 @@ MODELS: dict[str, Any] = {
     "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
     "gpt_oss": partial(build, "gpt_oss"),
     "listed": build_listed,
+    "one expert": one_expert,
     **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
 }
 
@@ -116,7 +127,9 @@ def test_a_step_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "layout"), alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled"), CONTEXT, every=3), ids=str
+    ("model", "layout"),
+    alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled", "switch_transformers"), CONTEXT, every=3),
+    ids=str,
 )
 def test_a_step_on_dealt_sequences_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
     check(model, *layout)
@@ -135,6 +148,7 @@ LISTED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"tp": 2, "dp": 2, "ep": 4}, TWO),
     ({"dp": 2, "ep": 2}, {}),
     ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "1f1b"}),
+    ({"cp": 2, "dp": 2, "ep": 4}, {}),
     *beyond(({"dp": 2, "fsdp": 2, "ep": 4}, LAYERED), ({"tp": 2, "fsdp": 2, "ep": 2}, TWO)),
 ]
 
@@ -170,8 +184,22 @@ def test_tokens_in_two_halves_make_the_plain_step(model: str, layout: tuple[dict
 
 
 @pytest.mark.slow
-def test_plain_gradient_descent_sees_the_scale_of_gradients() -> None:
-    check("mixtral", {"fsdp": 4, "ep": 2}, TWO, build_optimizer=partial(torch.optim.SGD, lr=1.0))
+@pytest.mark.parametrize(
+    ("model", "layout", "slices"),
+    [
+        ("mixtral", {"fsdp": 4, "ep": 2}, 1),
+        ("switch_transformers", {"dp": 2, "fsdp": 2, "ep": 4}, 2),
+        ("switch_transformers", {"cp": 2, "dp": 2, "ep": 2}, 1),
+    ],
+)
+def test_plain_gradient_descent_sees_the_scale_of_gradients(model: str, layout: dict[str, int], slices: int) -> None:
+    check(model, layout, {}, moe=mw.Experts(slices=slices), build_optimizer=partial(torch.optim.SGD, lr=1.0))
+
+
+@pytest.mark.slow
+def test_tokens_over_capacity_are_those_of_the_whole_sequence() -> None:
+    """Three ranks have shares of 3, 3 and 2 positions of eight."""
+    check("one expert", {"cp": 3, "ep": 3}, {})
 
 
 def stepped(model: mw.ParallelModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
