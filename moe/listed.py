@@ -69,7 +69,7 @@ def slice_expert(expert: nn.Module, *, slices: int, where: str) -> dict[str, Spl
     try:
         whole = _whole(expert)
         cuts = _cuts(expert, whole, slices)
-        found = [_slice(expert, whole, cuts, part) for part in range(slices)]
+        found = [_slice(expert, whole, cuts, part=part) for part in range(slices)]
         for each, parts in zip(whole.dropped, zip(*found, strict=True), strict=True):
             if sum(part[-1] for part in parts) != each[-1] or not draws(expert):
                 raise _UnfitError("it drops elements that are no hidden features, or not by nn.Dropout")
@@ -142,13 +142,13 @@ class _Watch(TorchFunctionMode):
         self._run = run
         self._answer = answer
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
         """Takes calls that touch parameters."""
-        kwargs = kwargs or {}
+        args, kwargs = given[0] if given else (), given[1] if len(given) > 1 and given[1] else {}
         if func is functional.linear:
             return self._linear(*args, **kwargs)
         if func is functional.dropout:
-            return self._dropout(*args, **kwargs)
+            return self._dropout({**dict(zip(("input", "p", "training", "inplace"), args, strict=False)), **kwargs})
         made = func(*args, **kwargs)
         touched = [self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names]
         if touched and any(isinstance(leaf, Tensor) for leaf in tree_leaves(made)):
@@ -165,11 +165,10 @@ class _Watch(TorchFunctionMode):
         self._run.calls.append(call)
         return answer.clone()  # which may be changed in place
 
-    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        del inplace
-        if p > 0 and training:
-            self._run.dropped.append(input.shape)
-        return input
+    def _dropout(self, given: dict[str, Any]) -> Any:
+        if given.get("p", 0.5) > 0 and given.get("training", True):
+            self._run.dropped.append(given["input"].shape)
+        return given["input"]
 
 
 class _WidthError(_UnfitError):
@@ -239,7 +238,7 @@ def _cuts(expert: nn.Module, whole: _Run, slices: int) -> dict[str, Split]:
     return cuts
 
 
-def _slice(expert: nn.Module, whole: _Run, cuts: Mapping[str, Split], part: int) -> list[torch.Size]:
+def _slice(expert: nn.Module, whole: _Run, cuts: Mapping[str, Split], *, part: int) -> list[torch.Size]:
     """Runs one slice and compares it with its part of the whole; returns the shapes of what it dropped elements of."""
     *ups, down = whole.calls
     answers = iter([*(_taken(up.answer, cuts[up.weight], part) for up in ups), down.answer.detach()])

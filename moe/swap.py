@@ -8,7 +8,7 @@ A rank's gradients of its experts hold the tokens of all ranks of `ep`; see `exp
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +66,9 @@ def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop
             splits |= dict.fromkeys(names.values(), rows)
             continue
         for name, path in names.items():
-            number, cut = _names(each).index(name.partition(".")[0]), columns.get(name)
-            near = [rank for rank, own in enumerate(shares) if number in own]
-            homes[path] = tuple(rank for rank in near if cut is None or cut.held[rank])
-            if cut is not None and len(homes[path]) > 1:
-                splits[path] = cut
+            number = _names(each).index(name.partition(".")[0])
+            homes[path], cut = _homes(number, shares, columns.get(name))
+            splits |= {path: cut} if cut is not None else {}
     paths, summary = tuple(each.path for each in found), _summary(found, f"{ranks} ranks, {kind}", slices)
     return ExpertPlan(ranks, splits, tiles, homes, paths, summary=summary, notes=tuple(_notes(found)))
 
@@ -235,6 +233,13 @@ class _Listed:
 def _names(found: FoundExperts) -> list[str]:
     """Of the experts of a list."""
     return [name for name, _ in found.module.named_children()]
+
+
+def _homes(number: int, shares: Sequence[range], cut: Split | None) -> tuple[tuple[int, ...], Split | None]:
+    """The ranks that keep a parameter of one expert, and how they share it, where they do."""
+    near = [rank for rank, own in enumerate(shares) if number in own]
+    homes = tuple(rank for rank in near if cut is None or cut.held[rank])
+    return homes, cut if len(homes) > 1 else None
 
 
 def _keep(found: FoundExperts, plan: ExpertPlan, *, rank: int) -> None:

@@ -48,11 +48,12 @@ def works_by_position(module: nn.Module, width: int) -> bool:
 class WithoutDropout(TorchFunctionMode):
     """A context in which nothing is dropped."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
         """Replaces dropouts and passes every other call on."""
+        args, keywords = given[0] if given else (), given[1] if len(given) > 1 and given[1] else {}
         if func is functional.dropout:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
+            return args[0] if args else keywords["input"]
+        return func(*args, **keywords)
 
 
 def _close(found: Any, expected: Tensor) -> bool:

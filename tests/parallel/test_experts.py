@@ -15,6 +15,8 @@ from meshwright.moe.errors import DispatchError, SwapError
 from meshwright.moe.upcycle import Upcycling, upcycle
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
+from meshwright.parallel.options import Options
+from meshwright.parallel.plan import make_plans
 from meshwright.parallel.promote import Promote
 from meshwright.testing import run_ranks
 from tests.moe.models import NUM_EXPERTS, VOCABULARY, build, build_listed
@@ -94,7 +96,6 @@ MODELS: dict[str, Any] = {
     "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
     "gpt_oss": partial(build, "gpt_oss"),
     "listed": build_listed,
-    "one expert": one_expert,
     **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
 }
 
@@ -199,7 +200,38 @@ def test_plain_gradient_descent_sees_the_scale_of_gradients(model: str, layout: 
 @pytest.mark.slow
 def test_tokens_over_capacity_are_those_of_the_whole_sequence() -> None:
     """Three ranks have shares of 3, 3 and 2 positions of eight."""
-    check("one expert", {"cp": 3, "ep": 3}, {})
+    report = mw.verify(one_expert, words, mw.Mesh(cp=3, ep=3), moe=ALONE, prepare=poison)
+    assert report.ok, report
+    assert report.max_relative_gradient_error < 1e-11
+
+
+class Counting(nn.Module):
+    """A mixture that counts tokens where it chooses experts, outside of any module."""
+
+    def __init__(self, mixture: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, NUM_EXPERTS), mixture.experts
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights, ids = self.gate(tokens).softmax(-1).topk(1)
+        chosen = nn.functional.one_hot(ids[..., 0], NUM_EXPERTS)
+        kept = (chosen.cumsum(1) * chosen).sum(-1, keepdim=True) <= 2
+        made: Tensor = self.experts(tokens.flatten(0, 1), ids.flatten(0, 1), (weights * kept).flatten(0, 1))
+        return made.view_as(tokens)
+
+
+def counting() -> nn.Module:
+    model = build("mixtral")
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.mlp = Counting(layer.mlp).double()  # type: ignore[union-attr,arg-type]
+    return model
+
+
+def test_experts_that_would_get_all_tokens_of_all_ranks_are_refused() -> None:
+    with pytest.raises(WrapError) as caught:
+        make_plans(counting(), mw.Mesh(cp=2, ep=2), Options.of(moe=mw.Experts(), example=words(2)))
+    assert "experts model.layers.0.mlp.experts lie in model.layers.0.mlp, which looks at other pos" in str(caught.value)
+    assert "let a module of its own choose experts" in str(caught.value)
 
 
 def stepped(model: mw.ParallelModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
