@@ -2,8 +2,9 @@
 
 Between blocks every rank holds its positions. A block may then do what concerns one position at a time; its attention
 fetches keys of other ranks. What else it takes for each position (rotary tables, ids) is dealt with the stream. Where a
-block computes something from positions inside of its attention (relative biases, say), that module runs whole on every
-rank. Which of these is true of a block is not read from its code but tried, in float64, on two ranks that are threads.
+block computes something from positions inside of its attention (relative biases, say), or in a module beside it (see
+`mixing`), that module runs whole on every rank. Which of these is true of a block is not read from its code but tried,
+in float64, on two ranks that are threads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
