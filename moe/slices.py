@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from meshwright.moe.errors import SwapError
+from meshwright.moe.folding import own_experts
+from meshwright.moe.listed import form_of, ranges_of, slice_expert, sources_of
 from meshwright.moe.recognise import FoundExperts
 from meshwright.moe.routing import Routing
 from meshwright.parallel.layout import Range, Split, deal
@@ -57,17 +59,33 @@ class Slicing:
 
 
 def sliced_columns(found: FoundExperts, *, ranks: int, slices: int) -> dict[str, Split]:
-    """Parameter -> which part of its hidden dim each rank of `ep` keeps.
+    """Parameter -> which part of its hidden features each rank of `ep` keeps, none of experts of other ranks.
 
     Which features of the first product a hidden one needs is seen from gradients of the activation, so that gates may
     lie in halves or side by side.
 
     Raises:
-        SwapError: for experts that are modules, or that have too few hidden features or mix them.
+        SwapError: for experts that have too few hidden features or mix them, or that are not seen to be sums of slices.
     """
+    return (_of_stacked if found.kind == "stacked" else _of_listed)(found, ranks, slices)
+
+
+def _of_listed(found: FoundExperts, ranks: int, slices: int) -> dict[str, Split]:
+    splits: dict[str, Split] = {}
+    shares = [own_experts(found.num_experts, ranks=ranks // slices, rank=rank // slices) for rank in range(ranks)]
+    known: dict[object, dict[str, Split]] = {}
+    for number, (place, expert) in enumerate(found.module.named_children()):
+        form = form_of(expert)
+        if form not in known:
+            known[form] = slice_expert(expert, slices=slices, where=f"{found.path}.{place}")
+        for name, cut in known[form].items():
+            held = [cut.held[rank % slices] if number in own else () for rank, own in enumerate(shares)]
+            splits[f"{place}.{name}"] = Split(cut.dim, cut.size, tuple(held))
+    return splits
+
+
+def _of_stacked(found: FoundExperts, ranks: int, slices: int) -> dict[str, Split]:
     module: Any = found.module
-    if found.kind == "listed":
-        raise SwapError(f"experts {found.path} are modules of their own, which are not cut into slices; use one slice")
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = (1, 2) if not module.is_transposed else (2, 1)
     wide, inner = getattr(module, name).shape[up], module.down_proj.shape[down]
@@ -91,12 +109,9 @@ def _sources(act: Any, wide: int, parts: list[Range], *, where: str) -> list[lis
     """For each part of the activation's outputs, the inputs that it is made of."""
     with torch.enable_grad():
         inputs = torch.linspace(0.5, 1.5, wide, dtype=torch.float64)[None].requires_grad_()
-        outputs = act(inputs)[0]
-        needed = [
-            torch.autograd.grad(outputs[low:high].sum(), inputs, retain_graph=True)[0][0] != 0 for low, high in parts
-        ]
+        needed = sources_of(act(inputs), inputs, parts)
     if int(torch.stack(needed).sum(0).max()) > 1:
         raise SwapError(
             f"experts {where} mix their hidden features in the activation, so they cannot be cut into slices"
         )
-    return [[(place, place + 1) for place in each.nonzero().flatten().tolist()] for each in needed]
+    return [ranges_of(each) for each in needed]

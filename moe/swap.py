@@ -8,7 +8,8 @@ A rank's gradients of its experts hold the tokens of all ranks of `ep`; see `exp
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.errors import DispatchError, RoutingError, SwapError
 from meshwright.moe.experts import FeedForward
 from meshwright.moe.folding import own_experts
+from meshwright.moe.listed import draws
 from meshwright.moe.recognise import FoundExperts, find_experts
 from meshwright.moe.routing import Routing
 from meshwright.moe.slices import Slicing, sliced_columns
@@ -28,6 +30,7 @@ from meshwright.parallel.deferred import like
 from meshwright.parallel.exchange import Axis, cut, join
 from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.layout import Split
+from meshwright.parallel.randomness import keyed
 from meshwright.parallel.tiles import Tiles
 
 __all__ = ["deal_experts", "plan_experts", "read_routing"]
@@ -52,18 +55,20 @@ def plan_experts(model: nn.Module, *, ranks: int, kind: TransportKind = "one_hop
         raise DispatchError(f"{slices} slices of each expert do not divide ep={ranks} ranks")
     splits: dict[str, Split] = {}
     tiles: dict[str, Tiles] = {}
-    homes: dict[str, int] = {}
+    homes: dict[str, tuple[int, ...]] = {}
     for each in found:
         shares = [own_experts(each.num_experts, ranks=ranks // slices, rank=rank // slices) for rank in range(ranks)]
         rows = Split.of(0, each.num_experts, [[(own.start, own.stop)] for own in shares])
         names = {name: f"{each.path}.{name}".lstrip(".") for name, _ in each.module.named_parameters()}
         columns = sliced_columns(each, ranks=ranks, slices=slices) if slices > 1 else {}
-        tiles |= {names[name]: Tiles(rows, split) for name, split in columns.items()}
         if each.kind == "stacked":
+            tiles |= {names[name]: Tiles(rows, split) for name, split in columns.items()}
             splits |= dict.fromkeys(names.values(), rows)
-        else:
-            numbers = {name: _names(each).index(name.partition(".")[0]) for name in names}
-            homes |= {names[name]: next(r for r, own in enumerate(shares) if numbers[name] in own) for name in names}
+            continue
+        for name, path in names.items():
+            number = _names(each).index(name.partition(".")[0])
+            homes[path], cut = _homes(number, shares, columns.get(name))
+            splits |= {path: cut} if cut is not None else {}
     paths, summary = tuple(each.path for each in found), _summary(found, f"{ranks} ranks, {kind}", slices)
     return ExpertPlan(ranks, splits, tiles, homes, paths, summary=summary, notes=tuple(_notes(found)))
 
@@ -98,8 +103,9 @@ def deal_experts(
     carry = way.carry_halves if overlap else way.carry
     for each in find_experts(model):
         own = own_experts(each.num_experts, ranks=axes.ep.size // slices, rank=axes.ep.rank // slices)
-        _keep(each, own, plan, rank=axes.ep.rank)
-        experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module, own)
+        _keep(each, plan, rank=axes.ep.rank)
+        part = None if slices == 1 else axes.ep.rank % slices
+        experts: Experts = _Stacked(each.module) if each.kind == "stacked" else _Listed(each.module, own, part)
         each.module.forward = _Travelling(each, carry, experts, alike=alike, slicing=Slicing(slices, len(own)))
     return plan
 
@@ -209,11 +215,19 @@ class _Listed:
 
     module: Any
     own: range
+    part: int | None
 
     def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
         experts = list(self.module.children())[self.own.start : self.own.stop]
         parts = zip(experts, rows.split(counts.tolist()), strict=True)
-        return torch.cat([expert(part) if len(part) else part for expert, part in parts])
+        with self._drawing():
+            return torch.cat([expert(part) if len(part) else part for expert, part in parts])
+
+    def _drawing(self) -> AbstractContextManager[None]:
+        """Each slice draws masks of its own features, also where ranks draw from one seed."""
+        if self.part is None or not self.module.training or not draws(self.module):
+            return nullcontext()
+        return keyed(int(torch.randint(1 << 62, (), device="cpu")), "slice", self.part)
 
 
 def _names(found: FoundExperts) -> list[str]:
@@ -221,12 +235,23 @@ def _names(found: FoundExperts) -> list[str]:
     return [name for name, _ in found.module.named_children()]
 
 
-def _keep(found: FoundExperts, own: range, plan: ExpertPlan, *, rank: int) -> None:
+def _homes(number: int, shares: Sequence[range], cut: Split | None) -> tuple[tuple[int, ...], Split | None]:
+    """The ranks that keep a parameter of one expert, and how they share it, where they do."""
+    near = [rank for rank, own in enumerate(shares) if number in own]
+    homes = tuple(rank for rank in near if cut is None or cut.held[rank])
+    return homes, cut if len(homes) > 1 else None
+
+
+def _keep(found: FoundExperts, plan: ExpertPlan, *, rank: int) -> None:
     """Drops what other ranks keep."""
     if found.kind == "listed":
-        for number, expert in enumerate(found.module.children()):
-            for module in expert.modules() if number not in own else ():
-                module._parameters.update(dict.fromkeys(module._parameters))  # the modules stay, so that names do
+        for place, expert in found.module.named_children():
+            for name, parameter in list(expert.named_parameters()):
+                path = f"{found.path}.{place}.{name}".lstrip(".")
+                module = expert.get_submodule(name.rpartition(".")[0])
+                cut = plan.splits.get(path)
+                kept = parameter if cut is None else like(parameter, cut.take(parameter.detach(), rank))
+                module._parameters[name.rpartition(".")[2]] = kept if rank in plan.homes[path] else None
         return
     for name, parameter in list(found.module.named_parameters(recurse=False)):
         path = f"{found.path}.{name}".lstrip(".")

@@ -6,7 +6,7 @@ attention does with these ranks (dp, fsdp, cp or tp).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from meshwright.parallel.tiles import Tiles
 
 __all__ = ["ExpertPass", "ExpertPlan", "ExpertStates", "square_of"]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class ExpertPlan:
 
     Args:
         degree: of `ep`.
-        splits: parameters that hold many experts -> how they are dealt.
-        tiles: those of them of which ranks keep a part of each expert too.
-        homes: parameters of one expert -> the rank of `ep` that keeps them.
+        splits: parameters of which several ranks keep a part each -> how they are dealt.
+        tiles: those of many experts of which ranks keep a part of each expert too.
+        homes: parameters of one expert -> the ranks of `ep` that keep them, whole or as `splits` says.
         paths: of the modules that hold experts.
         summary: what a report says of it.
         notes: what differs from the plain run.
@@ -43,7 +43,7 @@ class ExpertPlan:
     degree: int = 1
     splits: Mapping[str, Split] = field(default_factory=dict)
     tiles: Mapping[str, Tiles] = field(default_factory=dict)
-    homes: Mapping[str, int] = field(default_factory=dict)
+    homes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
     summary: str = ""
     notes: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class ExpertPlan:
         dealt = self.tiles.get(name) or self.splits.get(name)
         if dealt is not None:
             return dealt.local_shape(shape, rank)
-        return tuple(shape) if self.homes.get(name, rank) == rank else (0, *shape[1:])
+        return tuple(shape) if rank in self.homes.get(name, (rank,)) else (0, *shape[1:])
 
 
 class ExpertPass(Protocol):
@@ -109,7 +109,12 @@ class ExpertStates:
         return Part.of(torch.Size(shape), values, list(tiles.boxes(self._rank, values, rows_of(parameter))))
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """The full tensor behind this rank's part of a parameter; every rank that holds one must ask."""
+        """The full tensor behind this rank's part of a parameter; every rank that holds one must ask.
+
+        Of a single expert it stays a part, which `told` and `gathered` join: not all ranks hold one.
+        """
+        if name in self.plan.homes:
+            return tensor
         tiles = self.plan.tiles.get(name)
         if tiles is None or not self.is_dealt(name):
             return self._dealt.whole(name, tensor)
@@ -120,20 +125,33 @@ class ExpertStates:
         return tiles.join([part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
     def told(self, name: str, tensor: Tensor | None) -> Tensor:
-        """A full tensor that this rank or, of a single expert, another one has; every rank of `ep` must ask."""
+        """A full tensor that this rank or, of a single expert, others have; every rank of `ep` must ask."""
         if self.holds(name) and name in self.plan.homes:
-            home = self.plan.homes[name]
-            tensor = self._groups.tell(tensor if home == self._rank else None, "ep", home)
+            homes = self.plan.homes[name]
+            tensor = self._joined(
+                name, {home: self._groups.tell(tensor if home == self._rank else None, "ep", home) for home in homes}
+            )
         assert tensor is not None, name
         return tensor
 
     def gathered(self, mine: Mapping[str, T]) -> dict[str, T]:
         """With what other ranks have of single experts; every rank of `ep` must ask."""
-        found = dict(mine)
+        parts: dict[str, dict[int, Tensor | None]] = {}
         for rank in range(self.plan.degree) if self.plan.homes and self.plan.degree > 1 else ():
-            own = {name: each for name, each in mine.items() if self.plan.homes.get(name) == rank}
-            found |= self._groups.tell(own, "ep", rank)
-        return found
+            own = {name: each for name, each in mine.items() if rank in self.plan.homes.get(name, ())}
+            for name, each in self._groups.tell(own, "ep", rank).items():
+                parts.setdefault(name, {})[rank] = each
+        joined: dict[str, Any] = {name: self._joined(name, each) for name, each in parts.items()}
+        return {**mine, **joined}
+
+    def _joined(self, name: str, parts: Mapping[int, Tensor | None]) -> Tensor | None:
+        """A tensor of one expert from what its ranks have of it; none where none has one."""
+        given = {rank: each for rank, each in parts.items() if each is not None}
+        split, first = self.plan.splits.get(name), next(iter(given.values()), None)
+        if split is None or first is None:
+            return first
+        shapes = [split.local_shape(first.shape, rank) for rank in range(split.degree)]
+        return split.join([given.get(rank, first.new_zeros(shape)) for rank, shape in enumerate(shapes)])
 
     def parted(self, local: Local) -> tuple[Local, Local]:
         """Dense parameters, and those of experts."""

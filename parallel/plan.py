@@ -1,6 +1,7 @@
 """The tensor pass of `parallelize`: finds an example, has the plan made, deals the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -64,7 +65,9 @@ def make_plans(model: nn.Module, mesh: Mesh, options: Options) -> Plans:
     """
     experts = make_expert_plan(model, mesh, options)
     plan = make_plan(model, mesh, options, experts=experts)
-    return Plans(tensor=plan, context=make_context_plan(model, mesh, options, plan=plan), experts=experts)
+    return Plans(
+        tensor=plan, context=make_context_plan(model, mesh, options, plan=plan, experts=experts), experts=experts
+    )
 
 
 def make_expert_plan(model: nn.Module, mesh: Mesh, options: Options) -> ExpertPlan:
@@ -113,7 +116,9 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options, *, experts: Expert
     return plan
 
 
-def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, *, plan: TensorPlan) -> ContextPlan:
+def make_context_plan(
+    model: nn.Module, mesh: Mesh, options: Options, *, plan: TensorPlan, experts: ExpertPlan | None = None
+) -> ContextPlan:
     """The plan of a model along `cp`; one of degree 1 where there is none.
 
     Args:
@@ -121,6 +126,7 @@ def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, *, plan: T
         mesh: with `cp`.
         options: may hold an example.
         plan: along `tp`.
+        experts: that are dealt over `ep`.
 
     Raises:
         WrapError: when its blocks do not work on a dealt sequence, or no example is at hand.
@@ -128,6 +134,14 @@ def make_context_plan(model: nn.Module, mesh: Mesh, options: Options, *, plan: T
     if mesh.cp == 1:
         return ContextPlan(degree=1)
     found = _on_example(model, options, f"the axis cp={mesh.cp}", planned=lambda run: plan_context(model, run, mesh.cp))
+    dealt = () if experts is None or experts.degree == 1 else experts.paths
+    around = [(path, whole) for path in dealt for whole in found.joined if f"{path}.".startswith(f"{whole}.")]
+    if around:
+        raise WrapError(
+            f"experts {around[0][0]} lie in {around[0][1]}, which looks at other positions, so that all ranks of "
+            f"cp={mesh.cp} would run it on all tokens and send each {mesh.cp} times; let a module of its own choose "
+            "experts from [samples, positions, features], or deal the batch over dp"
+        )
     twice = [path for path in found.drops if path in plan.drops]
     if twice:
         raise WrapError(
@@ -155,7 +169,8 @@ def _on_example(model: nn.Module, options: Options, who: str, *, planned: Callab
 
     def plan_on(device: torch.device) -> Plan:
         moved = to_device(example, device)
-        return planned(lambda: call(model, moved))
+        with _dtypes_kept(model):
+            return planned(lambda: call(model, moved))
 
     try:
         return on_shapes(model, plan_on)
@@ -164,6 +179,18 @@ def _on_example(model: nn.Module, options: Options, who: str, *, planned: Callab
             f"the model cannot be run on its example, which {who} needs: {type(error).__name__}: "
             f"{error}; pass example= one micro-batch as step() takes it"
         ) from error
+
+
+@contextmanager
+def _dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back parameters that a model's own forward casts, for good: routers of Switch Transformers do."""
+    before = [(each, each.data) for each in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            if parameter.dtype is not data.dtype:
+                parameter.data = data
 
 
 def deal_model(model: nn.Module, plan: TensorPlan, axis: Axis) -> None:

@@ -177,9 +177,13 @@ def _once(length: Length, work: Callable[[Tensor], Tensor]) -> Callable[[Any], A
 
 
 def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], length: Length | None) -> None:
-    """Around a module that every rank runs alike on the full sequence."""
+    """Around a module that every rank runs alike on the full sequence; what it says of each position is dealt."""
     if length is None:
         return
+
+    def dealt(value: Any) -> Any:
+        is_whole = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == length.full
+        return cut(value, axis, 1) if is_whole else value
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
@@ -187,7 +191,7 @@ def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], lengt
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
-        return _mapped(output, lambda value: cut(value, axis, value.dim() - 2) if length.is_whole(value) else value)
+        return _mapped(output, dealt)
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from meshwright.parallel.promote import Promote
 from meshwright.parallel.unit_run import with_random_weights
 
-__all__ = ["leaves_of", "works_by_position"]
+__all__ = ["WithoutDropout", "leaves_of", "works_by_position"]
 
 _TOLERANCE = 1e-10
 _LENGTH = 6
@@ -34,7 +34,7 @@ def works_by_position(module: nn.Module, width: int) -> bool:
     try:
         mine = with_random_weights(module).train()
         before = _state_of(mine)
-        with torch.random.fork_rng(devices=[]), Promote(), _WithoutDropout():
+        with torch.random.fork_rng(devices=[]), Promote(), WithoutDropout():
             whole = mine(given)
             parts = torch.cat([mine(given[:, cut].contiguous()) for cut in _CUTS], 1)
     except Exception:  # whatever a module raises when it is given one tensor, it is not called with one
@@ -45,14 +45,15 @@ def works_by_position(module: nn.Module, width: int) -> bool:
     return _close(parts, whole) and _state_of(mine) == before and leaves_of(whole) <= own
 
 
-class _WithoutDropout(TorchFunctionMode):
+class WithoutDropout(TorchFunctionMode):
     """A context in which nothing is dropped."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
         """Replaces dropouts and passes every other call on."""
+        args, keywords = given[0] if given else (), given[1] if len(given) > 1 and given[1] else {}
         if func is functional.dropout:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
+            return args[0] if args else keywords["input"]
+        return func(*args, **keywords)
 
 
 def _close(found: Any, expected: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 Between blocks every rank holds its positions. A block may then do what concerns one position at a time; its attention
 fetches keys of other ranks. What else it takes for each position (rotary tables, ids) is dealt with the stream. Where a
-block computes something from positions inside of its attention (relative biases, say), that module runs whole on every
-rank. Which of these is true of a block is not read from its code but tried, in float64, on two ranks that are threads.
+block computes something from positions inside of its attention (relative biases, say), or in a module beside it (see
+`mixing`), that module runs whole on every rank. Which of these is true of a block is not read from its code but tried,
+in float64, on two ranks that are threads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from meshwright.parallel.blockwise.plugs import plugged
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.context.arguments import deal_arguments
 from meshwright.parallel.context.attending import gathered, without_drops
+from meshwright.parallel.context.mixing import mixing_modules
 from meshwright.parallel.context.plan import Attends, ContextPlan, Dealt, Scored
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.length import Length
@@ -162,7 +164,8 @@ def _settle(unit: nn.Module, call: UnitCall, degree: int) -> Settled:
     if plain.stream is None:
         return Settled(None, None, "it takes no [samples, positions, features]")
     reasons: list[str] = []
-    for variant in _variants(plain, list(dict.fromkeys(asked))):
+    mixing = mixing_modules(plain, asked)
+    for variant in _variants(plain, list(dict.fromkeys(asked)), mixing):
         attends: dict[str, Attends] = {}
         try:
             found = prove(plain, variant, _Attending(variant, attends))
@@ -241,21 +244,24 @@ def _untried(plain: Plain, variant: ContextPlan) -> frozenset[str]:
 
 
 def _said(plan: ContextPlan) -> str:
+    attention = f"attention of {', '.join(plan.attends) or 'nothing'}"
     if plan.joined:
-        return f"{', '.join(plan.joined)} on the whole sequence on every rank, the rest position by position"
-    return f"attention of {', '.join(plan.attends) or 'nothing'}, the rest position by position"
+        whole = f"{', '.join(plan.joined)} on the whole sequence on every rank, the rest position by position"
+        return f"{attention}, {whole}" if plan.attends else whole
+    return f"{attention}, the rest position by position"
 
 
-def _variants(plain: Plain, asked: list[str]) -> Iterator[ContextPlan]:
-    """The ways in which a block might work on its positions, the likeliest first."""
-    base = ContextPlan(degree=_PROVED_ON, sequence=True)
+def _variants(plain: Plain, asked: list[str], mixing: Mapping[str, tuple[int | str, ...]]) -> Iterator[ContextPlan]:
+    """The ways in which a block might work on its positions, the likeliest first; `mixing` modules run whole in all."""
+    base = ContextPlan(degree=_PROVED_ON, sequence=True, joined=mixing)
     yield from _on_positions(plain, base)
     whole = [path for path in asked if plain.keys.get(path)]
     if not whole:  # attention by hand
         whole = [path for path, keys in plain.keys.items() if keys and "." not in path]
     for paths in [whole] if asked else [*([path] for path in whole), whole]:
+        apart = {path: keys for path, keys in mixing.items() if not any(f"{path}.".startswith(f"{p}.") for p in paths)}
         if paths:
-            yield replace(base, joined={path: plain.keys[path] for path in paths})
+            yield replace(base, joined={**{path: plain.keys[path] for path in paths}, **apart})
 
 
 def _on_positions(plain: Plain, base: ContextPlan) -> Iterator[ContextPlan]:

@@ -92,7 +92,7 @@ def _why_not(settled: Settled) -> str | None:
     if settled.plan is None or settled.stream is None:
         return settled.reason
     if settled.plan.joined:
-        return f"{', '.join(settled.plan.joined)} makes something of positions inside of its attention"
+        return f"{', '.join(settled.plan.joined)} looks at the whole sequence, besides by its attention"
     return None if settled.only_streams else "it gives something besides the stream"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "NUM_EXPERTS", "batch", "build", "run"]
+__all__ = ["FAMILIES", "NUM_EXPERTS", "Gated", "GatedList", "batch", "build", "build_listed", "run"]
 
 VOCABULARY = 53
 NUM_EXPERTS = 8
@@ -87,6 +87,46 @@ def build(family: str, **overrides: Any) -> nn.Module:
         for each in model.parameters():
             each.normal_(0.0, 0.3, generator=generator)
     return model.train()
+
+
+class GatedList(nn.ModuleList):
+    """Gated experts with biases, each a module of its own."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(Gated(width, inner) for _ in range(NUM_EXPERTS))
+        self.num_experts = NUM_EXPERTS
+
+    def forward(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        made = torch.zeros_like(tokens)
+        for number, expert in enumerate(self):
+            row, choice = torch.where(ids == number)
+            if len(row):
+                made = made.index_add(0, row, expert(tokens[row]) * weights[row, choice, None])
+        return made
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.back = nn.Linear(inner, width)
+        self.both = nn.Linear(width, 2 * inner)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        pairs = self.both(rows).unflatten(-1, (-1, 2))  # a feature's gate and itself lie side by side
+        made: Tensor = self.back(nn.functional.silu(pairs[..., 0]) * pairs[..., 1])
+        return made
+
+
+def build_listed() -> nn.Module:
+    """A model of `mixtral` whose experts are modules of nobody's library."""
+    model = build("mixtral")
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.mlp.experts = GatedList(16, 7).double()  # type: ignore[union-attr]
+        with torch.no_grad():
+            for each in layer.mlp.experts.parameters():  # type: ignore[union-attr]
+                each.normal_(0.0, 0.3, generator=generator)
+    return model
 
 
 def batch(num_samples: int) -> Tensor:

@@ -43,7 +43,7 @@ def stepped(mesh: Mesh, families: tuple[str, ...]) -> list[Stepped]:
             dealt = deal_experts(model, axes, kind=WAYS[family])
             own = batch(sum(shares)).split(shares)[groups.rank]
             kept = {name: split.held[axes.ep.rank][0] for name, split in dealt.splits.items()}
-            kept |= {name: None for name, home in dealt.homes.items() if home == axes.ep.rank}
+            kept |= {name: None for name, homes in dealt.homes.items() if axes.ep.rank in homes}
             found.append((*run(model, own, sum(shares)), kept, dealt.summary))
     return found
 

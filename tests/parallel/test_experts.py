@@ -15,9 +15,11 @@ from meshwright.moe.errors import DispatchError, SwapError
 from meshwright.moe.upcycle import Upcycling, upcycle
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
+from meshwright.parallel.options import Options
+from meshwright.parallel.plan import make_plans
 from meshwright.parallel.promote import Promote
 from meshwright.testing import run_ranks
-from tests.moe.models import NUM_EXPERTS, VOCABULARY, build
+from tests.moe.models import NUM_EXPERTS, VOCABULARY, build, build_listed
 from tests.parallel.cells import alternating, beyond
 from tests.parallel.families import lm
 
@@ -77,12 +79,23 @@ def crowded() -> nn.Module:
     return model
 
 
+def one_expert() -> nn.Module:
+    """All tokens of a sample want one expert, which takes five of them."""
+    model = build("switch_transformers", num_experts=6, expert_capacity=5)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if name.endswith("classifier.weight"):
+                each.zero_()
+    return model
+
+
 MODELS: dict[str, Any] = {
     **{name: partial(build, name) for name in ("mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers")},
     "upcycled": upcycled,
     "crowded": crowded,
     "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
     "gpt_oss": partial(build, "gpt_oss"),
+    "listed": build_listed,
     **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
 }
 
@@ -115,7 +128,9 @@ def test_a_step_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "layout"), alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled"), CONTEXT, every=3), ids=str
+    ("model", "layout"),
+    alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled", "switch_transformers"), CONTEXT, every=3),
+    ids=str,
 )
 def test_a_step_on_dealt_sequences_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
     check(model, *layout)
@@ -127,6 +142,16 @@ SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
     *beyond(({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}), ({"cp": 2, "dp": 2, "ep": 4}, {})),
 ]
+LISTED: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"dp": 4, "ep": 4}, TWO),
+    ({"fsdp": 4, "ep": 2}, LAYERED),
+    ({"fsdp": 4, "ep": 2}, TWO),
+    ({"tp": 2, "dp": 2, "ep": 4}, TWO),
+    ({"dp": 2, "ep": 2}, {}),
+    ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "1f1b"}),
+    ({"cp": 2, "dp": 2, "ep": 4}, {}),
+    *beyond(({"dp": 2, "fsdp": 2, "ep": 4}, LAYERED), ({"tp": 2, "fsdp": 2, "ep": 2}, TWO)),
+]
 
 
 @pytest.mark.slow
@@ -134,6 +159,14 @@ SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ("model", "layout"), alternating(("mixtral", "deepseek_v3", "gpt_oss", "crowded"), SLICED, every=3), ids=str
 )
 def test_experts_cut_into_slices_make_the_plain_step(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    check(model, *layout, moe=mw.Experts(slices=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layout"), alternating(("switch_transformers", "listed"), LISTED, every=3), ids=str)
+def test_experts_that_are_modules_are_cut_into_slices(
+    model: str, layout: tuple[dict[str, int], dict[str, Any]]
+) -> None:
     check(model, *layout, moe=mw.Experts(slices=2))
 
 
@@ -152,8 +185,53 @@ def test_tokens_in_two_halves_make_the_plain_step(model: str, layout: tuple[dict
 
 
 @pytest.mark.slow
-def test_plain_gradient_descent_sees_the_scale_of_gradients() -> None:
-    check("mixtral", {"fsdp": 4, "ep": 2}, TWO, build_optimizer=partial(torch.optim.SGD, lr=1.0))
+@pytest.mark.parametrize(
+    ("model", "layout", "slices"),
+    [
+        ("mixtral", {"fsdp": 4, "ep": 2}, 1),
+        ("switch_transformers", {"dp": 2, "fsdp": 2, "ep": 4}, 2),
+        ("switch_transformers", {"cp": 2, "dp": 2, "ep": 2}, 1),
+    ],
+)
+def test_plain_gradient_descent_sees_the_scale_of_gradients(model: str, layout: dict[str, int], slices: int) -> None:
+    check(model, layout, {}, moe=mw.Experts(slices=slices), build_optimizer=partial(torch.optim.SGD, lr=1.0))
+
+
+@pytest.mark.slow
+def test_tokens_over_capacity_are_those_of_the_whole_sequence() -> None:
+    """Three ranks have shares of 3, 3 and 2 positions of eight."""
+    report = mw.verify(one_expert, words, mw.Mesh(cp=3, ep=3), moe=ALONE, prepare=poison)
+    assert report.ok, report
+    assert report.max_relative_gradient_error < 1e-11
+
+
+class Counting(nn.Module):
+    """A mixture that counts tokens where it chooses experts, outside of any module."""
+
+    def __init__(self, mixture: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, NUM_EXPERTS), mixture.experts
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights, ids = self.gate(tokens).softmax(-1).topk(1)
+        chosen = nn.functional.one_hot(ids[..., 0], NUM_EXPERTS)
+        kept = (chosen.cumsum(1) * chosen).sum(-1, keepdim=True) <= 2
+        made: Tensor = self.experts(tokens.flatten(0, 1), ids.flatten(0, 1), (weights * kept).flatten(0, 1))
+        return made.view_as(tokens)
+
+
+def counting() -> nn.Module:
+    model = build("mixtral")
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.mlp = Counting(layer.mlp).double()  # type: ignore[union-attr,arg-type]
+    return model
+
+
+def test_experts_that_would_get_all_tokens_of_all_ranks_are_refused() -> None:
+    with pytest.raises(WrapError) as caught:
+        make_plans(counting(), mw.Mesh(cp=2, ep=2), Options.of(moe=mw.Experts(), example=words(2)))
+    assert "experts model.layers.0.mlp.experts lie in model.layers.0.mlp, which looks at other pos" in str(caught.value)
+    assert "let a module of its own choose experts" in str(caught.value)
 
 
 def stepped(model: mw.ParallelModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -195,6 +273,14 @@ WAYS = {
         ({"dp": 4, "ep": 2}, {}),
         ({"fsdp": 2}, {}),
         ({"tp": 2, "dp": 2, "ep": 4}, {}),
+        ({"fsdp": 4, "ep": 4}, {"schedule": "layered", "slices": 2}),
+        ({"dp": 4, "ep": 4}, {"slices": 4}),
+    ],
+    "listed": [
+        ({"fsdp": 4, "ep": 2}, {"schedule": "layered", "slices": 2}),
+        ({"dp": 4, "ep": 4}, {"slices": 4}),
+        ({"fsdp": 4, "ep": 4}, {}),
+        ({"dp": 4, "ep": 4}, {"slices": 2}),
     ],
 }
 

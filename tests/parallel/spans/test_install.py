@@ -45,7 +45,7 @@ def test_the_report_says_which_blocks_do() -> None:
 
 def test_blocks_that_cannot_are_named_with_the_reason() -> None:
     model = FAMILIES["t5"][0]()
-    with pytest.raises(WrapError, match=r"encoder\.block\.0: layer\.0\.SelfAttention makes something of positions"):
+    with pytest.raises(WrapError, match=r"encoder\.block\.0: layer\.0\.SelfAttention looks at the whole sequence"):
         plan_spans(model, lambda: model(**words()))
     with pytest.raises(WrapError, match="it has no list of blocks; use ffn_block"):
         plan_spans(nn.Linear(2, 2), lambda: None)
