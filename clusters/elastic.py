@@ -54,7 +54,7 @@ class NodeAgent(LocalElasticAgent):
         super().__init__(spec, _OwnLogs(), exit_barrier_timeout=300)
         self.stop = Flag()
         self.deaths: Deaths | None = None
-        self._attempt = -1
+        self._attempt = len(plan["limits"]["past"]) - 1
         self._run_id, self._node, self._tell = plan["run_id"], node, tell
         self._grace_s: float = plan["limits"]["shutdown_grace_s"]
         self._leaving = False
@@ -111,8 +111,8 @@ class NodeAgent(LocalElasticAgent):
         if self.stop.is_set():
             raise StoppedError
         self._tell("decided", **decision.as_dict())
-        if decision.again and self.stop.wait(decision.wait_s):
-            raise StoppedError
+        if decision.again and (decision.excludes or self.stop.wait(decision.wait_s)):
+            raise StoppedError  # without some of these nodes, the launcher starts others
         if decision.again and not self._leaving:
             return
         if not failed:
