@@ -63,7 +63,6 @@ GAPS = {
         *_ALL,
         *_UNEXAMINED,
         Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
-        Gap("failure.exclude_bad_nodes", "name the nodes in cluster.exclude"),
     ),
     "kubernetes": (
         *_ALL,

@@ -61,7 +61,7 @@ def follow(
     run: Run,
     start: Callable[[], Handle],
     *,
-    keep: Callable[[Outcome], bool] = lambda outcome: True,
+    keep: Callable[[Outcome, RunState], bool] = lambda outcome, state: True,
     relaunch: "Relaunch | None" = None,
 ) -> Outcome:
     """Starts a plan and follows it until nothing of it is left.
@@ -76,7 +76,7 @@ def follow(
         RunDirError: when its logs cannot be written; the run was ended.
     """
     with Interrupts() as interrupts:
-        state, stream = RunState(run.plan), _Output(run)
+        state, stream = RunState.of(run.plan), _Output(run)
         try:
             handle: Handle | None = start()
             while handle is not None:
@@ -88,7 +88,7 @@ def follow(
         finally:
             stream.close()
         outcome = _conclude(run, state, interrupts.numbers)
-        if keep(outcome):
+        if keep(outcome, state):
             write_json(run.directory / "exit.json", outcome.as_dict())
         _say_apart(state.apart)
         return outcome
@@ -137,7 +137,8 @@ class _Output:
             write=self._bar.write if self._bar else _LinePrinter(screen),
         )
         self._stream = MergedStream(run.directory, shown)
-        self.said = RestartLines(run.mask, self._bar.write if self._bar else _LinePrinter(sys.stderr))
+        write = self._bar.write if self._bar else _LinePrinter(sys.stderr)
+        self.said = RestartLines(run.mask, write, range(len(run.plan.limits.past)))
         bar = [self._bar] if self._bar else []
         self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, *bar]
 

@@ -1,12 +1,15 @@
 """Nodes that went without a word, and nodes that a run went on without."""
 
+import json
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.retry import Decision
 from meshwright.launch.exits import Exit
+from meshwright.launch.rundir import EXCLUDED_FILE
 
 __all__ = ["Losses"]
 
@@ -28,6 +31,14 @@ class Losses:
     since_unix_s: float = 0.0
     until_unix_s: float = 0.0
     excluded: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Losses":
+        """Nothing lost yet, and what the directory of a run tells of before."""
+        try:
+            return cls(excluded=json.loads((run_dir / EXCLUDED_FILE).read_text()))
+        except (OSError, ValueError):
+            return cls()
 
     def take(self, event: Mapping[str, Any], now_unix_s: float) -> None:
         """An agent is gone."""

@@ -23,7 +23,7 @@ from meshwright.launch.rundir import EXCLUDED_FILE, write_json
 from meshwright.launch.spares import SpareError, names_of, without
 from meshwright.launch.supervise import Interrupts, RunState
 
-__all__ = ["Relaunch", "decision_on_loss"]
+__all__ = ["Relaunch", "decision_on_loss", "history_of"]
 
 _LOOK_S = 0.1
 
@@ -53,7 +53,7 @@ def _decided(state: RunState, step: int | None) -> Decision:
     failures = [_loss(state.losses, name, step) for name in state.losses.codes]
     failures += [Failure(name, done=True) for name, (word, _) in state.results.items() if word == "succeeded"]
     limits = state.plan.limits
-    return decide(limits.retry, _history(state), failures, run_id=state.plan.run_id, max_restarts=limits.max_restarts)
+    return decide(limits.retry, history_of(state), failures, run_id=state.plan.run_id, max_restarts=limits.max_restarts)
 
 
 def _loss(losses: Losses, name: str, step: int | None) -> Failure:
@@ -62,7 +62,7 @@ def _loss(losses: Losses, name: str, step: int | None) -> Failure:
     return Failure(name, kind, code, time_unix_s=losses.since_unix_s, evidence=words, step=step, lost=True)
 
 
-def _history(state: RunState) -> list[Decision]:
+def history_of(state: RunState) -> list[Decision]:
     """Decisions before; of an attempt whose agents could not tell, only that there was one."""
     blank = (Decision(True, "", 0.0, attempt, Failure("")) for attempt in range(state.attempt))
     known = state.decisions
@@ -120,7 +120,7 @@ class Relaunch:
         return f"put more into {where} than `nodes` needs, or repair it, and launch again to go on from the checkpoint"
 
     def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:
-        run_dir, past = self.request.run_dir, (*_history(state), decision)
+        run_dir, past = self.request.run_dir, (*history_of(state), decision)
         request = replace(self.request, limits=replace(limits_of(loaded), past=past))
         cluster = cluster_of(loaded)
         assert not isinstance(cluster, Queue), "a queue has launchers of its own"

@@ -1,6 +1,6 @@
 """What restarts a run had: why, after what wait, what time they cost; and why there was no further one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from meshwright.clusters.retry import spent
@@ -65,11 +65,12 @@ class RestartLines:
     Args:
         mask: replaces secrets.
         write: takes one line for people.
+        said: attempts of which it was said before.
     """
 
-    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object]) -> None:
+    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object], said: Iterable[int] = ()) -> None:
         self._mask, self._write = mask, write
-        self._said: set[int] = set()
+        self._said = set(said)
 
     def __call__(self, state: RunState) -> None:
         """Says what is new."""

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -75,6 +76,15 @@ class RunState:
     down_s: dict[int, float] = field(default_factory=dict)
     again_unix_s: dict[int, float] = field(default_factory=dict)
     _down_unix_s: float | None = None
+
+    @classmethod
+    def of(cls, plan: StartPlan) -> "RunState":
+        """Before anything is started; of a run that agents of another start were part of, what is known of those."""
+        past = plan.limits.past
+        excluded = Losses.read(Path(plan.run_dir))
+        since_s = excluded.excluded[-1]["time_unix_s"] if past and excluded.excluded else None
+        told = {each.attempt: each.as_dict() for each in past}
+        return cls(plan, len(past), losses=excluded, decisions=told, _down_unix_s=since_s)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
