@@ -96,24 +96,26 @@ class Relaunch:
         decision = decision_on_loss(state, self.request.run_dir, self.started_unix_s)
         if decision is None or interrupts.numbers:
             return None
-        try:
-            loaded = without(self.loaded, decision.excludes) if decision.again else self.loaded
-        except SpareError as error:
-            decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
-        else:
-            fence_s = state.losses.until_unix_s - time.time()  # ranks that are only cut off may save until then
-            decision = replace(decision, wait_s=round(max(decision.wait_s, fence_s), 3))
-            decision = replace(decision, reason=decision.reason + self._in_place(loaded, decision))
+        loaded = self.loaded
+        if decision.again:
+            try:
+                loaded = without(loaded, decision.excludes)
+                decision = self._timed(loaded, decision, state.losses.until_unix_s)
+            except SpareError as error:
+                decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
         state.decisions[state.attempt] = decision.as_dict()
         if not decision.again:
             return None
         say(state)
         return self._start(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
 
-    def _in_place(self, loaded: LoadedJob, decision: Decision) -> str:
+    def _timed(self, loaded: LoadedJob, decision: Decision, until_unix_s: float) -> Decision:
+        """With the wait for ranks that are only cut off and may save until then, and with who is new."""
+        wait_s = max(decision.wait_s, until_unix_s - time.time())
         used = names_of(self.loaded.job)[: self.loaded.job.num_nodes]
         new = [name for name in names_of(loaded.job)[: loaded.job.num_nodes] if name not in used]
-        return f"; {', '.join(new) or 'no other node'} in place of {', '.join(decision.excludes)}"
+        reason = f"{decision.reason}; {', '.join(new)} in place of {', '.join(decision.excludes)}"
+        return replace(decision, wait_s=round(wait_s, 3), reason=reason)
 
     def _advice(self) -> str:
         where = "cluster.simulate_nodes" if self.loaded.job.cluster.type == "local" else "cluster.hosts"

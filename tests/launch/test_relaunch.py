@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
+from meshwright.clusters.blame import Verdict
 from meshwright.clusters.local import Machine, plan_local
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.relaunch import decision_on_loss
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import RunState
+from tests.launch.test_launch import run
+from tests.launch.test_launch import write_job as launch_job
 from tests.launch.test_restarts import AGAIN
 from tests.launch.test_supervise import end, gone, result
 from tests.launch.waiting import eventually
@@ -104,15 +107,9 @@ def test_time_lost_counts_from_the_first_sign_to_ranks_that_run_again(tmp_path: 
             state.observe(gone("node0"))
     started = {"event": "started", "node": "node0", "attempt": 2, "pids": {}, "time_unix_s": 130.0}
     state.observe(started)
-    record = outcome_of(state, verdict_of_nobody(), [], times_s=(0, 200)).as_dict()
+    record = outcome_of(state, Verdict(None), [], times_s=(0, 200)).as_dict()
     assert record["lost_s"] == 30.0
     assert [(each["node"], each["down_s"]) for each in record["excluded"]] == [("node1", 0.0), ("node0", 30.0)]
-
-
-def verdict_of_nobody() -> Any:
-    from meshwright.clusters.blame import Verdict
-
-    return Verdict(None)
 
 
 SETS = ("nodes=2", "nproc_per_node=1", "failure.max_restarts=2", "failure.backoff.initial=100ms")
@@ -184,3 +181,26 @@ def test_without_a_spare_the_run_ends_and_names_the_node_and_what_to_do(tmp_path
     assert "the agent of node1 died (SIGKILL)" in output
     assert "not started again: node1 cannot be left out: the job wants 2 nodes, and 1 of the 2 hosts it names" in output
     assert "put more into cluster.simulate_nodes than `nodes` needs" in output
+
+
+@pytest.mark.slow
+def test_a_machine_at_fault_twice_is_left_out_and_the_run_goes_on_elsewhere(tmp_path: Path) -> None:
+    script = (
+        "import os, time\n"
+        "host, attempt = os.environ['MESHWRIGHT_HOST'], int(os.environ['MESHWRIGHT_ATTEMPT'])\n"
+        "print('on', host, flush=True)\n"
+        "if host == 'node1': raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"
+        "time.sleep(600 if attempt < 2 else 0)\n"
+    )
+    failure = {"max_restarts": 3, "exclude_bad_nodes": 2, "backoff": {"initial": "100ms"}, "shutdown_grace": "1s"}
+    cluster = {"simulate_nodes": 3}
+    done = run(launch_job(tmp_path, script, nodes=2, nproc_per_node=1, failure=failure, cluster=cluster))
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "runs/j/r1/exit.json").read_text())
+    assert [(each["kind"], each["host"], each["excludes"]) for each in told["restarts"]] == [
+        ("node", "node1", []),
+        ("node", "node1", ["node1"]),
+    ]
+    assert [(each["node"], each["attempt"]) for each in told["excluded"]] == [("node1", 1)]
+    assert "uncorrectable ECC error" in told["excluded"][0]["why"]
+    assert (told["attempts"], "node2:1 | on node2" in done.stdout) == (3, True)
