@@ -57,6 +57,15 @@ def cut(host: Host) -> None:
     host.link("down")
 
 
+def silence(host: Host) -> None:
+    """The launcher sees the end of its connection at once, and the host nothing at all."""
+    host.link("down")
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        words = path.read_bytes().split(b"\0") if path.exists() else []
+        if words[:1] == [b"ssh"] and host.name.encode() in words and any(b"agent" in word for word in words):
+            os.kill(int(path.parent.name), 9)
+
+
 def kill(host: Host) -> None:
     for pid in run("ip", "netns", "pids", host.namespace).split():
         os.kill(int(pid), 9)
@@ -73,7 +82,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
     return found
 
 
-@pytest.mark.parametrize(("lose", "victim"), [(cut, 1), (kill, 1), (cut, 0)], ids=["cut", "killed", "first node cut"])
+@pytest.mark.parametrize(
+    ("lose", "victim"), [(silence, 1), (kill, 1), (cut, 0)], ids=["silent", "killed", "first node cut"]
+)
 def test_a_lost_host_is_replaced_and_the_numbers_are_those_of_a_run_that_lost_none(
     three: Hosts,
     source: dict[str, str],
