@@ -31,6 +31,8 @@ from meshwright.clusters.sweep import sweep
 
 __all__ = ["main"]
 
+_HEED_S = 3.0
+
 
 class _Agent:
     """One node's run: the plan, the line to the launcher, and torch's agent once it is made."""
@@ -73,15 +75,17 @@ class _Agent:
         Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
-        """Asks the main thread; ends the process itself where that thread is busy with something else than ranks."""
+        """Asks the main thread; ends everything itself where that waits for something else, such as a lost node."""
         agent = self.torch_agent
-        if agent is not None:
+        if agent is None:
+            time.sleep(_HEED_S / 10)
+        else:
             agent.stop.set()
-            if agent.deaths is not None and not agent.deaths.all_dead:
+            idle = agent.deaths is None or agent.deaths.all_dead
+            if agent.heeded.wait(_HEED_S / 10 if idle else _HEED_S):
                 return
-        time.sleep(0.3)
-        if agent is None or agent.deaths is None or agent.deaths.all_dead:
-            self._end("stopped")
+            agent.end_ranks()
+        self._end("stopped")
 
     def _leave(self, number: signal.Signals) -> None:
         """Tells ranks that this node is about to be taken away, those that can be told."""

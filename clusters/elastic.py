@@ -52,9 +52,9 @@ class NodeAgent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, *, plan: Mapping[str, Any], node: int, tell: Tell) -> None:
         super().__init__(spec, _OwnLogs(), exit_barrier_timeout=300)
-        self.stop = Flag()
+        self.stop, self.heeded = Flag(), Flag()
         self.deaths: Deaths | None = None
-        self._attempt = -1
+        self._attempt = len(plan["limits"]["past"]) - 1
         self._run_id, self._node, self._tell = plan["run_id"], node, tell
         self._grace_s: float = plan["limits"]["shutdown_grace_s"]
         self._leaving = False
@@ -64,7 +64,7 @@ class NodeAgent(LocalElasticAgent):
         self._attempt += 1
         self._remaining_restarts = worker_group.spec.max_restarts - self._attempt
         if self.stop.is_set():
-            raise StoppedError
+            raise self._stopped()
         now = time.time()
         self._rounds.begin(self._store, self._attempt)
         local: dict[int, Any] = super()._start_workers(worker_group)
@@ -88,7 +88,7 @@ class NodeAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self.deaths is not None, "ranks are watched from their start"
         if self.stop.is_set():
-            raise StoppedError
+            raise self._stopped()
         ended, failed = self.deaths.all_dead, self.deaths.failed  # in this order: who has ended fails no more
         if failed:
             self._rounds.call()
@@ -109,15 +109,19 @@ class NodeAgent(LocalElasticAgent):
         assert self.deaths is not None, "ranks are watched from their start"
         decision = self._rounds.decide(self.deaths.known, leaving=self._leaving)
         if self.stop.is_set():
-            raise StoppedError
+            raise self._stopped()
         self._tell("decided", **decision.as_dict())
-        if decision.again and self.stop.wait(decision.wait_s):
-            raise StoppedError
+        if decision.again and (decision.excludes or self.stop.wait(decision.wait_s)):
+            raise self._stopped()  # without some of these nodes, the launcher starts others
         if decision.again and not self._leaving:
             return
         if not failed:
-            raise StoppedError  # the ranks of another node failed for good
+            raise self._stopped()  # the ranks of another node failed for good
         self._remaining_restarts = 0
+
+    def _stopped(self) -> StoppedError:
+        self.heeded.set()
+        return StoppedError()
 
     def leave(self, number: signal.Signals) -> None:
         """Warns ranks that this node will be taken away; who ends from now on is not started again."""

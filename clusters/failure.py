@@ -39,6 +39,7 @@ class Failure:
         step: newest step that was seen to be done; None where nothing tells.
         leaving: whether the node is about to be taken away.
         done: whether its ranks have all succeeded.
+        lost: whether it is gone, with its agent.
     """
 
     node: str
@@ -51,6 +52,7 @@ class Failure:
     step: int | None = None
     leaving: bool = False
     done: bool = False
+    lost: bool = False
 
 
 def kind_of(exit_code: int, text: str, *, killed: bool = False, lost: bool = False) -> str:

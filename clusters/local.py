@@ -45,15 +45,21 @@ def this_machine(environment: Mapping[str, str] | None = None) -> Machine:
     return Machine(socket.gethostname(), cores, gpus, found.get("OMP_NUM_THREADS"))
 
 
-def plan_local(request: StartRequest, machine: Machine) -> StartPlan:
+def plan_local(request: StartRequest, machine: Machine, pretended: Sequence[str] = ()) -> StartPlan:
     """The exact start plan on a machine; pure.
+
+    Args:
+        request: what is asked.
+        machine: where.
+        pretended: names of nodes that can be used; by default as many as are asked for.
 
     Raises:
         UnavailableError: when the machine has fewer GPUs than asked for.
     """
     share = _gpus_of_nodes(request, machine)
     per_node = _ranks_per_node(request, machine, share)
-    names = [machine.host] if request.num_nodes == 1 else [f"node{index}" for index in range(request.num_nodes)]
+    usual = [machine.host] if request.num_nodes == 1 else [f"node{index}" for index in range(request.num_nodes)]
+    names = list(pretended or usual)[: request.num_nodes]
     nodes = [
         NodePlan(
             name=name,
@@ -132,14 +138,15 @@ class LocalCluster:
 
     Args:
         warm: an agent that was started before the job was read; the first node takes it.
+        pretended: names of pretended nodes that can be used.
     """
 
-    def __init__(self, warm: "subprocess.Popen[bytes] | None" = None) -> None:
-        self._warm = warm
+    def __init__(self, warm: "subprocess.Popen[bytes] | None" = None, pretended: Sequence[str] = ()) -> None:
+        self._warm, self._pretended = warm, tuple(pretended)
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request on this machine."""
-        return plan_local(request, this_machine())
+        return plan_local(request, this_machine(), self._pretended)
 
     def check(self, plan: StartPlan) -> None:
         """Makes sure that the plan can be executed here and now.

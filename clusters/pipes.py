@@ -24,6 +24,7 @@ __all__ = ["Far", "PipeHandle"]
 
 _MAX_LINE_BYTES = 1 << 26
 _KILL_WAIT_S = 3.0
+_LEASE = 1.05  # an agent that is cut off looks at its clock so often
 
 Event = dict[str, Any]
 
@@ -98,7 +99,10 @@ class PipeHandle:
         return not self._selector.get_map() and not self._late
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """Events since the last call; an agent that is gone gives a last one, {"event": "gone", "code": ...}."""
+        """Events since the last call; an agent that is gone gives a last one, {"event": "gone", "code": ...}.
+
+        `ends_within_s` of it: where only the connection may be gone, how long agent and ranks may still be there.
+        """
         self._stay_in_touch()
         events, self._late = self._late, []
         for key, _ in self._selector.select(0.0 if events else timeout_s):
@@ -135,7 +139,8 @@ class PipeHandle:
         self._selector.unregister(agent.stdout)
         code = agent.wait()
         end_agent(agent)
-        return {"node": name, "event": "gone", "code": code, **self._far.explain(name, code)}
+        left_s = 0.0 if self._far.lost_after_s is None else self._far.lost_after_s * _LEASE
+        return {"node": name, "event": "gone", "code": code, "ends_within_s": left_s, **self._far.explain(name, code)}
 
     def stop(self) -> None:
         """Asks all agents to end their ranks: TERM, then KILL after the plan's grace."""

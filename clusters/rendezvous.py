@@ -174,7 +174,8 @@ def meet_by_file(plan: Mapping[str, Any], node: int) -> RendezvousHandler:
     """A meeting of nodes that are all on this machine: a file of the run directory, no port."""
     if len(plan["nodes"]) == 1:  # torch waits up to 0.3 s so that nodes do not all come at once
         setattr(dynamic_rendezvous, "_delay", lambda seconds: None)  # noqa: B010 (torch keeps it to itself)
-    parameters = _parameters(plan, node, str(Path(plan["run_dir"], "private", "rendezvous")))
+    name = f"rendezvous-{len(plan['limits']['past'])}"  # other nodes have met in this directory before
+    parameters = _parameters(plan, node, str(Path(plan["run_dir"], "private", name)))
     backend, store = create_backend(parameters)
     return dynamic_rendezvous.create_handler(store, backend, parameters)
 

@@ -20,6 +20,7 @@ __all__ = [
     "decision_from",
     "policy_from",
     "spent",
+    "told_decision",
     "unwanted",
     "wait_of",
 ]
@@ -37,6 +38,7 @@ class RetryPolicy:
         retry_on: kinds of failure, or exit:N, after which ranks start again.
         no_retry_on: those after which they never do.
         stop_after_no_progress: restarts in a row without a newer step after which the run is given up.
+        exclude_after: faults of one machine after which the run goes on without it; None is never.
     """
 
     initial_s: float = 1.0
@@ -46,13 +48,17 @@ class RetryPolicy:
     retry_on: tuple[str, ...] = ("node", "signal", "hang", "preempt", "exit")
     no_retry_on: tuple[str, ...] = ("config", "import_error")
     stop_after_no_progress: int | None = None
+    exclude_after: int | None = None
 
     def __str__(self) -> str:
         never = f"; never on {', '.join(self.no_retry_on)}" if self.no_retry_on else ""
         wait = f"wait {self.initial_s:g} s x {self.factor:g} each, at most {self.max_s:g} s"
         stop = self.stop_after_no_progress
         stopped = "" if stop is None else f"; stop after {stop} without a newer step"
-        return f"on {', '.join(self.retry_on) or 'nothing'}{never}; {wait}{stopped}"
+        excluded = (
+            "" if self.exclude_after is None else f"; a node is left out after {self.exclude_after} of its faults"
+        )
+        return f"on {', '.join(self.retry_on) or 'nothing'}{never}; {wait}{stopped}{excluded}"
 
 
 def policy_from(saved: Mapping[str, Any]) -> RetryPolicy:
@@ -72,6 +78,7 @@ class Decision:
         attempt: that failed, from 0.
         failure: the first one.
         step: newest step that any node saw.
+        excludes: nodes that the run goes on without; agents end, and the launcher starts others.
     """
 
     again: bool
@@ -80,6 +87,7 @@ class Decision:
     attempt: int
     failure: Failure
     step: int | None = None
+    excludes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, flat."""
@@ -95,6 +103,8 @@ class Decision:
             "again": self.again,
             "reason": self.reason,
             "wait_s": self.wait_s,
+            "only_lost": first.only_lost,
+            "excludes": list(self.excludes),
         }
 
     def as_saved(self) -> dict[str, Any]:
@@ -104,7 +114,15 @@ class Decision:
 
 def decision_from(saved: Mapping[str, Any]) -> Decision:
     """The decision that `as_saved` was taken of."""
-    return Decision(**{**saved, "failure": Failure(**saved["failure"])})
+    return Decision(**{**saved, "failure": Failure(**saved["failure"]), "excludes": tuple(saved["excludes"])})
+
+
+def told_decision(told: Mapping[str, Any]) -> Decision:
+    """The decision that `as_dict` was taken of, as far as later ones look back at it."""
+    names = ("kind", "exit_code", "rank", "evidence", "only_lost")
+    first = Failure(told["host"], **{name: told[name] for name in names})
+    head = (told["again"], told["reason"], told["wait_s"], told["attempt"])
+    return Decision(*head, first, told["step"], tuple(told["excludes"]))
 
 
 def wait_of(policy: RetryPolicy, run_id: str, restarts: int) -> float:
@@ -153,7 +171,8 @@ def decide(
     if why is not None:
         return Decision(False, why, 0.0, done, first, step)
     words = f"{_named(first)} is worth a restart; {max_restarts - done - 1} left after it"
-    return Decision(True, words, wait_of(policy, run_id, done), done, first, step)
+    excludes = _worn_out(policy, history, first)
+    return Decision(True, words, wait_of(policy, run_id, done), done, first, step, (*_lost(known), *excludes))
 
 
 def _impossible(known: Sequence[Failure]) -> str | None:
@@ -163,6 +182,22 @@ def _impossible(known: Sequence[Failure]) -> str | None:
     if any(each.done for each in known):
         return "the ranks of another node have ended already"
     return None
+
+
+def _lost(known: Sequence[Failure]) -> list[str]:
+    return [each.node for each in known if each.lost]
+
+
+def _worn_out(policy: RetryPolicy, history: Sequence[Decision], first: Failure) -> tuple[str, ...]:
+    """The node of a failure, where its machine was at fault often enough; one that only lost a peer was not."""
+    if policy.exclude_after is None or first.lost or not _faulty(first):
+        return ()
+    faults = 1 + sum(each.failure.node == first.node and _faulty(each.failure) for each in history)
+    return (first.node,) if faults >= policy.exclude_after else ()
+
+
+def _faulty(failure: Failure) -> bool:
+    return failure.kind == "node" and not failure.only_lost
 
 
 def _stuck(policy: RetryPolicy, history: Sequence[Decision], step: int | None) -> str | None:

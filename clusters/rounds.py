@@ -46,7 +46,7 @@ class Rounds:
         self._began_s = self._attempt_s = time.time()
         self._killed = oom_kills()
         self._store: Any = None
-        self.history: list[Decision] = []
+        self.history: list[Decision] = [decision_from(each) for each in self._limits["past"]]
 
     def begin(self, store: Any, attempt: int) -> None:
         """A new attempt starts.

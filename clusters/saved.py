@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshwright.clusters.base import Limits, Meeting, NodePlan, StartPlan, Submission
-from meshwright.clusters.retry import policy_from
+from meshwright.clusters.retry import decision_from, policy_from
 
 __all__ = ["plan_from"]
 
@@ -17,11 +17,16 @@ def plan_from(saved: Mapping[str, Any]) -> StartPlan:
         **{
             **fields,
             "meeting": Meeting(**_deep(saved["meeting"])),
-            "limits": Limits(**{**saved["limits"], "retry": policy_from(saved["limits"]["retry"])}),
+            "limits": _limits(saved["limits"]),
             "nodes": tuple(NodePlan(**_deep(node)) for node in saved["nodes"]),
             "submission": None if submission is None else Submission(**_deep(submission)),
         }
     )
+
+
+def _limits(saved: Mapping[str, Any]) -> Limits:
+    past = tuple(map(decision_from, saved["past"]))
+    return Limits(**{**saved, "retry": policy_from(saved["retry"]), "past": past})
 
 
 def _deep(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ __all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "node_names", 
 SECRETS_FILE = "private/secrets.json"
 """Values of secrets between submission and end, relative to the run directory."""
 
-_COMMAND_TIMEOUT_S = 60.0
+_COMMAND_TIMEOUT_S, _UPDATE_S = 60.0, 20.0
 _LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 _ORDER = ("running", "pending", "gone")  # an array is what the liveliest of its tasks is
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -292,6 +293,20 @@ def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:
     return replace(plan, nodes=tuple(nodes), meeting=replace(plan.meeting, host=names[0]))
 
 
-def requeue(job: str) -> bool:
-    """Queues a running job again under its id. Tells whether Slurm will; it ends the job, and us with it, at once."""
-    return _command(["scontrol", "requeue", job]).returncode in (0, -signal.SIGTERM, -signal.SIGKILL)
+def requeue(job: str, without: Sequence[str] = ()) -> bool:
+    """Queues a running job again under its id, for other nodes than `without`; tells whether Slurm will.
+
+    It ends the job by SIGTERM, and us with it. That waits here until Slurm knows what nodes to leave out, which it
+    only takes of a job that is in the queue.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        if _command(["scontrol", "requeue", job]).returncode not in (0, -signal.SIGTERM, -signal.SIGKILL):
+            return False
+        words = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(without)}"]
+        end_s = time.monotonic() + _UPDATE_S
+        while without and _command(words).returncode and time.monotonic() < end_s:
+            time.sleep(0.2)
+        return True
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,22 +19,24 @@ from meshwright.clusters.base import StartPlan
 from meshwright.clusters.contract import Handle
 from meshwright.clusters.failure import Failure
 from meshwright.clusters.files import StepHandle
-from meshwright.clusters.retry import policy_from, unwanted
+from meshwright.clusters.retry import unwanted
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.slurm import SECRETS_FILE, named, node_names, requeue
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.logs import Mask
+from meshwright.launch.relaunch import decision_on_loss, history_of
 from meshwright.launch.report import Outcome
-from meshwright.launch.rundir import write_json
+from meshwright.launch.rundir import EXCLUDED_FILE, write_json
 from meshwright.launch.runs import read_run
-from meshwright.launch.supervise import now_unix_s
+from meshwright.launch.supervise import RunState, now_unix_s
 from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["main"]
 
 
 _END_S = 120.0
+_PREEMPTED = Failure("", "preempt", Exit.PREEMPTED)
 
 
 class _Warning:
@@ -71,21 +74,46 @@ def _put_aside(run_dir: Path, times: int) -> None:
             log.rename(log.with_name(f"{log.stem}.start-{times - 1}.log"))
 
 
-def _again(run_dir: Path, outcome: Outcome, times: int) -> bool:
-    """Queues a preempted run again, if it may be; tells whether."""
-    may = os.environ.get("SLURM_JOB_ID", "") if outcome.exit_code == Exit.PREEMPTED else ""
-    plan = json.loads((run_dir / "plan.json").read_text())
-    unworthy = unwanted(policy_from(plan["limits"]["retry"]), Failure("", "preempt", outcome.exit_code))
-    if not may or unworthy or "--no-requeue" in plan["submission"]["argv"]:
+def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int) -> bool:
+    """Queues a run again that was preempted, or goes on without some of its nodes, if it may be; tells whether."""
+    plan, job = state.plan, os.environ.get("SLURM_JOB_ID", "")
+    assert plan.submission is not None, "a queue plans with one"
+    if not job or outcome.state != "failed" or "--no-requeue" in plan.submission.argv:
         return False
-    write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
-    sys.stdout.write(f"meshwright: preempted after saving; job {may} is queued again\n")
+    preempted = outcome.exit_code == Exit.PREEMPTED and not unwanted(plan.limits.retry, _PREEMPTED)
+    without = _without(state, since_unix_s)
+    if not without and not preempted:
+        return False
+    write_json(Path(plan.run_dir, f"exit-{times}.json"), outcome.as_dict())
+    why = f"it goes on without {', '.join(without)}" if without else "preempted after saving"
+    sys.stdout.write(f"meshwright: {why}; job {job} is queued again\n")
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
-    if not requeue(may):
+    if not requeue(job, _all_excluded(plan, without)):
         return False
     time.sleep(_END_S)  # a job that ends by itself meanwhile counts as failed
     return True
+
+
+def _without(state: RunState, since_unix_s: float) -> tuple[str, ...]:
+    """Nodes that are to be left out, as the policy has it; the next start knows of them, and why it is one."""
+    plan, run_dir = state.plan, Path(state.plan.run_dir)
+    decision = decision_on_loss(state, run_dir, since_unix_s)
+    if decision is None or not decision.again:
+        return ()
+    past = (*history_of(state), decision)
+    state.losses.exclude(decision, now_unix_s())
+    write_json(run_dir / EXCLUDED_FILE, state.losses.excluded)
+    write_json(run_dir / "plan.json", replace(plan, limits=replace(plan.limits, past=past)).as_dict())
+    return decision.excludes
+
+
+def _all_excluded(plan: StartPlan, without: Sequence[str]) -> list[str]:
+    """What Slurm is to leave out, where that changes: it forgets what it was told before."""
+    assert plan.submission is not None, "a queue plans with one"
+    asked = [word.partition("=")[2] for word in plan.submission.argv if word.startswith("--exclude=")]
+    before = [*asked, *(name for each in plan.limits.past for name in each.excludes)]
+    return [*before, *without] if without else []
 
 
 def main(words: Sequence[str]) -> int:
@@ -119,8 +147,8 @@ def _run(run_dir: Path, times: int) -> int:
 
     queued: list[bool] = []
 
-    def keep(outcome: Outcome) -> bool:
-        queued.append(_again(run_dir, outcome, times))
+    def keep(outcome: Outcome, state: RunState) -> bool:
+        queued.append(_again(outcome, state, since_unix_s=run.started_unix_s, times=times))
         return not queued[-1]
 
     outcome = follow(run, start, keep=keep)

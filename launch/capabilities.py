@@ -9,6 +9,7 @@ from typing import Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
+from meshwright.launch.spares import spares_of
 
 __all__ = ["GAPS", "Gap", "check_capabilities"]
 
@@ -52,19 +53,16 @@ GAPS = {
         Gap("rendezvous.interface", "remove it: ranks of one machine meet on loopback", ("auto", "lo")),
         Gap("rendezvous.port_range", "remove it: `port: auto` takes any free port; or name one `port`"),
         Gap("rendezvous.bind", "remove it", ("interface",)),
-        Gap("failure.exclude_bad_nodes", "remove it: there is one machine"),
     ),
     "ssh": (
         *_ALL,
         *_UNWARNED,
         Gap("resources", "remove it; the `gpus` of a host say how many its ranks may use"),
-        Gap("failure.exclude_bad_nodes", "take the host out of cluster.hosts"),
     ),
     "slurm": (
         *_ALL,
         *_UNEXAMINED,
         Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
-        Gap("failure.exclude_bad_nodes", "name the nodes in cluster.exclude"),
     ),
     "kubernetes": (
         *_ALL,
@@ -108,6 +106,10 @@ def check_capabilities(loaded: LoadedJob) -> None:
         Problem(loaded.where(key), key, f"the {cluster} cluster does not act on {gap.key} yet; {gap.instead}")
         for key, gap in _asked(loaded, GAPS[cluster])
     ]
+    key = "failure.exclude_bad_nodes"
+    if cluster in ("local", "ssh") and loaded.job.failure.exclude_bad_nodes and not spares_of(loaded.job):
+        text = "no node is there to take a place: let the cluster name more than `nodes` needs, or remove it"
+        problems.append(Problem(loaded.where(key), key, text))
     if problems:
         raise JobError(problems)
 

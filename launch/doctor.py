@@ -81,7 +81,9 @@ def _reaches_of_job(job: "Job | None") -> list[Reach]:
             Reach(name, ssh_words(options, name, [python, *PROBE_ARGV[1:]]), by="ssh")
             for name, python in pythons.items()
         ]
-    return [Reach(f"node{index}", PROBE_ARGV) for index in range(1 if job is None else job.num_nodes)]
+    names = job.cluster.names if job is not None and job.cluster.type == "local" else ()
+    usual = (f"node{index}" for index in range(1 if job is None else job.num_nodes))
+    return [Reach(name, PROBE_ARGV) for name in (names[: job.num_nodes] if job is not None and names else usual)]
 
 
 def reaches_of(options: DoctorOptions, job: "Job | None") -> tuple[Reach, ...]:

@@ -23,6 +23,7 @@ from meshwright.launch.supervise import Interrupts, RunState, supervise
 
 if TYPE_CHECKING:
     from meshwright.launch.progress import ProgressBar
+    from meshwright.launch.relaunch import Relaunch
     from meshwright.launch.spec.job import Job
 
 __all__ = ["Run", "follow", "report"]
@@ -56,35 +57,47 @@ class Run:
         return Path(self.plan.run_dir)
 
 
-def follow(run: Run, start: Callable[[], Handle], *, keep: Callable[[Outcome], bool] = lambda outcome: True) -> Outcome:
+def follow(
+    run: Run,
+    start: Callable[[], Handle],
+    *,
+    keep: Callable[[Outcome, RunState], bool] = lambda outcome, state: True,
+    relaunch: "Relaunch | None" = None,
+) -> Outcome:
     """Starts a plan and follows it until nothing of it is left.
 
     Args:
         run: what is started.
         start: the one thing that starts it.
         keep: whether the end is the end; otherwise no exit record is written.
+        relaunch: starts a run again that lost nodes.
 
     Raises:
         RunDirError: when its logs cannot be written; the run was ended.
     """
     with Interrupts() as interrupts:
-        state, stream = RunState(run.plan), _Output(run)
+        state, stream = RunState.of(run.plan), _Output(run)
         try:
-            supervise(start(), state, interrupts, watchers=stream.watchers)
+            handle: Handle | None = start()
+            while handle is not None:
+                supervise(handle, state, interrupts, watchers=stream.watchers)
+                handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
         except OSError as error:
             why = f"{run.directory}: the run was ended, since its logs cannot be written: {error.strerror}"
             raise RunDirError(f"{why}; free some space, or set logs.dir") from error
         finally:
             stream.close()
         outcome = _conclude(run, state, interrupts.numbers)
-        if keep(outcome):
+        if keep(outcome, state):
             write_json(run.directory / "exit.json", outcome.as_dict())
-        if state.apart:
-            names = ", ".join(sorted(state.apart))
-            sys.stderr.write(
-                f"meshwright: {names} do not share the run directory; what ranks wrote there was sent here\n"
-            )
+        _say_apart(state.apart)
         return outcome
+
+
+def _say_apart(names: Sequence[str]) -> None:
+    if names:
+        who = ", ".join(sorted(names))
+        sys.stderr.write(f"meshwright: {who} do not share the run directory; what ranks wrote there was sent here\n")
 
 
 class _LinePrinter:
@@ -123,9 +136,11 @@ class _Output:
             mask=run.mask,
             write=self._bar.write if self._bar else _LinePrinter(screen),
         )
-        self._stream = MergedStream(run.plan, shown)
-        said = RestartLines(run.mask, self._bar.write if self._bar else _LinePrinter(sys.stderr))
-        self.watchers: list[Callable[[RunState], None]] = [self._stream, said, *([self._bar] if self._bar else [])]
+        self._stream = MergedStream(run.directory, shown)
+        write = self._bar.write if self._bar else _LinePrinter(sys.stderr)
+        self.said = RestartLines(run.mask, write, range(len(run.plan.limits.past)))
+        bar = [self._bar] if self._bar else []
+        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, *bar]
 
     def close(self) -> None:
         self._stream.close()
@@ -142,6 +157,8 @@ def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
     verdict = Verdict(first, victims, run.mask(verdict.hang), verdict.only_lost)
     for told in state.decisions.values():
         told.update({name: run.mask(told[name]) for name in ("evidence", "reason")})
+    for each in state.losses.excluded:
+        each["why"] = run.mask(each["why"])
     times_s = (run.started_unix_s, round(time.time(), 3))
     return outcome_of(state, verdict, interrupts, times_s=times_s)
 

@@ -18,9 +18,11 @@ from meshwright.launch.load import LoadedJob, OpenJob, check_job, open_job
 from meshwright.launch.logs import Mask
 from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
+from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
 from meshwright.launch.runs import Known, RunError, cancel, remember
+from meshwright.launch.spares import names_of
 from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
@@ -79,9 +81,15 @@ def launch(options: LaunchOptions) -> int:
     if isinstance(cluster, Queue):
         return _hand_over(known, cluster.submit(plan, secrets), options)
     run = Run(loaded.job, plan, known.shown, Mask(secrets.values()), started_unix_s, options.as_json)
+    relaunch = Relaunch(loaded, base, request, started_unix_s)
+    return _act(known, options, lambda: follow_run(known, run, lambda: cluster.start(plan, secrets), relaunch=relaunch))
+
+
+def _act(known: Known, options: LaunchOptions, act: Callable[[], int]) -> int:
+    """Follows a run, here or in a process of its own."""
     if not options.detach:
-        return follow_run(known, run, lambda: cluster.start(plan, secrets))
-    in_background(Path(plan.run_dir), lambda: follow_run(known, run, lambda: cluster.start(plan, secrets)))
+        return act()
+    in_background(Path(known.run_dir), act)
     say_detached(known, options)
     return 0
 
@@ -108,10 +116,17 @@ def _sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> int:
     return launch_sweep(options, opened, sweep)
 
 
-def follow_run(known: Known, run: Run, start: Callable[[], Handle]) -> int:
-    """Starts a run and follows it to its end; returns its exit code."""
+def follow_run(known: Known, run: Run, start: Callable[[], Handle], *, relaunch: Relaunch) -> int:
+    """Starts a run and follows it to its end; returns its exit code.
+
+    Args:
+        known: what is on disk of it.
+        run: what is started.
+        start: the one thing that starts it.
+        relaunch: starts it again, where it lost nodes and its cluster names its nodes.
+    """
     remember(known.of_this_process())
-    outcome = follow(run, start)
+    outcome = follow(run, start, relaunch=relaunch if names_of(run.job) else None)
     report(run, outcome)
     return outcome.exit_code
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from meshwright.clusters.verdicts import Diagnosis
 from meshwright.launch.doctor import DoctorOptions, examine_job
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
+from meshwright.launch.spares import SpareError, without
 from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["PreflightError", "on_fit_nodes"]
@@ -65,15 +64,7 @@ def on_fit_nodes(
 
 
 def _without(loaded: LoadedJob, sick: tuple[str, ...]) -> LoadedJob:
-    job, names = loaded.job, ", ".join(sick)
-    hosts = getattr(job.cluster, "hosts", ())
-    kept = [host for host in hosts if host.name not in sick]
-    if len(kept) < job.num_nodes:
-        spare = f"{len(kept)} of the {len(hosts)} hosts it names are left" if hosts else "it names no other hosts"
-        raise PreflightError(f"{names} cannot be left out: the job wants {job.num_nodes} nodes, and {spare}")
-    stated = job.as_dict()
-    stated["cluster"]["hosts"] = [each for each in stated["cluster"]["hosts"] if each["name"] not in sick]
     try:
-        return replace(loaded, job=type(job).model_validate(stated))
-    except ValidationError as error:
-        raise PreflightError(f"{names} cannot be left out: {error.errors()[0]['msg']}") from error
+        return without(loaded, sick)
+    except SpareError as error:
+        raise PreflightError(str(error)) from error

@@ -23,7 +23,7 @@ def cluster_of(loaded: LoadedJob, warm: "subprocess.Popen[bytes] | None" = None)
     """
     found = loaded.job.cluster
     if found.type == "local":
-        return LocalCluster(warm)
+        return LocalCluster(warm, found.names if found.simulate_nodes > 1 else ())
     if found.type == "ssh":
         return ssh_cluster(found, loaded)
     if found.type == "mpi":

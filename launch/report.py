@@ -7,7 +7,7 @@ from typing import Any
 
 from meshwright.clusters.blame import Blame, Verdict
 from meshwright.launch.exits import Exit
-from meshwright.launch.restarts import line_of, restarts_of, why_given_up
+from meshwright.launch.restarts import excluded_of, line_of, restarts_of, why_given_up
 from meshwright.launch.supervise import RunState
 
 __all__ = ["Outcome", "outcome_of"]
@@ -35,6 +35,7 @@ class Outcome:
         ended_unix_s: when nothing was left of it.
         restarts: what each was for, with its wait and what time it cost.
         given_up: why there was no further restart, where there could have been.
+        excluded: nodes that the run went on without: who, why, when, and what time it cost.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class Outcome:
     ended_unix_s: float
     restarts: tuple[dict[str, Any], ...] = ()
     given_up: str | None = None
+    excluded: tuple[dict[str, Any], ...] = ()
 
     @property
     def lost_s(self) -> float:
@@ -67,6 +69,7 @@ class Outcome:
             "restarts": list(self.restarts),
             "lost_s": self.lost_s,
             "given_up": self.given_up,
+            "excluded": list(self.excluded),
             "started_unix_s": self.started_unix_s,
             "ended_unix_s": self.ended_unix_s,
         }
@@ -100,7 +103,7 @@ def outcome_of(
         times_s: when the launch began and ended, in seconds since 1970.
     """
     nodes = [(node, told) for node, told in state.results.items() if told[0] in _NODE_CODES]
-    lost = bool(state.lost) and (verdict.first is None or verdict.only_lost)
+    lost = bool(state.losses.codes) and (verdict.first is None or verdict.only_lost)
     if interrupts:
         name = signal.Signals(interrupts[0]).name
         word, code, reason = "interrupted", 128 + interrupts[0], f"the launcher got {name}"
@@ -109,6 +112,7 @@ def outcome_of(
         if nodes or lost:
             verdict = Verdict(None)  # no rank is to blame for what its node could not do
     history: dict[str, Any] = {"restarts": restarts_of(state), "given_up": why_given_up(state)}
+    history["excluded"] = excluded_of(state)
     return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s, **history)
 
 
@@ -119,21 +123,12 @@ def _failure(
         node, (kind, message) = nodes[0]
         return "failed", int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
     if lost:
-        return ("failed", *_lost(state))
+        code, words = state.losses.cause_of(next(iter(state.losses.codes)))
+        why = why_given_up(state)
+        return "failed", code, words + (f"; not started again: {why}" if why else "")
     if verdict.first is not None:
         why = why_given_up(state)
         return "failed", verdict.first.exit_code, verdict.reason + (f"; not started again: {why}" if why else "")
     if len(state.results) == len(state.plan.nodes) and not state.over:
         return "succeeded", 0, ""
     return "failed", int(Exit.INTERNAL), "the agents ended without a word"
-
-
-def _lost(state: RunState) -> tuple[int, str]:
-    """The first node that went without a word, in the words of a cluster that knows why."""
-    node, status = next(iter(state.lost.items()))
-    died = f"the agent of {node} died ({_status(status)}); its ranks were ended"
-    return state.causes.get(node, (int(Exit.UNAVAILABLE), died))
-
-
-def _status(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"exit code {status}"

@@ -5,20 +5,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
+from meshwright.launch.spares import spares_of
 from meshwright.launch.spec.conduct import Secret as SecretSource
 from meshwright.launch.values import fill
 
-if TYPE_CHECKING:
-    from meshwright.launch.spec.conduct import Failure
-
-__all__ = ["WORKER_ARGV", "job_argv", "request_of", "resolved_job", "run_dir_of"]
+__all__ = ["WORKER_ARGV", "job_argv", "limits_of", "request_of", "resolved_job", "run_dir_of"]
 
 WORKER_ARGV = (sys.executable, "-u", "-m", "meshwright.launch.worker")
 """The built-in training program, which a job without `command` runs."""
@@ -81,7 +78,7 @@ def request_of(
         num_ranks=job.num_ranks,
         gpus_per_node=_gpus_per_node(loaded),
         meeting=_meeting(loaded),
-        limits=_limits(loaded),
+        limits=limits_of(loaded),
         warning=(job.checkpoint.signal, job.checkpoint.lead),
     )
 
@@ -99,15 +96,17 @@ def _meeting(loaded: LoadedJob) -> Meeting:
     return Meeting("first", asked.interface, port, asked.port_range, asked.bind == "any")
 
 
-def _limits(loaded: LoadedJob) -> Limits:
+def limits_of(loaded: LoadedJob) -> Limits:
+    """How long things may take, and how often they are tried; a node is only left out while there is another."""
     failure, join_timeout_s = loaded.job.failure, loaded.job.rendezvous.join_timeout
-    limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s, retry=_retries(failure))
+    limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s, retry=_retries(loaded))
     if failure.hang is None:
         return limits
     return replace(limits, hang_s=failure.hang.no_progress_for, hang_action=failure.hang.action)
 
 
-def _retries(failure: "Failure") -> RetryPolicy:
+def _retries(loaded: LoadedJob) -> RetryPolicy:
+    failure, named = loaded.job.failure, loaded.job.cluster.type in ("local", "ssh")
     wait = failure.backoff
     return RetryPolicy(
         initial_s=wait.initial,
@@ -117,6 +116,7 @@ def _retries(failure: "Failure") -> RetryPolicy:
         retry_on=failure.retry_on,
         no_retry_on=failure.no_retry_on,
         stop_after_no_progress=failure.stop_after_no_progress,
+        exclude_after=failure.exclude_bad_nodes if spares_of(loaded.job) or not named else None,
     )
 
 

@@ -1,18 +1,23 @@
 """What restarts a run had: why, after what wait, what time they cost; and why there was no further one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from meshwright.clusters.retry import spent
 from meshwright.launch.supervise import RunState
 
-__all__ = ["RestartLines", "line_of", "restarts_of", "why_given_up"]
+__all__ = ["RestartLines", "excluded_of", "line_of", "restarts_of", "why_given_up"]
 
 
 def restarts_of(state: RunState) -> tuple[dict[str, Any], ...]:
     """The restarts of a run, oldest first: what its agents decided, when ranks ran again, and how long none did."""
     found = [told for _, told in sorted(state.decisions.items()) if told["again"] and told["attempt"] < state.attempt]
     return tuple(_restart(told, state) for told in found)
+
+
+def excluded_of(state: RunState) -> tuple[dict[str, Any], ...]:
+    """Nodes that a run went on without, with the time it took until ranks ran again."""
+    return tuple({**each, "down_s": round(state.down_s.get(each["attempt"], 0.0), 3)} for each in state.losses.excluded)
 
 
 def _restart(told: Mapping[str, Any], state: RunState) -> dict[str, Any]:
@@ -60,15 +65,24 @@ class RestartLines:
     Args:
         mask: replaces secrets.
         write: takes one line for people.
+        said: attempts of which it was said before.
     """
 
-    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object]) -> None:
+    def __init__(self, mask: Callable[[str], str], write: Callable[[str], object], said: Iterable[int] = ()) -> None:
         self._mask, self._write = mask, write
-        self._said: set[int] = set()
+        self._said = set(said)
 
     def __call__(self, state: RunState) -> None:
         """Says what is new."""
         for attempt in sorted(set(state.decisions) - self._said):
             self._said.add(attempt)
-            if state.decisions[attempt]["again"]:
-                self._write(self._mask(f"meshwright: {line_of(state.decisions[attempt])}"))
+            self._say(state.decisions[attempt])
+
+    def moved(self, state: RunState) -> None:
+        """Says what the launcher decided, though agents may have decided otherwise before they ended."""
+        self._said.add(state.attempt)
+        self._say(state.decisions[state.attempt])
+
+    def _say(self, told: Mapping[str, Any]) -> None:
+        if told["again"]:
+            self._write(self._mask(f"meshwright: {line_of(told)}"))

@@ -16,7 +16,10 @@ from typing import Any
 from meshwright.launch.exits import Exit
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["RunDirError", "create_run_dir", "make_run_id", "write_json", "write_text"]
+__all__ = ["EXCLUDED_FILE", "RunDirError", "create_run_dir", "make_run_id", "write_json", "write_text"]
+
+EXCLUDED_FILE = "excluded.json"
+"""Nodes that a run went on without: who, why, when; absent where there are none."""
 
 _FOLDERS = ("logs", "errors", "ranks", "private")
 

@@ -17,7 +17,7 @@ from typing import Any
 from meshwright.launch.exits import Exit
 from meshwright.launch.home import user_folder
 from meshwright.launch.registry import queue_of
-from meshwright.launch.rundir import write_json
+from meshwright.launch.rundir import EXCLUDED_FILE, write_json
 from meshwright.parallel.errors import MeshwrightError, nearest
 
 __all__ = ["Known", "RunError", "Standing", "all_runs", "cancel", "find_run", "read_run", "remember", "standing"]
@@ -155,6 +155,15 @@ def _record(run_dir: str) -> dict[str, Any] | None:
     return found
 
 
+def _left_out(run_dir: str) -> str:
+    """Nodes that a run goes on without, and why."""
+    try:
+        told = json.loads(Path(run_dir, EXCLUDED_FILE).read_text())
+        return ", ".join(f"{each['node']} ({each['why']})" for each in told)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def standing(known: Known) -> Standing:
     """How a run stands now; its own exit record decides, not what a queue remembers."""
     record = _record(known.run_dir)
@@ -165,7 +174,8 @@ def standing(known: Known) -> Standing:
     if known.host != socket.gethostname():
         return Standing("unknown", f"its launcher runs on {known.host}")
     if known.pid and _began(known.pid) == known.began:
-        return Standing("running", f"launcher {known.pid}")
+        left_out = _left_out(known.run_dir)
+        return Standing("running", f"launcher {known.pid}{f'; goes on without {left_out}' if left_out else ''}")
     return _lost()
 
 

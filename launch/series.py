@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from meshwright.clusters.base import StartPlan, Submission
+from meshwright.clusters.base import StartPlan, StartRequest, Submission
 from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.slurm_array import array_of, as_tasks, unlike
 from meshwright.launch.errors import JobError, Problem
@@ -28,6 +28,7 @@ class Member:
     Args:
         variant: its values.
         loaded: its job.
+        request: what is asked of its cluster.
         cluster: that runs it.
         plan: what is started.
         secrets: values of its secrets.
@@ -35,6 +36,7 @@ class Member:
 
     variant: Variant
     loaded: LoadedJob
+    request: StartRequest
     cluster: Cluster | Queue
     plan: StartPlan
     secrets: dict[str, str]
@@ -48,6 +50,7 @@ class Series:
         sweep_id: groups them.
         sweep: what was asked for.
         directory: of the sweep itself.
+        base: directory the launch was typed in.
         members: in order.
         array: the one submission of all; None where the launcher starts them.
     """
@@ -55,6 +58,7 @@ class Series:
     sweep_id: str
     sweep: SweepPlan
     directory: Path
+    base: Path
     members: tuple[Member, ...]
     array: Submission | None = None
 
@@ -114,9 +118,9 @@ def series_of(opened: OpenJob, sweep: SweepPlan, sweep_id: str, *, base: Path, r
         request = request_of(loaded, sweep.run_id(sweep_id, variant.index), base=base, reveal=reveal)
         cluster = cluster_of(loaded)
         secrets = {secret.name: secret.value for secret in request.program.secrets}
-        members.append(Member(variant, loaded, cluster, cluster.plan(request), secrets))
+        members.append(Member(variant, loaded, request, cluster, cluster.plan(request), secrets))
     directory = (base / fill(members[0].loaded.job.logs.dir, name=sweep.name, run_id=sweep_id)).absolute()
-    series = Series(sweep_id, sweep, directory, tuple(members))
+    series = Series(sweep_id, sweep, directory, base, tuple(members))
     return _as_array(opened, series) if isinstance(members[0].cluster, Queue) else series
 
 

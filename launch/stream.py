@@ -39,13 +39,12 @@ class MergedStream:
     """Follows the logs of all ranks of the newest attempt.
 
     Args:
-        plan: what was started.
+        run_dir: where they lie.
         shown: what goes to the terminal.
     """
 
-    def __init__(self, plan: StartPlan, shown: Shown) -> None:
-        self._plan, self._shown = plan, shown
-        self._run_dir = Path(plan.run_dir)
+    def __init__(self, run_dir: Path, shown: Shown) -> None:
+        self._run_dir, self._shown = run_dir, shown
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         self._merged = os.fdopen(os.open(self._run_dir / "merged.log", flags, 0o600), "w", encoding="utf-8")
         self._attempt = -1
@@ -54,22 +53,22 @@ class MergedStream:
     def __call__(self, state: RunState) -> None:
         """Hands on what has been written since the last call."""
         if state.attempt != self._attempt:
-            self._follow(state.attempt)
+            self._follow(state.plan, state.attempt)
         for tail in self._tails:
             tail.read()
         self._merged.flush()
 
-    def _follow(self, attempt: int) -> None:
+    def _follow(self, plan: StartPlan, attempt: int) -> None:
         for tail in self._tails:
             tail.close()
         self._attempt = attempt
         self._tails = [
             LogTail(self._run_dir / log_name(rank, attempt), partial(self._line, node.name, rank))
-            for node in self._plan.nodes
+            for node in plan.nodes
             for rank in node.ranks
         ]
         old = attempt - self._shown.keep_attempts
-        for rank in range(self._plan.world_size) if old >= 0 else ():
+        for rank in range(plan.world_size) if old >= 0 else ():
             (self._run_dir / log_name(rank, old)).unlink(missing_ok=True)
 
     def _line(self, host: str, rank: int, raw: bytes) -> None:

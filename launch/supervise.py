@@ -7,15 +7,18 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
 from meshwright.clusters.blame import RankEnd
 from meshwright.clusters.contract import Handle
+from meshwright.clusters.retry import Decision
 from meshwright.launch.exits import Exit
+from meshwright.launch.losses import Losses
 
-__all__ = ["Interrupts", "RunState", "supervise"]
+__all__ = ["Interrupts", "RunState", "now_unix_s", "supervise"]
 
 _TICK_S = 0.1
 _IMPATIENT = 2
@@ -55,8 +58,7 @@ class RunState:
         attempt: the newest attempt, from 0.
         ends: of the newest attempt, rank -> how it ended.
         results: node -> (state, message) of its agent's last word.
-        lost: node -> exit status of an agent that died without one.
-        causes: node of those -> exit code and words of a cluster that knows more.
+        losses: nodes whose agents died without one.
         apart: nodes that do not share the run directory.
         decisions: attempt that failed -> what its agents agreed on.
         down_s: attempt that failed -> seconds until ranks had started again.
@@ -68,12 +70,21 @@ class RunState:
     attempt_unix_s: float = 0.0
     ends: dict[int, RankEnd] = field(default_factory=dict)
     results: dict[str, tuple[str, str]] = field(default_factory=dict)
-    lost: dict[str, int] = field(default_factory=dict)
-    causes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
     apart: list[str] = field(default_factory=list)
     decisions: dict[int, dict[str, Any]] = field(default_factory=dict)
     down_s: dict[int, float] = field(default_factory=dict)
     again_unix_s: dict[int, float] = field(default_factory=dict)
+    _down_unix_s: float | None = None
+
+    @classmethod
+    def of(cls, plan: StartPlan) -> "RunState":
+        """Before anything is started; of a run that agents of another start were part of, what is known of those."""
+        past = plan.limits.past
+        excluded = Losses.read(Path(plan.run_dir))
+        since_s = excluded.excluded[-1]["time_unix_s"] if past and excluded.excluded else None
+        told = {each.attempt: each.as_dict() for each in past}
+        return cls(plan, len(past), losses=excluded, decisions=told, _down_unix_s=since_s)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
@@ -85,10 +96,10 @@ class RunState:
         elif kind == "result":
             self.results[node] = (event["state"], event.get("message", ""))
         elif kind == "gone" and node not in self.results:
-            self._lose(event)
+            self.losses.take(event, now_unix_s())
         elif kind == "decided":
             self._agree(event)
-        elif kind == "joined" and not event["shared"]:
+        elif kind == "joined" and not event["shared"] and node not in self.apart:
             self.apart.append(node)
 
     def _agree(self, event: dict[str, Any]) -> None:
@@ -102,26 +113,44 @@ class RunState:
         rank = event["rank"]
         self.ends[rank] = RankEnd(rank, event["node"], event["code"], event["time_unix_s"], event["ended_by_us"])
 
-    def _lose(self, event: dict[str, Any]) -> None:
-        self.lost[event["node"]] = event["code"]
-        if "message" in event:
-            self.causes[event["node"]] = (event["exit_code"], event["message"])
-
     def _begin(self, attempt: int, time_unix_s: float) -> None:
         if attempt > self.attempt:
-            failed_s = [end.time_unix_s for end in self.ends.values() if end.code and not end.ended_by_us]
-            self.down_s[self.attempt] = max(0.0, time_unix_s - min(failed_s, default=time_unix_s))
-            self.again_unix_s[self.attempt] = time_unix_s
-            self.attempt, self.ends, self.attempt_unix_s = attempt, {}, time_unix_s
-        elif not self.attempt_unix_s:
+            self._fail()
+            self.attempt, self.ends, self.attempt_unix_s = attempt, {}, 0.0
+        if not self.attempt_unix_s:
             self.attempt_unix_s = time_unix_s
+            if attempt:
+                since_s = time_unix_s if self._down_unix_s is None else self._down_unix_s
+                self.down_s[attempt - 1] = max(0.0, time_unix_s - since_s)
+                self.again_unix_s[attempt - 1] = time_unix_s
+                self._down_unix_s = None
+
+    def _fail(self) -> None:
+        """No rank runs any more, since the first of them failed or a node was lost, if not since before."""
+        failed_s = [end.time_unix_s for end in self.ends.values() if end.code and not end.ended_by_us]
+        failed_s += [self.losses.since_unix_s] if self.losses.codes else []
+        known_s = [] if self._down_unix_s is None else [self._down_unix_s]
+        self._down_unix_s = min([*failed_s, *known_s], default=None)
+
+    def go_on(self, plan: StartPlan, decision: Decision) -> None:
+        """The run is started again by another plan, as was decided.
+
+        Args:
+            plan: what is started.
+            decision: after which.
+        """
+        self._fail()
+        self.losses.exclude(decision, now_unix_s())
+        self.plan, self.attempt, self.attempt_unix_s = plan, decision.attempt + 1, 0.0
+        self.ends, self.results = {}, {}
 
     @property
     def over(self) -> bool:
         """Whether the run cannot succeed any more, so that every node should end."""
         failed = any(end.code and not end.ended_by_us for end in self.ends.values())
         bad = any(state != "succeeded" for state, _ in self.results.values())
-        return bad or bool(self.lost) or (failed and (self.attempt >= self.plan.limits.max_restarts or self._stuck))
+        last = self.attempt >= self.plan.limits.max_restarts or self._stuck
+        return bad or bool(self.losses.codes) or (failed and last)
 
     @property
     def _stuck(self) -> bool:

@@ -21,6 +21,7 @@ from meshwright.launch.follow import Run
 from meshwright.launch.launch import LaunchOptions, follow_run, say_detached, shown_ranks, write_inputs
 from meshwright.launch.load import OpenJob
 from meshwright.launch.logs import Mask
+from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.request import resolved_job
 from meshwright.launch.rundir import RunDirError, create_run_dir, make_run_id, write_json, write_text
 from meshwright.launch.runs import Known, cancel, remember
@@ -114,7 +115,8 @@ def _run(series: Series, member: Member) -> int:
     assert not isinstance(cluster, Queue), "that one takes all at once"
     mask = Mask(member.secrets.values())
     run = Run(member.loaded.job, member.plan, known.shown, mask, known.started_unix_s)
-    return follow_run(known, run, lambda: cluster.start(member.plan, member.secrets))
+    relaunch = Relaunch(member.loaded, series.base, member.request, known.started_unix_s)
+    return follow_run(known, run, lambda: cluster.start(member.plan, member.secrets), relaunch=relaunch)
 
 
 class _Running:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, 
 from pydantic_core import PydanticCustomError
 
 from meshwright.launch.spec.block import Block, Count, Duration, Line, Listed, Variable
+from meshwright.launch.spec.local import Gpus, LocalCluster
 from meshwright.launch.values import check_line
 from meshwright.parallel.errors import nearest
 
@@ -26,7 +27,6 @@ __all__ = [
 CLUSTER_TYPES = ("local", "ssh", "slurm", "kubernetes", "mpi", "ray")
 """Types of this version."""
 
-_Gpus = Annotated[int, Field(ge=0, le=1024)]
 _Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -73,28 +73,6 @@ HostName = Annotated[str, AfterValidator(_host_name)]
 """A name that logs can be called by."""
 
 
-class LocalCluster(Block):
-    """This machine, the embedded default."""
-
-    type: Literal["local"] = Field(default="local", description="Kind of cluster: this machine.")
-    simulate_nodes: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=1, description="Pretended nodes that the ranks of this machine are split into."
-    )
-    gpus_per_node: _Gpus | None = Field(
-        default=None, description="GPUs each pretended node may use; 0 keeps ranks on CPU; by default all there are."
-    )
-
-    @property
-    def default_nodes(self) -> int:
-        """Nodes of a job that does not say `nodes`."""
-        return self.simulate_nodes
-
-    @property
-    def slots(self) -> tuple[int | None, ...]:
-        """Ranks that each node takes, None where that is not said."""
-        return (None,) * self.simulate_nodes
-
-
 class Host(Block):
     """One machine that ssh reaches."""
 
@@ -103,7 +81,7 @@ class Host(Block):
         default=None, description="Address at which the other hosts reach it; by default its name."
     )
     slots: Count | None = Field(default=None, description="Ranks it takes; by default all hosts take the same number.")
-    gpus: _Gpus | None = Field(default=None, description="GPUs its ranks may use; 0 keeps them on CPU; by default all.")
+    gpus: Gpus | None = Field(default=None, description="GPUs its ranks may use; 0 keeps them on CPU; by default all.")
     python: Word | None = Field(default=None, description="Python interpreter there, if not that of the cluster.")
     env: dict[Variable, str] = Field(default_factory=dict, description="Further variables of this host; no secrets.")
 
@@ -134,7 +112,7 @@ class SshCluster(_SshOptions):
 
     type: Literal["ssh"] = Field(description="Kind of cluster: machines reached by ssh.")
     hosts: Annotated[Listed[Host], AfterValidator(_some)] = Field(
-        description="The machines, in the order ranks are given out; at least one."
+        description="The machines, in the order ranks are given out; at least one. Those beyond `nodes` are spare."
     )
     python: Word | None = Field(
         default=None, description="Python interpreter on the hosts, with meshwright; by default the launcher's path."
@@ -145,6 +123,11 @@ class SshCluster(_SshOptions):
     lost_after: Duration = Field(
         default=15.0, description="Silence after which launcher and host count each other as lost, and ranks end."
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Hosts that can be used, in the order ranks are given out."""
+        return tuple(host.name for host in self.hosts)
 
     @property
     def default_nodes(self) -> int:
@@ -166,7 +149,7 @@ class _SlurmRequest(Block):
     constraint: Word | None = Field(default=None, description="Features that nodes must have.")
     reservation: Word | None = Field(default=None, description="Reservation.")
     time: Duration | None = Field(default=None, description="Time limit; by default the partition's.")
-    gpus_per_node: _Gpus | None = Field(default=None, description="GPUs of each node that are asked for.")
+    gpus_per_node: Gpus | None = Field(default=None, description="GPUs of each node that are asked for.")
     cpus_per_node: Count | None = Field(default=None, description="Cores of each node that are asked for.")
     exclude: Listed[Word] = Field(default=(), description="Nodes that are not to be used.")
 
@@ -203,7 +186,7 @@ class _Sized(Block):
     """A cluster that says how many nodes a job takes unless it says `nodes`."""
 
     nodes: Count = Field(default=1, description="Nodes of a job that does not say `nodes`.")
-    gpus_per_node: _Gpus | None = Field(default=None, description="GPUs of each node that are asked for.")
+    gpus_per_node: Gpus | None = Field(default=None, description="GPUs of each node that are asked for.")
 
     @property
     def default_nodes(self) -> int:

@@ -109,7 +109,11 @@ class Failure(Block):
         description="Restarts in a row without a newer step (in metrics.jsonl or checkpoint.dir) after which the job "
         "is given up.",
     )
-    exclude_bad_nodes: bool = Field(default=False, description="Leave out nodes that failed.")
+    exclude_bad_nodes: Count | None = Field(
+        default=None,
+        description="Faults of one machine (failures of kind node blamed on it) after which the job goes on without "
+        "it, on a spare one; never unless given. A node that is lost is left out at once.",
+    )
     shutdown_grace: Duration = Field(default=30.0, description="Time between SIGTERM and SIGKILL.")
 
     @model_validator(mode="before")

@@ -119,7 +119,7 @@ def _nodes(job: "Job") -> Iterator[Broken]:
     if most is None or job.cluster.type not in ("local", "ssh"):
         return
     have = job.cluster.default_nodes
-    if most > have or (most < have and job.cluster.type == "local" and key == "nodes"):
+    if most > have:
         yield key, _too_many(most, job.cluster)
 
 

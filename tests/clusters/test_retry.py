@@ -14,6 +14,7 @@ from meshwright.clusters.retry import (
     decide,
     decision_from,
     policy_from,
+    told_decision,
     wait_of,
 )
 
@@ -160,3 +161,36 @@ def test_policies_and_decisions_survive_json() -> None:
     decision = chosen(POLICY, failed(step=3))
     assert decision_from(json.loads(json.dumps(decision.as_saved()))) == decision
     assert decision.as_dict()["host"] == "a"
+
+
+def fault(node: str = "a", **known: object) -> Failure:
+    return failed("node", 1, node=node, **known)
+
+
+def test_a_lost_node_is_left_out_of_what_follows_and_one_that_may_not_start_again_is_not() -> None:
+    lost, victim = fault("b", lost=True, time_s=5.0), fault("a", only_lost=True, time_s=1.0)
+    found = chosen(POLICY, victim, lost)
+    assert (found.again, found.failure.node, found.excludes) == (True, "b", ("b",))
+    both = chosen(POLICY, lost, fault("c", lost=True))
+    assert set(both.excludes) == {"b", "c"}
+    assert chosen(replace(POLICY, retry_on=("exit",)), lost).excludes == ()
+    assert not chosen(POLICY, lost, restarts=0).again
+
+
+def test_a_machine_is_left_out_at_the_fault_that_was_said_whatever_lies_between() -> None:
+    policy, history = replace(POLICY, exclude_after=2), ()
+    rounds = [fault("a"), fault("b"), failed("exit", 3, node="a"), fault("a", only_lost=True), fault("a"), fault("b")]
+    found = []
+    for each in rounds:
+        decision = chosen(policy, each, history=history, restarts=9)
+        found.append(decision.excludes)
+        history = (*history, decision)
+    assert found == [(), (), (), (), ("a",), ("b",)]
+    assert chosen(POLICY, fault("a"), history=history, restarts=9).excludes == ()
+    assert str(policy).endswith("; a node is left out after 2 of its faults")
+
+
+def test_what_agents_tell_of_a_decision_is_enough_to_look_back_at_it() -> None:
+    decision = chosen(replace(POLICY, exclude_after=1), fault("a", step=3, evidence="ECC"))
+    told = told_decision(json.loads(json.dumps(decision.as_dict())))
+    assert told == replace(decision, failure=replace(decision.failure, time_unix_s=0.0, step=None))

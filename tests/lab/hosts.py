@@ -134,10 +134,11 @@ class Hosts:
     Args:
         folder: of keys, settings and logs; every host sees it.
         number: of hosts.
+        token: tells several such labs of one machine apart.
     """
 
-    def __init__(self, folder: Path, number: int = 2) -> None:
-        token = os.getpid() % 10000
+    def __init__(self, folder: Path, number: int = 2, *, token: int | None = None) -> None:
+        token = (os.getpid() if token is None else token) % 10000
         self.folder, self._bridge, self._veth = folder, f"mw{token}br", f"mw{token}v"
         self.net = f"10.{64 + token % 60}.{token % 250}"
         self.known_hosts, self.key = folder / "known_hosts", folder / "key"

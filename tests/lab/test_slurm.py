@@ -213,3 +213,26 @@ def test_a_sweep_is_one_array_whose_runs_are_seen_and_ended_one_by_one(launch: C
     assert standings() == ["failed", "interrupted", "interrupted", "failed", "cancelled"]
     assert attached.returncode in (130, 143), attached.stdout + attached.stderr
     assert not [pid for index in range(4) for pid in carriers(f"{far.run_id}-{index}")]
+
+
+def test_a_node_at_fault_is_left_out_when_the_job_is_queued_again(launch: Callable[..., Launch], slurm: Slurm) -> None:
+    far = launch(nodes=1)
+    script = (
+        "import socket\n"
+        "print('on', socket.gethostname(), flush=True)\n"
+        "if socket.gethostname() == 'h1': raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"
+    )
+    failure = {"max_restarts": 3, "exclude_bad_nodes": 2, "backoff": {"initial": "100ms"}}
+    launcher = far.start(write_job(far.folder, script, cluster="far", failure=failure))
+    try:
+        assert eventually((far.run_dir / "exit-0.json").exists, 150), launcher.stdout
+        job = json.loads((far.run_dir / "launch.json").read_text())["job"]
+        assert eventually(lambda: _state(slurm, job) == "PENDING", 60), slurm.type("squeue")
+        assert "ExcNodeList=h1" in slurm.type("scontrol", "show", "job", job)
+        assert eventually(lambda: _hurried(slurm, job) != "PENDING", 60), slurm.type("squeue")
+        output, _ = launcher.communicate(timeout=240)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    assert [line.split()[-1] for line in output.splitlines() if " | on " in line] == ["h1", "h1", "h2"]
+    assert [(each["node"], each["attempt"]) for each in far.record()["excluded"]] == [("h1", 1)]

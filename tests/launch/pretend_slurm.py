@@ -78,6 +78,8 @@ if sys.argv[1] == "requeue":
     task = "" if sys.argv[2] == "42" else f"_{int(sys.argv[2]) - 43}"
     open(f"{home}/requeue{task}", "w").close()
     os.kill(int(open(f"{home}/batch{task}").read()), signal.SIGTERM)
+elif sys.argv[1] == "update":
+    open(f"{home}/updated", "a").write(" ".join(sys.argv[2:]) + "\\n")
 else:
     print("\\n".join(sys.argv[-1].split(",")))
 """

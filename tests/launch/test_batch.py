@@ -47,10 +47,10 @@ def start(folder: Path, script: str, *more: str, **keys: object) -> "subprocess.
     )
 
 
-def end(launcher: "subprocess.Popen[str]", folder: Path) -> str:
+def end(launcher: "subprocess.Popen[str]", folder: Path, timeout_s: float = 60) -> str:
     """What a launch said, once it has ended; whatever happens, nothing stays."""
     try:
-        output, _ = launcher.communicate(timeout=60)
+        output, _ = launcher.communicate(timeout=timeout_s)
     finally:
         launcher.kill()
         for pid in carriers(own(folder.name)):
@@ -143,3 +143,35 @@ def test_ranks_that_left_stay_away_where_that_is_asked(tmp_path: Path, commands:
     output = end(launcher, tmp_path)
     assert launcher.returncode == 75, output
     assert "queued again" not in output
+
+
+ECC = "raise RuntimeError('CUDA error: uncorrectable ECC error encountered')"
+
+
+def test_a_machine_that_is_at_fault_too_often_is_left_out_when_the_job_is_queued_again(
+    tmp_path: Path, commands: Path
+) -> None:
+    script = "import os, time\nbad = int(os.environ['MESHWRIGHT_ATTEMPT']) < 2\n"
+    script += f"if os.environ['RANK'] == '1' and bad: {ECC}\ntime.sleep(600 if bad else 0)"
+    failure = {"max_restarts": 2, "exclude_bad_nodes": 2, "backoff": {"initial": "100ms"}, "shutdown_grace": "1s"}
+    launcher = start(tmp_path, script, failure=failure, cluster={"type": "slurm", "exclude": ["n7"]})
+    output = end(launcher, tmp_path, timeout_s=180)
+    assert output.count("starting again in") == 2
+    assert launcher.returncode == 0, output
+    assert (commands / "updated").read_text() == "JobId=42 ExcNodeList=n7,n1\n"
+    assert "meshwright: it goes on without n1; job 42 is queued again" in output
+    told = json.loads((tmp_path / "runs/j" / tmp_path.name / "exit.json").read_text())
+    assert [(each["kind"], each["host"]) for each in told["restarts"]] == [("node", "n1")] * 2
+    assert [(each["node"], each["attempt"]) for each in told["excluded"]] == [("n1", 1)]
+    assert "uncorrectable ECC error" in told["excluded"][0]["why"]
+    assert told["excluded"][0]["down_s"] > 0
+    assert told["attempts"] == 3
+
+
+def test_a_job_that_is_not_to_be_queued_again_ends_with_what_happened(tmp_path: Path) -> None:
+    script = f"import os, time\nif os.environ['RANK'] == '1': {ECC}\ntime.sleep(600)"
+    failure = {"max_restarts": 2, "exclude_bad_nodes": 1, "shutdown_grace": "1s"}
+    launcher = start(tmp_path, script, failure=failure, cluster={"type": "slurm", "requeue": False})
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 1, output
+    assert "rank 1 on n1 failed first" in output

@@ -23,7 +23,7 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
         ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
         ("health: {watch: {xid: any}}", "3:18", "health.watch.xid"),
-        ("failure:\n  exclude_bad_nodes: true", "4:3", "failure.exclude_bad_nodes"),
+        ("failure:\n  exclude_bad_nodes: 2", "4:3", "failure.exclude_bad_nodes"),
         ("nodes: {min: 1, max: 1}", "3:9", "nodes.min"),
         ("rendezvous: {bind: any}", "3:14", "rendezvous.bind"),
         ("resources: {gpus_per_node: 8}", "3:13", "resources.gpus_per_node"),
@@ -49,7 +49,8 @@ def test_what_local_cannot_do_is_refused_with_its_place(tmp_path: Path, text: st
         "logs: {merge: true}",
         "failure: {hang: {no_progress_for: 10m, action: warn}}",
         "failure: {backoff: {initial: 9s}, retry_on: [signal], no_retry_on: ['exit:3'], stop_after_no_progress: 2}",
-        "failure: {exclude_bad_nodes: false, max_restarts: 3, shutdown_grace: 5s}",
+        "failure: {exclude_bad_nodes: null, max_restarts: 3, shutdown_grace: 5s}",
+        "nodes: 2\ncluster: {simulate_nodes: 3}\nfailure: {exclude_bad_nodes: 2}",
         "rendezvous: {backend: c10d, interface: auto, bind: interface, port: 29500}",
     ],
 )

@@ -55,6 +55,13 @@ def test_two_runs_of_one_id_are_told_apart_by_their_directories(tmp_path: Path) 
     assert find_run(str(tmp_path / "a/runs/j/r1")).run_dir == str(tmp_path / "a/runs/j/r1")
 
 
+def test_a_run_that_goes_on_without_a_node_says_which_and_why(tmp_path: Path) -> None:
+    made = known(tmp_path).of_this_process()
+    told = [{"node": "h2", "why": "the connection was lost", "attempt": 0, "step": 4, "time_unix_s": 1.0}]
+    Path(made.run_dir, "excluded.json").write_text(json.dumps(told))
+    assert standing(made).detail == f"launcher {os.getpid()}; goes on without h2 (the connection was lost)"
+
+
 def test_a_run_stands_as_its_record_says_or_its_launcher(tmp_path: Path) -> None:
     made = known(tmp_path).of_this_process()
     remember(made)

@@ -1,0 +1,143 @@
+"""What follows when nodes are lost: the run goes on from its newest checkpoint, with other nodes in their places.
+
+Agents restart ranks by themselves as long as all of them are there. Without one of them nothing of an attempt goes on:
+all that is left is ended, and the launcher starts agents anew, on a plan that follows from the job without that node.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from meshwright.clusters.base import StartRequest
+from meshwright.clusters.contract import Handle, Queue
+from meshwright.clusters.failure import Failure
+from meshwright.clusters.records import newest_step
+from meshwright.clusters.retry import Decision, decide, told_decision
+from meshwright.launch.exits import Exit
+from meshwright.launch.load import LoadedJob
+from meshwright.launch.losses import Losses
+from meshwright.launch.registry import cluster_of
+from meshwright.launch.request import limits_of, resolved_job
+from meshwright.launch.rundir import EXCLUDED_FILE, write_json
+from meshwright.launch.spares import SpareError, names_of, without
+from meshwright.launch.supervise import Interrupts, RunState
+
+__all__ = ["Relaunch", "decision_on_loss", "history_of"]
+
+_LOOK_S = 0.1
+
+
+def decision_on_loss(state: RunState, run_dir: Path, since_unix_s: float) -> Decision | None:
+    """What follows from nodes that are gone, or that are to be left out; None where the end of agents is the end.
+
+    Args:
+        state: of a run of which nothing is left.
+        run_dir: of the run.
+        since_unix_s: when it began: older checkpoints are of other runs.
+    """
+    told = state.decisions.get(state.attempt)
+    agreed = None if told is None else told_decision(told)
+    given_up = agreed is not None and not agreed.again and not agreed.failure.only_lost
+    if given_up or not state.plan.limits.max_restarts:
+        return None
+    worn_out = () if agreed is None else agreed.excludes
+    if not state.losses.codes:
+        return agreed if worn_out else None
+    found = _decided(state, newest_step(run_dir, since_unix_s))
+    return replace(found, excludes=tuple(dict.fromkeys((*found.excludes, *worn_out))))
+
+
+def _decided(state: RunState, step: int | None) -> Decision:
+    """By the policy that agents have, from what only the launcher knows."""
+    failures = [_loss(state.losses, name, step) for name in state.losses.codes]
+    failures += [Failure(name, done=True) for name, (word, _) in state.results.items() if word == "succeeded"]
+    limits = state.plan.limits
+    return decide(limits.retry, history_of(state), failures, run_id=state.plan.run_id, max_restarts=limits.max_restarts)
+
+
+def _loss(losses: Losses, name: str, step: int | None) -> Failure:
+    code, words = losses.cause_of(name)
+    kind = "node" if code == Exit.UNAVAILABLE else "config"  # a key or a name that is wrong stays wrong
+    return Failure(name, kind, code, time_unix_s=losses.since_unix_s, evidence=words, step=step, lost=True)
+
+
+def history_of(state: RunState) -> list[Decision]:
+    """Decisions before; of an attempt whose agents could not tell, only that there was one."""
+    blank = (Decision(True, "", 0.0, attempt, Failure("")) for attempt in range(state.attempt))
+    known = state.decisions
+    return [told_decision(known[each.attempt]) if each.attempt in known else each for each in blank]
+
+
+@dataclass
+class Relaunch:
+    """Starts a run again without nodes that are gone, as its failure policy allows.
+
+    Args:
+        loaded: its job; kept up to date.
+        base: directory the launch was typed in.
+        request: what was asked of its cluster.
+        started_unix_s: when the launch began.
+    """
+
+    loaded: LoadedJob
+    base: Path
+    request: StartRequest
+    started_unix_s: float
+
+    def __call__(self, state: RunState, interrupts: Interrupts, say: Callable[[RunState], object]) -> Handle | None:
+        """A new start of a run of which nothing is left; None where its end is the end.
+
+        Args:
+            state: of the run.
+            interrupts: signals to the launcher; they end the wait.
+            say: tells people that it will be.
+        """
+        decision = decision_on_loss(state, self.request.run_dir, self.started_unix_s)
+        if decision is None or interrupts.numbers:
+            return None
+        loaded = self.loaded
+        if decision.again:
+            try:
+                loaded = without(loaded, decision.excludes)
+                decision = self._timed(loaded, decision, state.losses.until_unix_s)
+            except SpareError as error:
+                decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
+        state.decisions[state.attempt] = decision.as_dict()
+        if not decision.again:
+            return None
+        say(state)
+        return self._start(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
+
+    def _timed(self, loaded: LoadedJob, decision: Decision, until_unix_s: float) -> Decision:
+        """With the wait for ranks that are only cut off and may save until then, and with who is new."""
+        wait_s = max(decision.wait_s, until_unix_s - time.time())
+        used = names_of(self.loaded.job)[: self.loaded.job.num_nodes]
+        new = [name for name in names_of(loaded.job)[: loaded.job.num_nodes] if name not in used]
+        reason = f"{decision.reason}; {', '.join(new)} in place of {', '.join(decision.excludes)}"
+        return replace(decision, wait_s=round(wait_s, 3), reason=reason)
+
+    def _advice(self) -> str:
+        where = "cluster.simulate_nodes" if self.loaded.job.cluster.type == "local" else "cluster.hosts"
+        return f"put more into {where} than `nodes` needs, or repair it, and launch again to go on from the checkpoint"
+
+    def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:
+        run_dir, past = self.request.run_dir, (*history_of(state), decision)
+        request = replace(self.request, limits=replace(limits_of(loaded), past=past))
+        cluster = cluster_of(loaded)
+        assert not isinstance(cluster, Queue), "a queue has launchers of its own"
+        plan = cluster.plan(request)
+        self.loaded = loaded
+        state.go_on(plan, decision)
+        write_json(run_dir / "plan.json", plan.as_dict())
+        write_json(run_dir / "job.json", resolved_job(loaded, request.run_id, self.base))
+        write_json(run_dir / EXCLUDED_FILE, state.losses.excluded)
+        return cluster.start(plan, {secret.name: secret.value for secret in request.program.secrets})
+
+
+def _waited(wait_s: float, interrupts: Interrupts) -> bool:
+    """Waits; tells whether nobody interrupted."""
+    end_s = time.monotonic() + wait_s
+    while not interrupts.numbers and time.monotonic() < end_s:
+        time.sleep(_LOOK_S)
+    return not interrupts.numbers
