@@ -9,11 +9,7 @@ import math
 import os
 import re
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,14 +18,14 @@ from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submissi
 from meshwright.clusters.contract import Job
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.slurm_commands import run_command, said
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
-__all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "node_names", "plan_slurm", "requeue"]
+__all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "plan_slurm"]
 
 SECRETS_FILE = "private/secrets.json"
 """Values of secrets between submission and end, relative to the run directory."""
 
-_COMMAND_TIMEOUT_S, _UPDATE_S = 60.0, 20.0
 _LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 _ORDER = ("running", "pending", "gone")  # an array is what the liveliest of its tasks is
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -177,9 +173,9 @@ class SlurmQueue:
         assert plan.submission is not None, "made by plan"
         first, *rest = plan.submission.argv
         kept = [word for word in rest if word != "--parsable"]
-        done = _command([first, "--test-only", *kept], text=plan.submission.script)
+        done = run_command([first, "--test-only", *kept], text=plan.submission.script)
         if done.returncode:
-            raise UnavailableError(f"Slurm does not take this job: {_said(done)}; see `cluster`, `nodes`, `resources`")
+            raise UnavailableError(f"Slurm does not take this job: {said(done)}; see `cluster`, `nodes`, `resources`")
 
     def submit(self, plan: StartPlan, secrets: Mapping[str, str]) -> str:
         """Hands a plan over; returns Slurm's id of the job.
@@ -206,19 +202,19 @@ class SlurmQueue:
                 json.dump(dict(secrets), file)
         hidden = {value for _, secrets in runs for value in secrets.values()}
         env = {name: value for name, value in os.environ.items() if value not in hidden}
-        done = _command(submission.argv, text=submission.script, env=env)
+        done = run_command(submission.argv, text=submission.script, env=env)
         found = re.match(r"[0-9]+", done.stdout)
         if done.returncode or found is None:
             for run_dir, _ in runs:
                 (run_dir / SECRETS_FILE).unlink()
-            raise UnavailableError(f"Slurm did not take this job: {_said(done)}")
+            raise UnavailableError(f"Slurm did not take this job: {said(done)}")
         return found.group()
 
     def status(self, job: str) -> Job:
         """What Slurm says of a job, of a task `42_3`, or of all tasks of an array; it needs no accounting."""
-        done = _command(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r"])
+        done = run_command(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r"])
         if done.returncode and "Invalid job id" not in done.stderr:
-            return Job("unknown", _said(done))
+            return Job("unknown", said(done))
         jobs = [_job(line) for line in done.stdout.split("\n") if line.strip()] or [_job("")]
         return min(jobs, key=lambda each: _ORDER.index(each.state))
 
@@ -228,9 +224,9 @@ class SlurmQueue:
         Raises:
             UnavailableError: when Slurm cannot.
         """
-        done = _command(["scancel", job])
+        done = run_command(["scancel", job])
         if done.returncode:
-            raise UnavailableError(f"scancel {job}: {_said(done)}")
+            raise UnavailableError(f"scancel {job}: {said(done)}")
 
 
 def _job(line: str) -> Job:
@@ -242,36 +238,6 @@ def _job(line: str) -> Job:
     state, _, reason = line.strip().partition("|")
     detail = f"{state} ({reason})" if reason not in ("", "None") else state
     return Job("running" if state in _LIVE else "pending" if state in _WAITING else "gone", detail)
-
-
-def _command(
-    words: Sequence[str], text: str = "", env: Mapping[str, str] | None = None
-) -> "subprocess.CompletedProcess[str]":
-    if shutil.which(words[0]) is None:
-        raise UnavailableError(f"cluster: there is no `{words[0]}` on PATH; launch where Slurm's commands are")
-    return subprocess.run(
-        words,
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",  # a path may hold any bytes
-        timeout=_COMMAND_TIMEOUT_S,
-        env=env,
-        check=False,
-    )
-
-
-def _said(done: "subprocess.CompletedProcess[str]") -> str:
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return " / ".join(lines[-3:]) or f"{done.args[0]} ended with code {done.returncode}"
-
-
-def node_names(node_list: str) -> list[str]:
-    """Names of the nodes of a job, from Slurm's short form."""
-    done = _command(["scontrol", "show", "hostnames", node_list])
-    if done.returncode:
-        raise UnavailableError(f"scontrol show hostnames: {_said(done)}")
-    return done.stdout.split()
 
 
 def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:
@@ -291,22 +257,3 @@ def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:
         for node, name in zip(plan.nodes, names, strict=False)
     ]
     return replace(plan, nodes=tuple(nodes), meeting=replace(plan.meeting, host=names[0]))
-
-
-def requeue(job: str, without: Sequence[str] = ()) -> bool:
-    """Queues a running job again under its id, for other nodes than `without`; tells whether Slurm will.
-
-    It ends the job by SIGTERM, and us with it. That waits here until Slurm knows what nodes to leave out, which it
-    only takes of a job that is in the queue.
-    """
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        if _command(["scontrol", "requeue", job]).returncode not in (0, -signal.SIGTERM, -signal.SIGKILL):
-            return False
-        words = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(without)}"]
-        end_s = time.monotonic() + _UPDATE_S
-        while without and _command(words).returncode and time.monotonic() < end_s:
-            time.sleep(0.2)
-        return True
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)

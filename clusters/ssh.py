@@ -22,7 +22,7 @@ from meshwright.clusters.pipes import Far, PipeHandle
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
-__all__ = ["SshCluster", "SshHost", "SshOptions", "deal_ranks", "explain_end", "plan_ssh", "ssh_words"]
+__all__ = ["SshCluster", "SshHost", "SshOptions", "deal_ranks", "explain_end", "plan_ssh", "python_words", "ssh_words"]
 
 _ALIVE_COUNT = 3
 
@@ -147,7 +147,7 @@ def plan_ssh(request: StartRequest, hosts: Sequence[SshHost], options: SshOption
             ranks=ranks,
             cwd=str(request.program.workdir),
             env=_environment(request, host) + identity(request, host.name, index),
-            agent=ssh_words(options, host.name, _agent(host)),
+            agent=ssh_words(options, host.name, python_words(host, AGENT_WORDS)),
             argv=words_for(host.python, request.program.argv),
             logs=tuple(log_name(rank) for rank in ranks),
         )
@@ -156,14 +156,19 @@ def plan_ssh(request: StartRequest, hosts: Sequence[SshHost], options: SshOption
     return StartPlan.of(request, "ssh", nodes=nodes, meeting=replace(request.meeting, host=dealt[0][0].addr))
 
 
-def _agent(host: SshHost) -> tuple[str, ...]:
+def python_words(host: SshHost, words: Sequence[str]) -> tuple[str, ...]:
+    """What a host types to run its Python with some words, in the environment that the cluster gives it.
+
+    >>> python_words(SshHost("a", "10.0.0.1", 1, python="py", env={"A": "1"}), ("-m", "x"))
+    ('env', 'A=1', 'py', '-m', 'x')
+    """
     given = tuple(f"{name}={value}" for name, value in sorted(host.env.items()))
     if given and "=" in host.python:
         raise UnavailableError(
             f"host {host.name}: python {host.python!r} has a '=', so `env` would take it for a variable; "
             "name it by a link without one, or give the host no env"
         )
-    return (*(("env", *given) if given else ()), host.python, *AGENT_WORDS)
+    return (*(("env", *given) if given else ()), host.python, *words)
 
 
 def _environment(request: StartRequest, host: SshHost) -> tuple[tuple[str, str], ...]:

@@ -21,7 +21,8 @@ from meshwright.clusters.failure import Failure
 from meshwright.clusters.files import StepHandle
 from meshwright.clusters.retry import unwanted
 from meshwright.clusters.saved import plan_from
-from meshwright.clusters.slurm import SECRETS_FILE, named, node_names, requeue
+from meshwright.clusters.slurm import SECRETS_FILE, named
+from meshwright.clusters.slurm_commands import node_names, requeue
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.logs import Mask

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from meshwright.clusters.evidence import CHECKS, Reach, Wishes
 from meshwright.clusters.probe import PROBE_ARGV
-from meshwright.clusters.ssh import SshOptions, ssh_words
+from meshwright.clusters.ssh import SshOptions, python_words, ssh_words
 from meshwright.clusters.verdicts import Diagnosis
-from meshwright.launch.engines import ssh_options
+from meshwright.launch.engines import ssh_hosts, ssh_options
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.request import run_dir_of
@@ -75,12 +75,9 @@ def reach_by_ssh(host: str, environment: Mapping[str, str] = os.environ) -> Reac
 def _reaches_of_job(job: "Job | None") -> list[Reach]:
     """The hosts of a job that names them; for any other, pretended nodes of this machine."""
     if job is not None and job.cluster.type == "ssh":
-        block, options = job.cluster, ssh_options(job.cluster)
-        pythons = {host.name: host.python or block.python or sys.executable for host in block.hosts[: job.num_nodes]}
-        return [
-            Reach(name, ssh_words(options, name, [python, *PROBE_ARGV[1:]]), by="ssh")
-            for name, python in pythons.items()
-        ]
+        options, hosts = ssh_options(job.cluster), ssh_hosts(job.cluster)[: job.num_nodes]
+        words = {host.name: python_words(host, PROBE_ARGV[1:]) for host in hosts}
+        return [Reach(name, ssh_words(options, name, each), by="ssh") for name, each in words.items()]
     names = job.cluster.names if job is not None and job.cluster.type == "local" else ()
     usual = (f"node{index}" for index in range(1 if job is None else job.num_nodes))
     return [Reach(name, PROBE_ARGV) for name in (names[: job.num_nodes] if job is not None and names else usual)]

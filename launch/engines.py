@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from meshwright.launch.spec.clusters import SlurmCluster as SlurmBlock
     from meshwright.launch.spec.clusters import SshCluster as SshBlock
 
-__all__ = ["kubernetes_queue", "mpi_cluster", "ray_cluster", "slurm_queue", "ssh_cluster", "ssh_options"]
+__all__ = ["kubernetes_queue", "mpi_cluster", "ray_cluster", "slurm_queue", "ssh_cluster", "ssh_hosts", "ssh_options"]
 
 Options = TypeVar("Options", bound="DataclassInstance")
 
@@ -59,8 +59,13 @@ def mpi_cluster(found: "MpiBlock") -> MpiCluster:
 
 
 def ssh_cluster(found: "SshBlock", loaded: LoadedJob) -> SshCluster:
-    """Machines reached by ssh; what a host says of itself wins over what is said of all."""
-    hosts = [
+    """Machines reached by ssh, with the variables of the launcher that ranks get."""
+    return SshCluster(ssh_hosts(found), ssh_options(found), inherited(loaded.job.env_pass, os.environ))
+
+
+def ssh_hosts(found: "SshBlock") -> list[SshHost]:
+    """A job's hosts; what one says of itself wins over what is said of all."""
+    return [
         _options(
             SshHost,
             host,
@@ -70,7 +75,6 @@ def ssh_cluster(found: "SshBlock", loaded: LoadedJob) -> SshCluster:
         )
         for host in found.hosts
     ]
-    return SshCluster(hosts, ssh_options(found), inherited(loaded.job.env_pass, os.environ))
 
 
 def ssh_options(found: "SshBlock") -> SshOptions:
