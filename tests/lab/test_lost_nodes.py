@@ -28,7 +28,7 @@ def three(tmp_path: Path) -> Iterator[Hosts]:
     lacking = missing_for_hosts()
     if lacking:
         pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
-    found = Hosts(tmp_path / "lab", 3, token=os.getpid() + 1)
+    found = Hosts(tmp_path / "lab", 3, token=os.getpid() + 5000)
     try:
         found.up()
         found.wait()

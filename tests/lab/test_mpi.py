@@ -82,25 +82,26 @@ def test_ranks_that_do_not_lie_as_planned_are_refused(tmp_path: Path, mpiexec: s
     assert done.returncode in (69, 76), done.stderr
 
 
-def test_a_training_ends_with_the_loss_of_the_local_cluster_bit_for_bit(tmp_path: Path, mpiexec: str) -> None:
-    words = [
-        "train.steps=3",
-        "parallel.dp=4",
-        "data.max_bytes=1MiB",
-        "train.log_every_steps=1",
-        "checkpoint.resume=never",
-    ]
+def _losses(folder: Path, *more: str) -> list[float]:
+    """Of a short training on four ranks."""
+    words = ("train.steps=3", "parallel.dp=4", "data.max_bytes=1MiB", "train.log_every_steps=1", *more)
+    sets = [word for each in words for word in ("--set", each)]
+    done = _launch(folder, (ROOT / "examples" / "quickstart.yaml").read_text(), *sets)
+    assert done.returncode == 0, done.stderr
+    lines = (folder / f"runs/quickstart/{own('mpi')}/metrics.jsonl").read_text().splitlines()
+    return [each["loss"] for each in map(json.loads, lines) if "loss" in each]
 
-    def losses(name: str, *more: str) -> list[float]:
-        folder = tmp_path / name
-        folder.mkdir()
-        sets = [word for each in (*words, *more) for word in ("--set", each)]
-        done = _launch(folder, (ROOT / "examples" / "quickstart.yaml").read_text(), *sets)
-        assert done.returncode == 0, done.stderr
-        lines = (folder / f"runs/quickstart/{own('mpi')}/metrics.jsonl").read_text().splitlines()
-        return [each["loss"] for each in map(json.loads, lines) if "loss" in each]
 
-    assert losses("here") == losses("mpi", "cluster.type=mpi", f"cluster.mpiexec={mpiexec}")
+@pytest.fixture(scope="module")
+def four_here(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of that training on the local cluster."""
+    return _losses(tmp_path_factory.mktemp("here"))
+
+
+def test_a_training_ends_with_the_loss_of_the_local_cluster_bit_for_bit(
+    tmp_path: Path, mpiexec: str, four_here: list[float]
+) -> None:
+    assert _losses(tmp_path, "cluster.type=mpi", f"cluster.mpiexec={mpiexec}") == four_here
 
 
 def test_a_launcher_that_is_killed_leaves_no_rank(tmp_path: Path, mpiexec: str) -> None:

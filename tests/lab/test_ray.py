@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from meshwright.clusters.network import bind_free, interfaces
 from meshwright.clusters.sweep import carriers
 from tests.lab.launches import QUICKSTART, Launch, finish, losses
 from tests.launch.own import own
+from tests.launch.waiting import eventually
 
 PROGRAM = """
 import os, sys, time, torch, torch.distributed as dist
@@ -44,15 +44,24 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ray.append(f"--node-ip-address={addresses[0]}")
     folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}"  # Ray's sockets need a short path
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
-    nodes = []
-    for words in (head, [f"--address={addresses[0]}:{port}"]):
-        with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
-            nodes.append(subprocess.Popen([*ray, *words], stdout=log, stderr=log, start_new_session=True))
-        time.sleep(15)
-    yield f"{addresses[0]}:{port}"
-    for node in reversed(nodes):
-        node.terminate()
-        node.wait(60)
+    nodes: list[subprocess.Popen[bytes]] = []
+    try:
+        for words in (head, [f"--address={addresses[0]}:{port}"]):
+            with (tmp_path_factory.mktemp("ray") / "log").open("wb") as log:
+                nodes.append(subprocess.Popen([*ray, *words], stdout=log, stderr=log, start_new_session=True))
+            if not eventually(lambda: _num_nodes(ray[0], f"{addresses[0]}:{port}") == len(nodes), 120):
+                pytest.skip(f"THE LAB IS NOT RUN: Ray does not start, see {log.name}")
+        yield f"{addresses[0]}:{port}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(60)
+
+
+def _num_nodes(ray: str, address: str) -> int:
+    """Nodes that a Ray cluster says it has; 0 while nobody answers."""
+    done = subprocess.run([ray, "status", f"--address={address}"], capture_output=True, text=True, check=False)
+    return done.stdout.count("node_")
 
 
 def _launch(folder: Path, address: str, more: str = "", *words: str) -> Any:
