@@ -11,6 +11,7 @@ each such assumption is listed with the run:
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,10 @@ class Run:
 
 
 def read(path: Path) -> Iterator[tuple[int, Row]]:
-    """Lines of a table with their numbers."""
+    """Lines of a table with their numbers; columns that it lacks are empty."""
     with path.open(encoding="utf-8", newline="") as file:
-        yield from enumerate(csv.DictReader(file), start=2)
+        for line, row in enumerate(csv.DictReader(file, restval=""), start=2):
+            yield line, defaultdict(str, row)
 
 
 def run_of(line: int, row: Row) -> Run:
@@ -175,6 +177,7 @@ def _engine(row: Row, layout: Layout, *, old: bool) -> Engine:
         overlapped_tp=not old and layout.tp > 1 and not row["seq_parallel"],
         split_transfers="DeepSpeed" not in row["schedule"],
         stops_early=not old,
+        once_per_node="dispatcher A2A" not in row["notes"],
         host_in_series="DeepSpeed" in row["schedule"],
     )
 

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.published import LeftOutError, Run, read, run_of
 from meshwright.clusters.simulated import Efficiency, fitted, memory, step
 
-__all__ = ["DATA", "GENERATIONS", "RUNS", "groups", "loaded", "memory_error", "order", "report", "step_error"]
+__all__ = ["DATA", "GENERATIONS", "RUNS", "groups", "loaded", "memory_error", "order", "report", "step_error", "table"]
 
 DATA = Path(__file__).with_name("data")
 RUNS = DATA / "published_runs.csv"
@@ -160,6 +160,24 @@ def _beside(runs: Sequence[Run], reached: Efficiency) -> dict[str, Any]:
     return whole | {"by": {each: of(ours[each], theirs[each]) for each in sorted(ours)}}
 
 
+def table(found: Mapping[str, Any]) -> str:
+    """The dense sources of a report, most rows first, with Calculon's error on the rows that it predicts."""
+    lines = ["| source | rows | error | rows of Calculon | its error | ours on them |", "|---|---|---|---|---|---|"]
+    beside = found["calculon"] or {"by": {}}
+    whole = {"rows": sum(each["rows"] for each in found["dense"].values())}
+    whole["mape_percent"] = found["dense_step_time_mape_percent"]
+    parts = sorted(found["dense"].items(), key=lambda each: -each[1]["rows"])
+    for name, each in [*parts, ("all", whole)]:
+        other = beside if name == "all" else beside["by"].get(name)
+        also = (
+            f"{other['rows']} | {other['calculon_percent']:.1f}% | {other['ours_percent']:.1f}%"
+            if other
+            else "- | - | -"
+        )
+        lines.append(f"| {name} | {each['rows']} | {each['mape_percent']:.1f}% | {also} |")
+    return "\n".join(lines) + "\n"
+
+
 def _text(found: Mapping[str, Any]) -> str:
     lines = []
     for part in ("dense", "dense_on_other_gpus", "moe", "memory"):
@@ -186,9 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=RUNS, help="table of runs")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--table", action="store_true", help="the table of docs/concepts/simulate.md")
     arguments = parser.parse_args()
     found = report(arguments.runs)
-    sys.stdout.write(json.dumps(found) + "\n" if arguments.json else _text(found))
+    shown = table(found) if arguments.table else _text(found)
+    sys.stdout.write(json.dumps(found) + "\n" if arguments.json else shown)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def elementwise_bytes(training: Training) -> float:
     if training.engine.precision != "bf16":  # inputs of products read, and written as they are and transposed
         dealt += 4 * (2 * model.hidden + inner)
         whole += 4 * model.hidden
+    if model.experts:  # rows put in the experts' order and back into the tokens', read and written each time
+        dealt += 8 * model.top_k * model.hidden
     return training.tokens * (whole / (layout.tp if layout.sequence_parallel else 1) + dealt / layout.tp)
 
 
@@ -151,12 +153,22 @@ def _context_parallel_s(training: Training, attention_s: float) -> float:
 
 
 def _expert_parallel_s(training: Training) -> float:
-    """Rows to experts and back, forward and backward."""
+    """Rows to experts and back, forward and backward, choices spread evenly over nodes.
+
+    A token chosen by several experts of one node is sent there once if the engine does so: of N nodes it reaches
+    N (1 - (1 - 1 / N)^k) on average, all but one of N away.
+    """
     model, layout = training.model, training.layout
     if not model.experts or layout.ep == 1:
         return 0.0
-    num_bytes = 2 * training.tokens / layout.tp * model.top_k * model.hidden
-    return 4 * training.efficiency.exchange_s(num_bytes, training.cluster.group(layout.ep, layout.tp))
+    group = training.cluster.group(layout.ep, layout.tp)
+    copies = model.top_k / group.nodes
+    if training.engine.once_per_node:
+        copies = 1 - (1 - 1 / group.nodes) ** model.top_k
+    row_bytes = 2 * training.tokens / layout.tp * model.hidden
+    within = model.top_k * (group.per_node - 1) / group.per_node
+    away_bytes, within_bytes = row_bytes * copies * (group.nodes - 1), row_bytes * within
+    return 4 * training.efficiency.exchange_s(away_bytes, within_bytes, group)
 
 
 def head_s(training: Training) -> float:

@@ -103,6 +103,7 @@ class Engine:
         split_transfers: ranks of tp share the sending to the next stage.
         stops_early: a recomputed layer stops at the last activation that backward needs, as torch's checkpoint does
             since 2.1: the last product of the layer is left out.
+        once_per_node: a token goes to each node of its experts once, whatever their number.
         host_in_series: the host waits for the GPU in each layer, as DeepSpeed's pipeline engine does.
 
     Raises:
@@ -116,6 +117,7 @@ class Engine:
     overlapped_tp: bool = False
     split_transfers: bool = True
     stops_early: bool = True
+    once_per_node: bool = True
     host_in_series: bool = False
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulate import RUNS, loaded, report
+from benchmarks.simulate import RUNS, loaded, report, table
 from meshwright.clusters.simulated import Engine, Step, Training, step
 from meshwright.parallel.pipeline.closed_form import Pipe
 from tests.clusters.simulated.settings import GPT_175B, LLAMA_405B, setting
@@ -118,3 +118,8 @@ def test_a_step_time_is_what_the_source_s_own_convention_makes_of_its_flops() ->
     """Narayanan et al., table 1, GPT-1.7B: 137 TFLOP/s with recomputation counted are 3.528 s."""
     run = loaded(RUNS)[0][0]
     assert run.measured_s == pytest.approx(3.528, rel=1e-3)
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    page = Path(__file__).parents[3] / "docs" / "concepts" / "simulate.md"
+    assert table(report(RUNS)) in page.read_text(encoding="utf-8")
