@@ -34,6 +34,7 @@ class Compute:
         memory: share of the memory's rate.
         kernel_s: from the start of a product to its full rate and from there to its end.
         host_s: to start the operations of one layer in one direction; a floor.
+        waiting_s: the same where the host waits for the GPU in each layer; on top.
         unaligned: slow-down of products whose inner width is no multiple of 16 bytes.
     """
 
@@ -45,6 +46,7 @@ class Compute:
     memory: float
     kernel_s: float
     host_s: float
+    waiting_s: float
     unaligned: float
 
 
@@ -138,9 +140,9 @@ class Efficiency:
         A smooth maximum: host and GPU each wait for the other now and then where both take as long. The sum where the
         host waits for the GPU before it goes on.
         """
-        host_s = passes * self.compute.host_s
         if in_series:
-            return busy_s + host_s
+            return busy_s + passes * self.compute.waiting_s
+        host_s = passes * self.compute.host_s
         return float((busy_s**4 + host_s**4) ** 0.25)
 
     def gather_s(self, num_bytes: float, group: Group) -> float:

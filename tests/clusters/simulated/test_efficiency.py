@@ -53,7 +53,7 @@ def test_the_host_is_a_floor_or_comes_on_top() -> None:
     host_s = 3 * REACHED.compute.host_s
     assert REACHED.floor_s(1e-9, 3) == pytest.approx(host_s)
     assert REACHED.floor_s(100 * host_s, 3) == pytest.approx(100 * host_s)
-    assert REACHED.floor_s(host_s, 3, in_series=True) == pytest.approx(2 * host_s)
+    assert REACHED.floor_s(1.0, 3, in_series=True) == pytest.approx(1.0 + 3 * REACHED.compute.waiting_s)
 
 
 def test_a_ring_sends_all_but_one_part_of_n() -> None:
@@ -70,6 +70,12 @@ def test_collectives_take_longer_across_nodes_and_with_more_bytes() -> None:
     assert REACHED.gather_s(2e9, across) > REACHED.gather_s(1e9, across)
     assert REACHED.exchange_s(1e9, 1e9, across) > REACHED.exchange_s(1e9, 1e9, within)
     assert REACHED.send_s(1e9, cluster, 8) > REACHED.send_s(1e9, cluster, 1)
+
+
+def test_small_collectives_take_a_latency_for_each_further_node() -> None:
+    cluster = Cluster(gpu=A100, num_gpus=512)
+    few, many = (REACHED.gather_s(1.0, cluster.group(nodes, 8)) for nodes in (2, 64))
+    assert many - few == pytest.approx(62 * REACHED.links.network_s, rel=1e-3)
 
 
 def test_eight_gpus_of_a_node_reach_what_nccl_was_measured_at() -> None:

@@ -28,6 +28,18 @@ def test_backward_takes_about_twice_as_long_as_forward() -> None:
     assert times.backward_s / times.forward_s == pytest.approx(2.0, abs=0.2)
 
 
+def test_fused_attention_multiplies_five_times_backward_and_two_forward() -> None:
+    long = replace(GPT_175B, sequence=2**20)
+    times = layer_times(setting(long, tp=8))
+    assert 2.2 < times.backward_s / times.forward_s < 2.5
+
+
+def test_wider_sums_of_gradients_move_more() -> None:
+    narrow, wide = (layer_times(setting(engine=replace(PLAIN, gradient_bytes=each))) for each in (2, 4))
+    assert narrow.forward_s == pytest.approx(wide.forward_s)
+    assert narrow.backward_s < wide.backward_s
+
+
 def test_recomputing_all_takes_a_forward_and_stopping_early_spares_its_last_product() -> None:
     whole = layer_times(setting(recompute="full", micro_batch=4, engine=PLAIN))
     early = layer_times(setting(recompute="full", micro_batch=4, engine=replace(PLAIN, stops_early=True)))
