@@ -155,6 +155,14 @@ def test_a_step_time_is_what_the_source_s_own_convention_makes_of_its_flops() ->
     assert measured_step_s(defaultdict(str), run.training) is None
 
 
+def test_engines_are_of_their_time_unless_the_notes_say_otherwise() -> None:
+    engines = {run.line: run.training.engine for run in loaded(RUNS)[0]}
+    of_2021, with_flash, bloom = engines[2], engines[306], engines[124]
+    assert (of_2021.fused_attention, of_2021.overlapped, of_2021.stops_early) == (False, False, False)
+    assert (with_flash.fused_attention, with_flash.overlapped, with_flash.stops_early) == (True, True, True)
+    assert (of_2021.host_in_series, bloom.host_in_series, bloom.split_transfers) == (False, True, False)
+
+
 def test_the_page_shows_what_the_command_prints() -> None:
     page = Path(__file__).parents[3] / "docs" / "concepts" / "simulate.md"
     assert table(report(RUNS)) in page.read_text(encoding="utf-8")
