@@ -1,14 +1,20 @@
-"""What links can carry: the catalog of accelerators, and the least bandwidth that a healthy all-reduce has on them."""
+"""What links can carry: the catalog of accelerators, and the least bandwidth that a healthy all-reduce has on them.
 
+`gpu(name)` gives the numbers that a training step is predicted from: peaks, memory, links.
+"""
+
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Accelerator", "Catalog", "Expected", "catalog"]
+__all__ = ["Accelerator", "Catalog", "Expected", "Gpu", "catalog", "gpu"]
 
 _FILE = Path(__file__).with_name("catalog") / "accelerators.yaml"
+_GPUS = Path(__file__).with_name("catalog") / "gpus.yaml"
 
 
 @dataclass(frozen=True)
@@ -102,3 +108,72 @@ def catalog() -> Catalog:
         shares=told["shares"],
         loopback_bytes_per_s=told["loopback_bytes_per_s"],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What one kind of GPU reaches in training.
+
+    Args:
+        name: words of the driver's name for it.
+        generation: of its matrix units: "volta", "ampere", "hopper", "blackwell", "cdna3", "cdna4".
+        flops_per_s: precision ("bf16" stands for fp16 as well, "fp8", "fp4") -> dense peak.
+        sustained: precision -> share of that peak that the largest products were measured at.
+        exponentials_per_s: of the whole GPU.
+        memory_bytes: of its own memory.
+        memory_bytes_per_s: of the same.
+        nvlink_bytes_per_s: all links of it in one direction.
+        network_bytes_per_s: of the network that such nodes usually have, per GPU and direction.
+        source: of the numbers.
+        nvlink_gpus: GPUs that NVLink joins beyond a node; 0 where that is the node.
+    """
+
+    name: str
+    generation: str
+    flops_per_s: Mapping[str, float]
+    sustained: Mapping[str, float]
+    exponentials_per_s: float
+    memory_bytes: float
+    memory_bytes_per_s: float
+    nvlink_bytes_per_s: float
+    network_bytes_per_s: float
+    source: str
+    nvlink_gpus: int = 0
+
+    def matmul_flops_per_s(self, precision: str) -> float:
+        """What its largest products were measured at; the next wider precision where it has not this one.
+
+        >>> gpu("A100").matmul_flops_per_s("fp8") == gpu("A100").matmul_flops_per_s("bf16")
+        True
+        """
+        wider = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16")}.get(precision, ("bf16",))
+        found = next(each for each in wider if each in self.flops_per_s)
+        share = self.sustained.get(found, min(self.sustained.values()))
+        return self.flops_per_s[found] * share
+
+
+@cache
+def gpu(name: str) -> Gpu:
+    """The kind of GPU that is called so.
+
+    Raises:
+        ValueError: for one that the catalog does not know; names the nearest.
+
+    >>> gpu("A100-SXM4-40GB").memory_bytes_per_s, gpu("NVIDIA H100 80GB HBM3").name
+    (1555000000000.0, 'H100')
+    """
+    known = _gpus()
+    words = set(re.split(r"[^A-Za-z0-9]+", name.upper()))
+    found = next((each for each in known if set(each.name.upper().split()) <= words), None)
+    if found is None:
+        names = [each.name for each in known]
+        nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"no GPU called {name!r} in the catalog; nearest: {nearest!r}; known: {', '.join(names)}")
+    return found
+
+
+@cache
+def _gpus() -> tuple[Gpu, ...]:
+    import yaml
+
+    return tuple(Gpu(**each) for each in yaml.safe_load(_GPUS.read_text())["gpus"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshwright.clusters.hardware import catalog
+from meshwright.clusters.hardware import catalog, gpu
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,34 @@ def test_the_share_of_a_network_depends_on_who_uses_it() -> None:
         return found.bytes_per_s
 
     assert share("gloo", "eth0") < share("nccl", "eth0") < share("nccl", "ib0")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("A100-SXM4-80GB", "A100"),
+        ("A100-SXM4-40GB (p4d)", "A100 40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("H100-SXM-96GB(HBM2e 2.4TB/s, 500W)", "H100 96GB"),
+        ("GB200-NVL72", "GB200"),
+        ("GH200 (Alps, 4 per node)", "GH200"),
+        ("mi300x", "MI300X"),
+    ],
+)
+def test_a_gpu_s_numbers_are_found_by_the_names_of_drivers_and_of_tables(name: str, kind: str) -> None:
+    assert gpu(name).name == kind
+
+
+def test_an_unknown_gpu_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"no GPU called 'H10O' in the catalog; nearest: 'H100'; known: .*A100"):
+        gpu("H10O")
+
+
+def test_numbers_of_training_agree_with_those_of_links_and_have_sources() -> None:
+    for name in ("B200", "H200", "H100", "H800", "A100", "V100"):
+        linked = catalog().accelerator(name)
+        assert linked is not None
+        assert gpu(name).nvlink_bytes_per_s == linked.nvlink_bytes_per_s
+        assert gpu(name).source
+        assert all(0.4 < share < 1 for share in gpu(name).sustained.values())
+        assert gpu(name).matmul_flops_per_s("fp8") >= gpu(name).matmul_flops_per_s("bf16")

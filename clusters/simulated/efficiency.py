@@ -1,0 +1,187 @@
+"""How much of the promised hardware a training reaches: few numbers for all of them, fitted to published runs.
+
+Times add up where a smooth maximum would say nothing more: a product takes its FLOPs, its bytes and its start, so small
+and thin ones are slow by themselves. Collectives are latency and bytes over the slowest link of a ring. The numbers
+stand in `catalog/efficiency.yaml`, which says from what rows and with what error they were fitted.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import hypot, log2
+from pathlib import Path
+from typing import Any
+
+from meshwright.clusters.hardware import Gpu
+from meshwright.clusters.simulated.cluster import Cluster, Group
+from meshwright.clusters.simulated.model import Product
+
+__all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
+
+FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
+_ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What one GPU reaches.
+
+    Args:
+        matmul: share of the rate that large products were measured at.
+        hopper: the same of 16-bit products on Hopper, besides; its clocks give way under real loads.
+        narrow: the same in precisions below 16 bits, besides.
+        attention: share of that rate in fused attention, besides its exponentials.
+        softmax: exponentials that the work on one score of fused attention costs as much as.
+        memory: share of the memory's rate.
+        kernel_s: from the start of a product to its full rate and from there to its end.
+        host_s: to start the operations of one layer in one direction; a floor.
+        waiting_s: the same where the host waits for the GPU in each layer; on top.
+        unaligned: slow-down of products whose inner width is no multiple of 16 bytes.
+    """
+
+    matmul: float
+    hopper: float
+    narrow: float
+    attention: float
+    softmax: float
+    memory: float
+    kernel_s: float
+    host_s: float
+    waiting_s: float
+    unaligned: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What collectives reach.
+
+    Args:
+        nvlink: share of the links' rate within a node.
+        nvlink_s: latency of one collective within a node, for each doubling of ranks.
+        network: share of the network's rate.
+        network_s: latency of a step of a ring to the next node.
+        exposed: share of an overlapped collective of dp or cp that is seen nevertheless.
+        tp_exposed: the same of tp.
+        transfer: share of transfers between stages that is seen.
+        stage_s: until a stage has begun a micro-batch in one direction: host and neighbours wait for each other.
+        straggling: what each doubling of nodes adds to a step, as a share.
+    """
+
+    nvlink: float
+    nvlink_s: float
+    network: float
+    network_s: float
+    exposed: float
+    tp_exposed: float
+    transfer: float
+    stage_s: float
+    straggling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserves:
+    """Memory that no tensor of the model explains.
+
+    Args:
+        fragmentation: held by the allocator, as a share of activations.
+        overhead_bytes: of the driver, of collectives, of the framework.
+    """
+
+    fragmentation: float
+    overhead_bytes: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares and latencies of one way to train: those of GPUs, those of links; and memory held in reserve."""
+
+    compute: Compute
+    links: Links
+    reserves: Reserves
+
+    def matmul_s(self, product: Product, gpu: Gpu, precision: str = "bf16", *, more_bytes: float = 0.0) -> float:
+        """Seconds of one product, which computes while it reads and writes.
+
+        Args:
+            product: what is multiplied.
+            gpu: that computes it.
+            precision: of its operands.
+            more_bytes: read and written besides operands and result, such as sums that the result is added to.
+        """
+        rate = self.flops_per_s(gpu, precision)
+        slower = 1.0 if product.k % _ALIGNED == 0 and product.n % _ALIGNED == 0 else self.compute.unaligned
+        moved_s = self.memory_s(product.bytes() + more_bytes, gpu)
+        return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
+
+    def flops_per_s(self, gpu: Gpu, precision: str = "bf16") -> float:
+        """What large products reach; never less than in 16 bits."""
+        wide = gpu.matmul_flops_per_s("bf16") * self.compute.matmul
+        wide *= self.compute.hopper if gpu.generation == "hopper" else 1.0
+        narrow = gpu.matmul_flops_per_s(precision) * self.compute.matmul * self.compute.narrow
+        return wide if precision == "bf16" else max(wide, narrow)
+
+    def memory_s(self, num_bytes: float, gpu: Gpu) -> float:
+        """Seconds to read and write so many bytes in all."""
+        return num_bytes / (gpu.memory_bytes_per_s * self.compute.memory)
+
+    def attention_s(self, flops: float, scores: float, gpu: Gpu) -> float:
+        """Seconds of fused attention, forward.
+
+        Args:
+            flops: of its products.
+            scores: exponentials.
+            gpu: that computes it.
+        """
+        rate = self.flops_per_s(gpu) * self.compute.attention
+        return flops / rate + scores * self.compute.softmax / gpu.exponentials_per_s + self.compute.kernel_s
+
+    def floor_s(self, busy_s: float, passes: float, *, in_series: bool = False) -> float:
+        """Seconds of a layer whose GPU is busy for `busy_s` while the host starts `passes` times its operations.
+
+        A smooth maximum: host and GPU each wait for the other now and then where both take as long. The sum where the
+        host waits for the GPU before it goes on.
+        """
+        if in_series:
+            return busy_s + passes * self.compute.waiting_s
+        host_s = passes * self.compute.host_s
+        return float((busy_s**4 + host_s**4) ** 0.25)
+
+    def gather_s(self, num_bytes: float, group: Group) -> float:
+        """Seconds of an all-gather or reduce-scatter of `num_bytes` in all; an all-reduce takes two.
+
+        A ring: each rank sends all but its own part (Patarasu and Yuan, 2009).
+        """
+        if group.size == 1:
+            return 0.0
+        share = self.links.nvlink if group.nodes == 1 else self.links.network
+        latency = self.links.nvlink_s * log2(2 * min(group.size, group.per_node))
+        latency += self.links.network_s * (group.nodes - 1)
+        return latency + num_bytes * (group.size - 1) / group.size / (group.bytes_per_s * share)
+
+    def exchange_s(self, away_bytes: float, within_bytes: float, group: Group) -> float:
+        """Seconds of an all-to-all in which each rank sends so much to other nodes and to ranks of its own.
+
+        Each GPU sends over its own share of the network; what stays goes over NVLink meanwhile.
+        """
+        if group.size == 1:
+            return 0.0
+        within_s = self.links.nvlink_s + within_bytes / (group.nvlink_bytes_per_s * self.links.nvlink)
+        if group.nodes == 1:
+            return within_s
+        network = group.bytes_per_s / group.per_node
+        return max(within_s, self.links.network_s + away_bytes / (network * self.links.network))
+
+    def send_s(self, num_bytes: float, cluster: Cluster, stride: int) -> float:
+        """Seconds to send so many bytes to the rank `stride` away."""
+        within = stride < cluster.gpus_per_node
+        if within:
+            return self.links.nvlink_s + num_bytes / (cluster.gpu.nvlink_bytes_per_s * self.links.nvlink)
+        return self.links.network_s + num_bytes / (cluster.network * self.links.network)
+
+
+@cache
+def fitted() -> Efficiency:
+    """The numbers of the catalog."""
+    import yaml
+
+    told: dict[str, Any] = yaml.safe_load(FILE.read_text())
+    return Efficiency(Compute(**told["compute"]), Links(**told["links"]), Reserves(**told["reserves"]))
