@@ -160,7 +160,7 @@ def test_a_machine_that_is_at_fault_too_often_is_left_out_when_the_job_is_queued
     assert launcher.returncode == 0, output
     assert (commands / "updated").read_text() == "JobId=42 ExcNodeList=n7,n1\n"
     assert "meshwright: it goes on without n1; job 42 is queued again" in output
-    told = json.loads((tmp_path / "runs/j" / tmp_path.name / "exit.json").read_text())
+    told = json.loads((tmp_path / "runs/j" / own(tmp_path.name) / "exit.json").read_text())
     assert [(each["kind"], each["host"]) for each in told["restarts"]] == [("node", "n1")] * 2
     assert [(each["node"], each["attempt"]) for each in told["excluded"]] == [("n1", 1)]
     assert "uncorrectable ECC error" in told["excluded"][0]["why"]

@@ -17,7 +17,8 @@ from meshwright.clusters.sweep import carriers
 from meshwright.launch.relaunch import decision_on_loss
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import RunState
-from tests.launch.test_launch import run
+from tests.launch.own import own
+from tests.launch.test_launch import RUN, run
 from tests.launch.test_launch import write_job as launch_job
 from tests.launch.test_restarts import AGAIN
 from tests.launch.test_supervise import end, gone, result
@@ -138,7 +139,7 @@ def lose(job: Path, run_id: str, *nodes: int, spares: int = 1) -> tuple[int, str
         output, _ = launcher.communicate(timeout=120)
     finally:
         launcher.kill()
-    assert not list(carriers(run_id))
+    assert not list(carriers(own(run_id)))
     return launcher.returncode, output
 
 
@@ -196,7 +197,7 @@ def test_a_machine_at_fault_twice_is_left_out_and_the_run_goes_on_elsewhere(tmp_
     cluster = {"simulate_nodes": 3}
     done = run(launch_job(tmp_path, script, nodes=2, nproc_per_node=1, failure=failure, cluster=cluster))
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "runs/j/r1/exit.json").read_text())
+    told = json.loads((tmp_path / f"runs/j/{RUN}/exit.json").read_text())
     assert [(each["kind"], each["host"], each["excludes"]) for each in told["restarts"]] == [
         ("node", "node1", []),
         ("node", "node1", ["node1"]),
