@@ -1,7 +1,6 @@
 """One training on the lab's hosts that a fault can befall, and what it says and leaves meanwhile."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -18,7 +17,7 @@ from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Host, Hosts
 from tests.lab.launches import ROOT, Launch
 from tests.lab.slurm import Slurm
-from tests.launch.waiting import eventually
+from tests.launch.waiting import eventually, kill_all
 
 __all__ = ["EVERY", "STEPS", "Bench", "Kind", "write_training"]
 
@@ -200,8 +199,7 @@ class Bench:
                 self._launcher.kill()
             self._launcher.wait()
         for index in range(1, self._tries + 1):
-            for pid in carriers(f"{self.folder.name}-{index}"):
-                os.kill(pid, signal.SIGKILL)
+            kill_all(carriers(f"{self.folder.name}-{index}"))
         self._output.close()
 
 

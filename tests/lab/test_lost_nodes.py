@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Host, Hosts, missing_for_hosts, run
 from tests.lab.launches import Launch, finish
 from tests.lab.test_ssh import cluster
-from tests.launch.waiting import eventually
+from tests.launch.waiting import eventually, kill_all
 from tests.launch.worker.runs import finish as train
 from tests.launch.worker.runs import run_dir as run_dir_of
 from tests.launch.worker.runs import write_job
@@ -61,14 +62,15 @@ def silence(host: Host) -> None:
     """The launcher sees the end of its connection at once, and the host nothing at all."""
     host.link("down")
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_bytes().split(b"\0") if path.exists() else []
+        words: list[bytes] = []
+        with suppress(OSError):  # of what has ended meanwhile
+            words = path.read_bytes().split(b"\0")
         if words[:1] == [b"ssh"] and host.name.encode() in words and any(b"agent" in word for word in words):
-            os.kill(int(path.parent.name), 9)
+            kill_all([int(path.parent.name)])
 
 
 def kill(host: Host) -> None:
-    for pid in run("ip", "netns", "pids", host.namespace).split():
-        os.kill(int(pid), 9)
+    kill_all(map(int, run("ip", "netns", "pids", host.namespace).split()))
 
 
 @pytest.fixture(scope="module")

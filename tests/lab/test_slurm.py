@@ -15,7 +15,7 @@ from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
 from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job
 from tests.lab.slurm import Slurm, holds
-from tests.launch.waiting import eventually
+from tests.launch.waiting import eventually, kill_all
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
@@ -177,8 +177,7 @@ def test_an_agent_that_is_killed_ends_the_run_and_its_node_is_named(
         assert up(far)
         last = [pid for pid in carriers(far.run_id, 1)]
         agents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in last}
-        for pid in agents & set(last) or agents:
-            os.kill(pid, signal.SIGKILL)
+        kill_all(agents & set(last) or agents)
         output, _ = launcher.communicate(timeout=240)
     finally:
         finish(launcher)

@@ -13,7 +13,7 @@ import yaml
 from meshwright.clusters.sweep import carriers
 from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
-from tests.launch.waiting import eventually
+from tests.launch.waiting import eventually, kill_all
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +53,7 @@ def end(launcher: "subprocess.Popen[str]", folder: Path, timeout_s: float = 60) 
         output, _ = launcher.communicate(timeout=timeout_s)
     finally:
         launcher.kill()
-        for pid in carriers(own(folder.name)):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(carriers(own(folder.name)))
     return output
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.runs import Known, RunError, all_runs, cancel, find_run, remember, standing
-from tests.launch.waiting import eventually
+from tests.launch.waiting import eventually, kill_all
 
 SLEEP = "import os, time; print('up', os.environ['RANK'], flush=True); time.sleep(600)"
 
@@ -109,8 +108,7 @@ def test_a_run_is_left_alone_listed_looked_at_and_ended(tmp_path: Path) -> None:
         assert "was asked to end" in meshwright(tmp_path, "cancel", run_id).stdout
         attached = meshwright(tmp_path, "attach", run_id)
     finally:
-        for pid in carriers(run_id):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(carriers(run_id))
     assert attached.returncode == 143, attached.stdout + attached.stderr
     assert "up 0" in attached.stdout
     assert f"run directory: {tmp_path}/runs/j/{run_id}" in attached.stdout

@@ -15,7 +15,7 @@ import yaml
 from meshwright.clusters.sweep import carriers
 from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
-from tests.launch.waiting import eventually
+from tests.launch.waiting import eventually, kill_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_state")]
 
@@ -74,8 +74,7 @@ def left(folder: Path) -> list[int]:
 def nothing_stays(tmp_path: Path) -> Iterator[None]:
     """Ends what a failed test left."""
     yield
-    for pid in left(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+    kill_all(left(tmp_path))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.own import own
+from tests.launch.waiting import kill_all
 from tests.launch.worker.runs import differing, final_states, finish, losses, run_dir, start, write_job
 
 pytestmark = [
@@ -62,7 +62,7 @@ def _kill_once(job: Path, run_id: str, generator: random.Random, *, in_save: boo
     ranks = _alive(run_id)
     target = generator.choice([process.pid, *ranks]) if process.poll() is None else process.pid
     if process.poll() is None:
-        os.kill(target, signal.SIGKILL)
+        kill_all([target])
     process.communicate(timeout=60)
     end_s = time.monotonic() + 15
     while _alive(run_id) and time.monotonic() < end_s:
