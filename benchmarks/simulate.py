@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--table", action="store_true", help="the table of docs/concepts/simulate.md")
     arguments = parser.parse_args()
+    if not arguments.runs.is_file():
+        parser.error(f"--runs {arguments.runs}: there is no such file")
     found = report(arguments.runs)
     shown = table(found) if arguments.table else _text(found)
     sys.stdout.write(json.dumps(found) + "\n" if arguments.json else shown)

@@ -17,6 +17,7 @@ from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Host, Hosts
 from tests.lab.launches import ROOT, Launch
 from tests.lab.slurm import Slurm
+from tests.lab.test_ssh import cluster as cluster_keys
 from tests.launch.waiting import eventually, kill_all
 
 __all__ = ["EVERY", "STEPS", "Bench", "Kind", "write_training"]
@@ -78,7 +79,7 @@ class Bench:
             "PYTHONDONTWRITEBYTECODE": "1",
             **variables,
         }
-        keys = _ssh_keys(hosts, own) if slurm is None else {"type": "slurm"}
+        keys = cluster_keys(hosts, own) if slurm is None else {"type": "slurm"}
         self._launch = Launch(folder, {"far": keys | dict(cluster)}, "r", own | (slurm.env if slurm else {}))
         self._output = (folder / "output.txt").open("wb")
         self._launcher: Any = None
@@ -201,20 +202,6 @@ class Bench:
         for index in range(1, self._tries + 1):
             kill_all(carriers(f"{self.folder.name}-{index}"))
         self._output.close()
-
-
-def _ssh_keys(lab: Hosts, variables: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "type": "ssh",
-        "hosts": [{"name": host.name, "addr": host.address} for host in lab.hosts],
-        "user": "root",
-        "identity_file": str(lab.key),
-        "known_hosts": str(lab.known_hosts),
-        "config": str(lab.folder / "ssh_config"),
-        "lost_after": "6s",
-        "connect_timeout": "5s",
-        "env": dict(variables),
-    }
 
 
 def _is_rank(pid: int) -> bool:
