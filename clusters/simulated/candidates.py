@@ -98,9 +98,17 @@ class Group:
         return range(min(most, asked.global_batch // base.micro_batch) // least * least, 0, -least)
 
     def microbatches(self, dp: int) -> range:
-        """Micro-batches that a replica may have, most first."""
-        most = self.question.global_batch // (dp * self.base.micro_batch)
-        return range(most, 0, -1) if self.question.at_most else range(most, most + 1)
+        """Micro-batches that a replica may have, most first.
+
+        Where GPUs and batch are limits, those with which no more replicas could be had: of two layouts with equal
+        micro-batches the one with more replicas takes less for a sequence, once they are on several nodes.
+        """
+        asked, base = self.question, self.base
+        most = asked.global_batch // (dp * base.micro_batch)
+        if not asked.at_most:
+            return range(most, most + 1)
+        more = asked.global_batch // ((dp + base.dp) * base.micro_batch) if dp < self.replicas[0] else 0
+        return range(most, more, -1)
 
     def orders(self, microbatches: int) -> tuple[tuple[str, int], ...]:
         """Schedules and stages of each rank."""
@@ -150,28 +158,25 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Layouts in the group."""
-        return sum(self._size(dp) for dp in self.replicas)
+        """Layouts in the group, counted without listing them."""
+        replicas, base = self.replicas, self.base
+        if not self.question.at_most:
+            return self.count(replicas[0], self.microbatches(replicas[0])[0])
+        limit = self.question.global_batch // base.micro_batch
+        most = limit // base.dp
+        several = most if base.dp > 1 else limit // 2 if replicas[0] > 1 else 0  # micro-batches with which dp > 1
+        return self._counted(2, range(1, several + 1)) + self._counted(1, range(several + 1, most + 1))
 
-    def _size(self, dp: int) -> int:
-        """Counted without listing them.
+    def _counted(self, dp: int, numbers: range) -> int:
+        """With each of these numbers of micro-batches: it matters whether it is 1, and whether ranks divide it."""
+        pp, found = self.base.pp, 0
+        if 1 in numbers:
+            found, numbers = self.count(dp, 1), numbers[1:]
+        even = (numbers.stop - 1) // pp - (numbers.start - 1) // pp
+        return found + even * self.count(dp, 2 * pp) + (len(numbers) - even) * self.count(dp, 2 * pp + 1)
 
-        Orders depend on whether ranks divide micro-batches, stages of ZeRO on whether there is more than one.
-        """
-        counts = self.microbatches(dp)
-        if len(counts) == 1:
-            return self._with(dp, counts[0])
-        most, ranks = counts[0], self.base.pp
-        divided = most // ranks
-        single = self._with(dp, 1)
-        if most == 1:
-            return single
-        even, odd = self._with(dp, 2 * ranks), self._with(dp, 2 * ranks + 1)
-        if ranks == 1:
-            return single + (most - 1) * even
-        return single + divided * even + (most - 1 - divided) * odd
-
-    def _with(self, dp: int, microbatches: int) -> int:
+    def count(self, dp: int, microbatches: int) -> int:
+        """Layouts with so many replicas and micro-batches."""
         orders = self.orders(microbatches)
         return sum(len(self.zero_stages(dp, schedule, microbatches)) for schedule, _ in orders)
 
@@ -255,4 +260,6 @@ def _variants(asked: Question, base: Layout) -> Iterator[Group]:
     spreads = (False, True) if base.tp > 1 and not (asked.space.runnable and base.cp > 1) else (False,)
     for recompute in asked.space.recomputes:
         for spread in spreads:
-            yield Group(question=asked, base=replace(base, recompute=recompute, sequence_parallel=spread))
+            group = Group(question=asked, base=replace(base, recompute=recompute, sequence_parallel=spread))
+            if group.orders(base.pp):
+                yield group

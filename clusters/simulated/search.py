@@ -1,27 +1,23 @@
 """The fastest layouts of a training on a cluster, without pricing most of them.
 
-Branch and bound: layouts are taken in groups whose layers take the same time, the group that could be fastest first. A
-layout takes at least what its slowest stage computes in all micro-batches and what it waits for others, by the closed
-form of its schedule; what may come on top (gradients, transfers, the update) is left out of the bound. A layout whose
-bound is above what is known already is not priced. What is found is what pricing all of them would find, in that order.
+Branch and bound: layouts are taken in groups whose layers take the same time, the group that could be fastest first.
+One that by its bounds is slower than what is known already, or does not fit, is not priced (see `bounds`). What is
+found is what pricing all of them would find, in that order.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from math import inf
 
+from meshwright.clusters.simulated.bounds import Bounds, memory_bytes, training_of
 from meshwright.clusters.simulated.candidates import Group, Question, groups
 from meshwright.clusters.simulated.layout import Layout
-from meshwright.clusters.simulated.memory import memory
-from meshwright.clusters.simulated.stages import layers_of_ranks
 from meshwright.clusters.simulated.step import Step, step
 from meshwright.clusters.simulated.training import Training
-from meshwright.parallel.pipeline.closed_form import Pipe, zero_bubble_h1_makespan
+from meshwright.parallel.pipeline.closed_form import Pipe
 
-__all__ = ["Found", "Priced", "memory_bytes", "price", "search", "training_of"]
+__all__ = ["Found", "Priced", "price", "search"]
 
-_ROUNDING = 1 - 1e-9  # bounds are added up in another order than steps
 _Axes = tuple[int, int, int, int]
 
 
@@ -82,7 +78,7 @@ class Found:
         nearest: where none fits, the one that needs least memory.
         seen: legal layouts.
         pruned: of them not priced, since they cannot be among the best.
-        too_large: of them not priced, since they do not fit.
+        too_large: of them not priced, since they were found not to fit before they were found too slow.
         priced: of them.
     """
 
@@ -93,21 +89,6 @@ class Found:
     pruned: int
     too_large: int
     priced: int
-
-
-def training_of(asked: Question, layout: Layout) -> Training:
-    """The layout on as many GPUs as it has ranks."""
-    cluster = replace(asked.cluster, num_gpus=layout.num_ranks)
-    return Training(model=asked.model, layout=layout, cluster=cluster, engine=asked.engine, efficiency=asked.efficiency)
-
-
-def memory_bytes(asked: Question, training: Training) -> float:
-    """Of the fullest GPU; `parallelize` deals states over dp alone, so there those of dp replicas count."""
-    found, layout = memory(training), training.layout
-    if not asked.space.runnable or layout.cp == 1 or not layout.zero_stage:
-        return found.total_bytes
-    alone = memory(training_of(asked, replace(layout, cp=1, ep=min(layout.ep, layout.dp))))
-    return found.total_bytes - found.state_bytes + alone.state_bytes
 
 
 def price(asked: Question, layout: Layout) -> Priced:
@@ -135,63 +116,39 @@ def search(asked: Question, num_best: int = 10, *, known: Iterable[Layout] = ())
     walk = _Walk(asked, num_best)
     for layout in known:
         walk.offer(price(asked, layout))
-    bounded = sorted(((walk.bounds.of_group(each), index, each) for index, each in enumerate(groups(asked))))
-    for bound_s, _, group in bounded:
-        walk.take(group, bound_s)
+    every = [*groups(asked)]
+    for _, _, group in sorted((walk.bounds.group_s(each), index, each) for index, each in enumerate(every)):
+        walk.take(group)
     best = tuple(sorted(walk.best.values(), key=lambda each: each.rank)[:num_best])
+    seen = sum(each.size for each in every)
     return Found(
         question=asked,
         best=best,
-        nearest=None if best or walk.nearest is None else price(asked, walk.nearest),
-        seen=walk.seen,
-        pruned=walk.seen - walk.too_large - walk.priced,
+        nearest=None if best else _nearest(asked, every, walk.bounds),
+        seen=seen,
+        pruned=seen - walk.too_large - walk.priced,
         too_large=walk.too_large,
         priced=walk.priced,
     )
 
 
-class _Bounds:
-    """Seconds of a sequence that no layout can be below."""
-
-    def __init__(self, asked: Question) -> None:
-        self.asked = asked
-        self._layers: dict[Layout, tuple[float, float]] = {}
-
-    def layer_and_head_s(self, group: Group) -> tuple[float, float]:
-        """Of one micro-batch: a layer and the head, of what every layout of the group has to do."""
-        alone = replace(group.base, pp=1)
-        if alone not in self._layers:
-            found = step(training_of(self.asked, alone))
-            busy_s = found.compute_s + found.recompute_s + found.tp_s + found.cp_s + found.ep_s
-            self._layers[alone] = busy_s / self.asked.model.layers, found.head_s
-        return self._layers[alone]
-
-    def of_group(self, group: Group) -> float:
-        """With most replicas and no bubble."""
-        return self.without_bubble(group, group.replicas[0])
-
-    def without_bubble(self, group: Group, dp: int) -> float:
-        """Of the slowest stage: the one with most layers, or the last one with the head."""
-        layer_s, head_s = self.layer_and_head_s(group)
-        layers = layers_of_ranks(self.asked.model, group.base.pp)
-        stage_s = max(max(layers) * layer_s, layers[-1] * layer_s + head_s)
-        return _ROUNDING * stage_s / (dp * group.base.micro_batch)
-
-    def waiting(self, group: Group, pipe: Pipe, schedule: str) -> float:
-        """Of the bubble, for one replica; divided by sequences of a step."""
-        if pipe.num_ranks == 1:
-            return 0.0
-        layer_s, _ = self.layer_and_head_s(group)
-        one_s = layer_s * self.asked.model.layers / pipe.num_ranks
-        return _ROUNDING * one_s * _bubble(pipe, schedule) / group.base.micro_batch
-
-
-@lru_cache(maxsize=1 << 16)
-def _bubble(pipe: Pipe, schedule: str) -> float:
-    """Of a micro-batch's time on a rank."""
-    if schedule == "zero-bubble":
-        return zero_bubble_h1_makespan(pipe, 1 / 3, 2 / 3) / pipe.num_microbatches - 1
-    return float(pipe.bubble)
+def _nearest(asked: Question, every: Iterable[Group], bounds: Bounds) -> Priced | None:
+    """The layout that needs least memory, the first of equals."""
+    least, nearest = inf, None
+    bounded = [
+        (bounds.least_bytes(each, dp, 1 if asked.at_most else each.microbatches(dp)[0]), index, each)
+        for index, each in enumerate(every)
+        for dp in each.replicas[:1]
+    ]
+    for bound, _, group in sorted(bounded):
+        if bound > least:
+            break
+        for dp, microbatches, schedule, vpp, stage in group.choices():
+            layout = group.layout(dp=dp, microbatches=microbatches, schedule=schedule, vpp=vpp, zero_stage=stage)
+            needed = memory_bytes(asked, training_of(asked, layout))
+            if needed < least:
+                least, nearest = needed, layout
+    return None if nearest is None else price(asked, nearest)
 
 
 class _Walk:
@@ -200,11 +157,9 @@ class _Walk:
     def __init__(self, asked: Question, num_best: int) -> None:
         self.asked = asked
         self.num_best = num_best
-        self.bounds = _Bounds(asked)
+        self.bounds = Bounds(asked)
         self.best: dict[_Axes, Priced] = {}
-        self.nearest: Layout | None = None
-        self.seen = self.too_large = self.priced = 0
-        self._least_bytes = inf
+        self.too_large = self.priced = 0
         self._worst_s = inf
 
     def offer(self, found: Priced) -> None:
@@ -223,35 +178,35 @@ class _Walk:
         before = self.best.get((base.tp, base.cp, base.ep, base.pp))
         return min(self._worst_s, before.sequence_s if before else inf)
 
-    def take(self, group: Group, bound_s: float) -> None:
+    def take(self, group: Group) -> None:
         """Prices what may be good in a group."""
-        self.seen += group.size
-        if bound_s > self.limit_s(group):
-            return
         for dp in group.replicas:
-            without_s = self.bounds.without_bubble(group, dp)
-            if without_s > self.limit_s(group):
+            computing_s = self.bounds.computing_s(group, dp)
+            if computing_s > self.limit_s(group):
                 return  # fewer replicas take longer still
             for microbatches in group.microbatches(dp):
-                for schedule, vpp in group.orders(microbatches):
-                    waiting_s = self.bounds.waiting(group, Pipe(group.base.pp, microbatches, vpp), schedule)
-                    self._stages(group, (dp, microbatches, schedule, vpp), without_s + waiting_s / dp)
+                if computing_s + self.bounds.least_waiting_s(group, microbatches) / dp > self.limit_s(group):
+                    break  # with fewer micro-batches bubbles are larger still
+                if self.bounds.least_bytes(group, dp, microbatches) > self.asked.cluster.gpu.memory_bytes:
+                    self.too_large += group.count(dp, microbatches)
+                else:
+                    self._orders(group, dp, microbatches)
 
-    def _stages(self, group: Group, chosen: tuple[int, int, str, int], bound_s: float) -> None:
-        dp, microbatches, schedule, vpp = chosen
-        for stage in group.zero_stages(dp, schedule, microbatches):
-            if bound_s <= self.limit_s(group):
-                self._price(
-                    group.layout(dp=dp, microbatches=microbatches, schedule=schedule, vpp=vpp, zero_stage=stage)
-                )
+    def _orders(self, group: Group, dp: int, microbatches: int) -> None:
+        computing_s = self.bounds.computing_s(group, dp)
+        for schedule, vpp in group.orders(microbatches):
+            waiting_s = self.bounds.waiting_s(group, Pipe(group.base.pp, microbatches, vpp), schedule)
+            for stage in group.zero_stages(dp, schedule, microbatches):
+                if computing_s + waiting_s / dp <= self.limit_s(group):
+                    self._price(
+                        group.layout(dp=dp, microbatches=microbatches, schedule=schedule, vpp=vpp, zero_stage=stage)
+                    )
 
     def _price(self, layout: Layout) -> None:
         training = training_of(self.asked, layout)
         needed = memory_bytes(self.asked, training)
         if needed > self.asked.cluster.gpu.memory_bytes:
             self.too_large += 1
-            if needed < self._least_bytes:
-                self._least_bytes, self.nearest = needed, layout
             return
         self.priced += 1
         self.offer(Priced(training=training, step=step(training), memory_bytes=needed))

@@ -1,12 +1,14 @@
 """Candidates: all legal layouts, each once, counted without being listed."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from meshwright.clusters.hardware import gpu
 from meshwright.clusters.simulated import Cluster, Layout, Transformer
 from meshwright.clusters.simulated.candidates import RUNNABLE, Group, Question, Space, groups
+from meshwright.clusters.simulated.search import price
 
 SMALL = Transformer(layers=8, hidden=512, heads=8, kv_heads=4, ffn=2048, vocab=1000, sequence=256)
 SPARSE = replace(SMALL, experts=8, top_k=2)
@@ -97,4 +99,29 @@ def test_a_batch_that_nothing_divides_has_no_layouts_and_none_at_all_is_refused(
 def test_a_group_lists_most_replicas_first() -> None:
     group: Group = next(iter(groups(_asked(at_most=True))))
     assert list(group.replicas)[:2] == [16, 15]
-    assert list(group.microbatches(8)) == [3, 2, 1]
+    assert [list(group.microbatches(dp)) for dp in (16, 12, 11, 8, 6, 1)] == [
+        [1],
+        [2],
+        [],
+        [3],
+        [4],
+        [*range(24, 12, -1)],
+    ]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_of_layouts_with_equal_micro_batches_the_one_with_more_replicas_takes_less_for_a_sequence(
+    zero_stage: int,
+) -> None:
+    """Why no fewer are offered than GPUs and batch allow, once they are on several nodes."""
+    asked = _asked(4096, 512, replace(SMALL, heads=16, kv_heads=16, hidden=4096, ffn=16384), at_most=True)
+    for network in (None, 1e8):
+        slow = replace(asked, cluster=replace(asked.cluster, network_bytes_per_s=network))
+        for schedule, pp, tp in product(("1f1b", "breadth-first"), (1, 4), (1, 8)):
+            base = Layout(pp=pp, tp=tp, vpp=2 if pp > 1 and schedule != "1f1b" else 1, schedule=schedule)
+            layouts = [
+                replace(base, dp=dp, global_batch=4 * dp, zero_stage=zero_stage) for dp in (9, 12, 16, 17, 40, 64)
+            ]
+            found = [price(slow, each) for each in layouts]
+            assert [each.sequence_s for each in found] == sorted((each.sequence_s for each in found), reverse=True)
+            assert [each.memory_bytes for each in found] == sorted((each.memory_bytes for each in found), reverse=True)
