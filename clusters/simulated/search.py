@@ -16,7 +16,7 @@ from meshwright.clusters.simulated.step import Step, step
 from meshwright.clusters.simulated.training import Training
 from meshwright.parallel.pipeline.closed_form import Pipe
 
-__all__ = ["Found", "Priced", "price", "search"]
+__all__ = ["Found", "Priced", "least_memory", "price", "search"]
 
 _Axes = tuple[int, int, int, int]
 
@@ -124,7 +124,7 @@ def search(asked: Question, num_best: int = 10, *, known: Iterable[Layout] = ())
     return Found(
         question=asked,
         best=best,
-        nearest=None if best else _nearest(asked, every, walk.bounds),
+        nearest=None if best else least_memory(asked),
         seen=seen,
         pruned=seen - walk.too_large - walk.priced,
         too_large=walk.too_large,
@@ -132,14 +132,14 @@ def search(asked: Question, num_best: int = 10, *, known: Iterable[Layout] = ())
     )
 
 
-def _nearest(asked: Question, every: Iterable[Group], bounds: Bounds) -> Priced | None:
-    """The layout that needs least memory, the first of equals."""
-    least, nearest = inf, None
-    bounded = [
-        (bounds.least_bytes(each, dp, 1 if asked.at_most else each.microbatches(dp)[0]), index, each)
-        for index, each in enumerate(every)
-        for dp in each.replicas[:1]
-    ]
+def least_memory(asked: Question) -> Priced | None:
+    """The layout that needs least memory, the first of equals; None where no layout is legal."""
+    least, nearest, bounds = inf, None, Bounds(asked)
+    bounded = []
+    for index, group in enumerate(groups(asked)):
+        dp = group.replicas[0]
+        fewest = 1 if asked.at_most else group.microbatches(dp)[0]
+        bounded.append((bounds.least_bytes(group, dp, fewest), index, group))
     for bound, _, group in sorted(bounded):
         if bound > least:
             break
