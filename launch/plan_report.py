@@ -233,6 +233,7 @@ def _row(priced: Priced, first: Priced) -> tuple[str, ...]:
 def _order(priced: Priced) -> str:
     told = job_keys(priced.layout)["parallel"]
     loops = f" x {told['num_loops']}" if "num_loops" in told else ""
+    loops += " by 1" if "group_size" in told else ""
     return f"{told['schedule']}{loops}{', seq' if priced.layout.sequence_parallel else ''}"
 
 

@@ -135,14 +135,15 @@ def job_keys(layout: Layout, *, per_node: int | None = None) -> dict[str, Any]:
     parallel: dict[str, Any] = {name: degree for name, degree in axes.items() if degree > 1}
     parallel["num_microbatches"] = int(layout.num_microbatches)
     parallel["schedule"] = _schedule(layout)
-    if layout.vpp > 1:
-        parallel["num_loops"] = layout.vpp
-    if layout.zero_stage and layout.dp > 1:
-        parallel["zero_stage"] = layout.zero_stage
-    if layout.recompute == "full":
-        parallel["recompute"] = "blocks"
-    if layout.sequence_parallel:
-        parallel["sequence_parallel"] = True
+    one_by_one = parallel["schedule"] == "layered" and layout.depth_first
+    optional = {
+        "group_size": int(one_by_one),
+        "num_loops": layout.vpp if layout.vpp > 1 else None,
+        "zero_stage": layout.zero_stage,
+        "recompute": "blocks" if layout.recompute == "full" else None,
+        "sequence_parallel": layout.sequence_parallel,
+    }
+    parallel |= {name: value for name, value in optional.items() if value}
     found: dict[str, Any] = {"parallel": parallel}
     found["train"] = {"batch_size": layout.global_batch, "precision": "bfloat16"}
     if per_node is not None and layout.num_ranks % per_node == 0:
@@ -151,6 +152,7 @@ def job_keys(layout: Layout, *, per_node: int | None = None) -> dict[str, Any]:
 
 
 def _schedule(layout: Layout) -> str:
+    """Whole models go micro-batch by micro-batch; what is recomputed goes block by block, if with one at a time."""
     if layout.pp == 1:
-        return "layered" if layout.schedule == "breadth-first" else "accumulate"
-    return "interleaved" if layout.vpp > 1 and layout.schedule == "1f1b" else _SCHEDULES[layout.schedule]
+        return "accumulate" if layout.depth_first and layout.recompute == "none" else "layered"
+    return "interleaved" if layout.vpp > 1 and layout.depth_first else _SCHEDULES[layout.schedule]

@@ -27,8 +27,7 @@ class Space:
         micro_batches: sequences of one.
         max_tp: most ranks that share a matrix; those of a node where None.
         max_cp: most ranks that share a sequence.
-        runnable: only what `parallelize` does: no sequence_parallel with cp, states dealt over dp alone, blocks
-            recomputed by schedules that go block by block.
+        runnable: only what `parallelize` does: no sequence_parallel with cp, states dealt over dp alone.
     """
 
     schedules: tuple[str, ...] = ("1f1b", "gpipe", "breadth-first", "zero-bubble")
@@ -114,7 +113,7 @@ class Group:
         """Schedules and stages of each rank."""
         space, ranks = self.question.space, self.base.pp
         if ranks == 1:
-            return _on_one_rank(space, recomputed=self.base.recompute != "none")
+            return _on_one_rank(space)
         layers, over = divmod(self.question.model.layers, ranks)
         return _across_ranks(space, 1 if over else layers, even=microbatches % ranks == 0)
 
@@ -182,10 +181,9 @@ class Group:
 
 
 @cache
-def _on_one_rank(space: Space, *, recomputed: bool) -> tuple[tuple[str, int], ...]:
-    """Micro-batches one after the other, and layer by layer; `parallelize` recomputes blocks in the latter only."""
-    found = [each for each in ("1f1b", "breadth-first") if each in space.schedules]
-    return tuple((each, 1) for each in found if each != "1f1b" or not (space.runnable and recomputed))
+def _on_one_rank(space: Space) -> tuple[tuple[str, int], ...]:
+    """Micro-batches one after the other, and layer by layer."""
+    return tuple((each, 1) for each in ("1f1b", "breadth-first") if each in space.schedules)
 
 
 @cache

@@ -37,6 +37,8 @@ def _meant(loaded: LoadedJob, model: Transformer) -> Layout:
     """The layout that a job states."""
     job, parallel = loaded.job, loaded.job.parallel
     assert job.train is not None
+    assert parallel.group_size in (None, 1)
+    one_by_one = parallel.schedule == "layered" and parallel.group_size == 1
     orders = {"gpipe": "gpipe", "zb-h1": "zero-bubble", "layered": "breadth-first", "modular": "breadth-first"}
     replicas = parallel.dp * parallel.fsdp
     whole = job.train.batch_size // (replicas * parallel.num_microbatches)
@@ -49,7 +51,7 @@ def _meant(loaded: LoadedJob, model: Transformer) -> Layout:
         vpp=parallel.num_loops or 1,
         micro_batch=whole,
         global_batch=job.train.batch_size,
-        schedule=orders.get(parallel.schedule, "1f1b"),
+        schedule="1f1b" if one_by_one else orders.get(parallel.schedule, "1f1b"),
         recompute="full" if parallel.recompute == "blocks" else "none",
         sequence_parallel=parallel.sequence_parallel,
         zero_stage=parallel.zero_stage if parallel.fsdp > 1 else 0,

@@ -39,3 +39,16 @@ def test_on_one_gpu_only_the_update_comes_on_top() -> None:
     found = step(training_of(asked, replace(group.base, global_batch=asked.global_batch)))
     rest_s = (found.total_s - found.optimizer_s - found.straggling_s) / asked.global_batch
     assert Bounds(asked).group_s(group) == pytest.approx(rest_s)
+
+
+def test_interleaved_orders_that_only_fewer_micro_batches_can_have_count_in_the_least_waiting() -> None:
+    """Three micro-batches on two ranks cannot be interleaved, two can: the walk must not end at three."""
+    drawn = any_question(3)
+    space = replace(drawn.space, schedules=("1f1b",), max_cp=1)
+    asked = replace(drawn, model=replace(drawn.model, layers=12), at_most=True, global_batch=6, space=space)
+    bounds = Bounds(asked)
+    piped = [group for group in groups(asked) if group.base.pp == 2]
+    assert piped
+    for group in piped:
+        two_s = bounds.waiting_s(group, Pipe(2, 2, 6), "1f1b")
+        assert bounds.least_waiting_s(group, 3) <= two_s < bounds.waiting_s(group, Pipe(2, 3, 1), "1f1b")
