@@ -57,7 +57,7 @@ class NodeAgent(LocalElasticAgent):
         self._attempt = len(plan["limits"]["past"]) - 1
         self._run_id, self._node, self._tell = plan["run_id"], node, tell
         self._grace_s: float = plan["limits"]["shutdown_grace_s"]
-        self._leaving = False
+        self._leaving, self._regroup = False, bool(plan["limits"]["regroup"])
         self._rounds = Rounds(plan, node, self.stop.is_set)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -111,8 +111,8 @@ class NodeAgent(LocalElasticAgent):
         if self.stop.is_set():
             raise self._stopped()
         self._tell("decided", **decision.as_dict())
-        if decision.again and (decision.excludes or self.stop.wait(decision.wait_s)):
-            raise self._stopped()  # without some of these nodes, the launcher starts others
+        if decision.again and (decision.excludes or self._regroup or self.stop.wait(decision.wait_s)):
+            raise self._stopped()  # without some of these nodes, or with more, the launcher starts others
         if decision.again and not self._leaving:
             return
         if not failed:

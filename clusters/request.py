@@ -49,7 +49,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take, and how often they are tried.
+    """How long things may take, how often they are tried, and on how few nodes.
 
     Args:
         max_restarts: of all ranks together.
@@ -59,6 +59,9 @@ class Limits:
         hang_action: "dump_and_restart", "dump_and_stop" or "warn".
         retry: after which failures ranks start again, and when.
         past: what followed from attempts before, that other agents ran; oldest first.
+        regroup: whether agents end at a restart, so that the launcher starts others on the nodes that are there then.
+        fewest_nodes: of an elastic job; None where their number is fixed.
+        sizes: what becomes of an elastic job on which number of nodes, for people.
     """
 
     max_restarts: int = 0
@@ -68,6 +71,9 @@ class Limits:
     hang_action: str = "dump_and_restart"
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     past: tuple[Decision, ...] = ()
+    regroup: bool = False
+    fewest_nodes: int | None = None
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Decision:
         failure: the first one.
         step: newest step that any node saw.
         excludes: nodes that the run goes on without; agents end, and the launcher starts others.
+        nodes: how many there were and are from now on, where that changes.
     """
 
     again: bool
@@ -88,6 +89,7 @@ class Decision:
     failure: Failure
     step: int | None = None
     excludes: tuple[str, ...] = ()
+    nodes: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, flat."""
@@ -105,6 +107,7 @@ class Decision:
             "wait_s": self.wait_s,
             "only_lost": first.only_lost,
             "excludes": list(self.excludes),
+            "nodes": None if self.nodes is None else list(self.nodes),
         }
 
     def as_saved(self) -> dict[str, Any]:
@@ -114,7 +117,8 @@ class Decision:
 
 def decision_from(saved: Mapping[str, Any]) -> Decision:
     """The decision that `as_saved` was taken of."""
-    return Decision(**{**saved, "failure": Failure(**saved["failure"]), "excludes": tuple(saved["excludes"])})
+    lists = {"excludes": tuple(saved["excludes"]), "nodes": _pair(saved["nodes"])}
+    return Decision(**{**saved, **lists, "failure": Failure(**saved["failure"])})
 
 
 def told_decision(told: Mapping[str, Any]) -> Decision:
@@ -122,7 +126,11 @@ def told_decision(told: Mapping[str, Any]) -> Decision:
     names = ("kind", "exit_code", "rank", "evidence", "only_lost")
     first = Failure(told["host"], **{name: told[name] for name in names})
     head = (told["again"], told["reason"], told["wait_s"], told["attempt"])
-    return Decision(*head, first, told["step"], tuple(told["excludes"]))
+    return Decision(*head, first, told["step"], tuple(told["excludes"]), _pair(told.get("nodes")))
+
+
+def _pair(found: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if found is None else (found[0], found[1])
 
 
 def wait_of(policy: RetryPolicy, run_id: str, restarts: int) -> float:

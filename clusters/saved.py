@@ -26,7 +26,7 @@ def plan_from(saved: Mapping[str, Any]) -> StartPlan:
 
 def _limits(saved: Mapping[str, Any]) -> Limits:
     past = tuple(map(decision_from, saved["past"]))
-    return Limits(**{**saved, "retry": policy_from(saved["retry"]), "past": past})
+    return Limits(**{**saved, "retry": policy_from(saved["retry"]), "past": past, "sizes": tuple(saved["sizes"])})
 
 
 def _deep(block: Mapping[str, Any]) -> dict[str, Any]:

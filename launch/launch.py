@@ -20,9 +20,9 @@ from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.request import request_of, resolved_job
-from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
+from meshwright.launch.rundir import ASKED_FILE, create_run_dir, make_run_id, write_json, write_text
 from meshwright.launch.runs import Known, RunError, cancel, remember
-from meshwright.launch.spares import names_of
+from meshwright.launch.spares import names_of, range_of
 from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
@@ -175,3 +175,6 @@ def write_inputs(loaded: LoadedJob, plan: StartPlan, resolved: dict[str, Any]) -
     write_text(run_dir / "job.yaml", loaded.text)
     write_json(run_dir / "job.json", resolved)
     write_json(run_dir / "plan.json", plan.as_dict())
+    if plan.submission is not None and range_of(loaded.job) is not None:
+        asked = {**loaded.job.as_dict(), **{key: resolved[key] for key in ("logs", "checkpoint")}}
+        write_json(run_dir / ASKED_FILE, {"job": asked, "plan": plan.as_dict()})
