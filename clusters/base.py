@@ -178,4 +178,5 @@ def _limits(limits: Limits) -> list[str]:
         f"restarts   at most {limits.max_restarts}; TERM, then KILL after {limits.shutdown_grace_s:g} s",
         *([f"           {limits.retry}"] if limits.max_restarts else []),
         *([] if limits.hang_s is None else [hang]),
+        *([] if limits.watch is None else [f"health     {limits.watch}"]),
     ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meshwright.clusters.retry import Decision, RetryPolicy
+from meshwright.clusters.watching import Watch
 
 __all__ = ["Limits", "Meeting", "Pairs", "Program", "Secret", "StartRequest"]
 
@@ -61,6 +62,7 @@ class Limits:
         past: what followed from attempts before, that other agents ran; oldest first.
         regroup: whether agents end at a restart, so that the launcher starts others on the nodes that are there then.
         fewest_nodes: of an elastic job; None where their number is fixed.
+        watch: how GPUs are looked at while ranks run; None is not at all.
         sizes: what becomes of an elastic job on which number of nodes, for people.
     """
 
@@ -74,6 +76,7 @@ class Limits:
     regroup: bool = False
     fewest_nodes: int | None = None
     sizes: tuple[str, ...] = ()
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,8 @@ def decide(
     if why is not None:
         return Decision(False, why, 0.0, done, first, step)
     words = f"{_named(first)} is worth a restart; {max_restarts - done - 1} left after it"
-    excludes = _worn_out(policy, history, first)
-    return Decision(True, words, wait_of(policy, run_id, done), done, first, step, (*_lost(known), *excludes))
+    excludes = dict.fromkeys((*_lost(known), *_worn_out(policy, history, first), *_sick(policy, known)))
+    return Decision(True, words, wait_of(policy, run_id, done), done, first, step, tuple(excludes))
 
 
 def _impossible(known: Sequence[Failure]) -> str | None:
@@ -194,6 +194,11 @@ def _impossible(known: Sequence[Failure]) -> str | None:
 
 def _lost(known: Sequence[Failure]) -> list[str]:
     return [each.node for each in known if each.lost]
+
+
+def _sick(policy: RetryPolicy, known: Sequence[Failure]) -> list[str]:
+    """Nodes whose machine was seen to be at fault; one is enough where nodes may be left out at all."""
+    return [each.node for each in known if each.sick and policy.exclude_after is not None]
 
 
 def _worn_out(policy: RetryPolicy, history: Sequence[Decision], first: Failure) -> tuple[str, ...]:

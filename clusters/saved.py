@@ -5,6 +5,7 @@ from typing import Any
 
 from meshwright.clusters.base import Limits, Meeting, NodePlan, StartPlan, Submission
 from meshwright.clusters.retry import decision_from, policy_from
+from meshwright.clusters.watching import watch_from
 
 __all__ = ["plan_from"]
 
@@ -26,7 +27,8 @@ def plan_from(saved: Mapping[str, Any]) -> StartPlan:
 
 def _limits(saved: Mapping[str, Any]) -> Limits:
     past = tuple(map(decision_from, saved["past"]))
-    return Limits(**{**saved, "retry": policy_from(saved["retry"]), "past": past, "sizes": tuple(saved["sizes"])})
+    kept = {"past": past, "sizes": tuple(saved["sizes"]), "watch": watch_from(saved["watch"])}
+    return Limits(**{**saved, **kept, "retry": policy_from(saved["retry"])})
 
 
 def _deep(block: Mapping[str, Any]) -> dict[str, Any]:

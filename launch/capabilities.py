@@ -32,14 +32,15 @@ class Gap:
 
 _ALL = (
     Gap("after", "launch one job after the other"),
-    Gap("health.watch", "remove it"),
     Gap("binding", "remove it, or write none", ("none",)),
     Gap("rendezvous.backend", "remove it", ("c10d",)),
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
 _RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a number of nodes"))
-_UNEXAMINED = (Gap("health", "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"),)
+_DOCTOR = "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"
+_UNEXAMINED = tuple(Gap(f"health.{key}", _DOCTOR) for key in ("preflight", "on_fail", "allreduce"))
+_UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
 _RETRIES = ("backoff", "retry_on", "no_retry_on", "stop_after_no_progress")
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
@@ -67,6 +68,7 @@ GAPS = {
     "kubernetes": (
         *_ALL,
         *_RIGID,
+        *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         *_UNEXAMINED,
         *_UNWARNED,
@@ -78,6 +80,7 @@ GAPS = {
     "mpi": (
         *_ALL,
         *_RIGID,
+        *_UNWATCHED,
         *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
@@ -120,6 +123,8 @@ def _nodes(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
     if job.cluster.type in ("local", "ssh") and job.failure.exclude_bad_nodes and not can_shrink(job):
         text = "no node is there to take a place: let the cluster name more than `nodes` needs, or remove it"
         yield "failure.exclude_bad_nodes", text
+    if job.health.watch is not None and job.health.watch.on_fault == "restart" and not job.failure.exclude_bad_nodes:
+        yield "health.watch.on_fault", "a restart on the same node has the same fault: set failure.exclude_bad_nodes"
     wrong = check_sizes(loaded)
     if wrong is not None:
         yield "nodes.min", wrong

@@ -20,6 +20,7 @@ class Losses:
 
     Args:
         codes: node -> exit status of an agent of this start that died without a last word.
+        sick: node -> the first fault that was seen of its machine.
         causes: node of those -> exit code and words of a cluster that knows more.
         since_unix_s: when the first of them was missed.
         until_unix_s: from when on nothing of them can be there any more, even if only their connection is gone.
@@ -29,6 +30,7 @@ class Losses:
 
     codes: dict[str, int] = field(default_factory=dict)
     causes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    sick: dict[str, str] = field(default_factory=dict)
     since_unix_s: float = 0.0
     until_unix_s: float = 0.0
     excluded: list[dict[str, Any]] = field(default_factory=list)
@@ -76,7 +78,8 @@ class Losses:
     def exclude(self, decision: Decision, now_unix_s: float) -> None:
         """The run goes on without the nodes of a decision."""
         for node in decision.excludes:
-            why = self.cause_of(node)[1] if node in self.codes else decision.failure.evidence
+            seen = self.sick.get(node, decision.failure.evidence)
+            why = self.cause_of(node)[1] if node in self.codes else seen
             told = {"node": node, "why": why, "attempt": decision.attempt, "step": decision.step}
             self.excluded.append({**told, "lost": node in self.codes, "time_unix_s": self.since_unix_s or now_unix_s})
         self.codes, self.causes, self.since_unix_s = {}, {}, 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
 from meshwright.clusters.retry import RetryPolicy
+from meshwright.clusters.watching import Watch
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import size_lines, sized
@@ -106,6 +107,10 @@ def limits_of(loaded: LoadedJob) -> Limits:
     limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s, retry=_retries(loaded))
     if range_of(loaded.job) is not None:
         limits = replace(limits, fewest_nodes=fewest_of(loaded.job), sizes=size_lines(loaded))
+    watch = loaded.job.health.watch
+    if watch is not None:
+        seen = Watch(watch.interval, watch.max_temp_c, watch.xid, watch.on_fault == "restart")
+        limits = replace(limits, watch=seen)
     if failure.hang is None:
         return limits
     return replace(limits, hang_s=failure.hang.no_progress_for, hang_action=failure.hang.action)

@@ -22,7 +22,7 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
     [
         ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
-        ("health: {watch: {xid: any}}", "3:18", "health.watch.xid"),
+        ("health: {watch: {on_fault: restart}}", "3:18", "health.watch.on_fault"),
         ("failure:\n  exclude_bad_nodes: 2", "4:3", "failure.exclude_bad_nodes"),
         ("rendezvous: {bind: any}", "3:14", "rendezvous.bind"),
         ("resources: {gpus_per_node: 8}", "3:13", "resources.gpus_per_node"),
