@@ -6,7 +6,7 @@ from pathlib import Path
 from meshwright.clusters.retry import Decision, RetryPolicy
 from meshwright.clusters.watching import Watch
 
-__all__ = ["Limits", "Meeting", "Pairs", "Program", "Secret", "StartRequest"]
+__all__ = ["Earlier", "Limits", "Meeting", "Pairs", "Program", "Secret", "StartRequest"]
 
 Pairs = tuple[tuple[str, str], ...]
 """Names and values, in order."""
@@ -49,6 +49,27 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """A run that must have ended before another starts.
+
+    Args:
+        run_id: of it.
+        run_dir: of it.
+        when: "ok" where it must have succeeded, or "any".
+        job: the queue's id of it, where the queue waits; None where it is over, or the launcher waits.
+    """
+
+    run_id: str
+    run_dir: str
+    when: str = "ok"
+    job: str | None = None
+
+    def __str__(self) -> str:
+        how = "has succeeded" if self.when == "ok" else "has ended"
+        return f"run {self.run_id} {how}" + ("" if self.job is None else f" (job {self.job})")
+
+
+@dataclass(frozen=True)
 class Limits:
     """How long things may take, how often they are tried, and on how few nodes.
 
@@ -63,6 +84,7 @@ class Limits:
         regroup: whether agents end at a restart, so that the launcher starts others on the nodes that are there then.
         fewest_nodes: of an elastic job; None where their number is fixed.
         watch: how GPUs are looked at while ranks run; None is not at all.
+        after: runs that must have ended before.
         sizes: what becomes of an elastic job on which number of nodes, for people.
     """
 
@@ -77,6 +99,7 @@ class Limits:
     fewest_nodes: int | None = None
     sizes: tuple[str, ...] = ()
     watch: Watch | None = None
+    after: tuple[Earlier, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshwright.clusters.base import Limits, Meeting, NodePlan, StartPlan, Submission
+from meshwright.clusters.request import Earlier
 from meshwright.clusters.retry import decision_from, policy_from
 from meshwright.clusters.watching import watch_from
 
@@ -27,7 +28,8 @@ def plan_from(saved: Mapping[str, Any]) -> StartPlan:
 
 def _limits(saved: Mapping[str, Any]) -> Limits:
     past = tuple(map(decision_from, saved["past"]))
-    kept = {"past": past, "sizes": tuple(saved["sizes"]), "watch": watch_from(saved["watch"])}
+    after = tuple(Earlier(**each) for each in saved["after"])
+    kept = {"past": past, "after": after, "sizes": tuple(saved["sizes"]), "watch": watch_from(saved["watch"])}
     return Limits(**{**saved, **kept, "retry": policy_from(saved["retry"])})
 
 

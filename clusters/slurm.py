@@ -116,6 +116,9 @@ def _sbatch(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[s
         "signal": f"B:{name}@{min(65535, math.ceil(lead_s))}",
         "requeue" if options.requeue else "no-requeue": "",
     }
+    waits = [f"after{each.when}:{each.job}" for each in request.limits.after if each.job is not None]
+    if waits:  # one that cannot come true any more would wait for ever
+        words |= {"dependency": ",".join(waits), "kill-on-invalid-dep": "yes"}
     if options.time_s is not None:
         words["time"] = _time(options.time_s)
     if request.gpus_per_node is not None:

@@ -31,7 +31,6 @@ class Gap:
 
 
 _ALL = (
-    Gap("after", "launch one job after the other"),
     Gap("binding", "remove it, or write none", ("none",)),
     Gap("rendezvous.backend", "remove it", ("c10d",)),
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
@@ -67,6 +66,7 @@ GAPS = {
     ),
     "kubernetes": (
         *_ALL,
+        Gap("after", "launch one job after the other"),
         *_RIGID,
         *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),

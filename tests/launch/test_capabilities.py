@@ -20,7 +20,6 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
 @pytest.mark.parametrize(
     ("text", "place", "key"),
     [
-        ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
         ("health: {watch: {on_fault: restart}}", "3:18", "health.watch.on_fault"),
         ("failure:\n  exclude_bad_nodes: 2", "4:3", "failure.exclude_bad_nodes"),
@@ -43,7 +42,7 @@ def test_what_local_cannot_do_is_refused_with_its_place(tmp_path: Path, text: st
     [
         "",
         "binding: none",
-        "after: []",
+        "after: [other, {run: third, when: any}]",
         "health: {preflight: []}",
         "logs: {merge: true}",
         "failure: {hang: {no_progress_for: 10m, action: warn}}",
