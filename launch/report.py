@@ -19,6 +19,9 @@ _NODE_WORDS = {
     "error": "the agent failed on",
 }
 
+_RIGID = ("mpi", "ray")
+_RIGID_WORDS = "a lost node ends such a run: launch again to go on from the newest checkpoint"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,6 +123,11 @@ def outcome_of(
     return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s, **history)
 
 
+def _given_up(state: RunState) -> str:
+    why = why_given_up(state)
+    return f"; not started again: {why}" if why else ""
+
+
 def _fault(seen: Mapping[str, Any]) -> dict[str, Any]:
     return {key: seen[key] for key in ("node", "fault", "time_unix_s")}
 
@@ -132,11 +140,10 @@ def _failure(
         return "failed", int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
     if lost:
         code, words = state.losses.cause_of(next(iter(state.losses.codes)))
-        why = why_given_up(state)
-        return "failed", code, words + (f"; not started again: {why}" if why else "")
+        rigid = f"; {_RIGID_WORDS}" if state.plan.cluster in _RIGID else _given_up(state)
+        return "failed", code, words + rigid
     if verdict.first is not None:
-        why = why_given_up(state)
-        return "failed", verdict.first.exit_code, verdict.reason + (f"; not started again: {why}" if why else "")
+        return "failed", verdict.first.exit_code, verdict.reason + _given_up(state)
     if len(state.results) == len(state.plan.nodes) and not state.over:
         return "succeeded", 0, ""
     told = state.decisions.get(state.attempt)
