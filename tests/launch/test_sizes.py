@@ -55,6 +55,7 @@ def test_dp_gives_way_first_and_no_rank_keeps_more_than_was_planned(
             3,
             {"dp": 1, "fsdp": 3, "num_microbatches": 6},
         ),
+        ("{dp: 4, pp: 2, schedule: 1f1b, num_microbatches: 2}", 3, {"dp": 3, "num_microbatches": 4}),
         ("{dp: 4}", 4, {"dp": 4, "fsdp": 1, "num_microbatches": 1}),
     ],
 )
