@@ -157,19 +157,6 @@ class Efficiency:
         latency += self.links.network_s * (group.nodes - 1)
         return latency + num_bytes * (group.size - 1) / group.size / (group.bytes_per_s * share)
 
-    def exchange_s(self, away_bytes: float, within_bytes: float, group: Group) -> float:
-        """Seconds of an all-to-all in which each rank sends so much to other nodes and to ranks of its own.
-
-        Each GPU sends over its own share of the network; what stays goes over NVLink meanwhile.
-        """
-        if group.size == 1:
-            return 0.0
-        within_s = self.links.nvlink_s + within_bytes / (group.nvlink_bytes_per_s * self.links.nvlink)
-        if group.nodes == 1:
-            return within_s
-        network = group.bytes_per_s / group.per_node
-        return max(within_s, self.links.network_s + away_bytes / (network * self.links.network))
-
     def send_s(self, num_bytes: float, cluster: Cluster, stride: int) -> float:
         """Seconds to send so many bytes to the rank `stride` away."""
         within = stride < cluster.gpus_per_node

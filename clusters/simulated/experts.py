@@ -7,16 +7,20 @@ way to the experts; as many go back, and again both ways in the backward. They e
   one hop    each rank sends to all n m - 1 others, m (n - 1) of them on other nodes (Switch, arXiv 2101.03961)
   two hops   between nodes to the n - 1 ranks of the same local rank, then within the node to the m - 1 others
              (SMILE, arXiv 2212.05191): as many bytes between nodes in messages that are m times as large
-  once       two hops; between nodes a row for each (token, node) instead of each (token, expert) (DeepEP)
+  once       two hops; between nodes a row for each (token, node) instead of each (token, expert), and rows go on within
+             the node while others arrive (DeepEP)
 """
 
 from dataclasses import dataclass
 from math import ceil, comb
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from meshwright.clusters.simulated.congestion import Fabric
+from meshwright.clusters.simulated.congestion import Fabric, fabric
 
-__all__ = ["Exchange", "Hop", "Ways", "visited_nodes"]
+if TYPE_CHECKING:
+    from meshwright.clusters.simulated.training import Training
+
+__all__ = ["Exchange", "Hop", "Way", "Ways", "exchange_of", "exchange_s", "visited_nodes"]
 
 Way = Literal["one_hop", "two_hops", "once"]
 
@@ -165,3 +169,49 @@ class Exchange:
         return Hop(
             axis=axis, messages_away=away, messages_within=within, bytes_away=away * each, bytes_within=within * each
         )
+
+
+def exchange_of(training: "Training") -> Exchange | None:
+    """What a rank sends in one exchange of a training; None where it sends nothing.
+
+    Ranks of tp hold the same tokens, and each sends its part of them. Ranks that no whole number of nodes holds are
+    taken as on nodes that are as full as they can be evenly; experts that ranks cannot share evenly, as slices.
+    """
+    model, layout, engine = training.model, training.layout, training.engine
+    if not model.experts or layout.ep == 1:
+        return None
+    group = training.cluster.group(layout.ep, layout.tp)
+    per_node = max(each for each in range(1, group.per_node + 1) if layout.ep % each == 0)
+    way: Way = "once" if engine.once_per_node else "two_hops" if engine.bilevel_nodes else "one_hop"
+    return Exchange(
+        tokens=training.tokens / layout.tp,
+        row_bytes=2 * model.hidden,
+        experts=layout.ep * ceil(model.experts / layout.ep),
+        nodes=layout.ep // per_node,
+        per_node=per_node,
+        top_k=model.top_k,
+        way=way,
+        node_choices=min(engine.bilevel_nodes, layout.ep // per_node) or None,
+    )
+
+
+def exchange_s(training: "Training", *, congestion: float = 1.0) -> float:
+    """Seconds of one exchange of a training, in one direction.
+
+    Args:
+        training: with or without experts.
+        congestion: times the measured cost of a message between nodes; 0 for latency and bandwidth alone.
+    """
+    exchange = exchange_of(training)
+    if exchange is None:
+        return 0.0
+    cluster = training.cluster
+    links = Ways(
+        within=fabric("nvlink"),
+        between=fabric(cluster.fabric).congested(congestion),
+        within_bytes_per_s=cluster.gpu.nvlink_bytes_per_s,
+        between_bytes_per_s=cluster.network,
+        nics_per_gpu=cluster.nics_per_gpu,
+    )
+    hops_s = exchange.took_s(links)
+    return max(hops_s) if exchange.way == "once" else sum(hops_s)

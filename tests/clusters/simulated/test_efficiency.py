@@ -68,7 +68,6 @@ def test_collectives_take_longer_across_nodes_and_with_more_bytes() -> None:
     within, across = cluster.group(8), cluster.group(8, 8)
     assert REACHED.gather_s(1e9, across) > 5 * REACHED.gather_s(1e9, within)
     assert REACHED.gather_s(2e9, across) > REACHED.gather_s(1e9, across)
-    assert REACHED.exchange_s(1e9, 1e9, across) > REACHED.exchange_s(1e9, 1e9, within)
     assert REACHED.send_s(1e9, cluster, 8) > REACHED.send_s(1e9, cluster, 1)
 
 

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from benchmarks.smile import Case, report, ways
-from meshwright.clusters.simulated.experts import Exchange, Way, visited_nodes
+from meshwright.clusters.hardware import gpu
+from meshwright.clusters.simulated import Cluster, Engine, Layout, Training
+from meshwright.clusters.simulated.congestion import fabric
+from meshwright.clusters.simulated.experts import Exchange, Way, exchange_of, exchange_s, visited_nodes
 from meshwright.moe.capacity import Capacity
 from meshwright.moe.dispatch import Departure
 from meshwright.moe.journey import Hops, plan_journey
 from meshwright.moe.once import expected_nodes, visit_once
 from meshwright.moe.routing import Routing
 from meshwright.moe.traffic import traffic, traffic_once
+from tests.clusters.simulated.settings import LLAMA_405B
 
 MESHES = [(1, 1), (1, 4), (4, 1), (2, 2), (2, 3), (3, 4), (4, 2)]
 ROW_BYTES = 12
@@ -109,6 +113,49 @@ def test_without_a_price_on_messages_two_hops_gain_nothing_and_with_it_they_gain
     assert by_nodes == sorted(by_nodes)
     prices = [sum(Case().exchanges_s(ways(each), bilevel=False)) for each in (0, 0.5, 1, 2)]
     assert prices == sorted(prices)
+
+
+def sparse(num_gpus: int = 64, fabric: str = "efa", engine: Engine | None = None, **layout: int) -> Training:
+    """A mixture of 64 experts on nodes of eight A100s."""
+    model = replace(LLAMA_405B, hidden=4096, heads=32, ffn=2048, experts=64, top_k=8)
+    dealt = Layout(dp=num_gpus // layout.get("tp", 1), global_batch=num_gpus, **layout)
+    cluster = Cluster(gpu=gpu("A100"), num_gpus=num_gpus, fabric=fabric)
+    return Training(model=model, layout=dealt, cluster=cluster, engine=engine or Engine())
+
+
+def test_a_training_exchanges_over_the_nodes_that_its_ranks_of_ep_are_on() -> None:
+    found = exchange_of(sparse(ep=32))
+    assert found is not None
+    assert (found.nodes, found.per_node, found.tokens, found.way) == (4, 8, 8192, "once")
+    shared = exchange_of(sparse(ep=16, tp=2))
+    assert shared is not None
+    assert (shared.nodes, shared.per_node, shared.tokens) == (4, 4, 4096)
+    assert exchange_of(sparse()) is None
+    assert exchange_s(sparse()) == 0
+
+
+def test_ranks_that_fill_no_nodes_and_experts_that_do_not_divide_are_rounded() -> None:
+    uneven = exchange_of(sparse(num_gpus=36, ep=12))
+    assert uneven is not None
+    assert (uneven.nodes, uneven.per_node, uneven.experts) == (2, 6, 72)
+
+
+def test_a_token_of_many_experts_travels_once_and_a_bilevel_router_sends_it_to_fewer_nodes() -> None:
+    copied, bilevel = Engine(once_per_node=False), Engine(bilevel_nodes=1)
+    hops = [exchange_of(sparse(ep=32, engine=each)) for each in (copied, Engine(), bilevel)]
+    away = [each.hops[0].bytes_away for each in hops if each is not None]
+    assert away[1] / away[0] == visited_nodes(experts=64, top_k=8, nodes=4) / 8
+    assert away[2] / away[0] == 1 / 8
+    seconds = [exchange_s(sparse(ep=32, engine=each)) for each in (copied, Engine(), bilevel)]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_congestion_is_asked_for_or_not() -> None:
+    copied = sparse(ep=64, engine=Engine(once_per_node=False))
+    seconds = [exchange_s(copied, congestion=each) for each in (0.0, 1.0, 2.0)]
+    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0])
+    assert seconds[1] - seconds[0] == pytest.approx(56 * fabric("efa").message_s)
+    assert exchange_s(sparse(ep=64, fabric="rdma")) < exchange_s(sparse(ep=64))
 
 
 def test_experts_that_ranks_cannot_share_and_choices_that_are_not_there_are_refused() -> None:
