@@ -143,12 +143,14 @@ class Gpu:
     def matmul_flops_per_s(self, precision: str) -> float:
         """What its largest products were measured at; the next wider precision where it has not this one.
 
+        A calibrated machine also has "fp32".
+
         >>> gpu("A100").matmul_flops_per_s("fp8") == gpu("A100").matmul_flops_per_s("bf16")
         True
         """
-        wider = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16")}.get(precision, ("bf16",))
+        wider = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16")}.get(precision, (precision, "bf16", "fp32"))
         found = next(each for each in wider if each in self.flops_per_s)
-        share = self.sustained.get(found, min(self.sustained.values()))
+        share = self.sustained.get(found, min(self.sustained.values(), default=1.0))
         return self.flops_per_s[found] * share
 
 

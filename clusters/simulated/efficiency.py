@@ -18,6 +18,7 @@ from meshwright.clusters.simulated.model import Product
 __all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
 
 FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
+_ELEMENT_BYTES = {"fp32": 4}  # of operands and results; narrow ones are read as two, written as two
 _ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
 
 
@@ -109,11 +110,13 @@ class Efficiency:
         """
         rate = self.flops_per_s(gpu, precision)
         slower = 1.0 if product.k % _ALIGNED == 0 and product.n % _ALIGNED == 0 else self.compute.unaligned
-        moved_s = self.memory_s(product.bytes() + more_bytes, gpu)
+        moved_s = self.memory_s(product.bytes(_ELEMENT_BYTES.get(precision, 2)) + more_bytes, gpu)
         return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
 
     def flops_per_s(self, gpu: Gpu, precision: str = "bf16") -> float:
-        """What large products reach; never less than in 16 bits."""
+        """What large products reach; in narrower precisions never less than in 16 bits."""
+        if precision not in ("bf16", "fp8", "fp4"):
+            return gpu.matmul_flops_per_s(precision) * self.compute.matmul
         wide = gpu.matmul_flops_per_s("bf16") * self.compute.matmul
         wide *= self.compute.hopper if gpu.generation == "hopper" else 1.0
         narrow = gpu.matmul_flops_per_s(precision) * self.compute.matmul * self.compute.narrow
