@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 __all__ = ["PRODUCTS", "measured_device", "quartile_s"]
 
@@ -34,7 +33,13 @@ PRODUCTS: Mapping[str, Sequence[tuple[int, int, int]]] = {
         *((width, out, 8192) for width, out in ((1024, 4096), (4096, 4096), (4096, 14336))),
     ),
 }
-_MEMORY = {"cpu": (2**13, 2**15, 2**17, 2**19, 2**20), "cuda": (2**20, 2**22, 2**24, 2**26, 2**28)}  # elements
+_BETWEEN = {
+    "cpu": ((64, 64), (256, 64), (256, 256), (1024, 256), (1024, 512)),
+    "cuda": ((1024, 1024), (4096, 1024), (4096, 4096), (8192, 4096), (8192, 8192)),
+}  # tokens, width
+_MOVED = 2.5 * (
+    2 * 2 + 2 * 3 + 2 * 4
+)  # elements of the width: two norms, two sums, a wide activation; backward 1.5 times
 _ATTENTION = {
     "cpu": ((2, 4, 64, 16), (1, 4, 256, 32), (2, 8, 128, 32), (1, 8, 512, 64)),
     "cuda": ((1, 16, 1024, 64), (1, 32, 4096, 128), (4, 16, 2048, 64), (1, 32, 8192, 128)),
@@ -76,7 +81,8 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
         begin: called before each part, with its name.
 
     Returns:
-        products [m, n, k, precision, seconds], memory [bytes, seconds], attention [sequences, heads, positions, width,
+        products [m, n, k, precision, seconds], memory [bytes, seconds] of what
+        stands between products, attention [sequences, heads, positions, width,
         seconds], op_s (start of an operation), layer_s (a layer's operations in one direction), exponentials_per_s.
     """
     import torch
@@ -90,10 +96,9 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
     for name, dtype in kinds.items():
         begin(f"products in {name}")
         for m, n, k in PRODUCTS[device.type][:: 3 if brief or name != first else 1]:
-            left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-            found["products"].append([m, n, k, name, quartile_s(_product(left, right), sync)])
+            found["products"].append([m, n, k, name, _product_s((m, n, k), device, dtype)])
     begin("memory")
-    found["memory"] = [[12 * size, _sum_s(size, device, sync)] for size in _MEMORY[device.type]]
+    found["memory"] = [_between(*shape, device) for shape in _BETWEEN[device.type]]
     begin("attention")
     found["attention"] = [[*shape, _attention_s(shape, device, sync)] for shape in _ATTENTION[device.type]]
     begin("starts of operations")
@@ -104,18 +109,42 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
     return found
 
 
-def _product(left: "Tensor", right: "Tensor") -> Callable[[], object]:
+def _product_s(shape: tuple[int, int, int], device: "torch.device", dtype: "torch.dtype") -> float:
+    """Seconds of one of a linear layer's three products, of which each lies in memory in its own way, on average."""
+    import torch
     from torch.nn import functional
 
-    return lambda: functional.linear(left, right)
+    m, n, k = shape
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rows, weight, gradient = (torch.randn(*each, device=device).to(dtype) for each in ((m, k), (n, k), (m, n)))
+
+    def three() -> None:
+        functional.linear(rows, weight)
+        torch.mm(gradient, weight)
+        torch.mm(gradient.T, rows)
+
+    return quartile_s(three, sync) / 3
 
 
-def _sum_s(size: int, device: "torch.device", sync: Callable[[], None]) -> float:
-    """Seconds of a sum of two tensors into a new one: 12 bytes an element."""
+def _between(tokens: int, width: int, device: "torch.device") -> list[float]:
+    """Bytes and seconds of what stands between a layer's products, forward and backward, as layers are priced."""
     import torch
+    from torch.nn import functional
 
-    one, other = torch.zeros(size, device=device), torch.zeros(size, device=device)
-    return quartile_s(lambda: one + other, sync)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    narrow, wide = (
+        torch.randn(tokens, width * times, device=device, dtype=dtype, requires_grad=True) for times in (1, 4)
+    )
+    ones = torch.ones_like(narrow)
+
+    def once() -> None:
+        one = functional.layer_norm(narrow, (width,)) + narrow
+        other = functional.layer_norm(one, (width,)) + one
+        inner = functional.gelu(wide)
+        torch.autograd.backward([other, inner], [ones, wide.detach()])
+
+    return [_MOVED * narrow.element_size() * tokens * width, quartile_s(once, sync)]
 
 
 def _attention_s(shape: tuple[int, int, int, int], device: "torch.device", sync: Callable[[], None]) -> float:

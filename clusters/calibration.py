@@ -48,13 +48,14 @@ class Machine:
 
 def _least(error: Callable[[Sequence[float]], float], *bounds: tuple[float, float]) -> Fit:
     """Numbers of least error: on a grid of logarithms that is drawn closer around the best, again and again."""
-    low, high = [log(each[0]) for each in bounds], [log(each[1]) for each in bounds]
-    best = [(one + other) / 2 for one, other in zip(low, high, strict=True)]
-    widths = [(other - one) / 2 for one, other in zip(low, high, strict=True)]
+    limits = [(log(low), log(high)) for low, high in bounds]
+    best = [(low + high) / 2 for low, high in limits]
+    widths = [(high - low) / 2 for low, high in limits]
     for _ in range(_ZOOMS):
         points: list[list[float]] = [[]]
-        for centre, width in zip(best, widths, strict=True):
-            steps = [centre + width * (2 * place / (_GRID - 1) - 1) for place in range(_GRID)]
+        for centre, width, (low, high) in zip(best, widths, limits, strict=True):
+            tried = (centre + width * (2 * place / (_GRID - 1) - 1) for place in range(_GRID))
+            steps = sorted({min(max(each, low), high) for each in tried})
             points = [[*point, step] for point in points for step in steps]
         best = min(points, key=lambda point: error([exp(each) for each in point]))
         widths = [width / 3 for width in widths]
@@ -68,24 +69,25 @@ def _error(predicted: Callable[..., float], told: Sequence[Sequence[Any]]) -> fl
 
 
 def _memory(told: Mapping[str, Any]) -> Fit:
-    """Bytes per second of operations between products, each of which takes a start."""
-    op_s = told["op_s"]
-    return _least(lambda at: _error(lambda size: op_s + size / at[0], told["memory"]), (1e8, 1e13))
+    """Bytes per second of operations between products, and the starts of all of them together."""
+    return _least(lambda at: _error(lambda size: at[1] + size / at[0], told["memory"]), (1e8, 1e13), (1e-6, 1e-2))
 
 
-def _products(told: Mapping[str, Any], precision: str, memory: float, *, kernel_s: float | None = None) -> Fit:
-    """FLOP/s of large products and the start of each; the latter given where another precision said it."""
+def _products(told: Mapping[str, Any], precision: str, *known: float) -> Fit:
+    """FLOP/s of large products, bytes per second of operands, the start of each; all but the first may be known."""
     rows = [[*each[:3], each[4]] for each in told["products"] if each[3] == precision]
 
     def error(at: Sequence[float]) -> float:
+        rate, operands, start_s = (*at, *known)
+
         def took_s(m: int, n: int, k: int) -> float:
             product = Product(int(m), int(n), int(k))
-            moved_s = product.bytes(_ELEMENT_BYTES[precision]) / memory
-            return float(hypot(product.flops / at[0], moved_s)) + (at[1] if kernel_s is None else kernel_s)
+            return hypot(product.flops / rate, product.bytes(_ELEMENT_BYTES[precision]) / operands) + start_s
 
         return _error(took_s, rows)
 
-    return _least(error, (1e7, 1e16), *(() if kernel_s else ((1e-7, 1e-2),)))
+    bounds = ((1e7, 1e16), (1e8, 1e14), (1e-7, 1e-2))
+    return _least(error, *bounds[: 3 - len(known)])
 
 
 def _attention(told: Mapping[str, Any], rate: float, kernel_s: float) -> Fit:
@@ -162,12 +164,12 @@ def entry(measured: Sequence[Mapping[str, Any]], machine: Machine, *, seconds: f
 
 def _gpu(told: Mapping[str, Any], machine: Machine, *, link: float) -> Gpu:
     """The hardware, as far as one rank has it."""
-    (memory,), _ = _memory(told)
+    (memory, _), _ = _memory(told)
     first = told["products"][0][3]
-    (rate, kernel_s), _ = _products(told, first, memory)
+    (rate, *known), _ = _products(told, first)
     rates = {first: rate}
     for other in sorted({each[3] for each in told["products"]} - {first}):
-        rates[other] = _products(told, other, memory, kernel_s=kernel_s)[0][0]
+        rates[other] = _products(told, other, *known)[0][0]
     cpu = told["device"] == "cpu"
     return Gpu(
         name=machine.name if cpu else told["device"],
@@ -179,6 +181,7 @@ def _gpu(told: Mapping[str, Any], machine: Machine, *, link: float) -> Gpu:
         memory_bytes_per_s=memory,
         nvlink_bytes_per_s=link,
         network_bytes_per_s=link,
+        operand_bytes_per_s=known[0],
         source=f"measured on {machine.name} ({machine.processor}), {machine.date}, torch {told['torch']}",
     )
 
@@ -187,8 +190,8 @@ def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compu
     """Of one of so many ranks, relative to the hardware; ranks of more threads than there are cores take turns."""
     turns = max(1.0, told["ranks"] * told["threads"] / machine.cores) if told["device"] == "cpu" else 1.0
     first = told["products"][0][3]
-    (memory,), memory_error = _memory(told)
-    (rate, kernel_s), product_error = _products(told, first, memory)
+    (memory, _), memory_error = _memory(told)
+    (rate, _, kernel_s), product_error = _products(told, first)
     (share, softmax), attention_error = _attention(told, rate, kernel_s)
     layer_s = told["layer_s"] * turns
     compute = Compute(

@@ -126,6 +126,8 @@ class Gpu:
         network_bytes_per_s: of the network that such nodes usually have, per GPU and direction.
         source: of the numbers.
         nvlink_gpus: GPUs that NVLink joins beyond a node; 0 where that is the node.
+        operand_bytes_per_s: that products read and write at, which is faster than memory where caches hold operands;
+            memory's where None.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Gpu:
     network_bytes_per_s: float
     source: str
     nvlink_gpus: int = 0
+    operand_bytes_per_s: float | None = None
 
     def matmul_flops_per_s(self, precision: str) -> float:
         """What its largest products were measured at; the next wider precision where it has not this one.

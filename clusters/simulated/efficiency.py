@@ -110,7 +110,8 @@ class Efficiency:
         """
         rate = self.flops_per_s(gpu, precision)
         slower = 1.0 if product.k % _ALIGNED == 0 and product.n % _ALIGNED == 0 else self.compute.unaligned
-        moved_s = self.memory_s(product.bytes(_ELEMENT_BYTES.get(precision, 2)) + more_bytes, gpu)
+        moved = product.bytes(_ELEMENT_BYTES.get(precision, 2)) + more_bytes
+        moved_s = moved / ((gpu.operand_bytes_per_s or gpu.memory_bytes_per_s) * self.compute.memory)
         return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
 
     def flops_per_s(self, gpu: Gpu, precision: str = "bf16") -> float:

@@ -47,7 +47,7 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
         "layer_s": 2e-4,
         "exponentials_per_s": EXP,
         "products": products,
-        "memory": [[size, 1e-6 + size / MEMORY] for size in (1e5, 1e6, 1e7)],
+        "memory": [[size, 2e-5 + size / MEMORY] for size in (1e5, 1e6, 1e7)],
         "attention": attention,
         "collectives": [*exchanged, *sent] if ranks > 1 else [],
     }
