@@ -57,9 +57,7 @@ def _predicted_and_measured(name: str, mesh: mw.Mesh, options: dict[str, Any]) -
     [
         *((name, {}, {}) for name in _MODELS),
         *((name, {"tp": 2}, {"sequence_parallel": True}) for name in _MODELS),
-        *((name, {axis: 2}, {}) for name in ("torch encoder", *beyond("llama")) for axis in ("dp", "tp", "fsdp")),
-        ("llama", {"fsdp": 2}, {"schedule": "layered"}),
-        *beyond(("llama", {"cp": 2}, {}), ("llama", {"fsdp": 2}, {"zero_stage": 1})),
+        *((name, {axis: 2}, {}) for name in ("torch encoder", *beyond("llama")) for axis in ("dp", "tp")),
     ],
     ids=str,
 )
