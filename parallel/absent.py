@@ -116,13 +116,23 @@ def _refuse_writes(func: Any, args: Any) -> None:
             )
 
 
-@lru_cache(maxsize=256)
 def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without values, shared by all that are like it: to make one takes 0.1 ms."""
-    with _fakes():
+    return _made(shape, dtype, device=device, fakes=_fakes())
+
+
+@lru_cache(maxsize=256)
+def _made(shape: torch.Size, dtype: torch.dtype, *, device: torch.device, fakes: FakeTensorMode) -> Tensor:
+    with fakes:
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-@cache
 def _fakes() -> FakeTensorMode:
+    """The one that runs, in which nothing has values; else our own."""
+    running = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return running if isinstance(running, FakeTensorMode) else _own()
+
+
+@cache
+def _own() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)

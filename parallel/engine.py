@@ -5,7 +5,7 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -54,7 +54,15 @@ class StepStats:
 class Engine:
     """Runs steps of one wrapped model on one rank."""
 
-    def __init__(self, data: DataEngine, groups: Groups, options: Options, stages: Stages) -> None:
+    def __init__(
+        self,
+        data: DataEngine,
+        groups: Groups,
+        options: Options,
+        stages: Stages,
+        *,
+        routes: Mapping[Hashable, Route] | None = None,
+    ) -> None:
         self.data = data
         self.options = options
         self.num_steps = 0
@@ -64,8 +72,11 @@ class Engine:
         self._contract = options.contract
         self._stages = stages
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
+        self._routes: Routes | None = None
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
-        self._routes = None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire)
+        self._routes = (
+            None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire, known=routes)
+        )
         draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
