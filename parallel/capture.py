@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
@@ -42,6 +41,11 @@ class Guide(Protocol):
         """The stage to which what comes before all blocks is counted."""
         ...
 
+    @property
+    def lacks(self) -> bool:
+        """Whether the call that was asked about last takes what others made."""
+        ...
+
     def passes_by(self, block: str) -> bool:
         """Whether a call is left out, and `instead` is what it gives."""
         ...
@@ -51,7 +55,7 @@ class Guide(Protocol):
         ...
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
-        """What a block takes, in the place of what the model gave it."""
+        """What a block takes, in the place of what the model gave it, where it `lacks` something."""
         ...
 
     def gave(self, block: str, output: Any) -> None:
@@ -86,62 +90,78 @@ class Flow:
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
+        self._stages = guide.stages
         self._recomputed = recomputed
-        self._until = (-1, False)  # stage, and whether the pass ends there
-        self._state = ThreadState(random=False)
+        self._until, self._last = -1, False
+        self._state: ThreadState | None = None  # of the pass, while it is stopped
         self._work = run
-        self._coroutine = greenlet(self._run)
-        self._coroutine.gr_context = copy_context()
+        self._coroutine: greenlet | None = None
 
     def resume(self, limit: int = -1, *, last: bool = False) -> None:
         """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end.
 
         Where this is the last time, the pass ends at that call, and `arguments` tells of it.
         """
-        self._until = limit, last
-        self._enter(self._coroutine.switch)
+        self._until, self._last = limit, last
+        if self._coroutine is not None:
+            self._enter(self._coroutine.switch)
+        elif last:
+            self._run_through()
+        else:
+            self._coroutine = greenlet(self._run)
+            self._coroutine.gr_context = copy_context()
+            self._enter(self._coroutine.switch)
 
     def close(self) -> None:
         """Ends a pass that is not wanted any more."""
-        if self._coroutine and not self.ended:
+        if self._coroutine is not None and not self.ended:
             self._enter(self._coroutine.throw)
 
     def forget(self) -> None:
         """Lets go of the graph, after backward."""
         self.arguments = ((), {})
         if self.result is not None:
-            self.result = tree_map(_detached, self.result)
+            self.result = tuple(map(_detached, self.result))
         self.frames.clear()
         self.cuts.forget()
 
     def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
         """Called inside, for a block whose own class is `kind`."""
-        stage = self._guide.stages[name]
-        limit, last = self._until
-        if stage > limit:
-            self.waits, self.arguments = name, arguments
-            if last:
-                raise GreenletExit
-            assert self._coroutine.parent is not None, name
-            self._coroutine.parent.switch()
-            self.waits, self.arguments = None, ((), {})
-        if self._guide.passes_by(name):
+        stage = self._stages[name]
+        if stage > self._until:
+            self._stop(name, arguments)
+        guide, cuts = self._guide, self.cuts
+        if guide.passes_by(name):
             note_passing(block, arguments)
             skip_block(name)
-            return self._guide.instead(name)
-        self.cuts.check(name)
-        first, remade = stage > self.cuts.stage, name in self._recomputed and torch.is_grad_enabled()
+            return guide.instead(name)
+        if cuts.given:
+            cuts.check(name)
+        first, remade = stage > cuts.stage, name in self._recomputed and torch.is_grad_enabled()
         if first:
-            self.cuts.begin(stage)
-        arguments = self._guide.completed(name, arguments)
+            cuts.begin(stage)
+        if guide.lacks:
+            arguments = guide.completed(name, arguments)
         if remade:
-            self.cuts.begin(self.cuts.stage)
-        args, kwargs = self.cuts.cut(*arguments) if first or remade else arguments
-        work = partial(kind.__call__, block)
-        output = self._remade(name, work, (args, kwargs)) if remade else work(*args, **kwargs)
-        self.cuts.rebase()
-        self._guide.gave(name, output)
+            cuts.begin(cuts.stage)
+        args, kwargs = cuts.cut(*arguments) if first or remade else arguments
+        if remade:
+            output = self._remade(name, partial(kind.__call__, block), (args, kwargs))
+        else:
+            output = kind.__call__(block, *args, **kwargs)
+        if cuts.given:
+            cuts.rebase()
+        guide.gave(name, output)
         return output
+
+    def _stop(self, name: str, arguments: Arguments) -> None:
+        """Before a call of a later stage: gives control back, or ends the pass."""
+        self.waits, self.arguments = name, arguments
+        if self._last:
+            raise GreenletExit
+        assert self._coroutine is not None and self._coroutine.parent is not None, name
+        self._coroutine.parent.switch()
+        self.waits, self.arguments = None, ((), {})
 
     def _remade(self, name: str, work: partial[Any], arguments: Arguments) -> Any:
         """Runs a block of which only the inputs are kept."""
@@ -149,10 +169,25 @@ class Flow:
         self.frames.setdefault(self.cuts.stage, []).append(frame)
         return frame.run()
 
+    def _run_through(self) -> None:
+        """A pass that stops nowhere needs no coroutine, only to leave the thread as it was."""
+        outside = ThreadState(random=False)
+        torch.clear_autocast_cache()
+        try:
+            copy_context().run(self._run)
+        except GreenletExit:
+            pass
+        finally:
+            outside.enter()
+
     def _enter(self, how: Callable[[], Any]) -> None:
+        assert self._coroutine is not None
         outside = ThreadState(random=False)
         self._coroutine.parent = getcurrent()
-        self._state.enter(outside)
+        if self._state is not None:
+            self._state.enter(outside)
+        else:
+            torch.clear_autocast_cache()
         try:
             how()
         finally:

@@ -29,10 +29,10 @@ from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Route
 from meshwright.parallel.pipeline.routes import Routes
 from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
-from meshwright.parallel.pipeline.transfers import Transfers
+from meshwright.parallel.pipeline.transfers import Timetable, Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
-from meshwright.parallel.randomness import draw_by_block, keyed
+from meshwright.parallel.randomness import draw_by_block, draw_from_key, keyed
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
@@ -120,6 +120,10 @@ class Engine:
     def _watch(self) -> Watch:
         return watch_progress(HERE, self._stages.schedule.homes, self._groups.mesh.group(self._groups.rank, "pp"))
 
+    @cached_property
+    def _timetable(self) -> Timetable:
+        return Timetable(self._stages.schedule, self._stages.rank)
+
     def _attributes(self) -> Attributes | None:
         return None if self.num_steps else Attributes(self.data.module)
 
@@ -171,7 +175,7 @@ class Engine:
         self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
-            transfers = Transfers(self._stages.schedule, routes, self._wire) if self._wire else None
+            transfers = Transfers(self._timetable, routes, self._wire) if self._wire else None
             self.data.open()
             work = Work(passes, self.data, transfers, forwarded, weight, self._watching(), self._attributes())
             execute(self._stages.actions, work)
@@ -202,7 +206,8 @@ class Engine:
         actions = self._stages.forward_actions
         with captured(self._stages.blocks):
             passes, routes = self._passes([batch])
-            transfers = Transfers(self._stages.forward, routes, self._wire) if self._wire else None
+            timetable = Timetable(self._stages.forward, self._stages.rank)
+            transfers = Transfers(timetable, routes, self._wire) if self._wire else None
             self.data.open()
             execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
         if self._wire is not None:
@@ -235,8 +240,12 @@ class Engine:
         number = self._data_rank * self.options.num_microbatches + index
         key = (self.options.seed, "step", self.num_steps, "microbatch", number)
         moved = to_device(part, self._device)
-        with keyed(*key, alone=alone):
-            return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
+        run = partial(self._contract.run, lambda: call(self.data.module, moved), moved, num_samples(moved))
+        if alone:
+            draw_from_key(*key)
+            return run()
+        with keyed(*key):
+            return run()
 
 
 def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:

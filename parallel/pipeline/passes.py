@@ -34,9 +34,11 @@ class Pass:
 
     Attributes:
         back: the way back, once `seed` was called.
+        lacks: whether the call that came last takes what other ranks made.
     """
 
     back: WayBack
+    lacks = False
 
     def __init__(
         self,
@@ -54,7 +56,8 @@ class Pass:
         self.flow = Flow(run, self, recomputed)
         self._route = route
         self._device = device or torch.device("cpu")
-        self._calls = 0
+        self._homes = frozenset(self._mine)
+        self._calls = iter(() if route is None else route.calls)
         self._expected: Call | None = None
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
@@ -127,8 +130,9 @@ class Pass:
         """Whether another rank has the block that is called."""
         if self._route is None:
             return False
-        self._expected = self.expect(block, self._route)
-        return self._expected.stage not in self._mine
+        expected = self._expected = self.expect(block, self._route)
+        self.lacks = expected.lacks
+        return expected.stage not in self._homes
 
     def instead(self, block: str) -> Any:
         """What a block of another rank gives: tensors without values."""
@@ -139,18 +143,27 @@ class Pass:
         return tree_map(lambda each: each.absent(self._device) if isinstance(each, Shape) else each, output)
 
     def gave(self, block: str, output: Any) -> None:
-        """Checks what an own block gave.
+        """Checks what an own block gave: single tensors at once, since every block comes by here.
 
         Raises:
             WrapError: when it is not what it gave before.
         """
-        if self._expected is None or _is_like(output, self._expected.output):
+        if self._expected is None:
+            return
+        expected = self._expected.output
+        if (
+            isinstance(output, Tensor)
+            and isinstance(expected, Shape)
+            and output.shape == expected.shape
+            and output.dtype is expected.dtype
+            and output.requires_grad is expected.requires_grad
+        ):
             return
         given = shapes_in(output, block)
-        if given != self._expected.output:
+        if given != expected:
             raise WrapError(
-                f"block {block} gave {given}, where it gave {self._expected.output} for the first micro-batch of this "
-                "shape; ranks of a pipeline that skip it rely on that"
+                f"block {block} gave {given}, where it gave {expected} for the first micro-batch of this shape; ranks "
+                "of a pipeline that skip it rely on that"
             )
 
     def present(self, value: Any) -> Tensor:
@@ -173,8 +186,7 @@ class Pass:
         Raises:
             WrapError: when it is another one.
         """
-        call = route.calls[self._calls] if self._calls < len(route.calls) else None
-        self._calls += 1
+        call = next(self._calls, None)
         if call is None or call.block != block:
             raise WrapError(
                 f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
@@ -216,13 +228,3 @@ class Pass:
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
 
-
-def _is_like(output: Any, expected: Any) -> bool:
-    """Whether a single tensor is as expected: the usual case, asked of every block."""
-    return (
-        isinstance(output, Tensor)
-        and isinstance(expected, Shape)
-        and output.shape == expected.shape
-        and output.dtype is expected.dtype
-        and output.requires_grad is expected.requires_grad
-    )

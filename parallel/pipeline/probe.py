@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from meshwright.parallel.absent import Absent
+from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import MeshwrightError, WrapError
 from meshwright.parallel.pipeline.leftovers import Leftovers, watched
 from meshwright.parallel.pipeline.passes import Pass
@@ -78,11 +79,18 @@ class _Prober(Pass):
     """A pass whose own blocks may give what they like."""
 
     given: Any = None
+    lacked = False
 
     def expect(self, block: str, route: Route) -> Call:
         """Own calls are noted when they are through, those of other ranks were told."""
         stage = self.stages[block]
-        return Call(block, stage, None) if stage in self._mine else route.calls[-1]
+        return Call(block, stage, None, lacks=True) if stage in self._mine else route.calls[-1]
+
+    def completed(self, block: str, arguments: Arguments) -> Arguments:
+        """Notes whether anything was missing."""
+        completed = super().completed(block, arguments)
+        self.lacked = completed is not arguments
+        return completed
 
     def gave(self, block: str, output: Any) -> None:
         """Keeps what an own block gave."""
@@ -115,7 +123,7 @@ class _Probe:
             self._cross(stage, self.homes[before], home)
         told = self._run(stage) if home == self.wire.rank else None
         output, goes_on = self.wire.tell(told, home)
-        self.route.calls.append(Call(block, stage, output))
+        self.route.calls.append(Call(block, stage, output, self.each.lacked and home == self.wire.rank))
         if home != self.wire.rank and goes_on:
             self._skip(block)
         return bool(goes_on)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,11 +42,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """A block's call: whose it is, and what it gives, with a `Shape` for each tensor."""
+    """A block's call: whose it is, and what it gives, with a `Shape` for each tensor.
+
+    `lacks` tells whether it takes what other ranks made, where it runs.
+    """
 
     block: str
     stage: int
     output: Any
+    lacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Border:
     places: tuple[int, ...]
     shapes: tuple[Shape, ...]
 
-    @property
+    @cached_property
     def returned(self) -> tuple[Shape, ...]:
         """Those whose gradients travel back."""
         return tuple(each for each in self.shapes if each.requires_grad)
