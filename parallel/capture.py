@@ -170,15 +170,15 @@ class Flow:
         return frame.run()
 
     def _run_through(self) -> None:
-        """A pass that stops nowhere needs no coroutine, only to leave the thread as it was."""
+        """A pass that stops nowhere needs no coroutine; cut short, it must leave the thread as it was."""
         outside = ThreadState(random=False)
         torch.clear_autocast_cache()
         try:
             copy_context().run(self._run)
-        except GreenletExit:
-            pass
-        finally:
+        except BaseException as end:
             outside.enter()
+            if not isinstance(end, GreenletExit):
+                raise
 
     def _enter(self, how: Callable[[], Any]) -> None:
         assert self._coroutine is not None

@@ -152,17 +152,20 @@ class Engine:
 
     def _scheduled(self, parts: list[Any]) -> StepStats:
         """Block by block, in the order of the schedule."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
+        found = torch.zeros(2 + len(parts), dtype=torch.float64, device=self._device)
+        sums, losses = found[:2], found[2:]
         summed = told = Pending(None)
 
         def forwarded() -> None:
             nonlocal summed, told
             if self._has_loss:
-                found = [each.result for each in passes]
-                losses.copy_(torch.stack([loss.detach().double() for loss, _ in found]))
-                items = torch.stack([each for _, each in found])
+                results = [each.result for each in passes]
+                losses.copy_(torch.stack([loss.detach().double() for loss, _ in results]))
+                items = torch.stack([each for _, each in results])
                 sums.copy_(torch.stack([_weighted(losses, items).sum(), items.sum()]))
+            if self._groups.size(*DATA_AXES) == 1:  # the same ranks
+                summed = self._groups.all_reduce(found, "pp")
+                return
             summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
             told = self._groups.all_reduce(losses, "pp")
 

@@ -22,6 +22,7 @@ _DRAWN_BITS = 64 - _MARK_BITS
 _MARKS = (1 << _MARK_BITS) - 1
 _WORD = (1 << 64) - 1
 _MARKING = 0x9E3779B97F4A7C15
+_GENERATOR = torch.default_generator
 
 
 def seed_of(*key: int | str) -> int:
@@ -108,7 +109,7 @@ class _Drawn:
 
 def _seed_inside() -> int | None:
     """The seed that the generator started from, if it is one of ours: if not, this is no place inside of `keyed`."""
-    seed: int = torch.default_generator.initial_seed()
+    seed: int = _GENERATOR.initial_seed()
     drawn, mark = seed >> _MARK_BITS, seed & _MARKS
     ours = mark == (drawn * _MARKING & _WORD) >> _DRAWN_BITS or _mark(drawn) == mark
     return seed if ours else None
@@ -124,7 +125,10 @@ def _draw_part(seed: int, number: int) -> None:
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _WORD
     drawn = (mixed ^ (mixed >> 31)) >> (_MARK_BITS + 1)
-    _draw_from(drawn << _MARK_BITS | (drawn * _MARKING & _WORD) >> _DRAWN_BITS)
+    found = drawn << _MARK_BITS | (drawn * _MARKING & _WORD) >> _DRAWN_BITS
+    _GENERATOR.manual_seed(found)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(found)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -134,7 +138,7 @@ def _number(name: str, where: str) -> int:
 
 def _draw_from(seed: int) -> None:
     """What `torch.manual_seed` does, for the generators in use only: asking every kind of device takes 0.15 ms."""
-    torch.default_generator.manual_seed(seed)
+    _GENERATOR.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
 

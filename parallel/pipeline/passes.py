@@ -57,7 +57,7 @@ class Pass:
         self._route = route
         self._device = device or torch.device("cpu")
         self._homes = frozenset(self._mine)
-        self._calls = iter(() if route is None else route.calls)
+        self._calls = None if route is None else iter(route.calls)
         self._expected: Call | None = None
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
@@ -127,12 +127,22 @@ class Pass:
         return self.flow.frames.get(stage, [])
 
     def passes_by(self, block: str) -> bool:
-        """Whether another rank has the block that is called."""
-        if self._route is None:
+        """Whether another rank has the block that is called.
+
+        Raises:
+            WrapError: when the route says that another one is called here.
+        """
+        if self._calls is None:
             return False
-        expected = self._expected = self.expect(block, self._route)
-        self.lacks = expected.lacks
-        return expected.stage not in self._homes
+        call = next(self._calls, None)
+        if call is None or call.block != block:
+            raise WrapError(
+                f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
+                "must call the same blocks for every micro-batch of one shape (is there layer drop?)"
+            )
+        self._expected = call
+        self.lacks = call.lacks
+        return call.stage not in self._homes
 
     def instead(self, block: str) -> Any:
         """What a block of another rank gives: tensors without values."""
@@ -179,20 +189,6 @@ class Pass:
                 "values travel from stage to stage through blocks' inputs only"
             )
         return found
-
-    def expect(self, block: str, route: Route) -> Call:
-        """What the route says of the call that comes.
-
-        Raises:
-            WrapError: when it is another one.
-        """
-        call = next(self._calls, None)
-        if call is None or call.block != block:
-            raise WrapError(
-                f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
-                "must call the same blocks for every micro-batch of one shape (is there layer drop?)"
-            )
-        return call
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
         """The inputs of an own block, with received values where this rank has none.

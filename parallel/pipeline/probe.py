@@ -33,7 +33,7 @@ def key_of(module: nn.Module, batch: Any) -> Hashable:
 def _likeness(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return value.shape, value.dtype
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return tuple((key, _likeness(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return type(value), *map(_likeness, value)
@@ -81,10 +81,12 @@ class _Prober(Pass):
     given: Any = None
     lacked = False
 
-    def expect(self, block: str, route: Route) -> Call:
+    def passes_by(self, block: str) -> bool:
         """Own calls are noted when they are through, those of other ranks were told."""
-        stage = self.stages[block]
-        return Call(block, stage, None, lacks=True) if stage in self._mine else route.calls[-1]
+        assert self._route is not None, block
+        self.lacks = mine = self.stages[block] in self._mine
+        self._expected = None if mine else self._route.calls[-1]
+        return not mine
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
         """Notes whether anything was missing."""
