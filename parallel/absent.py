@@ -32,10 +32,10 @@ class Absent(Tensor):
     @classmethod
     def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
         """One of this shape."""
-        return cls.like(stand_in(shape, dtype, device), shape, dtype, device)
+        return cls.like(stand_in(shape, dtype, device), shape, dtype=dtype, device=device)
 
     @classmethod
-    def like(cls, stand_in: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
+    def like(cls, stand_in: Tensor, shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> "Absent":
         """One that goes through operations as `stand_in` does, which `stand_in()` gave for the same."""
         absent: Absent = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         absent.stand_in = stand_in

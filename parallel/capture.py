@@ -9,6 +9,7 @@ whenever it stops.
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import lru_cache, partial, partialmethod
 from typing import Any, Protocol
 
@@ -22,10 +23,23 @@ from meshwright.parallel.randomness import generators_kept, skip_block
 from meshwright.parallel.recompute import Frame
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Arguments", "Flow", "Guide", "captured"]
+__all__ = ["Arguments", "Backward", "Flow", "Guide", "captured"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block's call."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How a pass will go back.
+
+    Args:
+        recomputed: names of blocks of which only the inputs are kept.
+        halves: whether the gradients of inputs come first and those of weights later.
+    """
+
+    recomputed: Container[str] = ()
+    halves: bool = False
 
 
 class Guide(Protocol):
@@ -72,7 +86,7 @@ class Flow:
     Args:
         run: the pass; what it returns becomes `result`.
         guide: decides about calls.
-        recomputed: names of blocks of which only the inputs are kept.
+        backward: how it will go back.
 
     Attributes:
         waits: name of the block whose call is next; None before the start and at the end.
@@ -82,7 +96,7 @@ class Flow:
         frames: stage -> calls that are recomputed.
     """
 
-    def __init__(self, run: Callable[[], Any], guide: Guide, recomputed: Container[str] = ()) -> None:
+    def __init__(self, run: Callable[[], Any], guide: Guide, backward: Backward) -> None:
         self.waits: str | None = None
         self.ended = False
         self.result: Any = None
@@ -90,9 +104,8 @@ class Flow:
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
-        self._stages = guide.stages
-        self._recomputed = recomputed
-        self._until, self._last = -1, False
+        self._backward = backward
+        self._until = (-1, False)  # stage, and whether the pass ends there
         self._state: ThreadState | None = None  # of the pass, while it is stopped
         self._work = run
         self._coroutine: greenlet | None = None
@@ -102,7 +115,7 @@ class Flow:
 
         Where this is the last time, the pass ends at that call, and `arguments` tells of it.
         """
-        self._until, self._last = limit, last
+        self._until = limit, last
         if self._coroutine is not None:
             self._enter(self._coroutine.switch)
         elif last:
@@ -127,39 +140,46 @@ class Flow:
 
     def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
         """Called inside, for a block whose own class is `kind`."""
-        stage = self._stages[name]
-        if stage > self._until:
-            self._stop(name, arguments)
         guide, cuts = self._guide, self.cuts
+        stage = guide.stages[name]
+        if stage > self._until[0]:
+            self._stop(name, arguments)
         if guide.passes_by(name):
             note_passing(block, arguments)
             skip_block(name)
             return guide.instead(name)
         if cuts.given:
             cuts.check(name)
-        first, remade = stage > cuts.stage, name in self._recomputed and torch.is_grad_enabled()
-        if first:
-            cuts.begin(stage)
-        if guide.lacks:
-            arguments = guide.completed(name, arguments)
-        if remade:
-            cuts.begin(cuts.stage)
-        args, kwargs = cuts.cut(*arguments) if first or remade else arguments
-        if remade:
-            output = self._remade(name, partial(kind.__call__, block), (args, kwargs))
+        remade = name in self._backward.recomputed and torch.is_grad_enabled()
+        if remade or stage > cuts.stage or cuts.opening or guide.lacks:
+            output = self._run_cut(name, partial(kind.__call__, block), arguments, remade=remade)
         else:
-            output = kind.__call__(block, *args, **kwargs)
+            output = kind.__call__(block, *arguments[0], **arguments[1])
         if cuts.given:
             cuts.rebase()
         guide.gave(name, output)
         return output
 
+    def _run_cut(self, name: str, work: partial[Any], arguments: Arguments, *, remade: bool) -> Any:
+        """Runs a block that begins a piece, or takes what others made."""
+        cuts, stage = self.cuts, self._guide.stages[name]
+        first = stage > cuts.stage or cuts.opening
+        if first:
+            cuts.begin(stage)
+        if self._guide.lacks:
+            arguments = self._guide.completed(name, arguments)
+        if remade:
+            cuts.begin(stage)
+        args, kwargs = cuts.cut(*arguments) if first or remade else arguments
+        return self._remade(name, work, (args, kwargs)) if remade else work(*args, **kwargs)
+
     def _stop(self, name: str, arguments: Arguments) -> None:
         """Before a call of a later stage: gives control back, or ends the pass."""
         self.waits, self.arguments = name, arguments
-        if self._last:
+        if self._until[1]:
             raise GreenletExit
-        assert self._coroutine is not None and self._coroutine.parent is not None, name
+        assert self._coroutine is not None, name
+        assert self._coroutine.parent is not None, name
         self._coroutine.parent.switch()
         self.waits, self.arguments = None, ((), {})
 
@@ -198,6 +218,7 @@ class Flow:
         _FLOWS[getcurrent()] = self
         try:
             self.cuts.begin(self.cuts.stage)
+            self.cuts.opening = self._backward.halves
             self.result = self._work()
             self.cuts.check("the end")
         finally:

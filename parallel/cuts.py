@@ -38,6 +38,8 @@ class Cuts:
 
     Attributes:
         stage: of the piece that is made now.
+        opening: whether the first block begins a piece too. Where halves of a backward are told apart, the first one
+            goes back to what that block takes, or it would have nothing to do in the first stage.
         borders: (stage, sequence number) where each piece of the autograd graph begins. A node belongs to the last
             piece that began at or before its number.
         origins: leaf made at a border -> the edge of the graph that it continues.
@@ -58,6 +60,7 @@ class Cuts:
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
+        self.opening = False
         self.borders: list[tuple[int, int]] = []
         self.origins: Any = WeakTensorKeyDictionary()
         self.leaves: dict[int, Tensor] = {}
@@ -67,7 +70,7 @@ class Cuts:
 
     def begin(self, stage: int) -> None:
         """Begins a piece."""
-        self.stage = stage
+        self.stage, self.opening = stage, False
         self.borders.append((stage, torch._C._autograd._get_sequence_nr()))
 
     def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -71,8 +71,7 @@ class Pieces:
         self._late: dict[int, tuple[_Piece, list[Any], dict[Any, Tensor], Later]] = {}
         self._done: set[int] = set()
         self._hooked = hooked
-        self._ends = ends
-        self._seen = False
+        self._ends: Sequence[Tensor] | None = ends  # until what is behind them was seen
         if len(borders) > 1 or hooked:  # torch goes back through one piece by itself
             self._see()
 
@@ -88,7 +87,7 @@ class Pieces:
         A parameter that several pieces use gets the sum of their gradients with the last of them that is done.
         """
         mine, inputs, weights = self._begin(piece)
-        if not self._seen:
+        if self._ends is not None:
             self._ends = ()
             if mine.roots:
                 run_engine(mine.roots)  # adds to what was received, too
@@ -183,11 +182,10 @@ class Pieces:
 
     def _see(self) -> None:
         """Finds out, once, what each piece reaches and what pieces share."""
-        if self._seen:
+        if self._ends is None:
             return
-        self._seen = True
         roots = dict.fromkeys(each.grad_fn for each in self._ends if each.grad_fn is not None)
-        self._ends = ()
+        self._ends = None
         if roots:
             self._look(roots)
             _close(self._pieces)
@@ -214,18 +212,10 @@ class Pieces:
                         continue
                 else:
                     following = after
-                    self._passed(home, after, number)
+                    _pass(self._pieces[home], (after, number), self._home(after) - home)
                 if following not in seen:
                     seen.add(following)
                     todo.append(following)
-
-    def _passed(self, home: int, node: Any, number: int) -> None:
-        """Notes an edge from a node of piece `home` into another piece."""
-        beyond = self._home(node)
-        if beyond < home:
-            self._pieces[home].edges[node, number] = None
-        elif beyond > home:
-            raise WrapError(f"{node.name()} was made in another thread; use schedule='accumulate'")
 
     def _ended(self, piece: _Piece, leaf: Any) -> Any:
         """Notes a leaf of a piece; returns the node where the graph goes on behind it, None where it does not."""
@@ -242,6 +232,14 @@ class Pieces:
                 self._num_users[leaf] += 1
         continues = self._inputs.get(leaf)
         return None if continues is None else continues[0]
+
+
+def _pass(piece: _Piece, edge: Edge, distance: int) -> None:
+    """Notes an edge from a node of a piece into another one, `distance` pieces on."""
+    if distance < 0:
+        piece.edges[edge] = None
+    elif distance > 0:
+        raise WrapError(f"{edge[0].name()} was made in another thread; use schedule='accumulate'")
 
 
 def _close(pieces: Iterable[_Piece]) -> None:

@@ -4,7 +4,7 @@ Every rank of a pipeline runs the model's own forward. Blocks of other ranks are
 `Absent`, except for the inputs of a rank's own blocks, which are received as leaves and whose gradients are sent back.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Arguments, Flow
+from meshwright.parallel.capture import Arguments, Backward, Flow
 from meshwright.parallel.cuts import fresh
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, replaced, shapes_in
@@ -20,6 +20,8 @@ from meshwright.parallel.pipeline.way_back import WayBack
 from meshwright.parallel.recompute import Frame
 
 __all__ = ["Pass"]
+
+_AT_ONCE = Backward()
 
 
 class Pass:
@@ -31,6 +33,7 @@ class Pass:
         mine: stages of this rank; None where it has all.
         route: needed where it has not.
         device: of the values.
+        backward: how it will go back.
 
     Attributes:
         back: the way back, once `seed` was called.
@@ -48,20 +51,23 @@ class Pass:
         mine: Sequence[int] | None = None,
         route: Route | None = None,
         device: torch.device | None = None,
-        recomputed: Container[str] = (),
+        backward: Backward = _AT_ONCE,
     ) -> None:
         self.stages = stages
-        self._mine = sorted(set(stages.values())) if mine is None else sorted(mine)
-        self.first_stage = self._mine[0]
-        self.flow = Flow(run, self, recomputed)
+        self._mine = frozenset(stages.values() if mine is None else mine)
+        self.flow = Flow(run, self, backward)
         self._route = route
         self._device = device or torch.device("cpu")
-        self._homes = frozenset(self._mine)
         self._calls = None if route is None else iter(route.calls)
         self._expected: Call | None = None
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
         self._sent: dict[int, list[Tensor]] = {}
+
+    @property
+    def first_stage(self) -> int:
+        """The first of this rank's."""
+        return min(self._mine)
 
     @property
     def result(self) -> tuple[Tensor, Tensor]:
@@ -86,7 +92,7 @@ class Pass:
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
-        last = self._route is not None and stage == self._mine[-1]
+        last = self._route is not None and stage == max(self._mine)
         if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
             self.flow.resume(stage, last=last)
         if self._route is not None:
@@ -142,7 +148,7 @@ class Pass:
             )
         self._expected = call
         self.lacks = call.lacks
-        return call.stage not in self._homes
+        return call.stage not in self._mine
 
     def instead(self, block: str) -> Any:
         """What a block of another rank gives: tensors without values."""
@@ -223,4 +229,3 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
-

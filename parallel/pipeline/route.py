@@ -36,7 +36,7 @@ class Shape:
         known = self.__dict__.get("_stand_in")
         if known is None or known[0] != device:  # looked up once, since each block of another rank gives one
             known = self.__dict__["_stand_in"] = device, stand_in(self.shape, self.dtype, device)
-        return Absent.like(known[1], self.shape, self.dtype, device)
+        return Absent.like(known[1], self.shape, dtype=self.dtype, device=device)
 
     def empty(self, device: torch.device) -> Tensor:
         """Memory for one like it."""
