@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Absent"]
+__all__ = ["Absent", "stand_in"]
 
 
 class Absent(Tensor):
@@ -32,8 +32,13 @@ class Absent(Tensor):
     @classmethod
     def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
         """One of this shape."""
+        return cls.like(stand_in(shape, dtype, device), shape, dtype=dtype, device=device)
+
+    @classmethod
+    def like(cls, stand_in: Tensor, shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> "Absent":
+        """One that goes through operations as `stand_in` does, which `stand_in()` gave for the same."""
         absent: Absent = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        absent.stand_in = _stand_in(shape, dtype, device)
+        absent.stand_in = stand_in
         return absent
 
     @classmethod
@@ -116,7 +121,7 @@ def _refuse_writes(func: Any, args: Any) -> None:
             )
 
 
-def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without values, shared by all that are like it: to make one takes 0.1 ms."""
     return _made(shape, dtype, device=device, fakes=_fakes())
 
