@@ -20,9 +20,20 @@ from meshwright.clusters.hardware import gpu
 from meshwright.clusters.simulated import Cluster, Engine, Layout, Training, Transformer
 from meshwright.clusters.simulated.layout import Recompute
 
-__all__ = ["LeftOutError", "Row", "Run", "measured_step_s", "network_bytes_per_s", "read", "run_of"]
+__all__ = [
+    "LACKING",
+    "LeftOutError",
+    "Row",
+    "Run",
+    "measured_step_s",
+    "network_bytes_per_s",
+    "nics_per_gpu",
+    "read",
+    "run_of",
+]
 
 Row = Mapping[str, str]
+LACKING = "not given"  # begins the reason of a row that lacks columns
 
 _NEEDED = ("layers", "hidden", "ffn_hidden", "seq_len", "global_batch", "micro_batch", "tp", "pp", "n_gpus")
 _NEEDED_SPARSE = tuple("moe_ffn_hidden" if name == "ffn_hidden" else name for name in _NEEDED)
@@ -73,7 +84,7 @@ def run_of(line: int, row: Row) -> Run:
     if row["evidence"].startswith("recalled"):
         raise LeftOutError("recalled from memory, not seen in a source")
     if missing := [name for name in (_NEEDED_SPARSE if row["n_experts"] else _NEEDED) if not row[name]]:
-        raise LeftOutError(f"not given: {', '.join(missing)}")
+        raise LeftOutError(f"{LACKING}: {', '.join(missing)}")
     if row["metric"] == "oom":
         raise LeftOutError("ran out of memory")
     assumed: list[str] = []
@@ -112,6 +123,8 @@ def _training(row: Row, assumed: list[str]) -> Training:
         num_gpus=_number(row, "n_gpus", 1),
         gpus_per_node=kind.nvlink_gpus or per_node,
         network_bytes_per_s=network,
+        nics_per_gpu=nics_per_gpu(row["network"], per_node),
+        fabric="efa" if "EFA" in row["network"] else "rdma",
     )
     old = kind.generation in ("volta", "ampere") and model.sequence <= 2048 and not model.gated
     old = old and "flash" not in row["notes"].lower()
@@ -196,6 +209,16 @@ def network_bytes_per_s(words: str, gpus_per_node: int) -> float | None:
     if found := re.search(r"([\d.]+)\s*Gb/s", words):
         return float(found[1]) / 8 / gpus_per_node * 1e9
     return None
+
+
+def nics_per_gpu(words: str, gpus_per_node: int) -> float:
+    """Network cards of a GPU in a network that is described in words; one where they say no number.
+
+    >>> nics_per_gpu("AWS EFA v1 4x100Gb/s per node", 8), nics_per_gpu("NDR 400Gb/s", 8)
+    (0.5, 1.0)
+    """
+    found = re.search(r"(\d+)x\s*[\d.]+\s*G[bB]/s", words)
+    return int(found[1]) / gpus_per_node if found else 1.0
 
 
 def measured_step_s(row: Row, training: Training) -> float | None:

@@ -18,7 +18,7 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.published import LeftOutError, Run, read, run_of
+from benchmarks.published import LACKING, LeftOutError, Run, read, run_of
 from meshwright.clusters.simulated import Efficiency, fitted, memory, step
 
 __all__ = ["DATA", "GENERATIONS", "RUNS", "groups", "loaded", "memory_error", "order", "report", "step_error", "table"]
@@ -115,6 +115,7 @@ def report(path: Path, efficiency: Efficiency | None = None) -> dict[str, Any]:
         "memory_median_error_percent": round(100 * statistics.median(sizes), 2) if sizes else None,
         "rows_predicted": len(runs),
         "rows_left_out": len(left),
+        "rows_with_needed_columns_percent": _covered(runs, left.values()),
         **_choices(dense, of_step),
         "dense": _by(dense, of_step, _source),
         "dense_on_other_gpus": _by(others, of_step, _kind),
@@ -123,6 +124,12 @@ def report(path: Path, efficiency: Efficiency | None = None) -> dict[str, Any]:
         "left_out": {str(line): reason for line, reason in left.items()},
         "calculon": _beside(dense, reached) if path.resolve() == RUNS.resolve() else None,
     }
+
+
+def _covered(runs: Sequence[Run], reasons: Iterable[str]) -> float | None:
+    """Share of rows that are predicted, of those whose source gives every column that a prediction needs."""
+    others = sum(LACKING not in reason for reason in reasons)
+    return round(100 * len(runs) / (len(runs) + others), 2) if runs or others else None
 
 
 def _choices(runs: Iterable[Run], error: Callable[[Run], float]) -> dict[str, float]:

@@ -65,11 +65,12 @@ class Sleeping(nn.Module):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
+        self.start = nn.Parameter(torch.ones(WIDTH))
         self.layers = nn.ModuleList(_Block() for _ in range(blocks))
 
     def forward(self, values: Tensor) -> Tensor:
         """A sum (0-dim)."""
-        values = values.clone().requires_grad_()  # so that the first block goes back too
+        values = values * self.start  # the first block goes back too, as behind an embedding
         for layer in self.layers:
             values = layer(values)
         return values.sum()

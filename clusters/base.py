@@ -174,7 +174,10 @@ def identity(request: StartRequest, name: str, index: int) -> Pairs:
 def _limits(limits: Limits) -> list[str]:
     hang = f"hang       after {limits.hang_s or 0:g} s in which no rank moves: {limits.hang_action.replace('_', ' ')}"
     return [
+        *(f"{'' if index else 'nodes':<11}{line}" for index, line in enumerate(limits.sizes)),
+        *(f"after      {each}" for each in limits.after),
         f"restarts   at most {limits.max_restarts}; TERM, then KILL after {limits.shutdown_grace_s:g} s",
         *([f"           {limits.retry}"] if limits.max_restarts else []),
         *([] if limits.hang_s is None else [hang]),
+        *([] if limits.watch is None else [f"health     {limits.watch}"]),
     ]

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from threading import Event as Flag
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from meshwright.clusters.deaths import Death, Deaths
+from meshwright.clusters.nvml import read_gpus
 from meshwright.clusters.rounds import Rounds
 from meshwright.clusters.sweep import sweep
+from meshwright.clusters.watching import GpuWatch, shown_gpus, watch_from
 
 __all__ = ["NodeAgent", "StoppedError"]
 
@@ -40,6 +43,18 @@ class _OwnLogs(LogsSpecs):
         return os.devnull
 
 
+def _watch_of(plan: Mapping[str, Any], node: int, tell: Tell) -> GpuWatch | None:
+    """Looks at the GPUs of a node's ranks from now on, where its plan wants that."""
+    watch = watch_from(plan["limits"]["watch"])
+    if watch is None:
+        return None
+    if plan["limits"]["retry"]["exclude_after"] is None:  # nobody would take its place
+        watch = replace(watch, restarts=False)
+    found = GpuWatch(watch, shown_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")), tell=tell, read=read_gpus)
+    found.start()
+    return found
+
+
 class NodeAgent(LocalElasticAgent):
     """Starts, watches and ends the ranks of one node.
 
@@ -56,9 +71,10 @@ class NodeAgent(LocalElasticAgent):
         self.deaths: Deaths | None = None
         self._attempt = len(plan["limits"]["past"]) - 1
         self._run_id, self._node, self._tell = plan["run_id"], node, tell
-        self._grace_s: float = plan["limits"]["shutdown_grace_s"]
+        self._limits: Mapping[str, Any] = plan["limits"]
         self._leaving = False
-        self._rounds = Rounds(plan, node, self.stop.is_set)
+        self._health = _watch_of(plan, node, tell)
+        self._rounds = Rounds(plan, node, self.stop.is_set, sick=lambda: self._health.fault if self._health else None)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
@@ -90,11 +106,7 @@ class NodeAgent(LocalElasticAgent):
         if self.stop.is_set():
             raise self._stopped()
         ended, failed = self.deaths.all_dead, self.deaths.failed  # in this order: who has ended fails no more
-        if failed:
-            self._rounds.call()
-        elif ended:
-            self._rounds.leave()
-        elif not self._rounds.called:
+        if not self._is_over(ended=ended, failed=failed):
             return RunResult(state=WorkerState.HEALTHY)
         self.end_ranks()
         if (failed or not ended) and self._rounds.left > 0:
@@ -104,6 +116,23 @@ class NodeAgent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
+    def _is_over(self, *, ended: bool, failed: bool) -> bool:
+        """Whether the attempt is over on this node, which then says so, or on another."""
+        if failed or self._is_sick:
+            self._rounds.call()
+        elif ended:
+            self._rounds.leave()
+        else:
+            return self._rounds.called
+        return True
+
+    @property
+    def _is_sick(self) -> bool:
+        """Whether ranks that run are to end, so that others run without this machine."""
+        if self._health is None or self.deaths is None or self._rounds.left <= 0:
+            return False
+        return self._health.ends_attempt and not self.deaths.all_dead
+
     def _decide(self, *, failed: bool) -> None:
         """Comes back when it is time to start again, or with no restart left."""
         assert self.deaths is not None, "ranks are watched from their start"
@@ -111,8 +140,8 @@ class NodeAgent(LocalElasticAgent):
         if self.stop.is_set():
             raise self._stopped()
         self._tell("decided", **decision.as_dict())
-        if decision.again and (decision.excludes or self.stop.wait(decision.wait_s)):
-            raise self._stopped()  # without some of these nodes, the launcher starts others
+        if decision.again and (decision.excludes or self._limits["regroup"] or self.stop.wait(decision.wait_s)):
+            raise self._stopped()  # without some of these nodes, or with more, the launcher starts others
         if decision.again and not self._leaving:
             return
         if not failed:
@@ -135,7 +164,7 @@ class NodeAgent(LocalElasticAgent):
             return
         if not self.deaths.all_dead:
             self.deaths.send(signal.SIGTERM)
-            self.deaths.wait(self._grace_s)
+            self.deaths.wait(self._limits["shutdown_grace_s"])
         self.kill_ranks()
 
     def kill_ranks(self) -> None:

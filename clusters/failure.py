@@ -40,6 +40,7 @@ class Failure:
         leaving: whether the node is about to be taken away.
         done: whether its ranks have all succeeded.
         lost: whether it is gone, with its agent.
+        sick: what is wrong with its machine, where that was seen while ranks ran.
     """
 
     node: str
@@ -53,6 +54,7 @@ class Failure:
     leaving: bool = False
     done: bool = False
     lost: bool = False
+    sick: str = ""
 
 
 def kind_of(exit_code: int, text: str, *, killed: bool = False, lost: bool = False) -> str:

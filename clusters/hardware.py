@@ -126,6 +126,8 @@ class Gpu:
         network_bytes_per_s: of the network that such nodes usually have, per GPU and direction.
         source: of the numbers.
         nvlink_gpus: GPUs that NVLink joins beyond a node; 0 where that is the node.
+        operand_bytes_per_s: that products read and write at, which is faster than memory where caches hold operands;
+            memory's where None.
     """
 
     name: str
@@ -139,16 +141,19 @@ class Gpu:
     network_bytes_per_s: float
     source: str
     nvlink_gpus: int = 0
+    operand_bytes_per_s: float | None = None
 
     def matmul_flops_per_s(self, precision: str) -> float:
         """What its largest products were measured at; the next wider precision where it has not this one.
 
+        A calibrated machine also has "fp32".
+
         >>> gpu("A100").matmul_flops_per_s("fp8") == gpu("A100").matmul_flops_per_s("bf16")
         True
         """
-        wider = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16")}.get(precision, ("bf16",))
+        wider = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16")}.get(precision, (precision, "bf16", "fp32"))
         found = next(each for each in wider if each in self.flops_per_s)
-        share = self.sustained.get(found, min(self.sustained.values()))
+        share = self.sustained.get(found, min(self.sustained.values(), default=1.0))
         return self.flops_per_s[found] * share
 
 

@@ -13,7 +13,7 @@ from meshwright.clusters.inventory import NodeFacts
 from meshwright.clusters.verdicts import BAD, OK, SKIPPED, WARNING, Verdict
 from meshwright.clusters.xid import CRITICAL_XIDS
 
-__all__ = ["gpu_verdicts", "nvlink_verdicts"]
+__all__ = ["faults_of_gpu", "faults_of_node", "gpu_verdicts", "nvlink_verdicts"]
 
 _HOT_C = 88
 _MANY_CORRECTED = 50_000_000
@@ -38,6 +38,16 @@ def gpu_verdicts(evidence: Evidence, wishes: Wishes) -> Iterator[Verdict]:
         if not found:
             state = OK if report.gpus else SKIPPED
             yield Verdict("gpu", node, state, _summary(report))
+
+
+def faults_of_node(report: GpuReport) -> Iterator[str]:
+    """Faults of all GPUs of a node together, in words."""
+    yield from (fact for state, fact, _ in _of_report(report, Wishes()) if state == BAD)
+
+
+def faults_of_gpu(gpu: Gpu) -> Iterator[str]:
+    """Faults of one GPU, in words."""
+    yield from (fact for state, fact, _ in _of_gpu(gpu) if state == BAD)
 
 
 def _summary(report: GpuReport) -> str:

@@ -18,6 +18,7 @@ from meshwright.clusters.contract import Job
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions, manifest, object_name, pod_run_dir, written
+from meshwright.clusters.lost import LOST_CODE, lost_pods
 from meshwright.clusters.spawn import words_for
 
 __all__ = ["KubernetesQueue", "plan_kubernetes"]
@@ -117,7 +118,18 @@ class KubernetesQueue:
             told = json.loads(self._run("get", kind, name, "--ignore-not-found", "-o", "json") or "{}")
         except UnavailableError as error:
             return Job("unknown", str(error))
-        return _state(told)
+        found = _state(told)
+        return self._blamed(found, name) if found.exit_code else found
+
+    def _blamed(self, found: Job, name: str) -> Job:
+        """A run that failed, with its pods that went with their nodes, as far as the cluster still has them."""
+        selector = f"jobset.sigs.k8s.io/jobset-name={name}"
+        try:
+            pods = json.loads(self._run("get", "pods", "--selector", selector, "-o", "json") or "{}")
+        except (UnavailableError, ValueError):
+            return found
+        lost = lost_pods(pods.get("items", []))
+        return replace(found, detail="; ".join([found.detail, *lost]), exit_code=LOST_CODE) if lost else found
 
     def logs(self, job: str, *, follow: bool = False) -> tuple[str, ...]:
         """The words that print the output of a run's pods, each line with its pod."""

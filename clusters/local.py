@@ -56,10 +56,10 @@ def plan_local(request: StartRequest, machine: Machine, pretended: Sequence[str]
     Raises:
         UnavailableError: when the machine has fewer GPUs than asked for.
     """
-    share = _gpus_of_nodes(request, machine)
-    per_node = _ranks_per_node(request, machine, share)
     usual = [machine.host] if request.num_nodes == 1 else [f"node{index}" for index in range(request.num_nodes)]
     names = list(pretended or usual)[: request.num_nodes]
+    share = _gpus_of_nodes(request, machine, names if pretended else ())
+    per_node = _ranks_per_node(request, machine, share)
     nodes = [
         NodePlan(
             name=name,
@@ -89,8 +89,11 @@ def _environment(
     return tuple(sorted((env | dict(request.program.env)).items()))
 
 
-def _gpus_of_nodes(request: StartRequest, machine: Machine) -> list[tuple[str, ...]] | None:
-    """The GPUs of each node; None where one node takes all there are."""
+def _gpus_of_nodes(request: StartRequest, machine: Machine, names: Sequence[str]) -> list[tuple[str, ...]] | None:
+    """The GPUs of each node; None where one node takes all there are.
+
+    node3 has the fourth share of them, also when others are left out, where there are as many.
+    """
     nodes, each, have = request.num_nodes, request.gpus_per_node, len(machine.gpus)
     if each is None:
         if nodes == 1 or not have:
@@ -101,7 +104,9 @@ def _gpus_of_nodes(request: StartRequest, machine: Machine) -> list[tuple[str, .
             f"asked for {nodes} x {each} GPUs, {machine.host} has {have}; "
             f"set cluster.gpus_per_node to {have // nodes} or less"
         )
-    return [machine.gpus[index * each : (index + 1) * each] for index in range(nodes)]
+    own = [int(name.removeprefix("node")) for name in names if name.removeprefix("node").isdecimal()]
+    places = own if len(own) == nodes and (max(own) + 1) * each <= have else range(nodes)
+    return [machine.gpus[place * each : (place + 1) * each] for place in places]
 
 
 def _ranks_per_node(request: StartRequest, machine: Machine, share: Sequence[tuple[str, ...]] | None) -> int:

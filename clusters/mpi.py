@@ -20,6 +20,8 @@ from typing import IO, Any
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.lost import LOST_CODE, lost_in_mpi
+from meshwright.clusters.records import log_end
 from meshwright.clusters.spawn import words_for
 from meshwright.clusters.sweep import sweep
 
@@ -209,7 +211,9 @@ class MpiHandle:
         code = self._job.wait()
         for pipe in (out, self._stream(self._job.stdin)):
             pipe.close()
-        return [{"event": "gone", "node": node.name, "code": code} for node in self._plan.nodes]
+        why = lost_in_mpi(code, log_end(Path(self._plan.run_dir, "logs", "mpiexec.log")))
+        told = {"event": "gone", "code": code, "exit_code": LOST_CODE, "message": why}
+        return [{**told, "node": node.name} for node in self._plan.nodes]
 
     def stop(self) -> None:
         """Asks all ranks to end: TERM, then KILL after the plan's grace."""

@@ -19,6 +19,7 @@ from typing import Any, cast
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Far, PipeHandle
 from meshwright.clusters.ray_line import RayLine, agent_class
 from meshwright.clusters.sending import Keeper
@@ -149,7 +150,15 @@ class RayCluster:
         probe = f"private/probe-{tokens.token_hex(8)}"
         (run_dir / probe).touch(mode=0o600)
         files = {name: (run_dir / name).read_text() for name in ("job.json", "job.yaml")}
-        far = Far({"probe": probe, "passed": {}, "files": files}, _LOST_AFTER_S, _explain, Keeper(run_dir))
+
+        def explain(name: str, code: int) -> Mapping[str, Any]:
+            line = lines[name]
+            words = (
+                lost_in_ray(name, line.host, line.why) if line.why else f"the agent of {name} ended with code {code}"
+            )
+            return {"exit_code": LOST_CODE, "message": words}
+
+        far = Far({"probe": probe, "passed": {}, "files": files}, _LOST_AFTER_S, explain, Keeper(run_dir))
         # a line is as much of a process as a handle needs
         return PipeHandle(plan, cast("Mapping[str, subprocess.Popen[bytes]]", lines), secrets, far=far)
 
@@ -178,10 +187,6 @@ class RayCluster:
             ).remote()
             for index in range(count)
         ]
-
-
-def _explain(name: str, code: int) -> Mapping[str, Any]:
-    return {}
 
 
 def _dial(address: str) -> None:

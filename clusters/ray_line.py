@@ -66,6 +66,7 @@ class RayLine:
         outward, self._into = os.pipe()
         self.stdout = os.fdopen(outward, "rb", buffering=0)
         self._code: int | None = None
+        self.host, self.why = "", ""
         self._gone = Event()
         for target in (self._pass_on, self._fetch):
             Thread(target=target, args=(inward,), daemon=True).start()
@@ -93,11 +94,13 @@ class RayLine:
         import ray
 
         code = -int(signal.SIGKILL)  # what an actor that is lost leaves of its agent
-        with suppress(ray.exceptions.RayError, OSError):
-            ray.get(self._started)
+        try:
+            self.host = str(ray.get(self._started))
             while data := ray.get(self._actor.read.remote()):
                 os.write(self._into, data)
             code = ray.get(self._actor.wait.remote())
+        except (ray.exceptions.RayError, OSError) as error:
+            self.why = str(error)
         self._code = code
         self._gone.set()
         os.close(self._into)

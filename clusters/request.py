@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meshwright.clusters.retry import Decision, RetryPolicy
+from meshwright.clusters.watching import Watch
 
-__all__ = ["Limits", "Meeting", "Pairs", "Program", "Secret", "StartRequest"]
+__all__ = ["Earlier", "Limits", "Meeting", "Pairs", "Program", "Secret", "StartRequest"]
 
 Pairs = tuple[tuple[str, str], ...]
 """Names and values, in order."""
@@ -48,8 +49,29 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """A run that must have ended before another starts.
+
+    Args:
+        run_id: of it.
+        run_dir: of it.
+        when: "ok" where it must have succeeded, or "any".
+        job: the queue's id of it, where the queue waits; None where it is over, or the launcher waits.
+    """
+
+    run_id: str
+    run_dir: str
+    when: str = "ok"
+    job: str | None = None
+
+    def __str__(self) -> str:
+        how = "has succeeded" if self.when == "ok" else "has ended"
+        return f"run {self.run_id} {how}" + ("" if self.job is None else f" (job {self.job})")
+
+
+@dataclass(frozen=True)
 class Limits:
-    """How long things may take, and how often they are tried.
+    """How long things may take, how often they are tried, and on how few nodes.
 
     Args:
         max_restarts: of all ranks together.
@@ -59,6 +81,11 @@ class Limits:
         hang_action: "dump_and_restart", "dump_and_stop" or "warn".
         retry: after which failures ranks start again, and when.
         past: what followed from attempts before, that other agents ran; oldest first.
+        regroup: whether agents end at a restart, so that the launcher starts others on the nodes that are there then.
+        fewest_nodes: of an elastic job; None where their number is fixed.
+        watch: how GPUs are looked at while ranks run; None is not at all.
+        after: runs that must have ended before.
+        sizes: what becomes of an elastic job on which number of nodes, for people.
     """
 
     max_restarts: int = 0
@@ -68,6 +95,11 @@ class Limits:
     hang_action: str = "dump_and_restart"
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     past: tuple[Decision, ...] = ()
+    regroup: bool = False
+    fewest_nodes: int | None = None
+    sizes: tuple[str, ...] = ()
+    watch: Watch | None = None
+    after: tuple[Earlier, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Decision:
         failure: the first one.
         step: newest step that any node saw.
         excludes: nodes that the run goes on without; agents end, and the launcher starts others.
+        nodes: how many there were and are from now on, where that changes.
     """
 
     again: bool
@@ -88,6 +89,7 @@ class Decision:
     failure: Failure
     step: int | None = None
     excludes: tuple[str, ...] = ()
+    nodes: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, flat."""
@@ -105,6 +107,7 @@ class Decision:
             "wait_s": self.wait_s,
             "only_lost": first.only_lost,
             "excludes": list(self.excludes),
+            "nodes": None if self.nodes is None else list(self.nodes),
         }
 
     def as_saved(self) -> dict[str, Any]:
@@ -114,7 +117,8 @@ class Decision:
 
 def decision_from(saved: Mapping[str, Any]) -> Decision:
     """The decision that `as_saved` was taken of."""
-    return Decision(**{**saved, "failure": Failure(**saved["failure"]), "excludes": tuple(saved["excludes"])})
+    lists = {"excludes": tuple(saved["excludes"]), "nodes": _pair(saved["nodes"])}
+    return Decision(**{**saved, **lists, "failure": Failure(**saved["failure"])})
 
 
 def told_decision(told: Mapping[str, Any]) -> Decision:
@@ -122,7 +126,11 @@ def told_decision(told: Mapping[str, Any]) -> Decision:
     names = ("kind", "exit_code", "rank", "evidence", "only_lost")
     first = Failure(told["host"], **{name: told[name] for name in names})
     head = (told["again"], told["reason"], told["wait_s"], told["attempt"])
-    return Decision(*head, first, told["step"], tuple(told["excludes"]))
+    return Decision(*head, first, told["step"], tuple(told["excludes"]), _pair(told.get("nodes")))
+
+
+def _pair(found: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if found is None else (found[0], found[1])
 
 
 def wait_of(policy: RetryPolicy, run_id: str, restarts: int) -> float:
@@ -171,8 +179,8 @@ def decide(
     if why is not None:
         return Decision(False, why, 0.0, done, first, step)
     words = f"{_named(first)} is worth a restart; {max_restarts - done - 1} left after it"
-    excludes = _worn_out(policy, history, first)
-    return Decision(True, words, wait_of(policy, run_id, done), done, first, step, (*_lost(known), *excludes))
+    excludes = dict.fromkeys((*_lost(known), *_worn_out(policy, history, first), *_sick(policy, known)))
+    return Decision(True, words, wait_of(policy, run_id, done), done, first, step, tuple(excludes))
 
 
 def _impossible(known: Sequence[Failure]) -> str | None:
@@ -186,6 +194,11 @@ def _impossible(known: Sequence[Failure]) -> str | None:
 
 def _lost(known: Sequence[Failure]) -> list[str]:
     return [each.node for each in known if each.lost]
+
+
+def _sick(policy: RetryPolicy, known: Sequence[Failure]) -> list[str]:
+    """Nodes whose machine was seen to be at fault; one is enough where nodes may be left out at all."""
+    return [each.node for each in known if each.sick and policy.exclude_after is not None]
 
 
 def _worn_out(policy: RetryPolicy, history: Sequence[Decision], first: Failure) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ _LATE_S = 5.0
 _CALLED = "meshwright/failed"
 _DECIDED = "meshwright/decided"
 _KILLED = 137
+_SICK = 78  # of a doctor who found a node unfit
 
 
 class Rounds:
@@ -36,10 +37,18 @@ class Rounds:
         plan: of the run, as a dictionary.
         node: index of this node.
         stopped: whether the run is being ended, so that nothing is waited for.
+        sick: what is wrong with this machine and since when, as far as it was seen while ranks ran.
     """
 
-    def __init__(self, plan: Mapping[str, Any], node: int, stopped: Callable[[], bool] = lambda: False) -> None:
-        self._plan, self._node, self._stopped = plan, node, stopped
+    def __init__(
+        self,
+        plan: Mapping[str, Any],
+        node: int,
+        stopped: Callable[[], bool] = lambda: False,
+        *,
+        sick: Callable[[], tuple[str, float] | None] = lambda: None,
+    ) -> None:
+        self._plan, self._node, self._stopped, self._sick = plan, node, stopped, sick
         self._name: str = plan["nodes"][node]["name"]
         self._limits: Mapping[str, Any] = plan["limits"]
         self._policy = policy_from(self._limits["retry"])
@@ -86,7 +95,7 @@ class Rounds:
             deaths: of this node's ranks.
             leaving: whether the node is about to be taken away.
         """
-        own = replace(self._look(deaths), leaving=leaving)
+        own = replace(_with_machine(self._look(deaths), self._sick()), leaving=leaving)
         decision = self._agreed(own) if self._shared else self._decide([own])
         self.history.append(decision)
         return decision
@@ -156,3 +165,13 @@ class Rounds:
 
 def _key(node: int) -> str:
     return f"meshwright/failure/{node}"
+
+
+def _with_machine(found: Failure, fault: tuple[str, float] | None) -> Failure:
+    """With what was seen of a node's machine, which is a failure where none of its ranks had one."""
+    if fault is None:
+        return found
+    words, time_unix_s = fault
+    if found.kind:
+        return replace(found, sick=words)
+    return replace(found, sick=words, kind="node", exit_code=_SICK, evidence=words, time_unix_s=time_unix_s)

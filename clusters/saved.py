@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshwright.clusters.base import Limits, Meeting, NodePlan, StartPlan, Submission
+from meshwright.clusters.request import Earlier
 from meshwright.clusters.retry import decision_from, policy_from
+from meshwright.clusters.watching import watch_from
 
 __all__ = ["plan_from"]
 
@@ -26,7 +28,9 @@ def plan_from(saved: Mapping[str, Any]) -> StartPlan:
 
 def _limits(saved: Mapping[str, Any]) -> Limits:
     past = tuple(map(decision_from, saved["past"]))
-    return Limits(**{**saved, "retry": policy_from(saved["retry"]), "past": past})
+    after = tuple(Earlier(**each) for each in saved["after"])
+    kept = {"past": past, "after": after, "sizes": tuple(saved["sizes"]), "watch": watch_from(saved["watch"])}
+    return Limits(**{**saved, **kept, "retry": policy_from(saved["retry"])})
 
 
 def _deep(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.slurm_commands import run_command, said
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
-__all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "plan_slurm"]
+__all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "on_first", "plan_slurm"]
 
 SECRETS_FILE = "private/secrets.json"
 """Values of secrets between submission and end, relative to the run directory."""
@@ -107,7 +107,7 @@ def _sbatch(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[s
     name, lead_s = request.warning
     words = {
         "job-name": request.name,
-        "nodes": str(request.num_nodes),
+        "nodes": _nodes(request),
         "ntasks-per-node": "1",
         "cpus-per-task": str(cores),
         "chdir": "/",
@@ -116,11 +116,19 @@ def _sbatch(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[s
         "signal": f"B:{name}@{min(65535, math.ceil(lead_s))}",
         "requeue" if options.requeue else "no-requeue": "",
     }
+    waits = [f"after{each.when}:{each.job}" for each in request.limits.after if each.job is not None]
+    if waits:  # one that cannot come true any more would wait for ever
+        words |= {"dependency": ",".join(waits), "kill-on-invalid-dep": "yes"}
     if options.time_s is not None:
         words["time"] = _time(options.time_s)
     if request.gpus_per_node is not None:
         words["gpus-per-node"] = str(request.gpus_per_node)
     return ("sbatch", "--parsable", *_flags(words | dict(options.words)))
+
+
+def _nodes(request: StartRequest) -> str:
+    most, fewest = request.num_nodes, request.limits.fewest_nodes
+    return str(most) if fewest in (None, most) else f"{fewest}-{most}"
 
 
 def _srun(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[str, ...]:
@@ -238,6 +246,14 @@ def _job(line: str) -> Job:
     state, _, reason = line.strip().partition("|")
     detail = f"{state} ({reason})" if reason not in ("", "None") else state
     return Job("running" if state in _LIVE else "pending" if state in _WAITING else "gone", detail)
+
+
+def on_first(plan: StartPlan, num_nodes: int) -> StartPlan:
+    """A plan that was made for more nodes, on the first of them."""
+    assert plan.submission is not None, "made by plan_slurm"
+    size = {f"--{name}={len(plan.nodes)}": f"--{name}={num_nodes}" for name in ("nodes", "ntasks")}
+    step = tuple(size.get(word, word) for word in plan.submission.step)
+    return replace(plan, nodes=plan.nodes[:num_nodes], submission=replace(plan.submission, step=step))
 
 
 def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -21,15 +21,16 @@ from meshwright.clusters.failure import Failure
 from meshwright.clusters.files import StepHandle
 from meshwright.clusters.retry import unwanted
 from meshwright.clusters.saved import plan_from
-from meshwright.clusters.slurm import SECRETS_FILE, named
+from meshwright.clusters.slurm import SECRETS_FILE, named, on_first
 from meshwright.clusters.slurm_commands import node_names, requeue
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.logs import Mask
 from meshwright.launch.relaunch import decision_on_loss, history_of
 from meshwright.launch.report import Outcome
-from meshwright.launch.rundir import EXCLUDED_FILE, write_json
+from meshwright.launch.rundir import ASKED_FILE, EXCLUDED_FILE, write_json
 from meshwright.launch.runs import read_run
+from meshwright.launch.sizes import size_of
 from meshwright.launch.supervise import RunState, now_unix_s
 from meshwright.parallel.errors import MeshwrightError
 
@@ -57,10 +58,29 @@ class _Warning:
 
 def _read(run_dir: Path) -> tuple[StartPlan, dict[str, Any], dict[str, str]]:
     """Plan with the names of nodes, job, secrets."""
-    planned = plan_from(json.loads((run_dir / "plan.json").read_text()))
-    plan = named(planned, node_names(os.environ["SLURM_JOB_NODELIST"]))
+    names = node_names(os.environ["SLURM_JOB_NODELIST"])
+    plan, job = plan_from(_json(run_dir / "plan.json")), _json(run_dir / "job.json")
+    if (run_dir / ASKED_FILE).exists():
+        plan, job = _sized(plan, _json(run_dir / ASKED_FILE), len(names))
+        write_json(run_dir / "job.json", job)
+        sys.stdout.write(f"meshwright: Slurm gave {len(names)} nodes; ranks run on {len(plan.nodes)}\n")
+    plan = named(plan, names)
     write_json(run_dir / "plan.json", plan.as_dict())
-    return plan, json.loads((run_dir / "job.json").read_text()), json.loads((run_dir / SECRETS_FILE).read_text())
+    return plan, job, _json(run_dir / SECRETS_FILE)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _sized(plan: StartPlan, asked: Mapping[str, Any], num_nodes: int) -> tuple[StartPlan, dict[str, Any]]:
+    """Plan and job of an elastic run on as many nodes as Slurm gave, of which it may have had others before."""
+    from meshwright.launch.spec.job import Job
+
+    job = size_of(Job.model_validate(asked["job"]), num_nodes)
+    whole = replace(plan_from(asked["plan"]), limits=plan.limits)
+    return on_first(whole, job.num_nodes), job.as_dict()
 
 
 def _put_aside(run_dir: Path, times: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
-from meshwright.launch.spares import spares_of
+from meshwright.launch.sizes import check_sizes
+from meshwright.launch.spares import can_shrink
 
 __all__ = ["GAPS", "Gap", "check_capabilities"]
 
@@ -30,16 +31,15 @@ class Gap:
 
 
 _ALL = (
-    Gap("after", "launch one job after the other"),
-    Gap("health.watch", "remove it"),
     Gap("binding", "remove it, or write none", ("none",)),
-    Gap("nodes.min", "write a number of nodes"),
-    Gap("nodes.max", "write a number of nodes"),
     Gap("rendezvous.backend", "remove it", ("c10d",)),
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
-_UNEXAMINED = (Gap("health", "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"),)
+_RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a number of nodes"))
+_DOCTOR = "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"
+_UNEXAMINED = tuple(Gap(f"health.{key}", _DOCTOR) for key in ("preflight", "on_fail", "allreduce"))
+_UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
 _RETRIES = ("backoff", "retry_on", "no_retry_on", "stop_after_no_progress")
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
@@ -66,6 +66,9 @@ GAPS = {
     ),
     "kubernetes": (
         *_ALL,
+        Gap("after", "launch one job after the other"),
+        *_RIGID,
+        *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         *_UNEXAMINED,
         *_UNWARNED,
@@ -76,6 +79,8 @@ GAPS = {
     ),
     "mpi": (
         *_ALL,
+        *_RIGID,
+        *_UNWATCHED,
         *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
@@ -85,6 +90,7 @@ GAPS = {
     ),
     "ray": (
         *_ALL,
+        *_RIGID,
         *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
@@ -106,12 +112,22 @@ def check_capabilities(loaded: LoadedJob) -> None:
         Problem(loaded.where(key), key, f"the {cluster} cluster does not act on {gap.key} yet; {gap.instead}")
         for key, gap in _asked(loaded, GAPS[cluster])
     ]
-    key = "failure.exclude_bad_nodes"
-    if cluster in ("local", "ssh") and loaded.job.failure.exclude_bad_nodes and not spares_of(loaded.job):
-        text = "no node is there to take a place: let the cluster name more than `nodes` needs, or remove it"
-        problems.append(Problem(loaded.where(key), key, text))
+    problems += [Problem(loaded.where(key), key, text) for key, text in _nodes(loaded)]
     if problems:
         raise JobError(problems)
+
+
+def _nodes(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
+    """What a job asks of numbers of nodes that are not there, or that it cannot run on."""
+    job = loaded.job
+    if job.cluster.type in ("local", "ssh") and job.failure.exclude_bad_nodes and not can_shrink(job):
+        text = "no node is there to take a place: let the cluster name more than `nodes` needs, or remove it"
+        yield "failure.exclude_bad_nodes", text
+    if job.health.watch is not None and job.health.watch.on_fault == "restart" and not job.failure.exclude_bad_nodes:
+        yield "health.watch.on_fault", "a restart on the same node has the same fault: set failure.exclude_bad_nodes"
+    wrong = check_sizes(loaded)
+    if wrong is not None:
+        yield "nodes.min", wrong
 
 
 def _asked(loaded: LoadedJob, gaps: tuple[Gap, ...]) -> Iterator[tuple[str, Gap]]:

@@ -3,10 +3,10 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshwright.clusters.evidence import CHECKS, Reach, Wishes
 from meshwright.clusters.probe import PROBE_ARGV
@@ -23,7 +23,16 @@ from meshwright.parallel.errors import MeshwrightError, nearest
 if TYPE_CHECKING:
     from meshwright.launch.spec import Job
 
-__all__ = ["DoctorError", "DoctorOptions", "examine_for", "examine_job", "reach_by_ssh", "reaches_of", "wishes_of"]
+__all__ = [
+    "DoctorError",
+    "DoctorOptions",
+    "calibrate_to",
+    "examine_for",
+    "examine_job",
+    "reach_by_ssh",
+    "reaches_of",
+    "wishes_of",
+]
 
 
 class DoctorError(MeshwrightError):
@@ -163,3 +172,36 @@ def examine_job(options: DoctorOptions, loaded: LoadedJob | None, base: Path) ->
     reaches: Sequence[Reach] = reaches_of(options, None if loaded is None else loaded.job)
     wishes = wishes_of(options, loaded, base)
     return diagnose(examine(reaches, wishes), wishes, options.exclude)
+
+
+def calibrate_to(path: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Calibrates this machine, writes its entry, and says how well it fits.
+
+    Args:
+        path: of the entry; an older one is replaced.
+        tell: called with lines of progress.
+
+    Raises:
+        DoctorError: the file is something else, or ranks could not measure.
+    """
+    from meshwright.clusters.calibrate import calibrated, written
+    from meshwright.clusters.calibration import CalibrationError, is_calibration
+
+    if path.exists() and not is_calibration(path):
+        raise DoctorError(f"{path} is no calibration and would be overwritten; name another file after --calibrate")
+    if not path.absolute().parent.is_dir():
+        raise DoctorError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
+    try:
+        found = calibrated(tell)
+    except CalibrationError as error:
+        raise DoctorError(str(error)) from error
+    path.write_text(written(found), encoding="utf-8")
+    told = found["calibrated"]
+    lines = [
+        f"{path}: {found['gpu']['name']} with {told['cores']} cores, torch {told['torch']}, {told['seconds']:.0f} s"
+    ]
+    lines += [f"  {name:<5} products {rate / 1e9:.4g} GFLOP/s" for name, rate in found["gpu"]["flops_per_s"].items()]
+    for ranks, errors in found["mean_error_percent"].items():
+        said = ", ".join(f"{name} {value:g}%" for name, value in errors.items())
+        lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}, mean error: {said}")
+    return found, "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
 from meshwright.clusters.records import error_records, hang_record, log_end
+from meshwright.launch.health_lines import HealthLines
 from meshwright.launch.logs import Mask
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
@@ -140,7 +141,8 @@ class _Output:
         write = self._bar.write if self._bar else _LinePrinter(sys.stderr)
         self.said = RestartLines(run.mask, write, range(len(run.plan.limits.past)))
         bar = [self._bar] if self._bar else []
-        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, *bar]
+        self._health = HealthLines(run.directory, run.mask, write)
+        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, self._health, *bar]
 
     def close(self) -> None:
         self._stream.close()
@@ -159,6 +161,8 @@ def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
         told.update({name: run.mask(told[name]) for name in ("evidence", "reason")})
     for each in state.losses.excluded:
         each["why"] = run.mask(each["why"])
+    for each in state.health:
+        each["fault"] = each["fault"] and run.mask(each["fault"])
     times_s = (run.started_unix_s, round(time.time(), 3))
     return outcome_of(state, verdict, interrupts, times_s=times_s)
 

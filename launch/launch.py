@@ -10,9 +10,11 @@ from typing import Any
 
 from meshwright.clusters.base import StartPlan
 from meshwright.clusters.contract import Handle, Queue
-from meshwright.clusters.spawn import warm_agent
+from meshwright.clusters.spawn import end_warm, warm_agent
+from meshwright.launch.after import after_others, wait_for_others
 from meshwright.launch.background import in_background
 from meshwright.launch.capabilities import check_capabilities
+from meshwright.launch.claim import check_free, claimed
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.load import LoadedJob, OpenJob, check_job, open_job
 from meshwright.launch.logs import Mask
@@ -20,14 +22,16 @@ from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.request import request_of, resolved_job
-from meshwright.launch.rundir import create_run_dir, make_run_id, write_json, write_text
-from meshwright.launch.runs import Known, RunError, cancel, remember
-from meshwright.launch.spares import names_of
+from meshwright.launch.rundir import ASKED_FILE, create_run_dir, make_run_id, write_json, write_text
+from meshwright.launch.runs import Known, RunError, cancel, read_run, remember
+from meshwright.launch.spares import names_of, range_of
 from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
 
 __all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "write_inputs"]
+
+_KNOWN_S, _LOOK_S = 5.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,24 @@ def launch(options: LaunchOptions) -> int:
     Raises:
         MeshwrightError: for what the user can mend, before anything has been started.
     """
-    started_unix_s, base = round(time.time(), 3), Path.cwd()
     _check_run_id(options.run_id)
+    if options.dry_run:
+        return _launch(options, Path.cwd())
+    with claimed(options.run_id):
+        return _launch(options, Path.cwd())
+
+
+def _launch(options: LaunchOptions, base: Path) -> int:
+    started_unix_s = round(time.time(), 3)
     opened = open_job(options.path, options.overrides)
     sweep = plan_sweep(opened)
     if sweep is not None:
         return _sweep(options, opened, sweep)
     loaded = _fit(opened, options, base)
     run_id = options.run_id or make_run_id()
-    request = request_of(loaded, run_id, base=base, reveal=not options.dry_run)
+    request = after_others(request_of(loaded, run_id, base=base, reveal=not options.dry_run), loaded)
+    if request.limits.after:
+        end_warm()  # nobody takes it for a while
     cluster = cluster_of(loaded, None if options.detach else warm_agent())
     plan = cluster.plan(request)
     if options.dry_run:
@@ -90,6 +103,9 @@ def _act(known: Known, options: LaunchOptions, act: Callable[[], int]) -> int:
     if not options.detach:
         return act()
     in_background(Path(known.run_dir), act)
+    end_s = time.monotonic() + _KNOWN_S
+    while read_run(Path(known.run_dir)) is None and time.monotonic() < end_s:
+        time.sleep(_LOOK_S)  # until others can find it by its id
     say_detached(known, options)
     return 0
 
@@ -126,7 +142,11 @@ def follow_run(known: Known, run: Run, start: Callable[[], Handle], *, relaunch:
         relaunch: starts it again, where it lost nodes and its cluster names its nodes.
     """
     remember(known.of_this_process())
-    outcome = follow(run, start, relaunch=relaunch if names_of(run.job) else None)
+    outcome = wait_for_others(known, run.plan.limits.after, sys.stderr.write)
+    if outcome is not None:
+        write_json(run.directory / "exit.json", outcome.as_dict())
+    else:
+        outcome = follow(run, start, relaunch=relaunch if names_of(run.job) else None)
     report(run, outcome)
     return outcome.exit_code
 
@@ -171,7 +191,11 @@ def shown_ranks(loaded: LoadedJob) -> tuple[int, ...] | None:
 def write_inputs(loaded: LoadedJob, plan: StartPlan, resolved: dict[str, Any]) -> None:
     """Makes a run directory with what was asked for and what is started."""
     run_dir = Path(plan.run_dir)
+    check_free(run_dir)
     create_run_dir(run_dir)
     write_text(run_dir / "job.yaml", loaded.text)
     write_json(run_dir / "job.json", resolved)
     write_json(run_dir / "plan.json", plan.as_dict())
+    if plan.submission is not None and range_of(loaded.job) is not None:
+        asked = {**loaded.job.as_dict(), **{key: resolved[key] for key in ("logs", "checkpoint")}}
+        write_json(run_dir / ASKED_FILE, {"job": asked, "plan": plan.as_dict()})

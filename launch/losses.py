@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ class Losses:
 
     Args:
         codes: node -> exit status of an agent of this start that died without a last word.
+        sick: node -> the first fault that was seen of its machine.
         causes: node of those -> exit code and words of a cluster that knows more.
         since_unix_s: when the first of them was missed.
         until_unix_s: from when on nothing of them can be there any more, even if only their connection is gone.
-        excluded: nodes that the run went on without: who, why, after which attempt and step, when.
+        excluded: nodes that the run went on without: who, why, after which attempt and step, when, and when it took
+            them back, where it did.
     """
 
     codes: dict[str, int] = field(default_factory=dict)
     causes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    sick: dict[str, str] = field(default_factory=dict)
     since_unix_s: float = 0.0
     until_unix_s: float = 0.0
     excluded: list[dict[str, Any]] = field(default_factory=list)
@@ -54,12 +57,31 @@ class Losses:
         died = f"the agent of {node} died ({_status(self.codes[node])}); its ranks were ended"
         return self.causes.get(node, (int(Exit.UNAVAILABLE), died))
 
+    @property
+    def out(self) -> tuple[str, ...]:
+        """Nodes that the run goes on without now."""
+        return tuple(each["node"] for each in self.excluded if "back_unix_s" not in each)
+
+    @property
+    def may_return(self) -> tuple[str, ...]:
+        """Those of them that were only lost, and only once: a machine at fault stays out."""
+        often = [each["node"] for each in self.excluded]
+        lost = {each["node"] for each in self.excluded if each["lost"]}
+        return tuple(node for node in self.out if node in lost and often.count(node) == 1)
+
+    def take_back(self, nodes: Collection[str], now_unix_s: float) -> None:
+        """The run goes on with nodes that it went on without."""
+        for each in self.excluded:
+            if each["node"] in nodes and "back_unix_s" not in each:
+                each["back_unix_s"] = now_unix_s
+
     def exclude(self, decision: Decision, now_unix_s: float) -> None:
         """The run goes on without the nodes of a decision."""
         for node in decision.excludes:
-            why = self.cause_of(node)[1] if node in self.codes else decision.failure.evidence
+            seen = self.sick.get(node, decision.failure.evidence)
+            why = self.cause_of(node)[1] if node in self.codes else seen
             told = {"node": node, "why": why, "attempt": decision.attempt, "step": decision.step}
-            self.excluded.append({**told, "time_unix_s": self.since_unix_s or now_unix_s})
+            self.excluded.append({**told, "lost": node in self.codes, "time_unix_s": self.since_unix_s or now_unix_s})
         self.codes, self.causes, self.since_unix_s = {}, {}, 0.0
 
 

@@ -2,10 +2,11 @@
 
 Agents restart ranks by themselves as long as all of them are there. Without one of them nothing of an attempt goes on:
 all that is left is ended, and the launcher starts agents anew, on a plan that follows from the job without that node.
+An elastic job may then have fewer nodes, and at a later restart more again.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.losses import Losses
 from meshwright.launch.registry import cluster_of
+from meshwright.launch.regroup import can_return, change_words, nodes_back, used_names
 from meshwright.launch.request import limits_of, resolved_job
 from meshwright.launch.rundir import EXCLUDED_FILE, write_json
-from meshwright.launch.spares import SpareError, names_of, without
-from meshwright.launch.supervise import Interrupts, RunState
+from meshwright.launch.sizes import SizeError, shape_of, sized
+from meshwright.launch.spares import SpareError, range_of, without
+from meshwright.launch.supervise import Interrupts, RunState, now_unix_s
 
 __all__ = ["Relaunch", "decision_on_loss", "history_of"]
 
@@ -41,11 +44,16 @@ def decision_on_loss(state: RunState, run_dir: Path, since_unix_s: float) -> Dec
     given_up = agreed is not None and not agreed.again and not agreed.failure.only_lost
     if given_up or not state.plan.limits.max_restarts:
         return None
-    worn_out = () if agreed is None else agreed.excludes
     if not state.losses.codes:
-        return agreed if worn_out else None
+        return agreed if agreed is not None and _is_ours(agreed, state) else None
+    worn_out = () if agreed is None else agreed.excludes
     found = _decided(state, newest_step(run_dir, since_unix_s))
     return replace(found, excludes=tuple(dict.fromkeys((*found.excludes, *worn_out))))
+
+
+def _is_ours(agreed: Decision, state: RunState) -> bool:
+    """Whether agents ended for the launcher to start others."""
+    return bool(agreed.excludes) or (agreed.again and state.plan.limits.regroup)
 
 
 def _decided(state: RunState, step: int | None) -> Decision:
@@ -78,12 +86,17 @@ class Relaunch:
         base: directory the launch was typed in.
         request: what was asked of its cluster.
         started_unix_s: when the launch began.
+        back: which of some nodes of a job that were lost can be used again.
     """
 
     loaded: LoadedJob
     base: Path
     request: StartRequest
     started_unix_s: float
+    back: Callable[[LoadedJob, Sequence[str]], tuple[str, ...]] = nodes_back
+
+    def __post_init__(self) -> None:
+        self._asked = self.loaded
 
     def __call__(self, state: RunState, interrupts: Interrupts, say: Callable[[RunState], object]) -> Handle | None:
         """A new start of a run of which nothing is left; None where its end is the end.
@@ -99,9 +112,9 @@ class Relaunch:
         loaded = self.loaded
         if decision.again:
             try:
-                loaded = without(loaded, decision.excludes)
+                loaded = self._regrouped(state.losses, decision.excludes)
                 decision = self._timed(loaded, decision, state.losses.until_unix_s)
-            except SpareError as error:
+            except (SpareError, SizeError) as error:
                 decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
         state.decisions[state.attempt] = decision.as_dict()
         if not decision.again:
@@ -109,13 +122,23 @@ class Relaunch:
         say(state)
         return self._start(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
 
+    def _regrouped(self, losses: Losses, lost: Sequence[str]) -> LoadedJob:
+        """The job without nodes that are lost now, and with those that were lost before and are there again."""
+        back = self.back(self._asked, losses.may_return)
+        losses.take_back(back, now_unix_s())
+        if not back:
+            return without(self.loaded, tuple(lost))
+        return without(self._asked, tuple(dict.fromkeys((*losses.out, *lost))))
+
     def _timed(self, loaded: LoadedJob, decision: Decision, until_unix_s: float) -> Decision:
         """With the wait for ranks that are only cut off and may save until then, and with who is new."""
         wait_s = max(decision.wait_s, until_unix_s - time.time())
-        used = names_of(self.loaded.job)[: self.loaded.job.num_nodes]
-        new = [name for name in names_of(loaded.job)[: loaded.job.num_nodes] if name not in used]
-        reason = f"{decision.reason}; {', '.join(new)} in place of {', '.join(decision.excludes)}"
-        return replace(decision, wait_s=round(wait_s, 3), reason=reason)
+        before, now = used_names(self.loaded), used_names(loaded)
+        words = change_words(before, now, decision.excludes)
+        if len(now) != len(before):
+            decision = replace(decision, nodes=(len(before), len(now)))
+            words = f"{words} ({shape_of(sized(loaded).job)})"
+        return replace(decision, wait_s=round(wait_s, 3), reason=f"{decision.reason}; {words}")
 
     def _advice(self) -> str:
         where = "cluster.simulate_nodes" if self.loaded.job.cluster.type == "local" else "cluster.hosts"
@@ -123,7 +146,10 @@ class Relaunch:
 
     def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:
         run_dir, past = self.request.run_dir, (*history_of(state), decision)
-        request = replace(self.request, limits=replace(limits_of(loaded), past=past))
+        job = sized(loaded).job
+        request = replace(self.request, limits=replace(limits_of(loaded), past=past, regroup=can_return(loaded)))
+        if range_of(loaded.job) is not None:
+            request = replace(request, num_nodes=job.num_nodes, num_ranks=job.num_ranks)
         cluster = cluster_of(loaded)
         assert not isinstance(cluster, Queue), "a queue has launchers of its own"
         plan = cluster.plan(request)

@@ -1,7 +1,7 @@
 """How a run ended: the exit record, and the same for people, the first failing rank's traceback first. Pure."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ _NODE_WORDS = {
     "rendezvous_failed": "nodes did not meet; see the agent's log of",
     "error": "the agent failed on",
 }
+
+_RIGID = ("mpi", "ray")
+_RIGID_WORDS = "a lost node ends such a run: launch again to go on from the newest checkpoint"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Outcome:
         restarts: what each was for, with its wait and what time it cost.
         given_up: why there was no further restart, where there could have been.
         excluded: nodes that the run went on without: who, why, when, and what time it cost.
+        health: faults of machines that were seen while ranks ran: which node, what, when.
     """
 
     run_id: str
@@ -49,6 +53,7 @@ class Outcome:
     restarts: tuple[dict[str, Any], ...] = ()
     given_up: str | None = None
     excluded: tuple[dict[str, Any], ...] = ()
+    health: tuple[dict[str, Any], ...] = ()
 
     @property
     def lost_s(self) -> float:
@@ -70,6 +75,7 @@ class Outcome:
             "lost_s": self.lost_s,
             "given_up": self.given_up,
             "excluded": list(self.excluded),
+            "health": list(self.health),
             "started_unix_s": self.started_unix_s,
             "ended_unix_s": self.ended_unix_s,
         }
@@ -113,7 +119,17 @@ def outcome_of(
             verdict = Verdict(None)  # no rank is to blame for what its node could not do
     history: dict[str, Any] = {"restarts": restarts_of(state), "given_up": why_given_up(state)}
     history["excluded"] = excluded_of(state)
+    history["health"] = tuple(_fault(each) for each in state.health if each["fault"] is not None)
     return Outcome(state.plan.run_id, word, code, verdict, reason, state.attempt + 1, *times_s, **history)
+
+
+def _given_up(state: RunState) -> str:
+    why = why_given_up(state)
+    return f"; not started again: {why}" if why else ""
+
+
+def _fault(seen: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: seen[key] for key in ("node", "fault", "time_unix_s")}
 
 
 def _failure(
@@ -124,11 +140,13 @@ def _failure(
         return "failed", int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
     if lost:
         code, words = state.losses.cause_of(next(iter(state.losses.codes)))
-        why = why_given_up(state)
-        return "failed", code, words + (f"; not started again: {why}" if why else "")
+        rigid = f"; {_RIGID_WORDS}" if state.plan.cluster in _RIGID else _given_up(state)
+        return "failed", code, words + rigid
     if verdict.first is not None:
-        why = why_given_up(state)
-        return "failed", verdict.first.exit_code, verdict.reason + (f"; not started again: {why}" if why else "")
+        return "failed", verdict.first.exit_code, verdict.reason + _given_up(state)
     if len(state.results) == len(state.plan.nodes) and not state.over:
         return "succeeded", 0, ""
+    told = state.decisions.get(state.attempt)
+    if told is not None and not told["again"]:  # no rank failed: agents ended them for what they saw of a machine
+        return "failed", told["exit_code"], f"{told['evidence']}; not started again: {told['reason']}"
     return "failed", int(Exit.INTERNAL), "the agents ended without a word"

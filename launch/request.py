@@ -9,9 +9,11 @@ from pathlib import Path
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
 from meshwright.clusters.retry import RetryPolicy
+from meshwright.clusters.watching import Watch
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
-from meshwright.launch.spares import spares_of
+from meshwright.launch.sizes import size_lines, sized
+from meshwright.launch.spares import can_shrink, fewest_of, range_of
 from meshwright.launch.spec.conduct import Secret as SecretSource
 from meshwright.launch.values import fill
 
@@ -29,8 +31,11 @@ def run_dir_of(loaded: LoadedJob, run_id: str, base: Path) -> Path:
 
 
 def resolved_job(loaded: LoadedJob, run_id: str, base: Path) -> dict[str, object]:
-    """The job as ranks read it: templates filled and directories absolute, since ranks run in another directory."""
-    resolved = loaded.job.as_dict()
+    """The job as ranks read it, on as many nodes as there are.
+
+    Templates are filled and directories absolute, since ranks run in another directory.
+    """
+    resolved = sized(loaded).job.as_dict()
     checkpoints = fill(loaded.job.checkpoint.dir, name=loaded.job.name, run_id=run_id)
     resolved["logs"]["dir"] = str(run_dir_of(loaded, run_id, base))
     resolved["checkpoint"]["dir"] = str((base / checkpoints).absolute())
@@ -67,7 +72,7 @@ def request_of(
     Raises:
         JobError: for a secret that is not there, or a working directory that does not exist.
     """
-    job = loaded.job
+    job = sized(loaded).job
     return StartRequest(
         name=job.name,
         run_id=run_id,
@@ -100,6 +105,12 @@ def limits_of(loaded: LoadedJob) -> Limits:
     """How long things may take, and how often they are tried; a node is only left out while there is another."""
     failure, join_timeout_s = loaded.job.failure, loaded.job.rendezvous.join_timeout
     limits = Limits(failure.max_restarts, failure.shutdown_grace, join_timeout_s, retry=_retries(loaded))
+    if range_of(loaded.job) is not None:
+        limits = replace(limits, fewest_nodes=fewest_of(loaded.job), sizes=size_lines(loaded))
+    watch = loaded.job.health.watch
+    if watch is not None:
+        seen = Watch(watch.interval, watch.max_temp_c, watch.xid, watch.on_fault == "restart")
+        limits = replace(limits, watch=seen)
     if failure.hang is None:
         return limits
     return replace(limits, hang_s=failure.hang.no_progress_for, hang_action=failure.hang.action)
@@ -116,7 +127,7 @@ def _retries(loaded: LoadedJob) -> RetryPolicy:
         retry_on=failure.retry_on,
         no_retry_on=failure.no_retry_on,
         stop_after_no_progress=failure.stop_after_no_progress,
-        exclude_after=failure.exclude_bad_nodes if spares_of(loaded.job) or not named else None,
+        exclude_after=failure.exclude_bad_nodes if can_shrink(loaded.job) or not named else None,
     )
 
 

@@ -55,7 +55,9 @@ def line_of(told: Mapping[str, Any]) -> str:
     where = "" if told["step"] is None else f" at step {told['step']}"
     what = f"attempt {told['attempt']}: {told['kind'] or 'failure'}{where}: {_cause(told)}"
     if "down_s" in told:
-        return f"{what}; started again after a wait of {told['wait_s']:.3g} s, {told['down_s']:.1f} s lost"
+        changed = told.get("nodes")
+        where = f" on {changed[1]} nodes instead of {changed[0]}" if changed else ""
+        return f"{what}; started again{where} after a wait of {told['wait_s']:.3g} s, {told['down_s']:.1f} s lost"
     return f"{what}; starting again in {told['wait_s']:.3g} s: {told['reason']}"
 
 

@@ -16,10 +16,13 @@ from typing import Any
 from meshwright.launch.exits import Exit
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["EXCLUDED_FILE", "RunDirError", "create_run_dir", "make_run_id", "write_json", "write_text"]
+__all__ = ["ASKED_FILE", "EXCLUDED_FILE", "RunDirError", "create_run_dir", "make_run_id", "write_json", "write_text"]
 
 EXCLUDED_FILE = "excluded.json"
 """Nodes that a run went on without: who, why, when; absent where there are none."""
+
+ASKED_FILE = "asked.json"
+"""Job and plan of an elastic run in a queue, for the most nodes it may get; job.json has those it got."""
 
 _FOLDERS = ("logs", "errors", "ranks", "private")
 

@@ -159,7 +159,7 @@ def _left_out(run_dir: str) -> str:
     """Nodes that a run goes on without, and why."""
     try:
         told = json.loads(Path(run_dir, EXCLUDED_FILE).read_text())
-        return ", ".join(f"{each['node']} ({each['why']})" for each in told)
+        return ", ".join(f"{each['node']} ({each['why']})" for each in told if "back_unix_s" not in each)
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

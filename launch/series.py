@@ -9,6 +9,7 @@ from typing import Any
 from meshwright.clusters.base import StartPlan, StartRequest, Submission
 from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.slurm_array import array_of, as_tasks, unlike
+from meshwright.launch.after import after_others
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob, OpenJob
 from meshwright.launch.preflight import on_fit_nodes
@@ -115,7 +116,8 @@ def series_of(opened: OpenJob, sweep: SweepPlan, sweep_id: str, *, base: Path, r
     members = []
     jobs = jobs_of(opened, sweep)
     for variant, loaded in zip(sweep.variants, _on_fit_nodes(jobs, base) if reveal else jobs, strict=True):
-        request = request_of(loaded, sweep.run_id(sweep_id, variant.index), base=base, reveal=reveal)
+        asked = request_of(loaded, sweep.run_id(sweep_id, variant.index), base=base, reveal=reveal)
+        request = after_others(asked, loaded)
         cluster = cluster_of(loaded)
         secrets = {secret.name: secret.value for secret in request.program.secrets}
         members.append(Member(variant, loaded, request, cluster, cluster.plan(request), secrets))

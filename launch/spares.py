@@ -1,4 +1,7 @@
-"""A job without some of its nodes: those that it names besides the ones it needs take their places."""
+"""A job without some of its nodes: those that it names besides the ones it needs take their places.
+
+An elastic job (`nodes: {min, max}`) may also go on with fewer.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,8 +14,9 @@ from meshwright.parallel.errors import MeshwrightError
 
 if TYPE_CHECKING:
     from meshwright.launch.spec.job import Job
+    from meshwright.launch.spec.machines import NodeRange
 
-__all__ = ["SpareError", "names_of", "spares_of", "without"]
+__all__ = ["SpareError", "can_shrink", "fewest_of", "names_of", "range_of", "spares_of", "without"]
 
 
 class SpareError(MeshwrightError):
@@ -31,6 +35,22 @@ def spares_of(job: "Job") -> tuple[str, ...]:
     return names_of(job)[job.num_nodes :]
 
 
+def range_of(job: "Job") -> "NodeRange | None":
+    """Numbers of nodes that an elastic job runs on; None of one that is not."""
+    return None if isinstance(job.nodes, int) else job.nodes
+
+
+def fewest_of(job: "Job") -> int:
+    """Fewest nodes that a job runs on."""
+    found = range_of(job)
+    return job.num_nodes if found is None else found.min
+
+
+def can_shrink(job: "Job") -> bool:
+    """Whether a job can do without one of the nodes that it names."""
+    return len(names_of(job)) > fewest_of(job)
+
+
 def without(loaded: LoadedJob, names: tuple[str, ...]) -> LoadedJob:
     """The job on other nodes.
 
@@ -43,9 +63,10 @@ def without(loaded: LoadedJob, names: tuple[str, ...]) -> LoadedJob:
     """
     job, who, known = loaded.job, ", ".join(names), names_of(loaded.job)
     kept = [name for name in known if name not in names]
-    if len(kept) < job.num_nodes:
+    if len(kept) < fewest_of(job):
+        least = "" if fewest_of(job) == job.num_nodes else "at least "
         spare = f"{len(kept)} of the {len(known)} hosts it names are left" if known else "it names no other hosts"
-        raise SpareError(f"{who} cannot be left out: the job wants {job.num_nodes} nodes, and {spare}")
+        raise SpareError(f"{who} cannot be left out: the job wants {least}{fewest_of(job)} nodes, and {spare}")
     stated = job.as_dict()
     if job.cluster.type == "local":
         stated["cluster"]["exclude"] = [*stated["cluster"]["exclude"], *names]

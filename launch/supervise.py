@@ -63,6 +63,7 @@ class RunState:
         decisions: attempt that failed -> what its agents agreed on.
         down_s: attempt that failed -> seconds until ranks had started again.
         again_unix_s: attempt that failed -> when they did.
+        health: what agents saw of their machines.
     """
 
     plan: StartPlan
@@ -75,6 +76,7 @@ class RunState:
     decisions: dict[int, dict[str, Any]] = field(default_factory=dict)
     down_s: dict[int, float] = field(default_factory=dict)
     again_unix_s: dict[int, float] = field(default_factory=dict)
+    health: list[dict[str, Any]] = field(default_factory=list)
     _down_unix_s: float | None = None
 
     @classmethod
@@ -97,10 +99,19 @@ class RunState:
             self.results[node] = (event["state"], event.get("message", ""))
         elif kind == "gone" and node not in self.results:
             self.losses.take(event, now_unix_s())
-        elif kind == "decided":
-            self._agree(event)
+        elif kind in ("decided", "health"):
+            self._note(event)
         elif kind == "joined" and not event["shared"] and node not in self.apart:
             self.apart.append(node)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """What agents agreed on, or one saw of its machine: a fault, or that there is nothing to look at."""
+        if event["event"] == "decided":
+            self._agree(event)
+            return
+        self.health.append({key: value for key, value in event.items() if key != "event"})
+        if event["fault"] is not None:
+            self.losses.sick.setdefault(event["node"], event["fault"])
 
     def _agree(self, event: dict[str, Any]) -> None:
         told = {key: value for key, value in event.items() if key not in _ENVELOPE}
@@ -128,6 +139,7 @@ class RunState:
     def _fail(self) -> None:
         """No rank runs any more, since the first of them failed or a node was lost, if not since before."""
         failed_s = [end.time_unix_s for end in self.ends.values() if end.code and not end.ended_by_us]
+        failed_s = failed_s or [end.time_unix_s for end in self.ends.values()]  # ended for what was seen of a machine
         failed_s += [self.losses.since_unix_s] if self.losses.codes else []
         known_s = [] if self._down_unix_s is None else [self._down_unix_s]
         self._down_unix_s = min([*failed_s, *known_s], default=None)

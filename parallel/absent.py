@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Absent"]
+__all__ = ["Absent", "stand_in"]
 
 
 class Absent(Tensor):
@@ -32,8 +32,13 @@ class Absent(Tensor):
     @classmethod
     def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
         """One of this shape."""
+        return cls.like(stand_in(shape, dtype, device), shape, dtype=dtype, device=device)
+
+    @classmethod
+    def like(cls, stand_in: Tensor, shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> "Absent":
+        """One that goes through operations as `stand_in` does, which `stand_in()` gave for the same."""
         absent: Absent = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        absent.stand_in = _stand_in(shape, dtype, device)
+        absent.stand_in = stand_in
         return absent
 
     @classmethod
@@ -116,13 +121,23 @@ def _refuse_writes(func: Any, args: Any) -> None:
             )
 
 
-@lru_cache(maxsize=256)
-def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without values, shared by all that are like it: to make one takes 0.1 ms."""
-    with _fakes():
+    return _made(shape, dtype, device=device, fakes=_fakes())
+
+
+@lru_cache(maxsize=256)
+def _made(shape: torch.Size, dtype: torch.dtype, *, device: torch.device, fakes: FakeTensorMode) -> Tensor:
+    with fakes:
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-@cache
 def _fakes() -> FakeTensorMode:
+    """The one that runs, in which nothing has values; else our own."""
+    running = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return running if isinstance(running, FakeTensorMode) else _own()
+
+
+@cache
+def _own() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from meshwright.parallel.context.dealing import Dealing, DealingKind
 from meshwright.parallel.progress import Call, Waiting
 
-__all__ = ["PaperAxis", "ProcessAxis"]
+__all__ = ["ProcessAxis"]
 
 _UNNAMED = Call("a collective", ())
 
@@ -68,19 +68,6 @@ class ProcessAxis:
     def _reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
         with Waiting(self.call, self.call.begun()):
             dist.reduce_scatter_tensor(mine, whole, group=self.group)
-
-
-class PaperAxis(ProcessAxis):
-    """An axis whose other ranks are not there: everything but the sending is done, for runs without values."""
-
-    def _all_reduce(self, tensor: torch.Tensor, kind: Any) -> None:
-        """Sends nothing."""
-
-    def _all_gather(self, parts: torch.Tensor, mine: torch.Tensor) -> None:
-        """Sends nothing."""
-
-    def _reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor) -> None:
-        """Sends nothing."""
 
 
 def _padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:

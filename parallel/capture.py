@@ -9,13 +9,13 @@ whenever it stops.
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import lru_cache, partial, partialmethod
 from typing import Any, Protocol
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
@@ -23,10 +23,23 @@ from meshwright.parallel.randomness import generators_kept, skip_block
 from meshwright.parallel.recompute import Frame
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Arguments", "Flow", "Guide", "captured"]
+__all__ = ["Arguments", "Backward", "Flow", "Guide", "captured"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block's call."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How a pass will go back.
+
+    Args:
+        recomputed: names of blocks of which only the inputs are kept.
+        halves: whether the gradients of inputs come first and those of weights later.
+    """
+
+    recomputed: Container[str] = ()
+    halves: bool = False
 
 
 class Guide(Protocol):
@@ -42,6 +55,11 @@ class Guide(Protocol):
         """The stage to which what comes before all blocks is counted."""
         ...
 
+    @property
+    def lacks(self) -> bool:
+        """Whether the call that was asked about last takes what others made."""
+        ...
+
     def passes_by(self, block: str) -> bool:
         """Whether a call is left out, and `instead` is what it gives."""
         ...
@@ -51,7 +69,7 @@ class Guide(Protocol):
         ...
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
-        """What a block takes, in the place of what the model gave it."""
+        """What a block takes, in the place of what the model gave it, where it `lacks` something."""
         ...
 
     def gave(self, block: str, output: Any) -> None:
@@ -68,7 +86,7 @@ class Flow:
     Args:
         run: the pass; what it returns becomes `result`.
         guide: decides about calls.
-        recomputed: names of blocks of which only the inputs are kept.
+        backward: how it will go back.
 
     Attributes:
         waits: name of the block whose call is next; None before the start and at the end.
@@ -78,7 +96,7 @@ class Flow:
         frames: stage -> calls that are recomputed.
     """
 
-    def __init__(self, run: Callable[[], Any], guide: Guide, recomputed: Container[str] = ()) -> None:
+    def __init__(self, run: Callable[[], Any], guide: Guide, backward: Backward) -> None:
         self.waits: str | None = None
         self.ended = False
         self.result: Any = None
@@ -86,12 +104,11 @@ class Flow:
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
-        self._recomputed = recomputed
+        self._backward = backward
         self._until = (-1, False)  # stage, and whether the pass ends there
-        self._state = ThreadState(random=False)
+        self._state: ThreadState | None = None  # of the pass, while it is stopped
         self._work = run
-        self._coroutine = greenlet(self._run)
-        self._coroutine.gr_context = copy_context()
+        self._coroutine: greenlet | None = None
 
     def resume(self, limit: int = -1, *, last: bool = False) -> None:
         """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end.
@@ -99,49 +116,72 @@ class Flow:
         Where this is the last time, the pass ends at that call, and `arguments` tells of it.
         """
         self._until = limit, last
-        self._enter(self._coroutine.switch)
+        if self._coroutine is not None:
+            self._enter(self._coroutine.switch)
+        elif last:
+            self._run_through()
+        else:
+            self._coroutine = greenlet(self._run)
+            self._coroutine.gr_context = copy_context()
+            self._enter(self._coroutine.switch)
 
     def close(self) -> None:
         """Ends a pass that is not wanted any more."""
-        if self._coroutine and not self.ended:
+        if self._coroutine is not None and not self.ended:
             self._enter(self._coroutine.throw)
 
     def forget(self) -> None:
         """Lets go of the graph, after backward."""
         self.arguments = ((), {})
         if self.result is not None:
-            self.result = tree_map(_detached, self.result)
+            self.result = tuple(map(_detached, self.result))
         self.frames.clear()
         self.cuts.forget()
 
     def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
         """Called inside, for a block whose own class is `kind`."""
-        stage = self._guide.stages[name]
-        limit, last = self._until
-        if stage > limit:
-            self.waits, self.arguments = name, arguments
-            if last:
-                raise GreenletExit
-            assert self._coroutine.parent is not None, name
-            self._coroutine.parent.switch()
-            self.waits, self.arguments = None, ((), {})
-        if self._guide.passes_by(name):
+        guide, cuts = self._guide, self.cuts
+        stage = guide.stages[name]
+        if stage > self._until[0]:
+            self._stop(name, arguments)
+        if guide.passes_by(name):
             note_passing(block, arguments)
             skip_block(name)
-            return self._guide.instead(name)
-        self.cuts.check(name)
-        first, remade = stage > self.cuts.stage, name in self._recomputed and torch.is_grad_enabled()
-        if first:
-            self.cuts.begin(stage)
-        arguments = self._guide.completed(name, arguments)
-        if remade:
-            self.cuts.begin(self.cuts.stage)
-        args, kwargs = self.cuts.cut(*arguments) if first or remade else arguments
-        work = partial(kind.__call__, block)
-        output = self._remade(name, work, (args, kwargs)) if remade else work(*args, **kwargs)
-        self.cuts.rebase()
-        self._guide.gave(name, output)
+            return guide.instead(name)
+        if cuts.given:
+            cuts.check(name)
+        remade = name in self._backward.recomputed and torch.is_grad_enabled()
+        if remade or stage > cuts.stage or cuts.opening or guide.lacks:
+            output = self._run_cut(name, partial(kind.__call__, block), arguments, remade=remade)
+        else:
+            output = kind.__call__(block, *arguments[0], **arguments[1])
+        if cuts.given:
+            cuts.rebase()
+        guide.gave(name, output)
         return output
+
+    def _run_cut(self, name: str, work: partial[Any], arguments: Arguments, *, remade: bool) -> Any:
+        """Runs a block that begins a piece, or takes what others made."""
+        cuts, stage = self.cuts, self._guide.stages[name]
+        first = stage > cuts.stage or cuts.opening
+        if first:
+            cuts.begin(stage)
+        if self._guide.lacks:
+            arguments = self._guide.completed(name, arguments)
+        if remade:
+            cuts.begin(stage)
+        args, kwargs = cuts.cut(*arguments) if first or remade else arguments
+        return self._remade(name, work, (args, kwargs)) if remade else work(*args, **kwargs)
+
+    def _stop(self, name: str, arguments: Arguments) -> None:
+        """Before a call of a later stage: gives control back, or ends the pass."""
+        self.waits, self.arguments = name, arguments
+        if self._until[1]:
+            raise GreenletExit
+        assert self._coroutine is not None, name
+        assert self._coroutine.parent is not None, name
+        self._coroutine.parent.switch()
+        self.waits, self.arguments = None, ((), {})
 
     def _remade(self, name: str, work: partial[Any], arguments: Arguments) -> Any:
         """Runs a block of which only the inputs are kept."""
@@ -149,10 +189,25 @@ class Flow:
         self.frames.setdefault(self.cuts.stage, []).append(frame)
         return frame.run()
 
+    def _run_through(self) -> None:
+        """A pass that stops nowhere needs no coroutine; cut short, it must leave the thread as it was."""
+        outside = ThreadState(random=False)
+        torch.clear_autocast_cache()
+        try:
+            copy_context().run(self._run)
+        except BaseException as end:
+            outside.enter()
+            if not isinstance(end, GreenletExit):
+                raise
+
     def _enter(self, how: Callable[[], Any]) -> None:
+        assert self._coroutine is not None
         outside = ThreadState(random=False)
         self._coroutine.parent = getcurrent()
-        self._state.enter(outside)
+        if self._state is not None:
+            self._state.enter(outside)
+        else:
+            torch.clear_autocast_cache()
         try:
             how()
         finally:
@@ -163,6 +218,7 @@ class Flow:
         _FLOWS[getcurrent()] = self
         try:
             self.cuts.begin(self.cuts.stage)
+            self.cuts.opening = self._backward.halves
             self.result = self._work()
             self.cuts.check("the end")
         finally:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from meshwright.parallel.axis import PaperAxis, ProcessAxis
+from meshwright.parallel.axis import ProcessAxis
 from meshwright.parallel.errors import MeshError
 from meshwright.parallel.folding import FOLDS, fold_groups, ranks_along
 from meshwright.parallel.mesh import AXES, Mesh
@@ -27,10 +27,10 @@ from meshwright.parallel.watchdog import guard, unguard
 
 __all__ = [
     "Groups",
-    "PaperAxis",
     "Pending",
     "ProcessAxis",
     "World",
+    "forget_meshes",
     "gather_integers",
     "start_ranks",
     "stop_ranks",
@@ -109,8 +109,13 @@ def stop_ranks() -> None:
     unguard()
     if dist.is_initialized():
         dist.destroy_process_group()
-        if "torch.distributed.tensor" in sys.modules:  # it remembers meshes, and so groups that are gone
-            import_module("torch.distributed.tensor.debug")._clear_sharding_prop_cache()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """Has torch forget meshes, since it remembers them and so groups that are gone."""
+    if "torch.distributed.tensor" in sys.modules:
+        import_module("torch.distributed.tensor.debug")._clear_sharding_prop_cache()
 
 
 @cache
@@ -229,23 +234,21 @@ class Groups:
         if group is None:
             return Pending(None)
         work = dist.all_reduce(tensor, group=group, async_op=True)
-        return self._started(work, self.call("all_reduce", *axes))
+        return _started(self, work, self.call("all_reduce", *axes))
 
     def gather_into(self, whole: torch.Tensor, mine: torch.Tensor, axis: str) -> Pending:
         """Starts filling `whole` with every rank's `mine` along an axis of degree above one (1-dim, in order)."""
         work = dist.all_gather_into_tensor(whole, mine, group=self.group(axis), async_op=True)
-        return self._started(work, self.call("all_gather", axis))
+        return _started(self, work, self.call("all_gather", axis))
 
     def reduce_scatter(self, mine: torch.Tensor, whole: torch.Tensor, axis: str) -> Pending:
         """Starts summing `whole` over an axis of degree above one, of which `mine` gets this rank's part (1-dim)."""
         work = dist.reduce_scatter_tensor(mine, whole, group=self.group(axis), async_op=True)
-        return self._started(work, self.call("reduce_scatter", axis))
+        return _started(self, work, self.call("reduce_scatter", axis))
 
-    def _started(self, work: Any, call: Call) -> Pending:
-        pending = Pending(work, call)
-        if self.notice is not None:
-            self.notice(pending)
-        return pending
+    def flags(self, summed: torch.Tensor) -> list[bool]:
+        """Which flags some rank raised, of sums over ranks (1-dim)."""
+        return [total > 0 for total in summed.tolist()]
 
     def wide(self, axis: str) -> Any:
         """This rank's process group along an axis of degree above one."""
@@ -277,3 +280,10 @@ class Groups:
         with Waiting(call, call.begun()):
             dist.all_gather(parts, tensor, group=group)
         return parts
+
+
+def _started(groups: Groups, work: Any, call: Call) -> Pending:
+    pending = Pending(work, call)
+    if groups.notice is not None:
+        groups.notice(pending)
+    return pending

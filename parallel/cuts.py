@@ -38,11 +38,15 @@ class Cuts:
 
     Attributes:
         stage: of the piece that is made now.
+        opening: whether the first block begins a piece too. Where halves of a backward are told apart, the first one
+            goes back to what that block takes, or it would have nothing to do in the first stage.
         borders: (stage, sequence number) where each piece of the autograd graph begins. A node belongs to the last
             piece that began at or before its number.
         origins: leaf made at a border -> the edge of the graph that it continues.
         leaves: id of what the last border handed on -> its leaf, until its block is through.
         hooked: nodes whose tensors got hooks.
+        given: what borders handed on, as far as somebody may still look at it: there is something to `check` and
+            to `rebase` only where there is any.
 
     >>> cuts, weight = Cuts(0), torch.ones(2, requires_grad=True)
     >>> cuts.begin(0)
@@ -56,16 +60,17 @@ class Cuts:
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
+        self.opening = False
         self.borders: list[tuple[int, int]] = []
         self.origins: Any = WeakTensorKeyDictionary()
         self.leaves: dict[int, Tensor] = {}
         self.hooked: set[Any] = set()
+        self.given: list[_Cut] = []
         self._new: list[tuple[Tensor, Tensor]] = []
-        self._given: list[_Cut] = []
 
     def begin(self, stage: int) -> None:
         """Begins a piece."""
-        self.stage = stage
+        self.stage, self.opening = stage, False
         self.borders.append((stage, torch._C._autograd._get_sequence_nr()))
 
     def cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -78,7 +83,7 @@ class Cuts:
 
     def rebase(self) -> None:
         """Behind a block: where it changed what was given, others who hold that go on with the change's history."""
-        for each in self._given:
+        for each in self.given:
             made = each.fresh()
             if made is not None and made._version != each.version:
                 for known, value in each.alive():
@@ -93,8 +98,8 @@ class Cuts:
         Raises:
             WrapError: naming the block.
         """
-        held = [(each, made) for each in self._given if each.alive() and (made := each.fresh()) is not None]
-        self._given = [each for each, _ in held]
+        held = [(each, made) for each in self.given if each.alive() and (made := each.fresh()) is not None]
+        self.given = [each for each, _ in held]
         if any(
             made._version != each.version or any(value._version != each.values[known] for known, value in each.alive())
             for each, made in held
@@ -106,12 +111,13 @@ class Cuts:
 
     def end(self) -> None:
         """Lets go of values; backward needs the rest."""
-        self._new, self._given, self.leaves = [], [], {}
+        self._new, self.given, self.leaves = [], [], {}
 
     def forget(self) -> None:
         """Lets go of everything."""
         self.end()
-        self.origins.clear()
+        if len(self.origins):  # asking is cheaper than clearing nothing
+            self.origins.clear()
         self.hooked.clear()
 
     def _cut(self, value: Any) -> Any:
@@ -135,13 +141,13 @@ class Cuts:
         made = fresh(leaf)
         self.leaves[id(made)] = leaf
         self._new.append((value, made))
-        stood_for = [each.values for each in self._given if each.fresh() is value]
+        stood_for = [each.values for each in self.given if each.fresh() is value]
         values = {
             known: version
             for before in (*stood_for, {TensorWeakRef(value): value._version})
             for known, version in before.items()
         }
-        self._given.append(_Cut(TensorWeakRef(made), made._version, values))
+        self.given.append(_Cut(TensorWeakRef(made), made._version, values))
         return made
 
 

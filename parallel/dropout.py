@@ -37,7 +37,12 @@ _DRAWING = (
 _DEFAULT_GENERATOR = Lock()
 _ALONE = Dealing("contiguous", 1)
 
-_RANDOM = (torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.bernoulli)
+_RANDOM = (
+    *(torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.randint_like),
+    *(torch.normal, torch.bernoulli, torch.poisson, torch.binomial, torch.multinomial, torch.randperm),
+    *(Tensor.uniform_, Tensor.normal_, Tensor.log_normal_, Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_),
+    *(Tensor.random_, Tensor.bernoulli_, Tensor.bernoulli, Tensor.multinomial),
+)
 
 
 class PlainDropout(TorchFunctionMode):
@@ -70,6 +75,7 @@ class PlainDropout(TorchFunctionMode):
         self._length = length
         self._generator = generator
         self.shapes: list[tuple[int, ...]] = []
+        self.drawing: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -87,6 +93,7 @@ class PlainDropout(TorchFunctionMode):
     def _drawn(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """A call that may draw, from this generator."""
         if func in _RANDOM:
+            self.drawing.add(func.__name__)
             keywords.setdefault("generator", self._generator)
         if func in _DRAWING and not _is_plugged(func):
             return self._seeded(lambda: func(*args, **keywords))

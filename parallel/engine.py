@@ -5,7 +5,7 @@ with weights items_m and divided by the same number once, which is known when th
 its backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -16,14 +16,14 @@ from torch import Tensor
 from meshwright.parallel.agreement import check_buffers, check_losses
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
-from meshwright.parallel.capture import captured
+from meshwright.parallel.capture import Backward, captured
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import call, check_constant, num_samples, split, to_device
 from meshwright.parallel.options import Options
-from meshwright.parallel.pipeline.actions import Schedule
+from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.observe import both, watch_progress
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Route
@@ -32,7 +32,7 @@ from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
-from meshwright.parallel.randomness import draw_by_block, keyed
+from meshwright.parallel.randomness import draw_by_block, draw_from_key, keyed
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
@@ -54,7 +54,15 @@ class StepStats:
 class Engine:
     """Runs steps of one wrapped model on one rank."""
 
-    def __init__(self, data: DataEngine, groups: Groups, options: Options, stages: Stages) -> None:
+    def __init__(
+        self,
+        data: DataEngine,
+        groups: Groups,
+        options: Options,
+        stages: Stages,
+        *,
+        routes: Mapping[Hashable, Route] | None = None,
+    ) -> None:
         self.data = data
         self.options = options
         self.num_steps = 0
@@ -64,8 +72,11 @@ class Engine:
         self._contract = options.contract
         self._stages = stages
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
+        self._routes: Routes | None = None
         self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
-        self._routes = None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire)
+        self._routes = (
+            None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire, known=routes)
+        )
         draw_by_block(find_blocks(data.module, options.blocks))
         self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
@@ -148,17 +159,17 @@ class Engine:
 
     def _scheduled(self, parts: list[Any]) -> StepStats:
         """Block by block, in the order of the schedule."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        losses = torch.zeros(len(parts), dtype=torch.float64, device=self._device)
+        found = torch.zeros(2 + len(parts), dtype=torch.float64, device=self._device)
+        sums, losses = found[:2], found[2:]
         summed = told = Pending(None)
 
         def forwarded() -> None:
             nonlocal summed, told
             if self._has_loss:
-                found = [each.result for each in passes]
-                losses.copy_(torch.stack([loss.detach().double() for loss, _ in found]))
-                items = torch.stack([each for _, each in found])
-                sums.copy_(torch.stack([_weighted(losses, items).sum(), items.sum()]))
+                _put(found, [each.result for each in passes])
+            if self._groups.mesh.data_degree == 1:  # the same ranks
+                summed = self._groups.all_reduce(found, "pp")
+                return
             summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
             told = self._groups.all_reduce(losses, "pp")
 
@@ -171,7 +182,7 @@ class Engine:
         self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
-            transfers = Transfers(self._stages.schedule, routes, self._wire) if self._wire else None
+            transfers = Transfers(self._stages.timetable, routes, self._wire) if self._wire else None
             self.data.open()
             work = Work(passes, self.data, transfers, forwarded, weight, self._watching(), self._attributes())
             execute(self._stages.actions, work)
@@ -202,7 +213,7 @@ class Engine:
         actions = self._stages.forward_actions
         with captured(self._stages.blocks):
             passes, routes = self._passes([batch])
-            transfers = Transfers(self._stages.forward, routes, self._wire) if self._wire else None
+            transfers = Transfers(self._stages.forward_timetable, routes, self._wire) if self._wire else None
             self.data.open()
             execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
         if self._wire is not None:
@@ -213,6 +224,7 @@ class Engine:
         """A pass for each micro-batch, and their routes."""
         routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0, alone=True))
         mine = sorted(set(self._stages.mine.values()))
+        backward = Backward(self._stages.recomputed, self._stages.schedule.has(Kind.INPUT_GRADIENT))
         passes = [
             Pass(
                 partial(self._forward, part, index, alone=True),
@@ -220,7 +232,7 @@ class Engine:
                 mine=mine,
                 route=routes[index] if routes else None,
                 device=self._device,
-                recomputed=self._stages.recomputed,
+                backward=backward,
             )
             for index, part in enumerate(parts)
         ]
@@ -235,8 +247,12 @@ class Engine:
         number = self._data_rank * self.options.num_microbatches + index
         key = (self.options.seed, "step", self.num_steps, "microbatch", number)
         moved = to_device(part, self._device)
-        with keyed(*key, alone=alone):
-            return self._contract.run(lambda: call(self.data.module, moved), moved, num_samples(moved))
+        run = partial(self._contract.run, lambda: call(self.data.module, moved), moved, num_samples(moved))
+        if alone:
+            draw_from_key(*key)
+            return run()
+        with keyed(*key):
+            return run()
 
 
 def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:
@@ -247,6 +263,13 @@ def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:
         return sums[1].reciprocal()
 
     return ask
+
+
+def _put(found: Tensor, results: list[tuple[Tensor, Tensor]]) -> None:
+    """Puts the sums of losses times items and of items, and each loss, into one tensor ([2 + micro-batches])."""
+    losses = torch.stack([loss.detach().double() for loss, _ in results])
+    items = torch.stack([each for _, each in results])
+    found.copy_(torch.cat([torch.stack([_weighted(losses, items).sum(), items.sum()]), losses]))
 
 
 def _weight(loss: Tensor, items: Tensor) -> Tensor:

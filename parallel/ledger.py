@@ -165,8 +165,13 @@ class Ledger(TorchDispatchMode):
             self._note(func._schema.name.split("::")[1].strip("_"), args)
         return func(*args, **(kwargs or {}))
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What was recorded so far, in order."""
+        return tuple(self._calls)
+
     def summary(self) -> LedgerSummary:
-        """What was recorded so far."""
+        """The same, counted."""
         return LedgerSummary.of(self._calls)
 
     def _note(self, name: str, args: tuple[Any, ...]) -> None:

@@ -99,8 +99,8 @@ def call(module: Any, batch: Any) -> Any:
     Raises:
         BatchError: when the module's forward does not take what the batch holds.
     """
-    args = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
-    kwargs = batch if isinstance(batch, Mapping) else {}
+    args = batch if isinstance(batch, tuple) else () if isinstance(batch, (dict, Mapping)) else (batch,)
+    kwargs = batch if isinstance(batch, (dict, Mapping)) else {}
     try:
         return module(*args, **kwargs)
     except TypeError as error:
@@ -119,7 +119,7 @@ def call(module: Any, batch: Any) -> Any:
 def _map(value: Any, change: Any) -> Any:
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # a dict first: asking whether anything else is a mapping takes longer
         return {key: _map(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(item, change) for item in value))
@@ -133,7 +133,7 @@ def _map(value: Any, change: Any) -> Any:
 def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         return [(name, value)]
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return [found for key, item in value.items() for found in _tensors(item, f"{name}[{key!r}]")]
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [found for index, item in enumerate(value) for found in _tensors(item, f"{name}[{index}]")]

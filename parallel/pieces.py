@@ -70,17 +70,10 @@ class Pieces:
         self._partial: dict[Any, Tensor] = {}
         self._late: dict[int, tuple[_Piece, list[Any], dict[Any, Tensor], Later]] = {}
         self._done: set[int] = set()
-        roots = dict.fromkeys(each.grad_fn for each in ends if each.grad_fn is not None)
-        if roots:
-            self._look(roots)
-            _close(self._pieces)
-            self._shared = {node for node, number in self._num_users.items() if number > 1}
-            cut = {node for node in hooked if any(after in self._inputs for after, _ in node.next_functions)}
-            weights = [node for node in self._shared if node.variable._backward_hooks]
-            for node in (*(hooked & _gone_by(self._pieces)), *cut, *weights):
-                refuse_hook(node)  # it would see a gradient in parts, or twice
-        self._received.clear()
         self._hooked = hooked
+        self._ends: Sequence[Tensor] | None = ends  # until what is behind them was seen
+        if len(borders) > 1 or hooked:  # torch goes back through one piece by itself
+            self._see()
 
     def give(self, value: Tensor, gradient: Tensor) -> None:
         """Adds to the gradient of one of the ends, before its piece is gone through."""
@@ -94,6 +87,11 @@ class Pieces:
         A parameter that several pieces use gets the sum of their gradients with the last of them that is done.
         """
         mine, inputs, weights = self._begin(piece)
+        if self._ends is not None:
+            self._ends = ()
+            if mine.roots:
+                run_engine(mine.roots)  # adds to what was received, too
+            return
         if not mine.edges and self._shared.isdisjoint(weights):
             self._straight(mine, inputs)
             return
@@ -118,6 +116,7 @@ class Pieces:
 
     def backward_inputs(self, piece: int) -> None:
         """The first half of `backward`: what earlier pieces wait for."""
+        self._see()
         mine, inputs, weights = self._begin(piece)
         with _closed(mine.closed):
             found, early, later = first_half(
@@ -181,6 +180,22 @@ class Pieces:
             return 0
         return max(0, bisect_right(self._borders, node._sequence_nr()) - 1)  # older ones belong to the first
 
+    def _see(self) -> None:
+        """Finds out, once, what each piece reaches and what pieces share."""
+        if self._ends is None:
+            return
+        roots = dict.fromkeys(each.grad_fn for each in self._ends if each.grad_fn is not None)
+        self._ends = None
+        if roots:
+            self._look(roots)
+            _close(self._pieces)
+            self._shared = {node for node, number in self._num_users.items() if number > 1}
+            cut = {node for node in self._hooked if any(after in self._inputs for after, _ in node.next_functions)}
+            weights = [node for node in self._shared if node.variable._backward_hooks]
+            for node in (*(self._hooked & _gone_by(self._pieces)), *cut, *weights):
+                refuse_hook(node)  # it would see a gradient in parts, or twice
+        self._received.clear()
+
     def _look(self, roots: Iterable[Any]) -> None:
         """Goes through the whole graph once and notes what each piece reaches."""
         seen = set(roots)
@@ -197,18 +212,10 @@ class Pieces:
                         continue
                 else:
                     following = after
-                    self._passed(home, after, number)
+                    _pass(self._pieces[home], (after, number), self._home(after) - home)
                 if following not in seen:
                     seen.add(following)
                     todo.append(following)
-
-    def _passed(self, home: int, node: Any, number: int) -> None:
-        """Notes an edge from a node of piece `home` into another piece."""
-        beyond = self._home(node)
-        if beyond < home:
-            self._pieces[home].edges[node, number] = None
-        elif beyond > home:
-            raise WrapError(f"{node.name()} was made in another thread; use schedule='accumulate'")
 
     def _ended(self, piece: _Piece, leaf: Any) -> Any:
         """Notes a leaf of a piece; returns the node where the graph goes on behind it, None where it does not."""
@@ -225,6 +232,14 @@ class Pieces:
                 self._num_users[leaf] += 1
         continues = self._inputs.get(leaf)
         return None if continues is None else continues[0]
+
+
+def _pass(piece: _Piece, edge: Edge, distance: int) -> None:
+    """Notes an edge from a node of a piece into another one, `distance` pieces on."""
+    if distance < 0:
+        piece.edges[edge] = None
+    elif distance > 0:
+        raise WrapError(f"{edge[0].name()} was made in another thread; use schedule='accumulate'")
 
 
 def _close(pieces: Iterable[_Piece]) -> None:

@@ -7,7 +7,7 @@ generator of its own, so that a rank that skips a block draws what follows as th
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["draw_by_block", "generators_kept", "keyed", "seed_of", "skip_block"]
+__all__ = ["draw_by_block", "draw_from_key", "generators_kept", "keyed", "seed_of", "skip_block"]
 
 _MARK_BITS = 16
+_DRAWN_BITS = 64 - _MARK_BITS
+_MARKS = (1 << _MARK_BITS) - 1
 _WORD = (1 << 64) - 1
+_MARKING = 0x9E3779B97F4A7C15
+_GENERATOR = torch.default_generator
 
 
 def seed_of(*key: int | str) -> int:
@@ -31,11 +35,14 @@ def seed_of(*key: int | str) -> int:
     return drawn << _MARK_BITS | _mark(drawn)
 
 
-@contextmanager
-def keyed(*key: int | str, alone: bool = False) -> Iterator[None]:
-    """Draws all random numbers inside from `key`, on CPU and the current GPU.
+def draw_from_key(*key: int | str) -> None:
+    """Draws all random numbers that follow from `key`; whoever asks for it puts the generators back."""
+    _draw_from(seed_of(*key))
 
-    Puts the generators back after, unless who is `alone` with them does that later: it takes as long as a small block.
+
+@contextmanager
+def keyed(*key: int | str) -> Iterator[None]:
+    """Draws all random numbers inside from `key`, on CPU and the current GPU, and puts the generators back after.
 
     >>> with keyed(0, "a"):
     ...     first = torch.rand(1)
@@ -43,8 +50,8 @@ def keyed(*key: int | str, alone: bool = False) -> Iterator[None]:
     ...     torch.equal(first, torch.rand(1))
     True
     """
-    with nullcontext() if alone else generators_kept():
-        _draw_from(seed_of(*key))
+    with generators_kept():
+        draw_from_key(*key)
         yield
 
 
@@ -79,7 +86,7 @@ def skip_block(name: str) -> None:
     """Leaves the generator as it would be after a call of the block."""
     seed = _seed_inside()
     if seed is not None:
-        _draw_from(_child(seed, _number(name, "after")))
+        _draw_part(seed, _number(name, "after"))
 
 
 class _Drawn:
@@ -93,32 +100,35 @@ class _Drawn:
         seed = _seed_inside()
         if seed is None:
             return self.__wrapped__(*args, **kwargs)
-        _draw_from(_child(seed, self._inside))
+        _draw_part(seed, self._inside)
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            _draw_from(_child(seed, self._after))
+            _draw_part(seed, self._after)
 
 
 def _seed_inside() -> int | None:
     """The seed that the generator started from, if it is one of ours: if not, this is no place inside of `keyed`."""
-    seed = torch.initial_seed()
-    drawn, mark = seed >> _MARK_BITS, seed & ((1 << _MARK_BITS) - 1)
-    ours = mark == _child_mark(drawn) or _mark(drawn) == mark
+    seed: int = _GENERATOR.initial_seed()
+    drawn, mark = seed >> _MARK_BITS, seed & _MARKS
+    ours = mark == (drawn * _MARKING & _WORD) >> _DRAWN_BITS or _mark(drawn) == mark
     return seed if ours else None
 
 
-def _child(seed: int, number: int) -> int:
-    """The seed of a part of what draws from `seed`: the mix of splitmix64, since a digest takes a micro-second."""
+def _draw_part(seed: int, number: int) -> None:
+    """Goes on from the seed of a part of what draws from `seed`.
+
+    Mixed as splitmix64 does, since a digest takes a micro-second; told from foreign seeds by a product, for the same
+    reason. Written out, since every block of every micro-batch comes by here twice.
+    """
     mixed = (seed ^ number) & _WORD
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _WORD
     drawn = (mixed ^ (mixed >> 31)) >> (_MARK_BITS + 1)
-    return drawn << _MARK_BITS | _child_mark(drawn)
-
-
-def _child_mark(drawn: int) -> int:
-    return (drawn * 0x9E3779B97F4A7C15 & _WORD) >> (64 - _MARK_BITS)
+    found = drawn << _MARK_BITS | (drawn * _MARKING & _WORD) >> _DRAWN_BITS
+    _GENERATOR.manual_seed(found)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(found)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -128,13 +138,13 @@ def _number(name: str, where: str) -> int:
 
 def _draw_from(seed: int) -> None:
     """What `torch.manual_seed` does, for the generators in use only: asking every kind of device takes 0.15 ms."""
-    torch.default_generator.manual_seed(seed)
+    _GENERATOR.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
 
 
 def _mark(drawn: int) -> int:
-    return _digest(f"mark {drawn}") >> (64 - _MARK_BITS)
+    return _digest(f"mark {drawn}") >> _DRAWN_BITS
 
 
 def _digest(text: str) -> int:

@@ -143,7 +143,8 @@ class Replicate(LocalStates):
             bucket.pending.wait()
             used = set(bucket.names)
             if bucket.missing:  # flags are read only where this rank cannot know
-                used = {name for name, flag in zip(bucket.names, bucket.flags.tolist(), strict=True) if flag > 0}
+                flags = self._groups.flags(bucket.flags)
+                used = {name for name, flag in zip(bucket.names, flags, strict=True) if flag}
             for name in bucket.names:
                 self._trained[name].grad = bucket.views[name] if name in used else None
         self._sum_over_copies()

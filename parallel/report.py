@@ -11,7 +11,7 @@ from meshwright.parallel.context.predicted import reason_unknown
 from meshwright.parallel.costs import settled
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.experts import ExpertPlan
-from meshwright.parallel.footprint import Footprint, footprint
+from meshwright.parallel.footprint import Footprint
 from meshwright.parallel.ledger import Call, LedgerSummary
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
@@ -105,7 +105,7 @@ def describe(model: nn.Module, mesh: Mesh, options: Options, plans: Plans | None
     options = settled(options, model)
     mine = first_shares(model, plans.tensor)
     kept = kept_elements(mine, mesh, options, experts=plans.experts)
-    memory, unknown = _memory(model, mesh, options, plans.tensor)
+    memory, unknown = _memory(model, mesh, options, plans)
     positions = Positions.of(model, mine, mesh=mesh, options=options, plan=plans.context)
     calls = _calls(mine, mesh, options, plan=plans.tensor, positions=positions)
     notes = (*_notes(model), *_padding(mine, mesh), *unknown, *_untold(mesh, options, positions))
@@ -147,15 +147,15 @@ def _copies(mesh: Mesh) -> int:
     return mesh.world_size // mesh.pp // mesh.ep
 
 
-def _memory(
-    model: nn.Module, mesh: Mesh, options: Options, plan: TensorPlan | None
-) -> tuple[Footprint | None, tuple[str, ...]]:
+def _memory(model: nn.Module, mesh: Mesh, options: Options, plans: Plans) -> tuple[Footprint | None, tuple[str, ...]]:
+    from meshwright.parallel.fake_rank import first_footprint  # which builds an engine, whose parts report
+
     if not options.predict_memory:
         return None, ()
     if mesh.ep > 1:
         return None, ("peak memory is not predicted: rows of experts depend on the routing",)
     try:
-        return footprint(model, mesh, options, plan or TensorPlan(degree=1)), ()
+        return first_footprint(model, mesh, options, plans=plans), ()
     except WrapError as error:
         return None, (f"peak memory is not predicted: {error}",)
 

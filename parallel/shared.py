@@ -50,7 +50,7 @@ class SharedGradients:
             flat = torch.cat([*(each.reshape(-1) for each in same.values()), flags])
             self._groups.all_reduce(flat, self._axis).wait()
             *sums, flags = flat.split([*(each.numel() for each in same.values()), len(used)])
-            for (name, each), total, flag in zip(same.items(), sums, flags.tolist(), strict=True):
+            for (name, each), total, flag in zip(same.items(), sums, self._groups.flags(flags), strict=True):
                 each.copy_(total.view_as(each))
                 if not flag:
                     held[name][0].grad = None
@@ -72,6 +72,7 @@ class SharedFlags:
 
     def __init__(self, names: Iterable[str], used: Collection[str], groups: Groups, *axes: str) -> None:
         self._names = list(names)
+        self._groups = groups
         flags = [name in used for name in self._names]
         self._flags = torch.tensor(flags, dtype=torch.float64, device=groups.device_type)
         self._pending = groups.all_reduce(self._flags, *(axes or DATA_AXES)) if flags else Pending(None)
@@ -79,4 +80,4 @@ class SharedFlags:
     def unused(self) -> list[str]:
         """Waits for the other ranks; the parameters that no rank has a gradient for."""
         self._pending.wait()
-        return [name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if not flag]
+        return [name for name, flag in zip(self._names, self._groups.flags(self._flags), strict=True) if not flag]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Action, Schedule
 from meshwright.parallel.pipeline.lower import lowered, only_forward
+from meshwright.parallel.pipeline.transfers import Timetable
 
 __all__ = ["Stages", "stages_of"]
 
@@ -45,6 +47,16 @@ class Stages:
     def forward_actions(self) -> tuple[Action, ...]:
         """What this rank does for one micro-batch without gradients."""
         return self.forward.ranks[self.rank]
+
+    @cached_property
+    def timetable(self) -> Timetable:
+        """The messages of this rank in a step."""
+        return Timetable(self.schedule, self.rank)
+
+    @cached_property
+    def forward_timetable(self) -> Timetable:
+        """Those of one micro-batch without gradients."""
+        return Timetable(self.forward, self.rank)
 
     @property
     def homes(self) -> dict[str, int]:

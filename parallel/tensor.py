@@ -177,9 +177,18 @@ def _once(length: Length, work: Callable[[Tensor], Tensor]) -> Callable[[Any], A
 
 
 def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], length: Length | None) -> None:
-    """Around a module that every rank runs alike on the full sequence; what it says of each position is dealt."""
+    """Around a module that every rank runs alike on the full sequence; what it says of each position is dealt.
+
+    So is what it does to its arguments in place, such as noise that routers add.
+    """
     if length is None:
         return
+    entered: list[tuple[Tensor, Tensor, int]] = []
+
+    def whole(value: Tensor) -> Tensor:
+        made = join(value, axis, 1, length.full)
+        entered.append((value, made, made._version))
+        return made
 
     def dealt(value: Any) -> Any:
         is_whole = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == length.full
@@ -187,10 +196,15 @@ def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], lengt
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         del module
-        return changed(args, kwargs, keys=keys, change=_once(length, lambda value: join(value, axis, 1, length.full)))
+        entered.clear()
+        return changed(args, kwargs, keys=keys, change=_once(length, whole))
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
+        for value, made, version in entered:
+            if made._version != version:
+                value.copy_(cut(made, axis, 1))
+        entered.clear()
         return _mapped(output, dealt)
 
     module.register_forward_pre_hook(before, with_kwargs=True)

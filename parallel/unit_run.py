@@ -66,6 +66,7 @@ class Plain:
         keys: module of the unit -> arguments that are made from the stream and shaped like it.
         stream: the argument that is the stream, if there is one.
         drops: shapes of tensors that dropout was called on.
+        drawing: functions besides dropout that drew random numbers.
     """
 
     unit: nn.Module
@@ -78,6 +79,7 @@ class Plain:
     stream: int | str | None = None
     shape: tuple[int, ...] = ()
     drops: list[tuple[int, ...]] = field(default_factory=list)
+    drawing: tuple[str, ...] = ()
 
 
 def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> Plain:
@@ -113,6 +115,7 @@ def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> 
         stream,
         shape,
         dropout.shapes,
+        tuple(sorted(dropout.drawing)),
     )
 
 

@@ -15,13 +15,10 @@ from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.blockwise.install import BlockwiseAttention
-from meshwright.parallel.blockwise.sizes import Blockwise
-from meshwright.parallel.blockwise.tiling import tile_heads, tile_networks
+from meshwright.parallel.build import deal, engine_of
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.context.chosen import way_of
-from meshwright.parallel.context.install import deal_sequence
 from meshwright.parallel.costs import settled
-from meshwright.parallel.data import LocalStates, build_data_engine
+from meshwright.parallel.data import LocalStates
 from meshwright.parallel.deferred import device_of
 from meshwright.parallel.engine import Engine, StepStats
 from meshwright.parallel.errors import WrapError
@@ -32,9 +29,8 @@ from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.recorder import recording
 from meshwright.parallel.pipeline.timeline import Timeline
-from meshwright.parallel.plan import Plans, deal_model, make_plans, run_by_spans
+from meshwright.parallel.plan import make_plans
 from meshwright.parallel.report import WrapReport, describe
-from meshwright.parallel.spread import spread_over
 from meshwright.parallel.weights import NamedStates, WeightFiles, alias_groups, boxes_of, write_weights
 
 __all__ = ["ParallelModel", "parallelize"]
@@ -58,33 +54,10 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     check_agreement(model, groups)
     names, plans = NamedStates.of(model), make_plans(model, mesh, chosen)
     report = describe(model, mesh, chosen, plans)
-    blocks = chosen.sizes if mesh.cp == 1 else None  # cp attends by blocks anyway
-    blockwise = None if blocks is None else BlockwiseAttention(model, blocks, chosen.example)
-    said = _deal(model, groups, chosen, plans=plans, blockwise=blockwise)
+    blockwise, said = deal(model, groups, chosen, plans=plans)
     report = replace(report, notes=(*report.notes, *said))
-    spread = spread_over(model, groups, chosen, plans=plans, names=names)
-    data = build_data_engine(model, groups, chosen, spread)
-    return ParallelModel(Engine(data, groups, chosen, spread.stages), groups, report, blockwise=blockwise)
-
-
-def _deal(
-    model: nn.Module, groups: Groups, options: Options, *, plans: Plans, blockwise: BlockwiseAttention | None
-) -> list[str]:
-    """Makes the model run by blocks and over axes, in place, pass by pass; returns what a report says of it."""
-    mesh = groups.mesh
-    said = tile_networks(model, options.sizes)
-    handler, spanned = run_by_spans(model, options)
-    if mesh.tp > 1:
-        deal_model(model, plans.tensor, groups.axis("tp"))
-    said += [*spanned, *tile_heads(model, options.sizes, groups.axis("cp") if mesh.cp > 1 else None)]
-    if blockwise is not None:
-        blockwise.install(handler)
-    if plans.context is not None and mesh.cp > 1:
-        way = way_of(options.cp_kind, plans.context.attends, degree=mesh.cp, tp=mesh.tp)
-        deal_sequence(model, plans.context, groups, way=way, sizes=options.sizes or Blockwise())
-    if options.moe is not None:
-        options.moe.deal(model, plans.experts, groups)
-    return said
+    engine = engine_of(model, groups, chosen, plans=plans, names=names)
+    return ParallelModel(engine, groups, report, blockwise=blockwise)
 
 
 class ParallelModel:

@@ -43,6 +43,8 @@ class Cluster:
         num_gpus: all of them.
         gpus_per_node: joined by NVLink.
         network_bytes_per_s: between nodes, per GPU and direction; what the catalog calls usual where None.
+        nics_per_gpu: network cards of a GPU; 0.5 where two share one.
+        fabric: that their network is, in `catalog/exchanges.yaml`: "rdma" (lossless) or "efa".
 
     Raises:
         ValueError: no GPUs.
@@ -52,6 +54,8 @@ class Cluster:
     num_gpus: int
     gpus_per_node: int = 8
     network_bytes_per_s: float | None = None
+    nics_per_gpu: float = 1.0
+    fabric: str = "rdma"
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1 or self.gpus_per_node < 1:

@@ -18,6 +18,7 @@ from meshwright.clusters.simulated.model import Product
 __all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
 
 FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
+_ELEMENT_BYTES = {"fp32": 4}  # of operands and results; narrow ones are read as two, written as two
 _ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
 
 
@@ -109,11 +110,14 @@ class Efficiency:
         """
         rate = self.flops_per_s(gpu, precision)
         slower = 1.0 if product.k % _ALIGNED == 0 and product.n % _ALIGNED == 0 else self.compute.unaligned
-        moved_s = self.memory_s(product.bytes() + more_bytes, gpu)
+        moved = product.bytes(_ELEMENT_BYTES.get(precision, 2)) + more_bytes
+        moved_s = moved / ((gpu.operand_bytes_per_s or gpu.memory_bytes_per_s) * self.compute.memory)
         return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
 
     def flops_per_s(self, gpu: Gpu, precision: str = "bf16") -> float:
-        """What large products reach; never less than in 16 bits."""
+        """What large products reach; in narrower precisions never less than in 16 bits."""
+        if precision not in ("bf16", "fp8", "fp4"):
+            return gpu.matmul_flops_per_s(precision) * self.compute.matmul
         wide = gpu.matmul_flops_per_s("bf16") * self.compute.matmul
         wide *= self.compute.hopper if gpu.generation == "hopper" else 1.0
         narrow = gpu.matmul_flops_per_s(precision) * self.compute.matmul * self.compute.narrow
@@ -156,19 +160,6 @@ class Efficiency:
         latency = self.links.nvlink_s * log2(2 * min(group.size, group.per_node))
         latency += self.links.network_s * (group.nodes - 1)
         return latency + num_bytes * (group.size - 1) / group.size / (group.bytes_per_s * share)
-
-    def exchange_s(self, away_bytes: float, within_bytes: float, group: Group) -> float:
-        """Seconds of an all-to-all in which each rank sends so much to other nodes and to ranks of its own.
-
-        Each GPU sends over its own share of the network; what stays goes over NVLink meanwhile.
-        """
-        if group.size == 1:
-            return 0.0
-        within_s = self.links.nvlink_s + within_bytes / (group.nvlink_bytes_per_s * self.links.nvlink)
-        if group.nodes == 1:
-            return within_s
-        network = group.bytes_per_s / group.per_node
-        return max(within_s, self.links.network_s + away_bytes / (network * self.links.network))
 
     def send_s(self, num_bytes: float, cluster: Cluster, stride: int) -> float:
         """Seconds to send so many bytes to the rank `stride` away."""

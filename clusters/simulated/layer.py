@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
+from meshwright.clusters.simulated.experts import exchange_s
 from meshwright.clusters.simulated.model import Product
 from meshwright.clusters.simulated.training import Training
 
@@ -153,22 +154,8 @@ def _context_parallel_s(training: Training, attention_s: float) -> float:
 
 
 def _expert_parallel_s(training: Training) -> float:
-    """Rows to experts and back, forward and backward, choices spread evenly over nodes.
-
-    A token chosen by several experts of one node is sent there once if the engine does so: of N nodes it reaches
-    N (1 - (1 - 1 / N)^k) on average, all but one of N away.
-    """
-    model, layout = training.model, training.layout
-    if not model.experts or layout.ep == 1:
-        return 0.0
-    group = training.cluster.group(layout.ep, layout.tp)
-    copies = model.top_k / group.nodes
-    if training.engine.once_per_node:
-        copies = 1 - (1 - 1 / group.nodes) ** model.top_k
-    row_bytes = 2 * training.tokens / layout.tp * model.hidden
-    within = model.top_k * (group.per_node - 1) / group.per_node
-    away_bytes, within_bytes = row_bytes * copies * (group.nodes - 1), row_bytes * within
-    return 4 * training.efficiency.exchange_s(away_bytes, within_bytes, group)
+    """Rows to experts and back, forward and backward."""
+    return 4 * exchange_s(training)
 
 
 def head_s(training: Training) -> float:

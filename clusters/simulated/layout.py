@@ -105,6 +105,7 @@ class Engine:
             since 2.1: the last product of the layer is left out.
         once_per_node: a token goes to each node of its experts once, whatever their number.
         host_in_series: the host waits for the GPU in each layer, as DeepSpeed's pipeline engine does.
+        bilevel_nodes: that a bi-level router chooses for each token, and its experts are there; 0 for a flat router.
 
     Raises:
         ValueError: an unknown precision.
@@ -119,6 +120,7 @@ class Engine:
     stops_early: bool = True
     once_per_node: bool = True
     host_in_series: bool = False
+    bilevel_nodes: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp8", "fp4"):

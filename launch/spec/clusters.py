@@ -41,8 +41,8 @@ Word = Annotated[Line, AfterValidator(_word)]
 """One word that is no option."""
 
 _OWNED = (
-    *("account", "array", "batch", "chdir", "constraint", "cpus-per-task", "error", "exclude", "export", "export-file"),
-    *("gid", "gpus-per-node", "input", "job-name", "kill-on-bad-exit", "nodes", "no-requeue", "ntasks"),
+    *("account", "array", "batch", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "export"),
+    *("export-file", "gid", "gpus-per-node", "input", "job-name", "kill-on-bad-exit", "nodes", "no-requeue", "ntasks"),
     *("ntasks-per-node", "open-mode", "output", "parsable", "partition", "qos", "requeue", "reservation", "signal"),
     *("time", "uid", "wait", "wrap"),
 )

@@ -3,13 +3,13 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, Tag, WithJsonSchema, model_validator
 
-from meshwright.launch.spec.block import Block, Count, Directory, Duration, Line, Listed, Name, Prefix, Share
+from meshwright.launch.spec.block import BY_KIND, Block, Count, Directory, Duration, Line, Listed, Name, Prefix, Share
 from meshwright.launch.spec.health import Health
 from meshwright.parallel.errors import nearest
 
-__all__ = ["Backoff", "Checkpoint", "Conduct", "Failure", "Hang", "Logs", "Monitor", "Secret", "Sweep"]
+__all__ = ["After", "Backoff", "Checkpoint", "Conduct", "Failure", "Hang", "Logs", "Monitor", "Secret", "Sweep"]
 
 CAUSES = ("node", "signal", "hang", "preempt", "exit", "config", "import_error", "exit:N")
 
@@ -153,6 +153,16 @@ class Sweep(Block):
     max_parallel: Count = Field(default=1, description="Runs at the same time.")
 
 
+class After(Block):
+    """A run that must have ended before this one starts."""
+
+    run: Name = Field(description="Its run id.")
+    when: Literal["ok", "any"] = Field(default="ok", description="ok: it must have succeeded; any: it must be over.")
+
+
+Earlier = Annotated[Annotated[Name, Tag("<text>")] | Annotated[After, Tag("<mapping>")], BY_KIND]
+
+
 class Conduct(Block):
     """Keys of a job that say how it behaves."""
 
@@ -166,4 +176,6 @@ class Conduct(Block):
         default_factory=Checkpoint, description="Where the job saves and what it continues from."
     )
     sweep: Sweep | None = Field(default=None, description="One run per combination of values.")
-    after: Listed[Name] = Field(default=(), description="Jobs (names or run ids) that must have succeeded before.")
+    after: Listed[Earlier] = Field(
+        default=(), description="Runs by their ids that must have ended before: an id where it must have succeeded."
+    )

@@ -30,6 +30,11 @@ class Watch(Block):
     xid: Literal["critical", "any", "ignore"] = Field(
         default="critical", description="Which NVIDIA Xid errors are faults."
     )
+    on_fault: Literal["record", "restart"] = Field(
+        default="record",
+        description="What a fault leads to: it is kept, and the next restart leaves the node out if "
+        "failure.exclude_bad_nodes allows that; or ranks start again without the node at once.",
+    )
 
 
 class Health(Block):

@@ -22,10 +22,13 @@ PortChoice = Annotated[Annotated[Port, Tag("<integer>")] | Annotated[Literal["au
 
 
 class NodeRange(Block):
-    """An elastic number of nodes."""
+    """An elastic number of nodes: as many as there are when ranks start."""
 
     min: Count = Field(description="Fewest nodes the job runs on.")
-    max: Count = Field(description="Most nodes the job uses.")
+    max: Count = Field(
+        description="Most nodes the job uses; `parallel` is the mesh of so many. With fewer, dp and then fsdp are "
+        "smaller and num_microbatches larger, for the same batches."
+    )
 
 
 class Cores(Block):

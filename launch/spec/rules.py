@@ -115,12 +115,13 @@ def _nodes(job: "Job") -> Iterator[Broken]:
     nodes = job.nodes
     if isinstance(nodes, NodeRange) and nodes.min > nodes.max:
         yield "nodes.min", f"nodes.min={nodes.min} is more than nodes.max={nodes.max}"
-    most, key = (nodes.max, "nodes.max") if isinstance(nodes, NodeRange) else (nodes, "nodes")
-    if most is None or job.cluster.type not in ("local", "ssh"):
+    needed, key = (nodes.min, "nodes.min") if isinstance(nodes, NodeRange) else (nodes, "nodes")
+    if needed is None or job.cluster.type not in ("local", "ssh"):
         return
-    have = job.cluster.default_nodes
-    if most > have:
-        yield key, _too_many(most, job.cluster)
+    if needed > job.cluster.default_nodes:
+        yield key, _too_many(needed, job.cluster)
+    if isinstance(nodes, NodeRange) and job.nproc_per_node is None and any(job.cluster.slots):
+        yield "nproc_per_node", "an elastic job takes equally many ranks of every node; say how many"
 
 
 def _hosts(job: "Job") -> Iterator[Broken]:

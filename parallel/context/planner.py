@@ -182,7 +182,12 @@ def _settle(unit: nn.Module, call: UnitCall, degree: int) -> Settled:
         kinds = kinds_of(call.args, call.kwargs)
         only_streams = all(each.dim() == 3 and each.shape[:-1] == plain.shape[:-1] for each in plain.outputs)
         return Settled(settled, plain.stream, _said(settled), given, kinds, only_streams)
-    return Settled(None, None, f"not equal to the plain run: {reasons[0]}")
+    return Settled(None, None, f"not equal to the plain run: {reasons[0]}{_of_draws(plain)}")
+
+
+def _of_draws(plain: Plain) -> str:
+    names = ", ".join(plain.drawing)
+    return f"; it draws with {names}, which only a module whose one argument is the stream may" if names else ""
 
 
 def _on(degree: int, length: int, *, kind: str, elements: int) -> int:

@@ -4,7 +4,7 @@ Every rank of a pipeline runs the model's own forward. Blocks of other ranks are
 `Absent`, except for the inputs of a rank's own blocks, which are received as leaves and whose gradients are sent back.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Arguments, Flow
+from meshwright.parallel.capture import Arguments, Backward, Flow
 from meshwright.parallel.cuts import fresh
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, replaced, shapes_in
@@ -20,6 +20,8 @@ from meshwright.parallel.pipeline.way_back import WayBack
 from meshwright.parallel.recompute import Frame
 
 __all__ = ["Pass"]
+
+_AT_ONCE = Backward()
 
 
 class Pass:
@@ -31,12 +33,15 @@ class Pass:
         mine: stages of this rank; None where it has all.
         route: needed where it has not.
         device: of the values.
+        backward: how it will go back.
 
     Attributes:
         back: the way back, once `seed` was called.
+        lacks: whether the call that came last takes what other ranks made.
     """
 
     back: WayBack
+    lacks = False
 
     def __init__(
         self,
@@ -46,19 +51,23 @@ class Pass:
         mine: Sequence[int] | None = None,
         route: Route | None = None,
         device: torch.device | None = None,
-        recomputed: Container[str] = (),
+        backward: Backward = _AT_ONCE,
     ) -> None:
         self.stages = stages
-        self._mine = sorted(set(stages.values())) if mine is None else sorted(mine)
-        self.first_stage = self._mine[0]
-        self.flow = Flow(run, self, recomputed)
+        self._mine = frozenset(stages.values() if mine is None else mine)
+        self.flow = Flow(run, self, backward)
         self._route = route
         self._device = device or torch.device("cpu")
-        self._calls = 0
+        self._calls = None if route is None else iter(route.calls)
         self._expected: Call | None = None
         self._taken: dict[int, list[Tensor]] = {}
         self._unused: list[Tensor] = []
         self._sent: dict[int, list[Tensor]] = {}
+
+    @property
+    def first_stage(self) -> int:
+        """The first of this rank's."""
+        return min(self._mine)
 
     @property
     def result(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +92,7 @@ class Pass:
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
-        last = self._route is not None and stage == self._mine[-1]
+        last = self._route is not None and stage == max(self._mine)
         if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
             self.flow.resume(stage, last=last)
         if self._route is not None:
@@ -124,11 +133,22 @@ class Pass:
         return self.flow.frames.get(stage, [])
 
     def passes_by(self, block: str) -> bool:
-        """Whether another rank has the block that is called."""
-        if self._route is None:
+        """Whether another rank has the block that is called.
+
+        Raises:
+            WrapError: when the route says that another one is called here.
+        """
+        if self._calls is None:
             return False
-        self._expected = self.expect(block, self._route)
-        return self._expected.stage not in self._mine
+        call = next(self._calls, None)
+        if call is None or call.block != block:
+            raise WrapError(
+                f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
+                "must call the same blocks for every micro-batch of one shape (is there layer drop?)"
+            )
+        self._expected = call
+        self.lacks = call.lacks
+        return call.stage not in self._mine
 
     def instead(self, block: str) -> Any:
         """What a block of another rank gives: tensors without values."""
@@ -139,18 +159,27 @@ class Pass:
         return tree_map(lambda each: each.absent(self._device) if isinstance(each, Shape) else each, output)
 
     def gave(self, block: str, output: Any) -> None:
-        """Checks what an own block gave.
+        """Checks what an own block gave: single tensors at once, since every block comes by here.
 
         Raises:
             WrapError: when it is not what it gave before.
         """
-        if self._expected is None or _is_like(output, self._expected.output):
+        if self._expected is None:
+            return
+        expected = self._expected.output
+        if (
+            isinstance(output, Tensor)
+            and isinstance(expected, Shape)
+            and output.shape == expected.shape
+            and output.dtype is expected.dtype
+            and output.requires_grad is expected.requires_grad
+        ):
             return
         given = shapes_in(output, block)
-        if given != self._expected.output:
+        if given != expected:
             raise WrapError(
-                f"block {block} gave {given}, where it gave {self._expected.output} for the first micro-batch of this "
-                "shape; ranks of a pipeline that skip it rely on that"
+                f"block {block} gave {given}, where it gave {expected} for the first micro-batch of this shape; ranks "
+                "of a pipeline that skip it rely on that"
             )
 
     def present(self, value: Any) -> Tensor:
@@ -166,21 +195,6 @@ class Pass:
                 "values travel from stage to stage through blocks' inputs only"
             )
         return found
-
-    def expect(self, block: str, route: Route) -> Call:
-        """What the route says of the call that comes.
-
-        Raises:
-            WrapError: when it is another one.
-        """
-        call = route.calls[self._calls] if self._calls < len(route.calls) else None
-        self._calls += 1
-        if call is None or call.block != block:
-            raise WrapError(
-                f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
-                "must call the same blocks for every micro-batch of one shape (is there layer drop?)"
-            )
-        return call
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
         """The inputs of an own block, with received values where this rank has none.
@@ -215,14 +229,3 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
-
-
-def _is_like(output: Any, expected: Any) -> bool:
-    """Whether a single tensor is as expected: the usual case, asked of every block."""
-    return (
-        isinstance(output, Tensor)
-        and isinstance(expected, Shape)
-        and output.shape == expected.shape
-        and output.dtype is expected.dtype
-        and output.requires_grad is expected.requires_grad
-    )

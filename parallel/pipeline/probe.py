@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from meshwright.parallel.absent import Absent
+from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import MeshwrightError, WrapError
 from meshwright.parallel.pipeline.leftovers import Leftovers, watched
 from meshwright.parallel.pipeline.passes import Pass
@@ -32,7 +33,7 @@ def key_of(module: nn.Module, batch: Any) -> Hashable:
 def _likeness(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return value.shape, value.dtype
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return tuple((key, _likeness(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return type(value), *map(_likeness, value)
@@ -78,11 +79,20 @@ class _Prober(Pass):
     """A pass whose own blocks may give what they like."""
 
     given: Any = None
+    lacked = False
 
-    def expect(self, block: str, route: Route) -> Call:
+    def passes_by(self, block: str) -> bool:
         """Own calls are noted when they are through, those of other ranks were told."""
-        stage = self.stages[block]
-        return Call(block, stage, None) if stage in self._mine else route.calls[-1]
+        assert self._route is not None, block
+        self.lacks = mine = self.stages[block] in self._mine
+        self._expected = None if mine else self._route.calls[-1]
+        return not mine
+
+    def completed(self, block: str, arguments: Arguments) -> Arguments:
+        """Notes whether anything was missing."""
+        completed = super().completed(block, arguments)
+        self.lacked = completed is not arguments
+        return completed
 
     def gave(self, block: str, output: Any) -> None:
         """Keeps what an own block gave."""
@@ -115,7 +125,7 @@ class _Probe:
             self._cross(stage, self.homes[before], home)
         told = self._run(stage) if home == self.wire.rank else None
         output, goes_on = self.wire.tell(told, home)
-        self.route.calls.append(Call(block, stage, output))
+        self.route.calls.append(Call(block, stage, output, self.each.lacked and home == self.wire.rank))
         if home != self.wire.rank and goes_on:
             self._skip(block)
         return bool(goes_on)

@@ -1,6 +1,6 @@
 """The routes of a model's micro-batches, each found once for every shape."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,24 @@ class Routes:
         states: of these stages.
         groups: process groups of the mesh.
         wire: to the other ranks of the pipeline.
+        known: the routes of all shapes that will come on any rank, where that is known.
     """
 
-    def __init__(self, stages: Stages, states: States, *, groups: Groups, wire: Wire) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        states: States,
+        *,
+        groups: Groups,
+        wire: Wire,
+        known: Mapping[Hashable, Route] | None = None,
+    ) -> None:
         self._stages = stages
         self._states = states
         self._groups = groups
         self._wire = wire
-        self._known: dict[Hashable, Route] = {}
+        self._known: dict[Hashable, Route] = {**(known or {})}
+        self._looks = known is None
         self._together = ("fsdp",) if groups.mesh.ep == 1 else ("dp", "fsdp", "cp", "tp")
         groups.group(*self._together)  # made now, since making one needs all ranks at once
 
@@ -48,7 +58,7 @@ class Routes:
         first = [key not in self._known and key not in keys[:index] for index, key in enumerate(keys)]
         unknown = torch.tensor(first, dtype=torch.float32, device=self._wire.device)
         self._groups.all_reduce(unknown, *self._together).wait()
-        for index, wanted in enumerate(unknown.tolist()):
+        for index, wanted in enumerate(unknown.tolist() if self._looks else ()):
             if wanted:
                 self._known[keys[index]] = self._probe(partial(forward, parts[index]))
         return [self._known[key] for key in keys]

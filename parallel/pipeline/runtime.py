@@ -123,31 +123,31 @@ class _Run:
 
     def do(self, action: Action) -> None:
         """Does one action."""
+        kind = action.kind
         if action.microbatch is None:
             self._watch(action, Phase.RUNS)
-            self._of_stage[action.kind](action.stage)
-        elif action.kind in self._of_pass:
-            self._compute(action, action.microbatch)
+            self._of_stage[kind](action.stage)
+        elif kind in self._of_pass:
+            if kind in _GOING_BACK:
+                self._seed(action.microbatch)
+            self._watch(action, Phase.WAITS)
+            self._work.states.need(action.stage)
+            self._watch(action, Phase.RUNS)
+            self._compute(kind, action.stage, self._work.passes[action.microbatch])
         else:
             self._transfer(action, action.microbatch)
         self._watch(action, Phase.DONE)
 
-    def _compute(self, action: Action, microbatch: int) -> None:
-        if action.kind in _GOING_BACK:
-            self._seed(microbatch)
-        self._watch(action, Phase.WAITS)
-        self._work.states.need(action.stage)
-        self._watch(action, Phase.RUNS)
-        each = self._work.passes[microbatch]
-        if action.kind in _GOING_BACK:
-            beyond = each.back.goes_beyond(action.stage)
-            _all(each.frames(action.stage, beyond=beyond), Frame.recompute)  # where no action of its own said so
-        self._of_pass[action.kind](each, action.stage)
-        if action.kind in _DONE_WITH:
-            _all(each.frames(action.stage), Frame.forget)
+    def _compute(self, kind: Kind, stage: int, each: Pass) -> None:
+        if each.flow.frames and kind in _GOING_BACK:
+            beyond = each.back.goes_beyond(stage)
+            _all(each.frames(stage, beyond=beyond), Frame.recompute)  # where no action of its own said so
+        self._of_pass[kind](each, stage)
+        if kind in _DONE_WITH:
+            _all(each.frames(stage), Frame.forget)
             if each.back.is_done:
                 each.flow.forget()
-        if action.kind is Kind.FORWARD:
+        elif kind is Kind.FORWARD:
             self._forwards -= 1
             if not self._forwards:
                 self._work.forwarded()

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,17 +13,12 @@ from tests.launch.own import own
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("action", "starts"), [("dump_and_restart", 2), ("dump_and_stop", 1)])
-def test_ranks_that_hang_are_started_again_only_if_asked(tmp_path: Path, action: str, starts: int) -> None:
-    for name in ("logs", "private", "ranks"):
-        (tmp_path / name).mkdir()
-    request = StartRequest(
-        name="j",
-        run_id=own(f"hang-{action}"),
-        run_dir=tmp_path,
-        program=Program((sys.executable, "-c", "raise SystemExit(125)"), tmp_path),
-        limits=Limits(max_restarts=1, hang_s=9.0, hang_action=action),
-    )
+def followed(folder: Path, name: str, code: int, limits: Limits) -> list[dict[str, Any]]:
+    """What the agent of a rank that ends with a code says."""
+    for each in ("logs", "private", "ranks"):
+        (folder / each).mkdir()
+    program = Program((sys.executable, "-c", f"raise SystemExit({code})"), folder)
+    request = StartRequest(name="j", run_id=own(name), run_dir=folder, program=program, limits=limits)
     handle = LocalCluster().start(plan_local(request, Machine("box", 1)), {})
     events = []
     try:
@@ -30,4 +26,18 @@ def test_ranks_that_hang_are_started_again_only_if_asked(tmp_path: Path, action:
             events += handle.poll(1.0)
     finally:
         handle.kill()
+    return events
+
+
+@pytest.mark.parametrize(("action", "starts"), [("dump_and_restart", 2), ("dump_and_stop", 1)])
+def test_ranks_that_hang_are_started_again_only_if_asked(tmp_path: Path, action: str, starts: int) -> None:
+    limits = Limits(max_restarts=1, hang_s=9.0, hang_action=action)
+    events = followed(tmp_path, f"hang-{action}", 125, limits)
     assert [event["event"] for event in events].count("started") == starts
+
+
+def test_a_run_that_may_grow_leaves_its_next_start_to_the_launcher(tmp_path: Path) -> None:
+    events = followed(tmp_path, "regroup", 3, Limits(max_restarts=1, regroup=True))
+    assert [event["event"] for event in events].count("started") == 1
+    assert [event["again"] for event in events if event["event"] == "decided"] == [True]
+    assert [event["state"] for event in events if event["event"] == "result"] == ["stopped"]

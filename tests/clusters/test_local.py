@@ -153,3 +153,10 @@ def test_a_port_that_is_taken_is_found_before_anything_starts() -> None:
             LocalCluster().check(plan_local(replace(REQUEST, meeting=Meeting(port=port)), MACHINE))
     assert caught.value.exit_code == 76
     check_port(port)
+
+
+def test_pretended_nodes_keep_their_gpus_when_others_are_left_out() -> None:
+    request, shown = replace(REQUEST, num_nodes=2, gpus_per_node=1), "CUDA_VISIBLE_DEVICES"
+    for gpus, kept in ((("4", "5", "6"), ["4", "6"]), (("4", "5"), ["4", "5"])):  # too few: by their places
+        plan = plan_local(request, Machine("box", 2, gpus), ["node0", "node2"])
+        assert [dict(node.env)[shown] for node in plan.nodes] == kept

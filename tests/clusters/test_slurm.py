@@ -9,7 +9,7 @@ import pytest
 from meshwright.clusters.base import Limits, Program, Secret, StartRequest
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.saved import plan_from
-from meshwright.clusters.slurm import SlurmOptions, SlurmQueue, named, plan_slurm
+from meshwright.clusters.slurm import SlurmOptions, SlurmQueue, named, on_first, plan_slurm
 
 REQUEST = StartRequest(
     name="tiny",
@@ -102,6 +102,21 @@ def test_ranks_are_shared_evenly_and_only_nodes_could_tell_more() -> None:
     assert [node.ranks for node in dealt.nodes] == [(0, 1, 2), (3, 4, 5)]
     with pytest.raises(UnavailableError, match="nobody knows the nodes before Slurm has chosen them"):
         plan_slurm(replace(REQUEST, ranks_per_node="gpu"), OPTIONS)
+
+
+def test_an_elastic_job_asks_for_a_range_and_starts_agents_on_what_it_got() -> None:
+    plan = plan_slurm(
+        replace(REQUEST, limits=replace(REQUEST.limits, fewest_nodes=1, sizes=("1 to 2", "1: x"))), OPTIONS
+    )
+    assert plan_from(plan.as_dict()) == plan
+    assert "\nnodes      1 to 2\n           1: x\n" in str(plan)
+    assert plan.submission is not None
+    assert "--nodes=1-2" in plan.submission.argv
+    got = named(on_first(plan, 1), ["gpu9"])
+    assert [(node.name, node.ranks) for node in got.nodes] == [("gpu9", (0, 1))]
+    assert got.submission is not None
+    assert got.submission.step[1:3] == ("--nodes=1", "--ntasks=1")
+    assert got.submission.argv == plan.submission.argv
 
 
 def test_a_job_that_is_not_to_be_queued_again_says_so() -> None:

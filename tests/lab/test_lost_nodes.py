@@ -140,3 +140,25 @@ def test_without_a_spare_host_the_run_ends_and_says_which_and_what_to_do(
     assert "not started again: h3 cannot be left out: the job wants 3 nodes, and 2 of the 3 hosts it names" in reason
     assert "put more into cluster.hosts" in reason
     assert not list(carriers(far.run_id))
+
+
+def test_an_elastic_run_goes_on_with_fewer_hosts(three: Hosts, source: dict[str, str], tmp_path: Path) -> None:
+    far, job = launched(three, source, tmp_path, "fewer")
+    words = sets("parallel.dp=3", "nproc_per_node=1")
+    words[words.index("nodes=2")] = "nodes={min: 2, max: 3}"
+    launcher, saved = far.start(job, *words), far.folder / "checkpoints"
+    try:
+        assert eventually(lambda: any(saved.glob("step-*")), 150), launcher.stdout
+        kill(three.hosts[1])
+        output, _ = launcher.communicate(timeout=240)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    run_dir = far.folder / "runs" / far.run_id
+    assert [step for step, _ in found_losses(run_dir)] == list(range(1, STEPS + 1))
+    told, plan = (json.loads((run_dir / name).read_text()) for name in ("exit.json", "plan.json"))
+    assert [node["name"] for node in plan["nodes"]] == ["h1", "h3"]
+    assert plan["limits"]["regroup"] is True
+    assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([3, 2], ["h2"])]
+    assert "it shrinks from 3 nodes to 2, without h2 (dp=2, num_microbatches=2)" in output
+    assert not list(carriers(far.run_id))

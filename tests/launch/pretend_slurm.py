@@ -15,24 +15,29 @@ script = sys.stdin.read()
 if "--test-only" in sys.argv:
     sys.exit(0)
 words = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
-nodes = ",".join(f"n{index}" for index in range(int(words["nodes"])))
 home = os.path.dirname(__file__)
 open(f"{home}/script", "w").write(script)
 runner = os.path.join(home, "runner")
 log = open(words["output"].replace("%%", "%"), "a")
-child = subprocess.Popen([sys.executable, runner, home, nodes, words.get("array", "")], stdin=subprocess.DEVNULL,
-                         stdout=log, stderr=log, start_new_session=True)
+child = subprocess.Popen([sys.executable, runner, home, words["nodes"], words.get("array", "")],
+                         stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 open(f"{home}/pid", "w").write(str(child.pid))
 print("42;cluster")
 """
 _RUNNER = """\
 import os, re, signal, subprocess, sys, time
-home, nodes, array = sys.argv[1:]
+home, wanted, array = sys.argv[1:]
+def given():
+    names = [f"n{index}" for index in range(int(wanted.rpartition("-")[2]))]
+    told = open(f"{home}/updated").read() if os.path.exists(f"{home}/updated") else ""
+    if "-" in wanted:  # of a fixed number, n1 is n1 again
+        names = [name for name in names if name not in told.strip().rpartition("=")[2].split(",")]
+    return ",".join(names)
 def set_state(task, state):
     open(f"{home}/.part", "w").write(state)
     os.rename(f"{home}/.part", f"{home}/state{task}")
 def start(task, times):
-    env = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": nodes, "SLURM_RESTART_COUNT": str(times)}
+    env = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": given(), "SLURM_RESTART_COUNT": str(times)}
     if task:
         env |= {"SLURM_JOB_ID": str(43 + int(task[1:])), "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": task[1:]}
     child = subprocess.Popen(["/bin/sh", f"{home}/script"], env=env, start_new_session=True)

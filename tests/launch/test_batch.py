@@ -174,3 +174,21 @@ def test_a_job_that_is_not_to_be_queued_again_ends_with_what_happened(tmp_path: 
     output = end(launcher, tmp_path)
     assert launcher.returncode == 1, output
     assert "rank 1 on n1 failed first" in output
+
+
+def test_an_elastic_run_is_queued_for_a_range_and_runs_on_the_nodes_it_gets(tmp_path: Path, commands: Path) -> None:
+    script = "import os, time\nprint(os.environ['WORLD_SIZE'], 'ranks', flush=True)\n"
+    script += f"if os.environ['RANK'] == '2': {ECC}\ntime.sleep(600 if os.environ['WORLD_SIZE'] == '3' else 0)"
+    failure = {"max_restarts": 1, "exclude_bad_nodes": 1, "backoff": {"initial": "100ms"}, "shutdown_grace": "1s"}
+    parallel = {"tp": 1, "dp": 3, "num_microbatches": 2}
+    launcher = start(tmp_path, script, failure=failure, nodes={"min": 2, "max": 3}, parallel=parallel)
+    output = end(launcher, tmp_path, timeout_s=120)
+    assert launcher.returncode == 0, output
+    assert "meshwright: Slurm gave 2 nodes; ranks run on 2" in output
+    assert {"n0:0 | 3 ranks", "n0:0 | 2 ranks"} <= set(output.splitlines())
+    run_dir = tmp_path / "runs/j" / own(tmp_path.name)
+    told, job = (json.loads((run_dir / name).read_text()) for name in ("plan.json", "job.json"))
+    assert [node["name"] for node in told["nodes"]] == ["n0", "n1"]
+    assert "--nodes=2-3" in told["submission"]["argv"]
+    assert {"--nodes=2", "--ntasks=2"} <= set(told["submission"]["step"])
+    assert (job["nodes"], job["parallel"]["dp"], job["parallel"]["num_microbatches"]) == (2, 2, 3)

@@ -20,11 +20,9 @@ def load(folder: Path, text: str, *overrides: str) -> LoadedJob:
 @pytest.mark.parametrize(
     ("text", "place", "key"),
     [
-        ("after: [other]", "3:1", "after"),
         ("binding: numa", "3:1", "binding"),
-        ("health: {watch: {xid: any}}", "3:18", "health.watch.xid"),
+        ("health: {watch: {on_fault: restart}}", "3:18", "health.watch.on_fault"),
         ("failure:\n  exclude_bad_nodes: 2", "4:3", "failure.exclude_bad_nodes"),
-        ("nodes: {min: 1, max: 1}", "3:9", "nodes.min"),
         ("rendezvous: {bind: any}", "3:14", "rendezvous.bind"),
         ("resources: {gpus_per_node: 8}", "3:13", "resources.gpus_per_node"),
     ],
@@ -44,7 +42,7 @@ def test_what_local_cannot_do_is_refused_with_its_place(tmp_path: Path, text: st
     [
         "",
         "binding: none",
-        "after: []",
+        "after: [other, {run: third, when: any}]",
         "health: {preflight: []}",
         "logs: {merge: true}",
         "failure: {hang: {no_progress_for: 10m, action: warn}}",
@@ -61,6 +59,18 @@ def test_a_key_that_asks_for_nothing_is_accepted(tmp_path: Path, text: str) -> N
 def test_an_override_is_refused_as_one(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"--set binding=numa: binding: the local cluster does not act on binding yet"):
         check_capabilities(load(tmp_path, "", "binding=numa"))
+
+
+@pytest.mark.parametrize("kind", ["mpi", "ray", "kubernetes, image: i"])
+def test_a_range_of_nodes_is_refused_where_a_lost_node_ends_the_run(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(JobError, match=r"does not act on nodes.min yet; write a number of nodes"):
+        check_capabilities(load(tmp_path, f"cluster: {{type: {kind}}}\nnodes: {{min: 1, max: 2}}\nnproc_per_node: 1\n"))
+
+
+def test_the_fewest_nodes_must_be_able_to_run_the_job(tmp_path: Path) -> None:
+    text = "nodes: {min: 1, max: 2}\ncluster: {simulate_nodes: 2}\nparallel: {tp: 2}\n"
+    with pytest.raises(JobError, match=r"job.yaml:3:9: nodes.min: 1 node cannot run this job: pp x cp x tp = 2 ranks"):
+        check_capabilities(load(tmp_path, text))
 
 
 @pytest.mark.parametrize("key", ["backoff: {initial: 9s}", "retry_on: [exit]", "stop_after_no_progress: 2"])

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -189,3 +190,39 @@ def test_a_whole_examination_of_two_nodes_times_an_all_reduce(
     slow = ["--set", "health.allreduce.min_busbw_gbps=1000", "--check", "allreduce"]
     assert main(["doctor", str(tmp_path / "job.yaml"), *slow]) == 78
     assert "expected at least 1000.00 (health.allreduce.min_busbw_gbps of the job)" in capsys.readouterr().out
+
+
+def test_a_calibration_is_written_told_and_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = {"products": 3.0, "memory": 20.0}
+    gpu = {"name": "host", "flops_per_s": {"fp32": 6e10}}
+    found = {"calibrated": {"cores": 2, "torch": "2.13", "seconds": 9.0}, "mean_error_percent": {1: errors}, "gpu": gpu}
+
+    def calibrated(tell: Callable[[str], None]) -> dict[str, Any]:
+        tell("products")
+        return {**found, "by_ranks": {}}
+
+    monkeypatch.setattr("meshwright.clusters.calibrate.calibrated", calibrated)
+    path = tmp_path / "machine.yaml"
+    for _ in range(2):
+        assert main(["doctor", "--calibrate", str(path)]) == 0
+        told = capsys.readouterr()
+        assert told.err == "products\n"
+        assert told.out.splitlines()[1:] == [
+            "  fp32  products 60 GFLOP/s",
+            "  1 rank, mean error: products 3%, memory 20%",
+        ]
+    assert main(["doctor", str(path), "--calibrate", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu"] == gpu
+    assert "by_ranks" in path.read_text()
+
+
+def test_a_calibration_overwrites_no_job_and_takes_no_hosts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _job(tmp_path)
+    assert main(["doctor", "--calibrate", str(tmp_path / "job.yaml")]) == 64
+    assert "is no calibration and would be overwritten" in capsys.readouterr().err
+    assert main(["doctor", "--calibrate", str(tmp_path / "no" / "m.yaml")]) == 64
+    assert "there is no directory" in capsys.readouterr().err
+    assert main(["doctor", "--calibrate", "--host", "gpu01"]) == 64
+    assert "takes no 'gpu01'" in capsys.readouterr().err

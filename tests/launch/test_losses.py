@@ -30,7 +30,13 @@ def test_what_was_left_out_is_kept_with_its_reason_and_the_next_start_begins_wit
     found.take(gone("b"), 5.0)
     found.exclude(Decision(True, "", 1.0, 2, Failure("b", "node"), 40, ("b",)), 9.0)
     assert found.excluded == [
-        {"node": "b", "why": "the agent of b died (SIGKILL); its ranks were ended", "attempt": 2, "step": 40}
+        {
+            "node": "b",
+            "why": "the agent of b died (SIGKILL); its ranks were ended",
+            "attempt": 2,
+            "step": 40,
+            "lost": True,
+        }
         | {"time_unix_s": 5.0}
     ]
     assert (found.codes, found.causes, found.since_unix_s) == ({}, {}, 0.0)

@@ -106,7 +106,7 @@ def test_rules_of_training_name_their_key(changes: dict[str, Any], key: str) -> 
         ({"data": TRAINING["data"]}, "data"),
         ({"train": TRAINING["train"]}, "train"),
         ({"nodes": {"min": 3, "max": 2}, "cluster": {"simulate_nodes": 2}}, "nodes.min"),
-        ({"nodes": {"min": 1, "max": 2}}, "nodes.max"),
+        ({"nodes": {"min": 2, "max": 2}}, "nodes.min"),
         ({"env": {"RANK": "0"}}, "env.RANK"),
         ({"env": {"MESHWRIGHT_RUN_ID": "0"}}, "env.MESHWRIGHT_RUN_ID"),
         ({"env": {"A": "0"}, "secrets": {"A": {"from_env": "B"}}}, "secrets.A"),

@@ -1,7 +1,7 @@
 """Graphs that are cut where stages begin: odd models are exact, or refused by name, and nothing of them is kept."""
 
 import gc
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import pytest
@@ -194,3 +194,51 @@ def test_nothing_of_a_micro_batch_is_kept_once_it_is_through() -> None:
 
 
 _IN_TURN = ",".join(f"0F{m},1F{m},2F{m},2B{m},1B{m},0B{m}" for m in range(4))
+
+
+class _Noted(torch.autograd.Function):
+    """Notes during which action its backward runs."""
+
+    at: ClassVar[list[str]] = []
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        value, ctx.name = inputs
+        return value * 1  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        _Noted.seen.append(f"{_Noted.at[-1]} {ctx.name}")
+        return gradients[0], None
+
+
+class _Telling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        noted: Any = _Noted.apply
+        return noted(stream, "input") * noted(self.scale, "weight")  # type: ignore[no-any-return]
+
+
+class _TwoTelling(Skipping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Telling() for _ in range(2))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in self.layers:
+            stream = layer(stream)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+def test_the_first_stage_too_has_work_in_both_halves() -> None:
+    _Noted.seen.clear()
+    schedule = Schedule.read("0F0,1F0,1I0,0I0,1W0,0W0")
+    model = mw.parallelize(_TwoTelling(), mw.Mesh(), num_microbatches=1, loss="sample_mean", schedule=schedule)
+    model._engine.watch = lambda action, phase: _Noted.at.append(str(action))  # type: ignore[attr-defined]
+    model.step(odd_batch())
+    assert _Noted.seen == ["1I0 input", "0I0 input", "1W0 weight", "0W0 weight"]

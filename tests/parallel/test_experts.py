@@ -95,6 +95,7 @@ MODELS: dict[str, Any] = {
     "crowded": crowded,
     "balanced": partial(build, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5),
     "gpt_oss": partial(build, "gpt_oss"),
+    "noisy": partial(build, "switch_transformers", router_jitter_noise=0.05),
     "listed": build_listed,
     **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
 }
@@ -129,7 +130,7 @@ def test_a_step_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "layout"),
-    alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled", "switch_transformers"), CONTEXT, every=3),
+    alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled", "switch_transformers", "noisy"), CONTEXT, every=3),
     ids=str,
 )
 def test_a_step_on_dealt_sequences_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:

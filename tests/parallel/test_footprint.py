@@ -13,9 +13,10 @@ import meshwright as mw
 from benchmarks.loops import batch_of, build_llama
 from benchmarks.memory import measured_peak_bytes
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.footprint import Footprint, footprint
+from meshwright.parallel.fake_rank import first_footprint
+from meshwright.parallel.footprint import Footprint, Live
 from meshwright.parallel.options import Options
-from meshwright.parallel.plan import make_plan
+from meshwright.parallel.plan import Plans, make_plans
 from meshwright.testing import run_ranks
 from tests.parallel.cells import beyond
 from tests.parallel.families import FAMILIES
@@ -69,7 +70,7 @@ def test_predicted_peak_is_what_the_allocator_hands_out(name: str, degrees: Any,
 def _footprint(family: str, mesh: mw.Mesh, **options: Any) -> Footprint:
     build_model, build_batch = FAMILIES[family]
     model, chosen = build_model(), Options.of(example=build_batch(), **options)
-    return footprint(model, mesh, chosen, make_plan(model, mesh, chosen))
+    return first_footprint(model, mesh, chosen, plans=make_plans(model, mesh, chosen))
 
 
 def test_tensor_parallel_needs_less_and_a_dealt_sequence_less_still() -> None:
@@ -91,14 +92,23 @@ def test_more_micro_batches_of_one_size_keep_gradients_besides() -> None:
 def test_what_cannot_be_predicted_is_said_in_the_report() -> None:
     build_model, build_batch = FAMILIES["llama"]
     model, options = build_model(), Options.of(example=build_batch())
-    with pytest.raises(WrapError, match="sharded states"):
-        footprint(model, mw.Mesh(fsdp=2), options, make_plan(model, mw.Mesh(), options))
-    with pytest.raises(WrapError, match="a dealt sequence"):
-        footprint(model, mw.Mesh(cp=2), options, make_plan(model, mw.Mesh(), options))
+    with pytest.raises(WrapError, match="deepspeed"):
+        first_footprint(model, mw.Mesh(fsdp=2), replace(options, data_engine="deepspeed"), plans=Plans())
     with pytest.raises(WrapError, match="no example"):
-        footprint(model, mw.Mesh(), replace(options, example=None), make_plan(model, mw.Mesh(), options))
+        first_footprint(model, mw.Mesh(), replace(options, example=None), plans=Plans())
     report = mw.parallelize(model, mw.Mesh(), predict_memory=True).report
     assert report.memory is None
     assert "peak memory is not predicted: no example was given" in str(report)
     whole = mw.parallelize(build_model(), mw.Mesh(), predict_memory=True, example=build_batch()).report
     assert "memory of one rank (predicted" in str(whole)
+
+
+def test_storages_count_as_what_they_are_now() -> None:
+    with Live() as live:
+        held = torch.zeros(100)
+        held.untyped_storage().resize_(0)
+        assert (live.now_bytes, live.peak_bytes) == (0, 400)
+        held.untyped_storage().resize_(800)
+        assert (live.now_bytes, live.peak_bytes) == (800, 800)
+        del held
+        assert live.now_bytes == 0

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from meshwright.parallel.axis import PaperAxis
+from meshwright.parallel.axis import ProcessAxis
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import HERE, Call, Progress, Words, doing, patience, told
 
@@ -30,7 +30,7 @@ def test_a_collective_has_its_name_and_number_while_it_is_waited_for() -> None:
 
 
 def test_an_axis_without_names_waits_for_nobody() -> None:
-    axis = PaperAxis(None, 0, 2)
+    axis = ProcessAxis(None, 0, 2)
     assert axis.call.tell(1).waits_for == ()
 
 

@@ -12,6 +12,7 @@ from meshwright.clusters.simulated.model import Product
 
 A100, H100 = gpu("A100"), gpu("H100")
 REACHED = fitted()
+_KINDS = ("bf16", "fp32")
 BIG = Product(8192, 8192, 8192)
 
 
@@ -49,6 +50,15 @@ def test_narrow_products_are_not_slower_and_a_gpu_without_them_computes_in_16_bi
     assert REACHED.flops_per_s(A100, "fp8") >= REACHED.flops_per_s(A100)
 
 
+def test_products_of_four_bytes_move_twice_as_much_at_a_rate_of_their_own() -> None:
+    cpu = replace(A100, flops_per_s={"fp32": 1e11, "bf16": 1e15}, sustained={})
+    assert REACHED.flops_per_s(cpu, "fp32") == 1e11 * REACHED.compute.matmul
+    thin = Product(10**6, 8, 8)
+    moved_s = [REACHED.matmul_s(thin, replace(cpu, flops_per_s={"bf16": 1e18, "fp32": 1e18}), each) for each in _KINDS]
+    start_s = REACHED.compute.kernel_s
+    assert moved_s[1] - start_s == pytest.approx(2 * (moved_s[0] - start_s), rel=1e-3)
+
+
 def test_the_host_is_a_floor_or_comes_on_top() -> None:
     host_s = 3 * REACHED.compute.host_s
     assert REACHED.floor_s(1e-9, 3) == pytest.approx(host_s)
@@ -68,7 +78,6 @@ def test_collectives_take_longer_across_nodes_and_with_more_bytes() -> None:
     within, across = cluster.group(8), cluster.group(8, 8)
     assert REACHED.gather_s(1e9, across) > 5 * REACHED.gather_s(1e9, within)
     assert REACHED.gather_s(2e9, across) > REACHED.gather_s(1e9, across)
-    assert REACHED.exchange_s(1e9, 1e9, across) > REACHED.exchange_s(1e9, 1e9, within)
     assert REACHED.send_s(1e9, cluster, 8) > REACHED.send_s(1e9, cluster, 1)
 
 

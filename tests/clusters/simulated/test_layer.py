@@ -75,13 +75,6 @@ def test_rows_go_to_experts_only_where_those_are_dealt() -> None:
     assert (alone.ep_s, dealt.ep_s > 0) == (0.0, True)
 
 
-def test_a_token_goes_once_to_each_node_of_its_experts_unless_the_engine_sends_copies() -> None:
-    sparse = replace(LLAMA_405B, hidden=4096, heads=32, ffn=2048, experts=64, top_k=8)
-    once = layer_times(setting(sparse, "H100", dp=32, ep=32))
-    copied = layer_times(setting(sparse, "H100", Engine(once_per_node=False), dp=32, ep=32))
-    assert copied.ep_s / once.ep_s == pytest.approx(8 / 4 / (1 - (3 / 4) ** 8), rel=0.02)
-
-
 def test_every_cause_grows_with_the_micro_batch() -> None:
     def times(micro_batch: int) -> dict[str, float]:
         return vars(layer_times(setting(tp=8, cp=2, recompute="full", micro_batch=micro_batch, engine=PLAIN)))

@@ -1,10 +1,12 @@
 """Modules that look at other positions are found before a proof could miss them, and run on the whole sequence."""
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.context.mixing import looks_around
 from meshwright.parallel.context.planner import plan_context
+from meshwright.parallel.errors import WrapError
 from tests.moe.models import build
 from tests.parallel.test_experts import words
 
@@ -39,6 +41,47 @@ def test_routers_with_a_capacity_run_whole_though_the_example_never_fills_it(cap
     routers = [path for path in plan.joined if path.endswith("router")]
     assert routers == ["encoder.block.1.layer.1.mlp.router", "decoder.block.1.layer.2.mlp.router"]
     assert not any("router" in name for name in plan.partial)
+
+
+class Noise(nn.Module):
+    """Changes the tokens in place, as routers of Switch Transformers do."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens *= torch.empty_like(tokens).uniform_(0.9, 1.1)
+        return tokens.mean(-1, keepdim=True)
+
+
+class NoisyBlock(nn.Module):
+    """Scales tokens by what a module says of them, after it has added noise to them."""
+
+    def __init__(self, scale: nn.Module) -> None:
+        super().__init__()
+        self.into = nn.Linear(4, 4)
+        self.scale = scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        entered = self.into(tokens)
+        scale = self.scale(entered)
+        return tokens + entered * scale
+
+
+def model_of(scale: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Sequential(*(NoisyBlock(scale) for _ in range(2))))
+
+
+def test_noise_that_a_module_adds_in_place_reaches_the_rest_of_the_block() -> None:
+    model, tokens = model_of(Noise()), torch.randn(2, 6, 4)
+    assert list(plan_context(model, lambda: model(tokens), 2).joined) == ["0.0.scale", "0.1.scale"]
+
+
+def test_a_block_that_draws_by_itself_is_refused_by_the_name_of_what_it_draws_with() -> None:
+    class Drawn(NoisyBlock):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens + self.into(tokens) * torch.rand(tokens.shape)
+
+    model, tokens = nn.Sequential(nn.Sequential(Drawn(nn.Identity()), Drawn(nn.Identity()))), torch.randn(2, 6, 4)
+    with pytest.raises(WrapError, match="it draws with rand, which only a module whose one argument is the stream may"):
+        plan_context(model, lambda: model(tokens), 2)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])

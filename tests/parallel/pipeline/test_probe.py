@@ -135,6 +135,12 @@ def test_values_that_pass_blocks_by_are_refused_and_not_lost(build_model: Any, w
         mw.verify(build_model, odd_batch, mw.Mesh(pp=2), **_MODULAR)
 
 
+def test_a_block_inside_a_stage_that_gives_something_else_is_refused_too() -> None:
+    options: dict[str, Any] = {"schedule": "1f1b", "num_microbatches": 2}  # two of the three blocks in one stage
+    with pytest.raises(Exception, match=r"block layers\.\d gave .* where it gave"):
+        mw.verify(_Growing, odd_batch, mw.Mesh(pp=2), **options)
+
+
 def test_more_ranks_than_blocks_and_models_without_blocks_are_refused() -> None:
     with pytest.raises(ScheduleError, match=r"3 blocks cannot make 4 stages.*nearest legal: pp=3"):
         mw.verify(llama(), tokens(8), mw.Mesh(pp=4), **_MODULAR)

@@ -9,7 +9,7 @@ import pytest
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.choose import ACROSS_RANKS, chosen
 from meshwright.parallel.pipeline.route import Border, Route
-from meshwright.parallel.pipeline.transfers import Transfers
+from meshwright.parallel.pipeline.transfers import Timetable, Transfers
 
 _TRAVELS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT, Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
 
@@ -47,7 +47,7 @@ def _walk(schedule: Schedule, rank: int) -> _Wire:
     borders = {stage: Border((), ()) for stage in range(1, schedule.num_stages)}
     routes = [Route([], borders)] * schedule.num_microbatches
     nothing: Any = _Nothing()
-    transfers = Transfers(schedule, routes, wire)
+    transfers = Transfers(Timetable(schedule, rank), routes, wire)
     for action in schedule.ranks[rank]:
         if action.kind in _TRAVELS:
             transfers.do(action, nothing)

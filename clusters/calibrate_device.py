@@ -1,0 +1,181 @@
+"""What operations of eager torch take on one rank of this machine: products, bytes, attention, starts of operations.
+
+Shapes are those of models that such a device trains: small ones on a CPU. Of several samples, each long enough for the
+clock, the first quartile counts: other programs only ever make one longer. torch is imported when something is timed.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PRODUCTS", "measured_device", "quartile_s"]
+
+PRODUCTS: Mapping[str, Sequence[tuple[int, int, int]]] = {
+    "cpu": (
+        *(
+            (tokens, out, width)
+            for tokens in (64, 256)
+            for width, out in ((64, 64), (64, 256), (256, 256), (256, 1024))
+        ),
+        *(
+            (1024, out, width)
+            for width, out in ((64, 256), (128, 128), (256, 64), (256, 1024), (512, 512), (512, 2048))
+        ),
+        *((width, out, 512) for width, out in ((64, 256), (256, 256), (256, 1024))),  # gradients of weights
+    ),
+    "cuda": (
+        *((tokens, out, width) for tokens in (512, 4096) for width, out in ((1024, 1024), (1024, 4096), (4096, 4096))),
+        *((8192, out, width) for width, out in ((512, 512), (4096, 1024), (4096, 14336), (8192, 8192))),
+        *((width, out, 8192) for width, out in ((1024, 4096), (4096, 4096), (4096, 14336))),
+    ),
+}
+_BETWEEN = {
+    "cpu": ((64, 64), (256, 64), (256, 256), (1024, 256), (1024, 512)),
+    "cuda": ((1024, 1024), (4096, 1024), (4096, 4096), (8192, 4096), (8192, 8192)),
+}  # tokens, width
+_MOVED = 2.5 * (
+    2 * 2 + 2 * 3 + 2 * 4
+)  # elements of the width: two norms, two sums, a wide activation; backward 1.5 times
+_ATTENTION = {
+    "cpu": ((2, 4, 64, 16), (1, 4, 256, 32), (2, 8, 128, 32), (1, 8, 512, 64)),
+    "cuda": ((1, 16, 1024, 64), (1, 32, 4096, 128), (4, 16, 2048, 64), (1, 32, 8192, 128)),
+}  # sequences, heads, positions, width of a head
+_LEAST_SAMPLE_S, _LEAST_SAMPLES, _MOST_SAMPLES = 2e-4, 5, 40
+_TINY = 8  # width of a layer whose work is nothing beside its starts
+
+
+def quartile_s(call: Callable[[], object], sync: Callable[[], None], *, span_s: float = 0.04) -> float:
+    """Seconds of one call: the first quartile of samples of about `span_s` together, or of five if that is longer.
+
+    >>> 0 <= quartile_s(lambda: None, lambda: None, span_s=0.001) < 0.001
+    True
+    """
+    call()
+    sync()
+    start_s = time.perf_counter()
+    call()
+    sync()
+    once_s = max(time.perf_counter() - start_s, 1e-7)
+    repeats = max(1, int(_LEAST_SAMPLE_S / once_s))
+    count = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, int(span_s / (once_s * repeats))))
+    samples = []
+    for _ in range(count):
+        start_s = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        sync()
+        samples.append((time.perf_counter() - start_s) / repeats)
+    return statistics.quantiles(samples, n=4, method="inclusive")[0]
+
+
+def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds of operations, as plain numbers.
+
+    Args:
+        device: where they run.
+        brief: fewer shapes and one precision.
+        begin: called before each part, with its name.
+
+    Returns:
+        products [m, n, k, precision, seconds], memory [bytes, seconds] of what
+        stands between products, attention [sequences, heads, positions, width,
+        seconds], op_s (start of an operation), layer_s (a layer's operations in one direction), exponentials_per_s.
+    """
+    import torch
+
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    kinds = {"fp32": torch.float32} if brief else {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device.type == "cuda":
+        kinds = {"bf16": torch.bfloat16, **({} if brief else kinds)}
+    found: dict[str, Any] = {"products": []}
+    first = next(iter(kinds))
+    for name, dtype in kinds.items():
+        begin(f"products in {name}")
+        for m, n, k in PRODUCTS[device.type][:: 3 if brief or name != first else 1]:
+            found["products"].append([m, n, k, name, _product_s((m, n, k), device, dtype)])
+    begin("memory")
+    found["memory"] = [_between(*shape, device) for shape in _BETWEEN[device.type]]
+    begin("attention")
+    found["attention"] = [[*shape, _attention_s(shape, device, sync)] for shape in _ATTENTION[device.type]]
+    begin("starts of operations")
+    tiny, scores, written = (torch.zeros(size, device=device) for size in (1, 2**16, 2**16))
+    found["op_s"] = quartile_s(lambda: tiny.add(1.0), sync)
+    found["layer_s"] = _layer_s(device, sync)
+    found["exponentials_per_s"] = scores.numel() / quartile_s(lambda: torch.exp(scores, out=written), sync)
+    return found
+
+
+def _product_s(shape: tuple[int, int, int], device: "torch.device", dtype: "torch.dtype") -> float:
+    """Seconds of one of a linear layer's three products, of which each lies in memory in its own way, on average."""
+    import torch
+    from torch.nn import functional
+
+    m, n, k = shape
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rows, weight, gradient = (torch.randn(*each, device=device).to(dtype) for each in ((m, k), (n, k), (m, n)))
+
+    def three() -> None:
+        functional.linear(rows, weight)
+        torch.mm(gradient, weight)
+        torch.mm(gradient.T, rows)
+
+    return quartile_s(three, sync) / 3
+
+
+def _between(tokens: int, width: int, device: "torch.device") -> list[float]:
+    """Bytes and seconds of what stands between a layer's products, forward and backward, as layers are priced."""
+    import torch
+    from torch.nn import functional
+
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    narrow, wide = (
+        torch.randn(tokens, width * times, device=device, dtype=dtype, requires_grad=True) for times in (1, 4)
+    )
+    ones = torch.ones_like(narrow)
+
+    def once() -> None:
+        one = functional.layer_norm(narrow, (width,)) + narrow
+        other = functional.layer_norm(one, (width,)) + one
+        inner = functional.gelu(wide)
+        torch.autograd.backward([other, inner], [ones, wide.detach()])
+
+    return [_MOVED * narrow.element_size() * tokens * width, quartile_s(once, sync)]
+
+
+def _attention_s(shape: tuple[int, int, int, int], device: "torch.device", sync: Callable[[], None]) -> float:
+    """Seconds of fused causal attention, forward."""
+    import torch
+    from torch.nn import functional
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query = torch.randn(*shape, device=device, dtype=dtype)
+    return quartile_s(lambda: functional.scaled_dot_product_attention(query, query, query, is_causal=True), sync)
+
+
+def _layer_s(device: "torch.device", sync: Callable[[], None]) -> float:
+    """Seconds that a decoder layer's operations take to start in one direction: a third of forward and backward."""
+    import torch
+    from torch.nn import functional
+
+    tokens = torch.randn(1, 4, _TINY, device=device, requires_grad=True)
+    scale = torch.ones(_TINY, device=device, requires_grad=True)
+    weights = [torch.randn(out, into, device=device, requires_grad=True) for out, into in _SIZES]
+    qkv, mixed, up, down = weights
+
+    def once() -> None:
+        parts = functional.linear(functional.layer_norm(tokens, (_TINY,), scale, scale), qkv).chunk(3, -1)
+        query, key, value = (part.view(1, 4, 2, _TINY // 2).transpose(1, 2) for part in parts)
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        inner = tokens + functional.linear(seen.transpose(1, 2).reshape(1, 4, _TINY), mixed)
+        wide = functional.gelu(functional.linear(functional.layer_norm(inner, (_TINY,), scale, scale), up))
+        (inner + functional.linear(wide, down)).sum().backward()
+
+    return quartile_s(once, sync, span_s=0.2) / 3
+
+
+_SIZES = ((3 * _TINY, _TINY), (_TINY, _TINY), (4 * _TINY, _TINY), (_TINY, 4 * _TINY))

@@ -1,0 +1,82 @@
+"""Which node was lost, from what MPI, Ray and Kubernetes say of it. Pure. A lost node ends a run there."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["LOST_CODE", "lost_in_mpi", "lost_in_ray", "lost_pods"]
+
+LOST_CODE = 69
+"""Exit code of a run that ends so."""
+
+_MPI = (
+    (r"Remote daemon: \S+ on node (\S+)", "host {host} was lost"),  # Open MPI, of ORTE and PRRTE
+    (r"(?:ssh: )?connect to host (\S+) port", "host {host} cannot be reached"),
+    (r"PID \d+ RUNNING AT (\S+)", "a process on host {host} was killed"),  # MPICH
+)
+_RAY_IP = re.compile(r"\bIp(?: address)?: ?([0-9a-fA-F:.]+)|node IP ([0-9.]+)", re.IGNORECASE)
+_NODE_REASONS = {
+    "DeletionByTaintManager": "its node does not answer, or was taken out of use",
+    "DeletionByPodGC": "its node is gone",
+    "EvictionByEvictionAPI": "it was evicted",
+    "PreemptionByScheduler": "it made room for another",
+    "TerminationByKubelet": "its node shut down, or had too little left",
+}
+"""Reasons of a pod's condition DisruptionTarget (kubernetes.io, Disruptions, Pod disruption conditions)."""
+
+
+def lost_in_mpi(code: int, log: str) -> str:
+    """Why an mpiexec ended before its ranks had told their end.
+
+    Args:
+        code: of mpiexec.
+        log: what it complained of.
+
+    >>> lost_in_mpi(1, "PRTE has lost communication\\n  Remote daemon: [prterun-h1-34@0,1] on node h2")
+    'host h2 was lost (mpiexec ended with code 1)'
+    """
+    for pattern, words in _MPI:
+        found = re.search(pattern, log)
+        if found:
+            return f"{words.format(host=found[1])} (mpiexec ended with code {code})"
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip(" -=\t")), "")
+    said = f": {last[:200]}" if last else ""
+    return f"mpiexec ended with code {code} and does not say which host was lost{said}; see logs/mpiexec.log"
+
+
+def lost_in_ray(name: str, address: str, error: str) -> str:
+    """What the loss of an actor means.
+
+    Args:
+        name: of its node, in this run.
+        address: of its node; empty where it was not known yet.
+        error: what Ray says.
+
+    >>> lost_in_ray("node1", "10.0.0.2", "The actor died unexpectedly before finishing this task.")
+    'node1 at 10.0.0.2 was lost: The actor died unexpectedly before finishing this task'
+    """
+    found = _RAY_IP.search(error)
+    where = address or (next(filter(None, found.groups())) if found else "")
+    first = next((line.strip() for line in error.splitlines() if line.strip()), "").rstrip(".")
+    return f"{name}{f' at {where}' if where else ''} was lost{f': {first[:300]}' if first else ''}"
+
+
+def lost_pods(pods: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Pods that Kubernetes ended for what happened to their nodes, with the names of these.
+
+    Args:
+        pods: objects as kubectl prints them.
+    """
+    return [words for pod in pods if (words := _of_pod(pod))]
+
+
+def _of_pod(pod: Mapping[str, Any]) -> str:
+    name, node = pod["metadata"]["name"], pod.get("spec", {}).get("nodeName", "no node")
+    status = pod.get("status", {})
+    for each in status.get("conditions", []):
+        if each["type"] == "DisruptionTarget" and each["status"] == "True":
+            why = _NODE_REASONS.get(each.get("reason", ""), each.get("message") or each.get("reason", "no reason"))
+            return f"pod {name} on node {node}: {why}"
+    if status.get("reason") in ("NodeLost", "NodeShutdown", "Shutdown", "Evicted", "NodeAffinity"):
+        return f"pod {name} on node {node}: {status['reason']}"
+    return ""

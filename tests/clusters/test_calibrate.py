@@ -1,0 +1,44 @@
+"""A calibration of this machine: real ranks, through `meshwright.clusters.calibrate_rank`."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshwright.clusters.calibrate import calibrated, this_machine, usable_gpus, written
+from meshwright.clusters.calibration import CalibrationError, hardware_of
+from meshwright.clusters.simulated.model import Product
+
+
+def test_two_ranks_of_this_machine_are_measured_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    said: list[str] = []
+    found = calibrated(said.append, counts=(1, 2), gpus=0)
+    assert said[0] == "starting 2 ranks on CPUs"
+    assert [each for each in said if each.startswith("collectives")] == ["collectives of 2 ranks"]
+    assert (set(found["by_ranks"]), found["calibrated"]["threads"]) == ({1, 2}, {1: 1, 2: 1})
+    path = tmp_path / "machine.yaml"
+    path.write_text(written(found), encoding="utf-8")
+    gpu, reached = hardware_of(path, ranks=2)
+    small, large = (reached.matmul_s(Product(each, 512, 512), gpu, "fp32") for each in (64, 1024))
+    assert 1e-6 < small < large < 10
+    assert gpu.memory_bytes == pytest.approx(this_machine().memory_bytes, rel=1e-3)
+    assert found["calibrated"]["date"][:2] == "20"
+
+
+def test_ranks_that_fail_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'rank 1: no such device' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(CalibrationError, match="ranks failed while they measured: rank 1: no such device"):
+        calibrated(lambda line: None, counts=(1, 2), gpus=0)
+    assert usable_gpus() == 0
+
+
+def test_the_machine_is_described_as_ranks_see_it() -> None:
+    found = this_machine()
+    assert found.cores == len(os.sched_getaffinity(0))
+    assert found.memory_bytes > 2**28
+    assert found.processor

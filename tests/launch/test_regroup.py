@@ -1,0 +1,146 @@
+"""A run that shrank may grow again: at a restart, with nodes that were only lost and that answer again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from meshwright.clusters.base import StartPlan, StartRequest
+from meshwright.clusters.contract import Handle
+from meshwright.clusters.ssh import SshOptions, plan_ssh
+from meshwright.launch import relaunch as module
+from meshwright.launch.engines import ssh_hosts
+from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.regroup import can_return, nodes_back
+from meshwright.launch.relaunch import Relaunch
+from meshwright.launch.request import request_of
+from meshwright.launch.spares import without
+from meshwright.launch.supervise import Interrupts, RunState
+from tests.launch.test_restarts import AGAIN
+from tests.launch.test_supervise import gone, result
+
+JOB = """
+name: j
+command: [python, -c, pass]
+nodes: {min: 2, max: 3}
+nproc_per_node: 1
+parallel: {dp: 3}
+failure: {max_restarts: 5, backoff: {initial: 0s}}
+cluster: {type: ssh, hosts: [{name: a}, {name: b}, {name: c}]}
+"""
+
+
+class Started:
+    """Instead of hosts: what was planned and started."""
+
+    def __init__(self, loaded: LoadedJob, plans: list[StartPlan]) -> None:
+        self._hosts, self._plans = ssh_hosts(cast(Any, loaded.job.cluster)), plans
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        return plan_ssh(request, self._hosts, SshOptions())
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
+        self._plans.append(plan)
+        return cast(Handle, object())
+
+
+class Case:
+    """A run on three hosts whose agents say what a test wants."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "job.yaml").write_text(JOB)
+        self.loaded, self.plans = load_job(folder / "job.yaml"), list[StartPlan]()
+        self.asked: list[tuple[str, ...]] = []
+        self.answering: tuple[str, ...] = ()
+        monkeypatch.setattr(module, "cluster_of", lambda loaded: Started(loaded, self.plans))
+        request = request_of(self.loaded, "r1", base=folder)
+        request.run_dir.mkdir(parents=True)
+        self.run_dir = request.run_dir
+        self.relaunch = Relaunch(self.loaded, folder, request, 0.0, self._back)
+        self.state = RunState(Started(self.loaded, []).plan(request))
+
+    def _back(self, loaded: LoadedJob, names: Sequence[str]) -> tuple[str, ...]:
+        assert loaded is self.loaded
+        self.asked.append(tuple(names))
+        return tuple(name for name in names if name in self.answering)
+
+    def after(self, *events: dict[str, Any]) -> list[str]:
+        """Names of the nodes that are started after some events; empty where none are."""
+        for event in events:
+            self.state.observe(event)
+        before = len(self.plans)
+        self.relaunch(self.state, Interrupts(), lambda state: None)
+        return [node.name for node in self.plans[-1].nodes] if len(self.plans) > before else []
+
+    def failed(self, node: str, attempt: int, **told: Any) -> tuple[dict[str, Any], ...]:
+        """A rank failed, and agents ended for the launcher to start others."""
+        ends = (result(node, "stopped") for node in ("a", "c"))
+        return ({**AGAIN, "attempt": attempt, "host": node, "only_lost": False, "excludes": [], **told}, *ends)
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return Case(tmp_path, monkeypatch)
+
+
+def test_a_host_that_is_back_takes_part_from_the_next_restart_on(case: Case) -> None:
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    assert case.plans[0].limits.regroup, "agents leave the next restart to the launcher"
+    assert case.plans[0].world_size == 2
+    case.answering = ("b",)
+    assert case.after(*case.failed("a", 1)) == ["a", "b", "c"]
+    assert not case.plans[1].limits.regroup
+    assert case.asked == [(), ("b",)]
+    first, second = (case.state.decisions[attempt] for attempt in (0, 1))
+    assert (first["nodes"], second["nodes"]) == ([3, 2], [2, 3])
+    assert first["reason"].endswith("it shrinks from 3 nodes to 2, without b (dp=2, num_microbatches=2)")
+    assert second["reason"].endswith("it grows from 2 nodes to 3, with b (dp=3, num_microbatches=1)")
+    told, job = (json.loads((case.run_dir / name).read_text()) for name in ("excluded.json", "job.json"))
+    assert [(each["node"], "back_unix_s" in each) for each in told] == [("b", True)]
+    assert job["parallel"]["dp"] == 3
+
+
+def test_a_host_that_stays_away_is_asked_again_and_one_lost_twice_is_not(case: Case) -> None:
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    assert case.after(*case.failed("a", 1)) == ["a", "c"]
+    assert case.state.decisions[1]["reason"].endswith("on the same nodes")
+    case.answering = ("b",)
+    assert case.after(*case.failed("a", 2)) == ["a", "b", "c"]
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    assert case.after(*case.failed("a", 4)) == ["a", "c"]
+    assert case.asked == [(), ("b",), ("b",), (), ()]
+
+
+def test_a_machine_at_fault_stays_out_though_it_answers(case: Case) -> None:
+    case.answering = ("b",)
+    assert case.after(*case.failed("b", 0, kind="node", excludes=["b"])) == ["a", "c"]
+    assert case.after(*case.failed("a", 1)) == ["a", "c"]
+    assert case.asked == [(), ()]
+
+
+def test_too_few_nodes_end_the_run_with_their_number_and_what_to_do(case: Case) -> None:
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    assert case.after(gone("c", 255)) == []
+    told = case.state.decisions[1]
+    assert told["again"] is False
+    assert told["reason"].startswith("c cannot be left out: the job wants at least 2 nodes, and 1 of the 2 hosts")
+    assert "put more into cluster.hosts" in told["reason"]
+
+
+def test_only_machines_of_elastic_jobs_that_have_too_few_may_come_back(tmp_path: Path, case: Case) -> None:
+    assert (can_return(case.loaded), can_return(without(case.loaded, ("b",)))) == (False, True)
+    path = tmp_path / "local.yaml"
+    path.write_text("name: j\ncommand: [python]\nnodes: {min: 1, max: 2}\ncluster: {simulate_nodes: 1}\n")
+    assert not can_return(load_job(path))
+    assert nodes_back(load_job(path), ("node1",)) == ()
+
+
+def test_hosts_are_asked_by_the_ssh_of_the_job(tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\ncase \"$*\" in *' b '*) exit 255;; esac\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert nodes_back(case.loaded, ("b", "c")) == ("c",)
+    assert nodes_back(case.loaded, ()) == ()
