@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": "meshwright.launch.commands.verify",
     "show": "meshwright.launch.commands.show",
     "simulate": "meshwright.launch.commands.simulate",
+    "plan": "meshwright.launch.commands.plan",
     "ps": "meshwright.launch.commands.ps",
     "logs": "meshwright.launch.commands.logs",
     "attach": "meshwright.launch.commands.attach",

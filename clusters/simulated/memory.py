@@ -116,5 +116,13 @@ def _state(training: Training) -> tuple[float, float, float]:
     gradients = each * mine / (replicas if layout.zero_stage >= 2 else 1)
     if layout.zero_stage < 3:
         return 2 * mine, gradients, optimizer
-    at_work = training.model.layer_parameters / layout.tp
+    at_work = _layers_at_work(training) * training.model.layer_parameters / layout.tp
     return 2 * 2 * at_work, gradients + each * at_work, optimizer
+
+
+def _layers_at_work(training: Training) -> int:
+    """Layers that are gathered together: one, but a whole stage where all micro-batches go through it one by one."""
+    layout = training.layout
+    if layout.schedule != "breadth-first" or layout.pp == 1:
+        return 1
+    return ceil(max(layers_of_ranks(training.model, layout.pp)) / layout.vpp)

@@ -120,15 +120,24 @@ def _data_parallel_s(training: Training, busy_s: float) -> float:
         gradients_s = messages * training.gathered_s(
             engine.gradient_bytes * mine / messages, layout.replicas, layout.tp
         )
-        sent_s = layout.num_microbatches * (2 * weights_s + gradients_s)
+        sent_s = _passes(layout) * (2 * weights_s + gradients_s)
         hidden_by = busy_s
     else:
         back = 2 if layout.zero_stage else engine.gradient_bytes
         sent_s = sum(
             training.gathered_s(each * mine, layout.replicas, layout.tp) for each in (engine.gradient_bytes, back)
         )
-        hidden_by = busy_s / layout.num_microbatches
+        hidden_by = busy_s / _passes(layout)
     return max(sent_s - (hidden_by if engine.overlapped else 0.0), training.efficiency.links.exposed * sent_s)
+
+
+def _passes(layout: Layout) -> float:
+    """Times that a layer's turn comes in each direction of a step: once where all micro-batches go through it together.
+
+    So often sharded weights are gathered and gradients reduced; and only the last such turn hides a reduction of whole
+    ones (Lamy-Poirier, arXiv 2106.02679, section 3).
+    """
+    return 1.0 if layout.schedule == "breadth-first" else layout.num_microbatches
 
 
 def _optimizer_s(training: Training) -> float:

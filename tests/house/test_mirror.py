@@ -103,6 +103,7 @@ THROUGH_OTHERS = {
     "meshwright.launch.commands.launch": "tests/launch/test_cli.py runs the command",
     "meshwright.launch.commands.show": "tests/launch/test_commands.py runs the command",
     "meshwright.launch.commands.simulate": "tests/launch/test_commands.py runs the command",
+    "meshwright.launch.commands.plan": "tests/launch/test_plan_report.py runs the command",
     "meshwright.launch.commands.verify": "tests/launch/test_commands.py runs the command",
     "meshwright.clusters.contract": "protocols only: what tests of clusters and of launch run against",
     "meshwright.clusters.pipes": "every test of tests/launch follows agents through it",

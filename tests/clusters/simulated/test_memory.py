@@ -50,6 +50,15 @@ def test_breadth_first_keeps_all_micro_batches() -> None:
     assert kept[1] == pytest.approx(64 / 8 * kept[0])
 
 
+def test_sharded_layers_of_a_stage_are_gathered_together_where_micro_batches_go_through_it_one_by_one() -> None:
+    of = {"dp": 8, "global_batch": 512, "zero_stage": 3}
+    layer = 4 * GPT_175B.layer_parameters / 8
+    assert _memory(**of).weights_bytes == layer
+    assert _memory(**of, schedule="breadth-first", vpp=12).weights_bytes == layer
+    assert _memory(**of, schedule="breadth-first", vpp=4).weights_bytes == 3 * layer
+    assert _memory(**{**of, "pp": 1}, schedule="breadth-first").weights_bytes == layer
+
+
 def test_states_are_eighteen_bytes_of_a_parameter_and_dealt_by_stage() -> None:
     whole = {stage: _memory(dp=8, global_batch=512, zero_stage=stage) for stage in range(4)}
     mine = whole[0].weights_bytes / 2

@@ -68,6 +68,24 @@ def test_stage_3_of_zero_gathers_and_reduces_for_each_micro_batch_and_others_onc
         assert times[1] == pytest.approx(factor * times[0])
 
 
+def test_layered_orders_gather_and_reduce_once_whatever_the_number_of_micro_batches() -> None:
+    """Lamy-Poirier (arXiv 2106.02679): ZeRO-3 sends M times less, a whole gradient has M times the time to hide in."""
+    for zero_stage in (0, 1, 3):
+        settings = [{"pp": 1, "dp": 16, "global_batch": 16 * number, "zero_stage": zero_stage} for number in (4, 8)]
+        layered = [step(_gpt(**each, schedule="breadth-first")).dp_s for each in settings]
+        plain = [step(_gpt(**each)).dp_s for each in settings]
+        assert layered[0] == layered[1]
+        assert plain[1] == pytest.approx(8 * layered[1] if zero_stage == 3 else layered[1])
+    slow = {"kind": "A100", "engine": Engine(), "tp": 8, "dp": 64, "global_batch": 64 * 16}
+    network = {"network_bytes_per_s": 0.1}
+    exposed = [
+        step(_faster(setting(GPT_175B, **slow, schedule=schedule), **network)).dp_s
+        for schedule in ("1f1b", "breadth-first")
+    ]
+    busy_s = step(setting(GPT_175B, **slow)).total_s
+    assert 0.5 * busy_s < exposed[0] - exposed[1] < busy_s
+
+
 def test_transfers_are_as_many_as_stages_and_micro_batches() -> None:
     one, three = step(_gpt(global_batch=1000)), step(_gpt(global_batch=1000, vpp=3))
     assert three.pp_transfer_s / one.pp_transfer_s == pytest.approx(3, rel=0.02)
