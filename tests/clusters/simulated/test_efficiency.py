@@ -8,7 +8,7 @@ import yaml
 from meshwright.clusters.hardware import gpu
 from meshwright.clusters.simulated import Cluster, fitted
 from meshwright.clusters.simulated.efficiency import FILE, Compute, Links, Reserves
-from meshwright.clusters.simulated.model import Product
+from meshwright.parallel.work import Product
 
 A100, H100 = gpu("A100"), gpu("H100")
 REACHED = fitted()
@@ -26,7 +26,7 @@ def test_no_product_is_faster_than_the_peak() -> None:
     for kind in (A100, H100):
         for precision in ("bf16", "fp8"):
             peak = kind.flops_per_s.get(precision, kind.flops_per_s["bf16"])
-            assert BIG.flops / REACHED.matmul_s(BIG, kind, precision) < peak
+            assert BIG.flops / REACHED.matmul_s(replace(BIG, precision=precision), kind) < peak
 
 
 def test_small_and_thin_products_are_slow_by_themselves() -> None:
@@ -45,7 +45,7 @@ def test_widths_that_tensor_cores_cannot_load_at_once_cost_more() -> None:
 
 
 def test_narrow_products_are_not_slower_and_a_gpu_without_them_computes_in_16_bits() -> None:
-    assert REACHED.matmul_s(BIG, H100, "fp8") < REACHED.matmul_s(BIG, H100)
+    assert REACHED.matmul_s(replace(BIG, precision="fp8"), H100) < REACHED.matmul_s(BIG, H100)
     assert REACHED.flops_per_s(A100, "fp8") >= REACHED.flops_per_s(A100)
 
 
