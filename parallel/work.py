@@ -4,10 +4,11 @@ Made from the sizes of a transformer, or by running a real model on shapes (see 
 hardware reaches.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ELEMENT_BYTES", "FUSED_BACKWARD", "Attention", "Passes", "Precision", "Product", "Sent", "Work"]
+__all__ = ["ELEMENT_BYTES", "FUSED_BACKWARD", "Attention", "Passes", "Precision", "Product", "Sent", "Traced", "Work"]
 
 Precision = Literal["fp64", "fp32", "bf16", "fp8", "fp4"]
 """Of products: "bf16" stands for fp16 as well; operands of fp8 and fp4 are counted with what is read to make them."""
@@ -145,3 +146,23 @@ class Passes:
     forward: Work
     backward: Work
     input_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What a rank does for one micro-batch of a model, block by block.
+
+    Args:
+        blocks: name -> both directions, in the model's order; equal ones share a value.
+        before: what stands before blocks and between them.
+        after: what stands behind the last one called, the loss included.
+    """
+
+    blocks: Mapping[str, Passes]
+    before: Passes
+    after: Passes
+
+    @property
+    def forward_flops(self) -> float:
+        """Of all."""
+        return sum(each.forward.flops for each in (*self.blocks.values(), self.before, self.after))

@@ -55,6 +55,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.targets": "tests/parallel/test_vocabulary.py and blockwise/test_entropy.py",
     "meshwright.parallel.exchange": "tests/parallel/test_matrix.py: every pair of collectives, forward and backward",
     "meshwright.parallel.meta": "tests/parallel/test_tensor_planner.py plans a model on the meta device",
+    "meshwright.parallel.traced_kernels": "tests/parallel/test_tracing.py counts attention and dropout with it",
     "meshwright.parallel.paper": "tests/parallel/test_footprint.py runs steps on it",
     "meshwright.parallel.pieces": "tests/parallel/test_layered.py goes back through every family piece by piece",
     "meshwright.parallel.capture": "tests/parallel/test_layered.py captures every family",
