@@ -18,6 +18,7 @@ from meshwright.parallel.work import Attention, Product, Work
 __all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
 
 FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
+_WIDE = {"fp32": 1.0, "fp64": 0.5}
 _ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
 
 
@@ -112,7 +113,9 @@ class Efficiency:
         return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
 
     def flops_per_s(self, gpu: Gpu, precision: str = "bf16") -> float:
-        """What large products reach; never less than in 16 bits where they are narrower."""
+        """What large products reach; never less than in 16 bits where they are narrower, and half in fp64 of fp32."""
+        if precision in _WIDE:
+            return gpu.flops_per_s["fp32"] * min(gpu.sustained.values()) * self.compute.matmul * _WIDE[precision]
         wide = gpu.matmul_flops_per_s("bf16") * self.compute.matmul
         wide *= self.compute.hopper if gpu.generation == "hopper" else 1.0
         narrow = gpu.matmul_flops_per_s(precision) * self.compute.matmul * self.compute.narrow
