@@ -68,7 +68,7 @@ class Tally:
         >>> tally, one = Tally(), torch.zeros(2, 3)
         >>> tally.note(torch.ops.aten.add.Tensor, (one, one), {}, made=torch.zeros(2, 3))
         >>> tally.moved_bytes, tally.operations
-        (72.0, 1)
+        (48.0, 1)
         """
         name = func._schema.name.removeprefix("aten::")
         given, outputs = _tensors((args, kwargs)), _tensors(made)

@@ -27,6 +27,7 @@ def test_every_token_is_computed_by_as_many_experts_as_it_has() -> None:
 def test_a_rank_sends_its_rows_to_experts_and_back_and_computes_as_many(ep: int) -> None:
     alone, among = _forward(1), _forward(ep)
     assert among.flops == alone.flops
+    assert max(each.batch for each in among.products) == 4 // ep
     assert [each.kind for each in among.sent] == ["all_to_all"] * 2
     assert not alone.sent
 

@@ -130,6 +130,8 @@ def test_recomputing_takes_a_forward_and_keeps_inputs() -> None:
     again = _paper(Mesh(pp=2, tp=8), "1f1b", 8, 8, recomputed=frozenset(map(str, range(8))))
     assert plain.step.recompute_s == 0.0
     assert again.step.recompute_s == pytest.approx(8 * 4 * again.machine.priced(FORWARD).total_s)
+    for each in (plain, again):
+        assert each.step.total_s - each.step.straggling_s == pytest.approx(each.timeline.makespan)
     states = States(parameters=1.0, gradients=1.0, optimizer=2.0)
     kept, remade = (held_by(each, 0, states) for each in (plain, again))
     assert kept.activations == 2 * 4 * 1e9  # two micro-batches in flight on the first of two ranks
