@@ -14,11 +14,10 @@ from typing import Any
 
 from meshwright.clusters.hardware import Gpu
 from meshwright.clusters.simulated.efficiency import Compute, Efficiency, Links, Reserves
-from meshwright.clusters.simulated.model import Product
+from meshwright.parallel.work import Product
 
 __all__ = ["CalibrationError", "Machine", "entry", "hardware_of", "is_calibration"]
 
-_ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 _GRID, _ZOOMS = 11, 8
 Fit = tuple[tuple[float, ...], float]  # numbers, mean error
 
@@ -81,8 +80,8 @@ def _products(told: Mapping[str, Any], precision: str, *known: float) -> Fit:
         rate, operands, start_s = (*at, *known)
 
         def took_s(m: int, n: int, k: int) -> float:
-            product = Product(int(m), int(n), int(k))
-            return hypot(product.flops / rate, product.bytes(_ELEMENT_BYTES[precision]) / operands) + start_s
+            product = Product(int(m), int(n), int(k), precision=precision)
+            return hypot(product.flops / rate, product.bytes() / operands) + start_s
 
         return _error(took_s, rows)
 

@@ -146,8 +146,6 @@ class Gpu:
     def matmul_flops_per_s(self, precision: str) -> float:
         """What its largest products were measured at; the next wider precision where it has not this one.
 
-        A calibrated machine also has "fp32".
-
         >>> gpu("A100").matmul_flops_per_s("fp8") == gpu("A100").matmul_flops_per_s("bf16")
         True
         """

@@ -123,14 +123,14 @@ def _said_of(where: str) -> Iterator[None]:
         raise JobError([Problem(where, "parallel", str(error))]) from error
 
 
-def model_on_meta(loaded: LoadedJob) -> "nn.Module":
-    """The job's model without its weights: shapes only."""
+def model_on_meta(loaded: LoadedJob, *, values: bool = True) -> "nn.Module":
+    """The job's model without its weights: shapes only, and how to make its values where these are wanted."""
     from meshwright.launch.worker.model import build_model
 
     job = loaded.job
     assert job.model is not None, "checked by the caller"
     vocabulary = _vocabulary(job.as_dict()["data"])
-    return build_model(job.as_dict()["model"], vocab_size=vocabulary, seed=0)
+    return build_model(job.as_dict()["model"], vocab_size=vocabulary, seed=0, values=values)
 
 
 def shrunk_mesh(mesh: Mesh, max_ranks: int = _MAX_RANKS) -> tuple[Mesh, tuple[str, ...]]:

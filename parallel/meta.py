@@ -1,5 +1,6 @@
 """Runs without values of models that ask their tensors questions (`if mask.all():`)."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -38,15 +39,24 @@ class MetaAnswers(TorchFunctionMode):
         return result
 
 
-def without_values(model: nn.Module, device: torch.device | str = "meta") -> nn.Module:
+def without_values(
+    model: nn.Module, device: torch.device | str = "meta", *, besides: Iterable[Tensor] = ()
+) -> nn.Module:
     """A copy of a model whose parameters and buffers have shapes only; those of `device` inside a fake mode.
+
+    Args:
+        model: it is not changed.
+        device: of the copy.
+        besides: what stays as it is, and is shared with the model.
 
     >>> without_values(nn.Linear(2, 3)).weight
     Parameter containing:
     tensor(..., device='meta', size=(3, 2), requires_grad=True)
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(each): each for each in besides}
     for each in model.parameters():
-        memo[id(each)] = nn.Parameter(torch.empty_like(each, device=device), requires_grad=each.requires_grad)
-    memo.update({id(each): torch.empty_like(each, device=device) for each in model.buffers()})
+        if id(each) not in memo:
+            memo[id(each)] = nn.Parameter(torch.empty_like(each, device=device), requires_grad=each.requires_grad)
+    shared = set(memo)
+    memo.update({id(each): torch.empty_like(each, device=device) for each in model.buffers() if id(each) not in shared})
     return deepcopy(model, memo)

@@ -89,7 +89,9 @@ def make_expert_plan(model: nn.Module, mesh: Mesh, options: Options) -> ExpertPl
     return plan
 
 
-def make_plan(model: nn.Module, mesh: Mesh, options: Options, *, experts: ExpertPlan | None = None) -> TensorPlan:
+def make_plan(
+    model: nn.Module, mesh: Mesh, options: Options, *, experts: ExpertPlan | None = None, shapes: bool = False
+) -> TensorPlan:
     """The tensor plan of a model on a mesh; one of degree 1 where there is no `tp`.
 
     Args:
@@ -97,6 +99,7 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options, *, experts: Expert
         mesh: with `tp`.
         options: may hold an example, and patterns.
         experts: that are dealt over `ep`, and not over `tp`.
+        shapes: see `plan_tensor`.
 
     Raises:
         WrapError: when nothing can be dealt, no example is at hand, or `tp` does not fit the heads.
@@ -109,7 +112,7 @@ def make_plan(model: nn.Module, mesh: Mesh, options: Options, *, experts: Expert
     patterns = {**{f"{path}*": "replicate" for path in dealt}, **(options.tensor_plan or {})}
 
     def planned(run: Callable[[], Any]) -> TensorPlan:
-        return plan_tensor(model, run, mesh.tp, sequence=options.sequence_parallel, patterns=patterns)
+        return plan_tensor(model, run, mesh.tp, sequence=options.sequence_parallel, patterns=patterns, shapes=shapes)
 
     plan = _on_example(model, options, f"the axis tp={mesh.tp}", planned=planned)
     _check(plan, mesh)

@@ -2,7 +2,8 @@
 
 Structure says which matrices could be dealt; whether the code between them allows it, which numbers of heads it asks
 for, and whether the gradient of a replicated parameter is whole or partial on a rank, is found by trying. A variant
-counts only if outputs, gradients of inputs and of all parameters equal the plain run's.
+counts only if outputs, gradients of inputs and of all parameters equal the plain run's. On paper, where nothing will be
+trained, shapes may be all that is compared.
 """
 
 import copy
@@ -103,7 +104,7 @@ def _run_rank(plain: Plain, variant: _Variant, axis: ThreadAxis) -> _Rank:
     memo = {id(each): each for each in [*plain.unit.parameters(), *plain.unit.buffers()]}
     mine = copy.deepcopy(plain.unit, memo)
     keep_shares(mine, plan.splits, axis.rank)
-    args, kwargs = plain.call.fresh()
+    args, kwargs = plain.call.fresh(shapes=plain.shapes)
     for key, split in plan.slices.get("", ()):
         if key in plain.call.passed_on:  # an earlier unit made it, dealt
             args, kwargs = _with_own(args, kwargs, key, split.take(argument(args, kwargs, key).detach(), axis.rank))
@@ -176,7 +177,7 @@ def _is_partial(name: str, plain: Plain, ranks: list[_Rank], plan: TensorPlan) -
     whole = plain.gradients[name]
     found = [each.gradients[name] for each in ranks]
     split = plan.splits.get(name)
-    floor = _FLOOR * max((float(each.abs().max()) for each in plain.gradients.values() if each is not None), default=0)
+    floor = _floor(plain)
     if split is not None:
         held = [each for each in found if each is not None]
         total = split.added(held) if len(held) == plan.degree else None
@@ -190,6 +191,12 @@ def _is_partial(name: str, plain: Plain, ranks: list[_Rank], plan: TensorPlan) -
     return True
 
 
+def _floor(plain: Plain) -> float:
+    """What a difference may be at least, next to the largest gradient."""
+    known = () if plain.shapes else (each for each in plain.gradients.values() if each is not None)
+    return _FLOOR * max((float(each.abs().max()) for each in known), default=0)
+
+
 def _same(found: Tensor | None, expected: Tensor | None, what: str, floor: float = 0.0) -> None:
     if not _close(found, expected, floor):
         raise RefutedError(f"{what} is not the plain one")
@@ -198,8 +205,10 @@ def _same(found: Tensor | None, expected: Tensor | None, what: str, floor: float
 def _close(found: Tensor | None, expected: Tensor | None, floor: float) -> bool:
     if found is None or expected is None:
         return found is None and expected is None
-    if found.shape != expected.shape:
-        return False
+    return found.shape == expected.shape and (expected.is_meta or _close_values(found, expected, floor))
+
+
+def _close_values(found: Tensor, expected: Tensor, floor: float) -> bool:
     if not expected.numel() or not expected.is_floating_point():
         return torch.equal(found, expected)
     known = expected.isfinite()

@@ -4,9 +4,10 @@ Where the sources disagree the first one that knows a module decides. What is de
 equal to the plain run, unit by unit; everything else stays replicated and is named with the reason.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.regions import Region, find_regions
 from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
+from meshwright.parallel.traced_blocks import Alike, alike_blocks, watch_blocks
 from meshwright.parallel.unit_calls import calls_of, signature_of
 from meshwright.parallel.unit_run import Plain, UnitCall, run_plain
 from meshwright.parallel.variants import common_path, subsets, variants
@@ -47,6 +49,7 @@ def plan_tensor(
     *,
     sequence: bool = False,
     patterns: Mapping[str, str] | None = None,
+    shapes: bool = False,
 ) -> TensorPlan:
     """Decides how a model is dealt over `degree` ranks of `tp`.
 
@@ -55,26 +58,42 @@ def plan_tensor(
         run: one forward pass of the model on an example.
         degree: of `tp`.
         sequence: whether the sequence dim is dealt between blocks too.
-        patterns: module pattern (`fnmatch`) -> one of `PATTERNS`; they come before the model's own `tp_plan`.
+        patterns: module pattern -> one of `PATTERNS`; they come before the model's own `tp_plan`.
+        shapes: compare shapes only, for predictions about units too large to be run; not to train with.
 
     Raises:
-        WrapError: for patterns that fit nothing, heads that `degree` does not fit, or a sequence that cannot be dealt.
+        WrapError: for patterns that fit nothing, heads that `degree` does not fit, a sequence that cannot be dealt.
     """
-    wishes = Wishes(model, patterns or {})
-    sight = watch(model, run)
-    base = TensorPlan(degree=degree, sequence=sequence)
+    wishes, base = Wishes(model, patterns or {}), TensorPlan(degree=degree, sequence=sequence)
+    alike = alike_blocks(find_blocks(model) if shapes else {})
+    run, sight = _watched(model, run, alike)
     regions, objections = _wished(find_regions(sight), wishes)
     units = _units(model, regions)
-    settled = _settle_all(model, units, calls_of(model, run, units), base)
+    settled = alike.spread(_settle_all(model, units, calls_of(model, run, units), base, shapes=shapes))
     plan = base.joined_with(each.plan.under(path) for path, each in settled.items())
     refuse_mixed(model, plan, list(settled), axis=f"tp={degree}")
-    if sequence:
-        plan = _with_streams(plan, _streams(model, settled), settled)
+    plan = _with_streams(plan, _streams(model, settled), settled) if sequence else plan
     plan, vocabulary = with_vocabulary(model, plan, sight, wishes)
     _check_wishes(wishes, plan)
-    dealt = [row for path, each in settled.items() for row in _decide(path, units[path], each, wishes)]
-    said = [*objections, *dealt, *vocabulary]
+    said = [*objections, *_dealt(units, settled, wishes), *vocabulary]
     return replace(plan, decisions=(*said, *_left(sight, said, wishes)))
+
+
+def _dealt(units: Mapping[str, list[Region]], settled: Mapping[str, _Settled], wishes: Wishes) -> Iterator[Decision]:
+    for path, each in settled.items():
+        yield from _decide(path, units.get(path, ()), each, wishes)
+
+
+def _watched(model: nn.Module, run: Callable[[], Any], alike: Alike) -> tuple[Callable[[], Any], Sight]:
+    """A pass that may leave out blocks to which others are equal, and what is seen in it."""
+    run = partial(_first_ones, run, find_blocks(model), alike) if alike.first else run
+    return run, watch(model, run)
+
+
+def _first_ones(run: Callable[[], Any], blocks: Mapping[str, nn.Module], alike: Alike) -> Any:
+    """A pass in which only the first of equal blocks runs."""
+    with watch_blocks(blocks, Alike(alike.first), lambda *_, **__: None):
+        return run()
 
 
 def _with_streams(plan: TensorPlan, streams: tuple[Stream, ...], settled: Mapping[str, _Settled]) -> TensorPlan:
@@ -83,7 +102,12 @@ def _with_streams(plan: TensorPlan, streams: tuple[Stream, ...], settled: Mappin
 
 
 def _settle_all(
-    model: nn.Module, units: Mapping[str, list[Region]], calls: Mapping[str, UnitCall], base: TensorPlan
+    model: nn.Module,
+    units: Mapping[str, list[Region]],
+    calls: Mapping[str, UnitCall],
+    base: TensorPlan,
+    *,
+    shapes: bool,
 ) -> dict[str, _Settled]:
     """Settles each unit that was called; units of one signature once."""
     known: dict[Any, _Settled] = {}
@@ -97,7 +121,7 @@ def _settle_all(
         parts = tuple((each.paths, each.heads, tuple(column.segments for column in each.columns)) for each in regions)
         key = signature_of(unit, call, parts)
         if key not in known:
-            known[key] = _settle(unit, call, regions, base)
+            known[key] = _settle(unit, call, regions, base, shapes=shapes)
         settled[path] = known[key]
     return settled
 
@@ -141,11 +165,11 @@ def _relative(region: Region, unit: str) -> Region:
     return replace(region, columns=tuple(moved(each) for each in region.columns), row=moved(region.row))
 
 
-def _settle(unit: nn.Module, call: UnitCall, regions: Sequence[Region], base: TensorPlan) -> _Settled:
+def _settle(unit: nn.Module, call: UnitCall, regions: Sequence[Region], base: TensorPlan, *, shapes: bool) -> _Settled:
     """Finds the variant of a unit that deals most and is proved."""
     refused: dict[str, str] = {}
     try:
-        plain = run_plain(unit, call)
+        plain = run_plain(unit, call, shapes=shapes)
     except Exception as error:  # whatever a unit raises outside its model, it cannot be proved
         reason = f"cannot be run alone: {type(error).__name__}: {error}"
         return _Settled(base, {region.row.path: reason for region in regions}, None)

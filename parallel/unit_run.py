@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.parallel.dropout import PlainDropout
+from meshwright.parallel.meta import without_values
 from meshwright.parallel.promote import Promote
 
 __all__ = [
@@ -50,9 +51,13 @@ class UnitCall:
     kwargs: dict[str, Any]
     passed_on: frozenset[int | str] = frozenset()
 
-    def fresh(self, generator: torch.Generator | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A copy to be run: float64 leaves on CPU; tensors without values (meta) get random ones."""
-        generator = generator or torch.Generator().manual_seed(1)
+    def fresh(self, *, shapes: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A copy to be run: float64 leaves on CPU, random ones for tensors without values (meta).
+
+        Args:
+            shapes: give no tensor values.
+        """
+        generator = None if shapes else torch.Generator().manual_seed(1)
         args, kwargs = tree_map(lambda leaf: _thawed(leaf, generator), (self.args, self.kwargs))
         return args, kwargs
 
@@ -67,6 +72,7 @@ class Plain:
         stream: the argument that is the stream, if there is one.
         drops: shapes of tensors that dropout was called on.
         drawing: functions besides dropout that drew random numbers.
+        shapes: whether it was run on shapes alone, so that nothing but shapes can be compared.
     """
 
     unit: nn.Module
@@ -80,12 +86,13 @@ class Plain:
     shape: tuple[int, ...] = ()
     drops: list[tuple[int, ...]] = field(default_factory=list)
     drawing: tuple[str, ...] = ()
+    shapes: bool = False
 
 
-def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> Plain:
+def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None, *, shapes: bool = False) -> Plain:
     """Runs a unit as it is, forward and backward; `around` makes a context for the copy that is run."""
-    mine = with_random_weights(unit)
-    args, kwargs = call.fresh()
+    mine = without_values(unit).double() if shapes else with_random_weights(unit)
+    args, kwargs = call.fresh(shapes=shapes)
     stream = _stream_key(args, kwargs)
     derived = _Derived(None if stream is None else argument(args, kwargs, stream))
     hooks = [
@@ -99,8 +106,7 @@ def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> 
         outputs = tensors_of(mine(*args, **kwargs))
     for hook in hooks:
         hook.remove()
-    weights = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in outputs]
-    inputs = inputs_of(args, kwargs)
+    weights, inputs = [_random_like(each, generator) for each in outputs], inputs_of(args, kwargs)
     parameters = {name: each for name, each in mine.named_parameters() if each.requires_grad}
     found = gradients_of(outputs, weights, [*inputs, *parameters.values()])
     shape = () if stream is None else tuple(argument(args, kwargs, stream).shape)
@@ -116,6 +122,7 @@ def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None) -> 
         shape,
         dropout.shapes,
         tuple(sorted(dropout.drawing)),
+        shapes,
     )
 
 
@@ -232,9 +239,18 @@ def _stream_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | No
     return None
 
 
-def _thawed(leaf: Any, generator: torch.Generator) -> Any:
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if tensor.is_meta:
+        return torch.empty_like(tensor, dtype=torch.float64)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+
+def _thawed(leaf: Any, generator: torch.Generator | None) -> Any:
     if not isinstance(leaf, Tensor):
         return own_copy(leaf)
+    if generator is None:
+        dtype = torch.float64 if leaf.is_floating_point() else leaf.dtype
+        return torch.empty_like(leaf, dtype=dtype, device="meta").requires_grad_(leaf.requires_grad)
     return _valued(leaf, generator).requires_grad_(leaf.requires_grad)
 
 

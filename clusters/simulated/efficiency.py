@@ -13,12 +13,12 @@ from typing import Any
 
 from meshwright.clusters.hardware import Gpu
 from meshwright.clusters.simulated.cluster import Cluster, Group
-from meshwright.clusters.simulated.model import Product
+from meshwright.parallel.work import Attention, Product, Work
 
 __all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
 
 FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
-_ELEMENT_BYTES = {"fp32": 4}  # of operands and results; narrow ones are read as two, written as two
+_WIDE = {"fp32": 1.0, "fp64": 0.5}  # rates over that of fp32
 _ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
 
 
@@ -99,25 +99,24 @@ class Efficiency:
     links: Links
     reserves: Reserves
 
-    def matmul_s(self, product: Product, gpu: Gpu, precision: str = "bf16", *, more_bytes: float = 0.0) -> float:
-        """Seconds of one product, which computes while it reads and writes.
+    def busy_s(self, work: Work, gpu: Gpu) -> float:
+        """Seconds that a GPU computes: every product, attention and other operation after the one before."""
+        products_s = sum(self.matmul_s(each, gpu) for each in work.products)
+        attentions_s = sum(self.attention_s(each, gpu) for each in work.attentions)
+        return products_s + self.memory_s(work.moved_bytes, gpu) + attentions_s
 
-        Args:
-            product: what is multiplied.
-            gpu: that computes it.
-            precision: of its operands.
-            more_bytes: read and written besides operands and result, such as sums that the result is added to.
-        """
-        rate = self.flops_per_s(gpu, precision)
+    def matmul_s(self, product: Product, gpu: Gpu) -> float:
+        """Seconds of one product, which computes while it reads and writes."""
+        rate = self.flops_per_s(gpu, product.precision)
         slower = 1.0 if product.k % _ALIGNED == 0 and product.n % _ALIGNED == 0 else self.compute.unaligned
-        moved = product.bytes(_ELEMENT_BYTES.get(precision, 2)) + more_bytes
-        moved_s = moved / ((gpu.operand_bytes_per_s or gpu.memory_bytes_per_s) * self.compute.memory)
+        rate_of_operands = (gpu.operand_bytes_per_s or gpu.memory_bytes_per_s) * self.compute.memory
+        moved_s = (product.bytes() + product.more_bytes) / rate_of_operands
         return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
 
     def flops_per_s(self, gpu: Gpu, precision: str = "bf16") -> float:
-        """What large products reach; in narrower precisions never less than in 16 bits."""
-        if precision not in ("bf16", "fp8", "fp4"):
-            return gpu.matmul_flops_per_s(precision) * self.compute.matmul
+        """What large products reach; never less than in 16 bits where they are narrower, and half in fp64 of fp32."""
+        if precision in _WIDE:
+            return gpu.matmul_flops_per_s("fp32") * self.compute.matmul * _WIDE[precision]
         wide = gpu.matmul_flops_per_s("bf16") * self.compute.matmul
         wide *= self.compute.hopper if gpu.generation == "hopper" else 1.0
         narrow = gpu.matmul_flops_per_s(precision) * self.compute.matmul * self.compute.narrow
@@ -127,16 +126,11 @@ class Efficiency:
         """Seconds to read and write so many bytes in all."""
         return num_bytes / (gpu.memory_bytes_per_s * self.compute.memory)
 
-    def attention_s(self, flops: float, scores: float, gpu: Gpu) -> float:
-        """Seconds of fused attention, forward.
-
-        Args:
-            flops: of its products.
-            scores: exponentials.
-            gpu: that computes it.
-        """
-        rate = self.flops_per_s(gpu) * self.compute.attention
-        return flops / rate + scores * self.compute.softmax / gpu.exponentials_per_s + self.compute.kernel_s
+    def attention_s(self, attention: Attention, gpu: Gpu) -> float:
+        """Seconds of fused attention in one direction."""
+        rate = self.flops_per_s(gpu, attention.precision) * self.compute.attention
+        exponentials_s = attention.scores * self.compute.softmax / gpu.exponentials_per_s
+        return attention.flops / rate + exponentials_s + self.compute.kernel_s
 
     def floor_s(self, busy_s: float, passes: float, *, in_series: bool = False) -> float:
         """Seconds of a layer whose GPU is busy for `busy_s` while the host starts `passes` times its operations.

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from math import ceil, comb
 from typing import TYPE_CHECKING, Literal
 
+from meshwright.clusters.simulated.cluster import Cluster
 from meshwright.clusters.simulated.congestion import Fabric, fabric
 
 if TYPE_CHECKING:
     from meshwright.clusters.simulated.training import Training
 
-__all__ = ["Exchange", "Hop", "Way", "Ways", "exchange_of", "exchange_s", "visited_nodes"]
+__all__ = ["Exchange", "Hop", "Way", "Ways", "exchange_of", "exchange_s", "visited_nodes", "ways_of"]
 
 Way = Literal["one_hop", "two_hops", "once"]
 
@@ -195,6 +196,17 @@ def exchange_of(training: "Training") -> Exchange | None:
     )
 
 
+def ways_of(cluster: Cluster, congestion: float = 1.0) -> Ways:
+    """The links of each GPU of a cluster; `congestion` as for `exchange_s`."""
+    return Ways(
+        within=fabric("nvlink"),
+        between=fabric(cluster.fabric).congested(congestion),
+        within_bytes_per_s=cluster.gpu.nvlink_bytes_per_s,
+        between_bytes_per_s=cluster.network,
+        nics_per_gpu=cluster.nics_per_gpu,
+    )
+
+
 def exchange_s(training: "Training", *, congestion: float = 1.0) -> float:
     """Seconds of one exchange of a training, in one direction.
 
@@ -205,13 +217,5 @@ def exchange_s(training: "Training", *, congestion: float = 1.0) -> float:
     exchange = exchange_of(training)
     if exchange is None:
         return 0.0
-    cluster = training.cluster
-    links = Ways(
-        within=fabric("nvlink"),
-        between=fabric(cluster.fabric).congested(congestion),
-        within_bytes_per_s=cluster.gpu.nvlink_bytes_per_s,
-        between_bytes_per_s=cluster.network,
-        nics_per_gpu=cluster.nics_per_gpu,
-    )
-    hops_s = exchange.took_s(links)
+    hops_s = exchange.took_s(ways_of(training.cluster, congestion))
     return max(hops_s) if exchange.way == "once" else sum(hops_s)

@@ -1,18 +1,18 @@
 """What one layer of one micro-batch takes on one rank, and the head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from meshwright.clusters.simulated.experts import exchange_s
-from meshwright.clusters.simulated.model import Product
 from meshwright.clusters.simulated.training import Training
+from meshwright.parallel.work import FUSED_BACKWARD, Attention, Product, Work
 
-__all__ = ["LayerTimes", "elementwise_bytes", "head_s", "layer_times", "score_bytes"]
+__all__ = ["LayerTimes", "elementwise_bytes", "head_s", "layer_times", "layer_works", "score_bytes"]
 
 _BACKWARD_BYTES = 1.5  # of operations between products: gradient and input read, gradient written, against one of each
 _SCORE_BYTES = 13  # of one score kept in memory: product 2, softmax 4, dropout 5 (mask 1), product 2
 _LOGIT_BYTES = 24  # of one logit, both directions: written, read in fp32 three times, its gradient written and read
-_FUSED_BACKWARD = 2.5  # FlashAttention-2 (arXiv 2307.08691, section 4.1): five products backward, two forward
+_ROWS = 16  # that products with few of them are padded to
 _TABLE_ROWS = 128  # tables are padded to a multiple, so that products are aligned
 
 
@@ -57,8 +57,8 @@ def elementwise_bytes(training: Training) -> float:
     inner = model.ffn * max(1, model.top_k)
     dealt = 4 * (model.hidden + 2 * model.kv_width) + (6 if model.gated else 4) * inner
     if training.engine.precision != "bf16":  # inputs of products read, and written as they are and transposed
-        dealt += 4 * (2 * model.hidden + inner)
-        whole += 4 * model.hidden
+        dealt += 4 * ((2 + model.top_k) * model.hidden + inner)
+        whole += 0 if model.experts else 4 * model.hidden
     if model.experts:  # rows put in the experts' order and back into the tokens', read and written each time
         dealt += 8 * model.top_k * model.hidden
     return training.tokens * (whole / (layout.tp if layout.sequence_parallel else 1) + dealt / layout.tp)
@@ -69,34 +69,50 @@ def score_bytes(training: Training) -> float:
     return _SCORE_BYTES * training.tokens * training.model.heads / training.layout.tp * training.model.sequence
 
 
+def layer_works(training: Training) -> tuple[Work, Work, Work]:
+    """What is computed for one layer and micro-batch: forward, backward, and of forward again."""
+    linear = _weight_products(training)
+    between = Work(products=linear, moved_bytes=elementwise_bytes(training))
+    scores, scores_back = _attention_works(training)
+    forward = between + scores
+    backward = scores_back + Work(
+        products=(*linear, *(_weight_gradient(each, training) for each in linear)),
+        moved_bytes=_BACKWARD_BYTES * between.moved_bytes,
+    )
+    return forward, backward, _again(training, forward, scores)
+
+
 def layer_times(training: Training) -> LayerTimes:
     """Adds up one layer of one micro-batch."""
-    layout, precision = training.layout, training.engine.precision
-    products = _weight_products(training)
-    linear_s = [training.product_s(each, precision) for each in products]
-    weights_s = sum(_weights_s(each, training) for each in products)
-    between_s = training.moved_s(elementwise_bytes(training))
-    score_forward_s, score_backward_s = _attention_s(training)
-    forward_s = sum(linear_s) + between_s + score_forward_s
-    again_s = {
-        "none": 0.0,
-        "selective": between_s if training.engine.fused_attention else score_forward_s,
-        "full": forward_s - (linear_s[-1] if training.engine.stops_early else 0.0),
-    }[layout.recompute]
+    forward, backward, again = layer_works(training)
+    attention_s = sum(map(training.busy_s, _attention_works(training)))
     times = LayerTimes(
-        forward_s=forward_s,
-        backward_s=sum(linear_s) + weights_s + _BACKWARD_BYTES * between_s + score_backward_s,
-        recompute_s=again_s,
+        forward_s=training.busy_s(forward),
+        backward_s=training.busy_s(backward),
+        recompute_s=training.busy_s(again),
         tp_s=_tensor_parallel_s(training),
-        cp_s=_context_parallel_s(training, score_forward_s + score_backward_s),
+        cp_s=_context_parallel_s(training, attention_s),
         ep_s=_expert_parallel_s(training),
     )
-    busy_s, passes = times.total_s, 3 + (layout.recompute == "full")
+    busy_s, passes = times.total_s, 3 + (training.layout.recompute == "full")
     floor_s = training.efficiency.floor_s(busy_s, passes, in_series=training.engine.host_in_series)
     return times.times(floor_s / busy_s)
 
 
-def _weight_products(training: Training) -> list[Product]:
+def _again(training: Training, forward: Work, scores: Work) -> Work:
+    """Of forward, what is computed once more: nothing, what is cheap, or all but what backward does not need."""
+    recompute, engine = training.layout.recompute, training.engine
+    if recompute == "none":
+        return Work()
+    if recompute == "selective":
+        return Work(moved_bytes=elementwise_bytes(training)) if engine.fused_attention else scores
+    if not engine.stops_early:
+        return forward
+    last = len(_weight_products(training)) - 1
+    return replace(forward, products=forward.products[:last] + forward.products[last + 1 :])
+
+
+def _weight_products(training: Training) -> tuple[Product, ...]:
     """With weights, forward. Rows spread evenly over experts; each expert's matrices lie whole on one rank."""
     model, layout = training.model, training.layout
     products = list(model.linear_products(max(1, int(training.tokens)), layout.tp))
@@ -104,31 +120,32 @@ def _weight_products(training: Training) -> list[Product]:
         mine = max(1, model.experts // layout.ep)
         rows = training.tokens / layout.tp * model.top_k * min(layout.ep, model.experts) / model.experts
         products += model.ffn_products(max(1, int(rows)), 1, mine)
-    return products
+    return tuple(replace(each, precision=training.engine.precision) for each in products)
 
 
-def _weights_s(forward: Product, training: Training) -> float:
-    """The product that gives gradients of weights and adds them to those of earlier micro-batches."""
-    product = Product(forward.k, forward.n, forward.m, forward.batch)
-    sums = (2 * training.engine.gradient_bytes - 2) * product.m * product.n * product.batch
-    return training.product_s(product, training.engine.precision, more_bytes=sums)
+def _weight_gradient(forward: Product, training: Training) -> Product:
+    """The product that gives gradients of weights and adds them to those of earlier micro-batches.
+
+    Rows are no inner width of either operand there, so they need not be aligned.
+    """
+    m, n, k = forward.k, forward.n, _ROWS * ceil(forward.m / _ROWS)
+    sums = (2 * training.engine.gradient_bytes - 2) * m * n * forward.batch
+    return Product(m, n, k, forward.batch, precision=forward.precision, more_bytes=sums)
 
 
-def _attention_s(training: Training) -> tuple[float, float]:
-    """Forward and backward of scores and what they weigh."""
+def _attention_works(training: Training) -> tuple[Work, Work]:
+    """Scores and what they weigh, forward and backward."""
     model, layout = training.model, training.layout
     if not training.engine.fused_attention:
         queries = max(1, model.sequence // layout.cp)
-        products = model.score_products(layout.micro_batch, queries, layout.tp)
-        product_s = sum(training.product_s(each) for each in products)
-        scores_s = training.moved_s(score_bytes(training))
-        return product_s + scores_s, 2 * product_s + _BACKWARD_BYTES * scores_s
+        products = tuple(model.score_products(layout.micro_batch, queries, layout.tp))
+        moved = score_bytes(training)
+        back = Work(products=2 * products, moved_bytes=_BACKWARD_BYTES * moved)
+        return Work(products=products, moved_bytes=moved), back
     seen = training.tokens * model.heads / layout.tp * model.sequence / 2
     flops = 4 * seen * model.head_dim
-    forward_s, backward_s = (
-        training.efficiency.attention_s(factor * flops, seen, training.cluster.gpu) for factor in (1.0, _FUSED_BACKWARD)
-    )
-    return forward_s, backward_s
+    forward, backward = (Work(attentions=(Attention(each * flops, seen),)) for each in (1.0, FUSED_BACKWARD))
+    return forward, backward
 
 
 def _tensor_parallel_s(training: Training) -> float:
@@ -165,4 +182,4 @@ def head_s(training: Training) -> float:
         return 0.0
     columns = _TABLE_ROWS * ceil(model.vocab / training.layout.tp / _TABLE_ROWS)
     product = Product(max(1, int(training.tokens)), columns, model.hidden)
-    return 3 * training.product_s(product) + training.moved_s(_LOGIT_BYTES * training.tokens * columns)
+    return training.busy_s(Work(products=3 * (product,), moved_bytes=_LOGIT_BYTES * training.tokens * columns))

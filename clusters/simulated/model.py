@@ -7,30 +7,9 @@ newer reports only those below the diagonal. A multiplication and an addition ar
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from meshwright.parallel.work import Product
+
 __all__ = ["Product", "Transformer"]
-
-
-@dataclass(frozen=True)
-class Product:
-    """`batch` matrix products [m, k] x [k, n].
-
-    >>> Product(4, 5, 6, batch=2).flops
-    480
-    """
-
-    m: int
-    n: int
-    k: int
-    batch: int = 1
-
-    @property
-    def flops(self) -> int:
-        """Of the product in one direction; backward has two such products."""
-        return 2 * self.m * self.n * self.k * self.batch
-
-    def bytes(self, element_bytes: float = 2) -> float:
-        """Read and written when each operand moves once."""
-        return element_bytes * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from meshwright.clusters.simulated.cluster import Cluster
 from meshwright.clusters.simulated.efficiency import Efficiency, fitted
 from meshwright.clusters.simulated.layout import Engine, Layout
-from meshwright.clusters.simulated.model import Product, Transformer
+from meshwright.clusters.simulated.model import Transformer
+from meshwright.parallel.work import Work
 
 __all__ = ["Training"]
 
@@ -44,9 +45,9 @@ class Training:
         """Of a micro-batch on one rank."""
         return self.layout.micro_batch * self.model.sequence / self.layout.cp
 
-    def product_s(self, product: Product, precision: str = "bf16", *, more_bytes: float = 0.0) -> float:
-        """Seconds of a product on its GPUs."""
-        return self.efficiency.matmul_s(product, self.cluster.gpu, precision, more_bytes=more_bytes)
+    def busy_s(self, work: Work) -> float:
+        """Seconds of its GPUs to compute so much."""
+        return self.efficiency.busy_s(work, self.cluster.gpu)
 
     def moved_s(self, num_bytes: float) -> float:
         """Seconds to read and write so many bytes in all."""

@@ -29,33 +29,45 @@ def build_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    values: bool = True,
 ) -> nn.Module:
     """Builds the model that the `model:` block of a job describes; its weights are deferred, and drawn from `seed`.
 
     Args:
-        spec: {"architecture": ..., "config": {...}}, {"path": ..., "config": {...}} or
-            {"python": "package.module:function", "arguments": {...}}.
+        spec: {"architecture" or "path": ..., "config": {...}} or {"python": "module:function", "arguments": {...}}.
         vocab_size: tokens of the job's tokenizer; a config that names no vocabulary gets this one.
         seed: of all weights.
         dtype: of parameters and buffers.
         device: where the weights are wanted.
+        values: whether they are; without, the model is on the meta device sooner, and for good.
 
     Raises:
         ModelBuildError: when something cannot be imported, does not exist, or has too small a vocabulary.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    build = _builder(spec, vocab_size)
     try:
-        own = partial(_from_python, spec) if spec.get("python") else partial(_from_transformers, spec, vocab_size)
-        build = partial(_routed, own, spec["bilevel"]) if spec.get("bilevel") else own
-        try:
-            return deferred(build, seed=seed, device=device)
-        except DeferError as error:
-            warnings.warn(f"{error}; so every rank builds it whole", stacklevel=2)
-            torch.manual_seed(seed)
-            return build().to(device)
+        if not values:
+            with torch.device("meta"):
+                return build()
+        return _with_values(build, seed, device)
     finally:
         torch.set_default_dtype(before)
+
+
+def _with_values(build: Callable[[], nn.Module], seed: int, device: torch.device | str) -> nn.Module:
+    try:
+        return deferred(build, seed=seed, device=device)
+    except DeferError as error:
+        warnings.warn(f"{error}; so every rank builds it whole", stacklevel=3)
+        torch.manual_seed(seed)
+        return build().to(device)
+
+
+def _builder(spec: Mapping[str, Any], vocab_size: int) -> Callable[[], nn.Module]:
+    own = partial(_from_python, spec) if spec.get("python") else partial(_from_transformers, spec, vocab_size)
+    return partial(_routed, own, spec["bilevel"]) if spec.get("bilevel") else own
 
 
 def import_function(name: str) -> Any:

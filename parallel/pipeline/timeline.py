@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind, Schedule
-from meshwright.parallel.pipeline.check import SENDS, check, halves_of, needs_in, walk
+from meshwright.parallel.pipeline.check import SENDS, check, halves_of, needs_in, other_end, walk
 
 __all__ = ["Cause", "Costs", "Span", "Timeline", "Wait", "timeline"]
 
@@ -26,6 +26,8 @@ class Costs:
         reduce: of gradients.
         stages: how much larger a stage is than 1; 1 where it is not named.
         unit_s: seconds of a unit, where it is known.
+        exact: (stage, kind) -> cost, before all of the above.
+        hops: (rank, rank) -> latency, before `latency`.
     """
 
     forward: float = 1.0
@@ -36,9 +38,14 @@ class Costs:
     reduce: float = 0.0
     stages: Mapping[int, float] = field(default_factory=dict)
     unit_s: float | None = None
+    exact: Mapping[tuple[int, Kind], float] = field(default_factory=dict)
+    hops: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def of(self, action: Action) -> float:
         """Time that an action occupies the processor of its rank, or its link."""
+        known = self.exact.get((action.stage, action.kind))
+        if known is not None:
+            return known
         of_kind = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.backward,
@@ -49,6 +56,10 @@ class Costs:
             Kind.REDUCE: self.reduce,
         }
         return of_kind.get(action.kind, 0.0) * self.stages.get(action.stage, 1.0)
+
+    def hop(self, sender: int, receiver: int) -> float:
+        """Latency between two ranks of the pipeline; none within one."""
+        return 0.0 if sender == receiver else self.hops.get((sender, receiver), self.latency)
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,13 @@ class Timeline:
         return sum(span.action.kind is kind for span in self.communication)
 
 
-def timeline(schedule: Schedule, costs: Costs | None = None) -> Timeline:
+def timeline(schedule: Schedule, costs: Costs | None = None, *, checked: bool = False) -> Timeline:
     """Times a schedule, each rank in its own order, each action as soon as its inputs are there.
+
+    Args:
+        schedule: of one step.
+        costs: of its actions.
+        checked: whether somebody knows already that it can be run.
 
     Raises:
         ScheduleError: when the schedule cannot be run (see `check`).
@@ -134,7 +150,8 @@ def timeline(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     >>> timeline(breadth_first([0, 1, 0, 1], 4)).bubble  # (P - 1) / (M V)
     0.125
     """
-    check(schedule)
+    if not checked:
+        check(schedule)
     paper = _Paper(schedule, costs or Costs())
     walk(schedule, paper.visit)
     return paper.timeline()
@@ -161,7 +178,7 @@ class _Paper:
             return
         makers = [self._ends[need] for need in needs_in(self._schedule, action)]
         begun = max([self.clocks[rank], *(end for end, _ in makers)])
-        start = max([begun, *(end + self.costs.latency for end, maker in makers if maker != rank)])
+        start = max([begun, *(end + self.costs.hop(maker, rank) for end, maker in makers)])
         self._wait(Wait(rank, Cause.TRANSFER, begun, start))
         if action.kind in COMPUTE:
             begun, start = start, max(start, self._whole.get(action.stage, 0.0))
@@ -172,7 +189,8 @@ class _Paper:
         if action.kind in COMPUTE:
             self.spans.append(Span(rank, action, start, end))
         elif action.kind in SENDS:
-            self.communication.append(Span(rank, action, start, start + self.costs.latency))
+            receiver = self._schedule.homes[other_end(action).stage]
+            self.communication.append(Span(rank, action, start, start + self.costs.hop(rank, receiver)))
         elif action.kind is not Kind.FREE:
             self.communication.append(Span(rank, action, self.clocks[rank], end))
         self.clocks[rank] = end

@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.clusters.calibrate import calibrated, this_machine, usable_gpus, written
 from meshwright.clusters.calibration import CalibrationError, hardware_of
-from meshwright.clusters.simulated.model import Product
+from meshwright.parallel.work import Product
 
 
 def test_two_ranks_of_this_machine_are_measured_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_two_ranks_of_this_machine_are_measured_and_loaded(tmp_path: Path, monke
     path = tmp_path / "machine.yaml"
     path.write_text(written(found), encoding="utf-8")
     gpu, reached = hardware_of(path, ranks=2)
-    small, large = (reached.matmul_s(Product(each, 512, 512), gpu, "fp32") for each in (64, 1024))
+    small, large = (reached.matmul_s(Product(each, 512, 512, precision="fp32"), gpu) for each in (64, 1024))
     assert 1e-6 < small < large < 10
     assert gpu.memory_bytes == pytest.approx(this_machine().memory_bytes, rel=1e-3)
     assert found["calibrated"]["date"][:2] == "20"

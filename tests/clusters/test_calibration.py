@@ -12,7 +12,7 @@ from meshwright.clusters.calibrate import written
 from meshwright.clusters.calibrate_device import PRODUCTS
 from meshwright.clusters.calibration import CalibrationError, Machine, entry, hardware_of, is_calibration
 from meshwright.clusters.simulated import Cluster
-from meshwright.clusters.simulated.model import Product
+from meshwright.parallel.work import Product
 
 HOST = Machine(name="host", processor="cpu", cores=4, memory_bytes=8e9, date="2026-01-01")
 RATES = {"fp32": 60e9, "bf16": 20e9}
@@ -23,7 +23,7 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
     """What a machine of known numbers would have measured; `wrong` spoils every other product."""
 
     def product(m: int, n: int, k: int, name: str) -> float:
-        bytes_ = Product(m, n, k).bytes({"fp32": 4, "bf16": 2}[name])
+        bytes_ = Product(m, n, k, precision=name).bytes()
         return hypot(2 * m * n * k / RATES[name], bytes_ / MEMORY) * slower + START_S
 
     def ring(size: float) -> float:
@@ -83,7 +83,12 @@ def test_the_numbers_that_times_were_made_from_are_found_again(path: Path) -> No
 def test_an_entry_prices_what_it_was_made_from(path: Path) -> None:
     gpu, reached = hardware_of(path, ranks=4)
     for m, n, k, name, took_s in made(4, 1)["products"]:
-        assert reached.matmul_s(Product(m, n, k), gpu, name) == pytest.approx(took_s, rel=0.03), (m, n, k, name)
+        assert reached.matmul_s(Product(m, n, k, precision=name), gpu) == pytest.approx(took_s, rel=0.03), (
+            m,
+            n,
+            k,
+            name,
+        )
     group = Cluster(gpu=gpu, num_gpus=4, gpus_per_node=4).group(4)
     for name, size, took_s in made(4, 1)["collectives"]:
         if name != "send":

@@ -16,6 +16,9 @@ NEEDS_TORCH = (
     "meshwright.clusters.agent",
     "meshwright.clusters.elastic",
     "meshwright.clusters.rendezvous",
+    "meshwright.launch.paper.advice",
+    "meshwright.launch.paper.drawing",
+    "meshwright.launch.paper.states",
     "meshwright.launch.worker",
 )
 IMPORT_BUDGET_S = 0.150

@@ -58,6 +58,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.paper": "tests/parallel/test_fake_rank.py runs every rank of every job on it",
     "meshwright.parallel.build": "every wrapped model is built by it",
     "meshwright.parallel.pipeline.paper_routes": "tests/parallel/test_fake_rank.py compares pipelines with real ones",
+    "meshwright.parallel.traced_kernels": "tests/parallel/test_tracing.py counts attention and dropout with it",
     "meshwright.parallel.pieces": "tests/parallel/test_layered.py goes back through every family piece by piece",
     "meshwright.parallel.capture": "tests/parallel/test_layered.py captures every family",
     "meshwright.parallel.pipeline.runtime": "tests/parallel/test_layered.py runs every family on it",

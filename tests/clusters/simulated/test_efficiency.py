@@ -8,7 +8,7 @@ import yaml
 from meshwright.clusters.hardware import gpu
 from meshwright.clusters.simulated import Cluster, fitted
 from meshwright.clusters.simulated.efficiency import FILE, Compute, Links, Reserves
-from meshwright.clusters.simulated.model import Product
+from meshwright.parallel.work import Product
 
 A100, H100 = gpu("A100"), gpu("H100")
 REACHED = fitted()
@@ -27,7 +27,7 @@ def test_no_product_is_faster_than_the_peak() -> None:
     for kind in (A100, H100):
         for precision in ("bf16", "fp8"):
             peak = kind.flops_per_s.get(precision, kind.flops_per_s["bf16"])
-            assert BIG.flops / REACHED.matmul_s(BIG, kind, precision) < peak
+            assert BIG.flops / REACHED.matmul_s(replace(BIG, precision=precision), kind) < peak
 
 
 def test_small_and_thin_products_are_slow_by_themselves() -> None:
@@ -46,15 +46,15 @@ def test_widths_that_tensor_cores_cannot_load_at_once_cost_more() -> None:
 
 
 def test_narrow_products_are_not_slower_and_a_gpu_without_them_computes_in_16_bits() -> None:
-    assert REACHED.matmul_s(BIG, H100, "fp8") < REACHED.matmul_s(BIG, H100)
+    assert REACHED.matmul_s(replace(BIG, precision="fp8"), H100) < REACHED.matmul_s(BIG, H100)
     assert REACHED.flops_per_s(A100, "fp8") >= REACHED.flops_per_s(A100)
 
 
 def test_products_of_four_bytes_move_twice_as_much_at_a_rate_of_their_own() -> None:
     cpu = replace(A100, flops_per_s={"fp32": 1e11, "bf16": 1e15}, sustained={})
     assert REACHED.flops_per_s(cpu, "fp32") == 1e11 * REACHED.compute.matmul
-    thin = Product(10**6, 8, 8)
-    moved_s = [REACHED.matmul_s(thin, replace(cpu, flops_per_s={"bf16": 1e18, "fp32": 1e18}), each) for each in _KINDS]
+    fast = replace(cpu, flops_per_s={"bf16": 1e18, "fp32": 1e18})
+    moved_s = [REACHED.matmul_s(Product(10**6, 8, 8, precision=each), fast) for each in _KINDS]
     start_s = REACHED.compute.kernel_s
     assert moved_s[1] - start_s == pytest.approx(2 * (moved_s[0] - start_s), rel=1e-3)
 

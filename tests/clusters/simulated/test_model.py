@@ -2,7 +2,8 @@
 
 import pytest
 
-from meshwright.clusters.simulated.model import Product, Transformer
+from meshwright.clusters.simulated.model import Transformer
+from meshwright.parallel.work import Product
 
 GPT = {"layers": 12, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": 2048, "vocab": 1024, "sequence": 256}
 LLAMA_8B = Transformer(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256, sequence=8192, gated=True)

@@ -1,0 +1,1 @@
+"""Jobs on paper: drawn from their own model, forecast, advised, shown."""

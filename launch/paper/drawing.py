@@ -1,0 +1,167 @@
+"""A job drawn on paper: its model run on shapes, its schedule, its states."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshwright.clusters.simulated.forecast import Forecast
+from meshwright.clusters.simulated.machine import Machine
+from meshwright.clusters.simulated.paper import Paper, StageBytes
+from meshwright.launch.load import LoadedJob
+from meshwright.launch.paper.hardware import Hardware
+from meshwright.launch.paper.states import data_calls, stage_bytes, states_of
+from meshwright.launch.rehearse import settled_on_meta
+from meshwright.launch.spec.job import Job
+from meshwright.moe.on_paper import spread_evenly
+from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.options import Options
+from meshwright.parallel.plan import Plans, make_context_plan, make_expert_plan, make_plan
+from meshwright.parallel.predicted import first_shares
+from meshwright.parallel.stages import Stages, stages_of
+from meshwright.parallel.tracing import Tracer, trace
+from meshwright.parallel.work import Sent, Traced
+
+__all__ = ["Drawing", "deal_on_paper", "forecast", "run_on_paper"]
+
+_MOST_PROVED = 2e9
+"""Elements of a block times tokens of its example, up to which its plan is proved on numbers."""
+_PRECISIONS = {"bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drawing:
+    """A model on shapes.
+
+    Args:
+        model: whole.
+        mine: as the first rank of `tp` has it.
+        options: of the job.
+        plans: how it is dealt.
+        is_proved: whether the plans were proved on numbers.
+        traced: what the first rank does for one micro-batch.
+        forward_flops: of one micro-batch, whole.
+    """
+
+    model: nn.Module
+    mine: nn.Module
+    options: Options
+    plans: Plans
+    is_proved: bool
+    traced: Traced | None = None
+    forward_flops: float = 0.0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was not done exactly."""
+        if self.is_proved:
+            return ()
+        return ("blocks are too large to be proved here; how they are dealt was judged by shapes alone",)
+
+
+def deal_on_paper(loaded: LoadedJob, model: nn.Module) -> Drawing:
+    """Deals a job's model as its first rank has it; blocks too large to be proved here are judged by their shapes.
+
+    Args:
+        loaded: the job.
+        model: of it, without values.
+
+    Raises:
+        MeshwrightError: when it cannot be dealt.
+    """
+    mesh, options = loaded.job.mesh, settled_on_meta(loaded, model)
+    options.check(mesh)
+    experts = make_expert_plan(model, mesh, options)
+    sizes = [sum(each.numel() for each in block.parameters()) for block in find_blocks(model, options.blocks).values()]
+    work = max(sizes, default=0) * options.example["input_ids"].numel()
+    proved = work <= _MOST_PROVED or mesh.tp == mesh.cp == 1
+    tensor = make_plan(model, mesh, options, experts=experts, shapes=not proved)
+    context = make_context_plan(model, mesh, options, plan=tensor, experts=experts) if proved else None
+    plans = Plans(tensor=tensor, context=context, experts=experts)
+    return Drawing(model=model, mine=first_shares(model, tensor), options=options, plans=plans, is_proved=proved)
+
+
+def run_on_paper(loaded: LoadedJob, dealt: Drawing) -> Drawing:
+    """Runs a model that was dealt, on shapes.
+
+    Raises:
+        WrapError: when the model asks its tensors for values.
+    """
+    job, options = loaded.job, dealt.options
+    precision = _PRECISIONS.get(job.train.precision) if job.train else None
+    run = partial(trace, dealt.model, precision=precision)
+    mine = partial(run, plan=dealt.plans.tensor, prepare=partial(_spread, job))
+    traced = mine(options)
+    if job.mesh.cp > 1:
+        part = replace(options, example=_first_positions(options.example, job.mesh.cp))
+        traced = replace(traced, blocks=mine(part, num_positions=job.mesh.cp).blocks)
+    flops = traced.forward_flops
+    if job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:
+        flops = run(options, backward=False, prepare=partial(_spread, None)).forward_flops
+    return replace(dealt, traced=traced, forward_flops=flops)
+
+
+def forecast(drawing: Drawing, job: Job, hardware: Hardware) -> Forecast:
+    """Predicts a step of a job.
+
+    Args:
+        drawing: of its model, or of that of a job with the same `tp`, `cp` and `ep`.
+        job: with its own schedule, micro-batches and data axes.
+        hardware: of it.
+
+    Raises:
+        MeshwrightError: for a mesh or schedule that cannot be had.
+    """
+    assert job.data is not None, "a job that trains a model has data"
+    assert job.train is not None, "and says how"
+    kept = ("blockwise", "moe", "stage_costs")  # counted, or made from what a job says
+    options = replace(drawing.options, **{name: value for name, value in job.options.items() if name not in kept})
+    options.check(job.mesh)
+    stages = stages_of(drawing.mine, job.mesh, 0, options)
+    experts = drawing.plans.experts
+    states = states_of(drawing.mine, job.mesh, options, stages=stages, experts=experts)
+    paper = _paper(drawing, job, hardware, options=options, stages=stages)
+    updated = max(each.optimizer for each in states) / 2
+    clipped = 3 if job.train.clip_norm is not None else 0  # read for the norm, read and written to be scaled
+    return Forecast(
+        paper=replace(paper, optimizer_bytes=(7 + clipped) * updated),  # gradient read; weight and moments both
+        states=states,
+        tokens=job.train.batch_size * job.data.sequence_length,
+        flops=3 * drawing.forward_flops * job.mesh.data_degree * options.num_microbatches,
+    )
+
+
+def _paper(drawing: Drawing, job: Job, hardware: Hardware, *, options: Options, stages: Stages) -> Paper:
+    traced = drawing.traced
+    assert traced is not None, "a drawing that was run"
+    mine, experts = drawing.mine, drawing.plans.experts
+    of_stages: dict[int, StageBytes] = {}
+    rest, sent = StageBytes(), tuple[Sent, ...]()
+    if job.mesh.data_degree > 1 and stages.blocks:
+        of_stages, rest, sent = stage_bytes(mine, job.mesh, stages=stages, experts=experts)
+    elif job.mesh.data_degree > 1:
+        sent = data_calls(mine, job.mesh, options, experts=experts)
+    return Paper(
+        machine=Machine(mesh=job.mesh, cluster=hardware.cluster, efficiency=hardware.efficiency),
+        schedule=stages.schedule,
+        traced=traced,
+        stage_of=stages.stage_of,
+        recomputed=stages.recomputed,
+        border_bytes=max((each.input_bytes for each in traced.blocks.values()), default=0.0),
+        stages=of_stages,
+        rest=rest,
+        sent=sent,
+    )
+
+
+def _spread(job: Job | None, model: nn.Module, tracer: Tracer) -> None:
+    """Spreads tokens evenly over experts; over those of one rank, for a job."""
+    ep, tp = (job.mesh.ep, job.mesh.tp) if job is not None else (1, 1)
+    spread_evenly(model, tracer.send, ep=ep, alike=tp, runs=tracer.runs)
+
+
+def _first_positions(example: Any, degree: int) -> Any:
+    """The positions of one rank of `cp`, of as many as there are."""
+    return {name: each[:, : max(1, each.shape[1] // degree)] for name, each in example.items()}

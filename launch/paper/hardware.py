@@ -1,0 +1,79 @@
+"""The hardware that a job asks for, or that such jobs usually have."""
+
+from dataclasses import dataclass, field
+
+from meshwright.clusters.hardware import Gpu, gpu
+from meshwright.clusters.simulated.cluster import Cluster
+from meshwright.clusters.simulated.efficiency import Efficiency, fitted
+from meshwright.launch.errors import JobError, Problem
+from meshwright.launch.load import LoadedJob
+from meshwright.launch.spec.job import Job
+
+__all__ = ["Hardware", "hardware_of"]
+
+_USUAL_GPU = "H100"
+_USUAL_NODE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a job is predicted on.
+
+    Args:
+        cluster: of as many GPUs as the job has ranks.
+        efficiency: of such hardware.
+        notes: what nobody said and was assumed.
+    """
+
+    cluster: Cluster
+    efficiency: Efficiency = field(default_factory=fitted)
+    notes: tuple[str, ...] = ()
+
+
+def hardware_of(loaded: LoadedJob, *, gpu_name: str | None = None, network_gbps: float | None = None) -> Hardware:
+    """The GPUs and links that a job asks for, or those that such jobs usually have.
+
+    Args:
+        loaded: the job.
+        gpu_name: of the catalog; `resources.gpu_type` by default.
+        network_gbps: Gbit/s between nodes, per GPU and direction.
+
+    Raises:
+        JobError: for a GPU that the catalog does not know; names the nearest.
+    """
+    job, notes = loaded.job, list[str]()
+    kind = _kind(loaded, gpu_name, notes)
+    per_node = _gpus_per_node(job, notes)
+    if network_gbps is None and job.mesh.world_size > per_node:
+        usual = 8 * kind.network_bytes_per_s / 1e9
+        notes.append(
+            f"nobody says how fast the network is, so {usual:g} Gb/s per GPU are taken, as usual with {kind.name}"
+        )
+    cluster = Cluster(
+        gpu=kind,
+        num_gpus=job.mesh.world_size,
+        gpus_per_node=per_node,
+        network_bytes_per_s=None if network_gbps is None else network_gbps * 1e9 / 8,
+    )
+    return Hardware(cluster=cluster, notes=tuple(notes))
+
+
+def _kind(loaded: LoadedJob, gpu_name: str | None, notes: list[str]) -> Gpu:
+    name = gpu_name or loaded.job.resources.gpu_type
+    if name is None:
+        name = _USUAL_GPU
+        notes.append(f"the job names no GPU, so {name} is taken; say which by --gpu or resources.gpu_type")
+    try:
+        return gpu(name)
+    except ValueError as error:
+        where = "--gpu" if gpu_name else loaded.where("resources.gpu_type")
+        raise JobError([Problem(where, "resources.gpu_type", str(error))]) from error
+
+
+def _gpus_per_node(job: Job, notes: list[str]) -> int:
+    asked = job.resources.gpus_per_node or getattr(job.cluster, "gpus_per_node", None)
+    per_node = asked or job.ranks_per_node or _USUAL_NODE
+    if job.num_nodes == 1 and not asked and job.mesh.world_size > _USUAL_NODE:
+        per_node = _USUAL_NODE
+        notes.append(f"{job.mesh.world_size} ranks do not fit one node, so nodes of {per_node} GPUs are taken")
+    return int(per_node)

@@ -1,0 +1,142 @@
+"""Kernels that a GPU has and a run on shapes would not choose: fused attention and dropout, each counted as one."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from meshwright.parallel.meta import MetaAnswers
+from meshwright.parallel.operations import precision_of
+from meshwright.parallel.work import FUSED_BACKWARD, Attention, Sent
+
+__all__ = ["Kernels", "shapes_only"]
+
+
+class Kernels(TorchFunctionMode):
+    """Inside, attention keeps its inputs, its output and one number a query, and dropout a mask of one byte.
+
+    Args:
+        tracer: that counts.
+        num_keys: how many times as many keys as it is given attention meets.
+    """
+
+    def __init__(self, tracer: Any, num_keys: int = 1) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._num_keys = num_keys
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replaces the two, and passes every other call on."""
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func is functional.dropout:
+            return _drop(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Attention [..., heads, queries, width]; a mask that is given has all scores computed."""
+        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | named
+        mask, is_causal = given.get("attn_mask"), given.get("is_causal", False)
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
+        seen = query[..., 0].numel() * key.shape[-2] * self._num_keys * (0.5 if is_causal else 1.0)
+        flops = 2 * seen * (query.shape[-1] + value.shape[-1])
+        mask_bytes = 0 if mask is None else mask.numel() * mask.itemsize
+        keys = 0 if self._num_keys == 1 else self._num_keys * sum(each.numel() * each.itemsize for each in (key, value))
+        asked = _Asked(self._tracer, Attention(flops, seen, precision_of(query)), mask_bytes, keys)
+        found: Tensor = _Attend.apply(asked, query, key, value)  # type: ignore[no-untyped-call]
+        return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One attention: who counts it, what it computes, its mask, and keys and values of all ranks of `cp`."""
+
+    tracer: Any
+    attention: Attention
+    mask_bytes: int
+    keys_bytes: int
+
+    def count(self, *, backward: bool = False) -> None:
+        """Keys and values go round, backward their gradients too."""
+        tally = self.tracer.tally()
+        if tally is None:
+            return
+        factor = FUSED_BACKWARD if backward else 1.0
+        tally.attentions.append(replace(self.attention, flops=factor * self.attention.flops))
+        tally.operations += 1
+        tally.moved_bytes += self.mask_bytes
+        if self.keys_bytes:
+            tally.sent += [Sent("cp", "all_gather", self.keys_bytes)] * (2 if backward else 1)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, asked: _Asked, *given: Tensor) -> Tensor:
+        query, _, value = given
+        output = _positions_first(query, value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(*given, output, sums)
+        ctx.asked = asked
+        asked.count()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.asked.count(backward=True)
+        return None, *(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+
+
+def _positions_first(query: Tensor, width: int) -> Tensor:
+    """An output in the order that kernels write it, [..., queries, heads, width], seen as the inputs are."""
+    if query.dim() < 3:
+        return query.new_empty((*query.shape[:-1], width))
+    *outer, heads, queries, _ = query.shape
+    return query.new_empty((*outer, queries, heads, width)).transpose(-3, -2)
+
+
+def _drop(input: Tensor, p: float = 0.5, training: bool = True, **inplace: bool) -> Tensor:
+    del inplace
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, tensors have no values, and models do not notice."""
+    with _quiet(), _unnoticed(), FakeTensorMode(allow_non_fake_inputs=True), MetaAnswers():
+        yield
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Models of `transformers` that find their tensors fake take another way than they train: they make masks."""
+    library: Any = sys.modules.get("transformers.utils.import_utils")
+    asked = getattr(library, "is_fake_tensor", None)
+    if asked is None:
+        yield
+        return
+    library.is_fake_tensor = lambda tensor: False
+    try:
+        yield
+    finally:
+        library.is_fake_tensor = asked
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What goes wrong is said in the error that is raised, not in torch's log besides."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
