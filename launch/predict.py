@@ -76,6 +76,7 @@ def simulate(
     *,
     gpu: str | None = None,
     network_gbps: float | None = None,
+    hardware: Path | None = None,
     scaling: bool = False,
 ) -> Prediction:
     """Predicts a job without starting it; any number of ranks.
@@ -85,20 +86,24 @@ def simulate(
         overrides: "dotted.key=value", as for `load_job`.
         gpu: name of the GPUs; `resources.gpu_type` by default.
         network_gbps: Gbit/s between nodes, per GPU and direction; what such nodes usually have by default.
+        hardware: an entry of `meshwright doctor --calibrate`: the job runs on that machine, instead of `gpu`.
         scaling: predict the job with more and fewer replicas, too.
 
     Raises:
         JobError: when the job cannot be read, trains no model, its mesh cannot be had, or nobody knows the GPU.
     """
-    from meshwright.launch.paper.hardware import hardware_of
+    from meshwright.launch.paper.hardware import calibrated, hardware_of
 
     loaded = job if isinstance(job, LoadedJob) else load_job(job, overrides)
     if loaded.job.model is None:
         text = "the job runs a command, so nothing is known of its model; give it model: and data:"
         raise JobError([Problem(loaded.where("model"), "model", text)])
-    hardware = hardware_of(loaded, gpu_name=gpu, network_gbps=network_gbps)
+    if hardware is not None:
+        known = calibrated(loaded, hardware)
+    else:
+        known = hardware_of(loaded, gpu_name=gpu, network_gbps=network_gbps)
     try:
-        return _predicted(loaded, hardware, scaling=scaling)
+        return _predicted(loaded, known, scaling=scaling)
     except JobError:
         raise
     except MeshwrightError as error:

@@ -65,9 +65,10 @@ class Forecast:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over those of all GPUs at their 16-bit peak."""
+        """Model FLOPs over those of all GPUs at their 16-bit peak; of CPUs at that of 32 bits where that is higher."""
         cluster = self.paper.machine.cluster
-        return self.flops / self.step.total_s / (cluster.num_gpus * cluster.gpu.flops_per_s["bf16"])
+        peak = max(cluster.gpu.flops_per_s.get(each, 0.0) for each in ("bf16", "fp32"))
+        return self.flops / self.step.total_s / (cluster.num_gpus * peak)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""

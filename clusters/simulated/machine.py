@@ -102,7 +102,7 @@ class Machine:
         return rounds * self.efficiency.gather_s(sent.size_bytes, group)
 
     def priced(self, work: Work) -> Priced:
-        """Seconds of a work; the host is a floor under all of it."""
+        """Seconds of a work; the host is a floor under all of it, and comes on top where it computes itself."""
         busy_s = self.efficiency.busy_s(work, self.cluster.gpu)
         found = Priced(
             compute_s=busy_s,
@@ -112,7 +112,8 @@ class Machine:
         )
         if not found.total_s and not work.operations:
             return found
-        floor_s = self.efficiency.floor_s(found.total_s, work.operations / _LAYER_OPERATIONS)
+        is_host = self.cluster.gpu.generation == "cpu"
+        floor_s = self.efficiency.floor_s(found.total_s, work.operations / _LAYER_OPERATIONS, in_series=is_host)
         return found + Priced(compute_s=floor_s - found.total_s)
 
     def hop_s(self, num_bytes: float, sender: int, receiver: int) -> float:

@@ -1,7 +1,9 @@
 """The hardware that a job asks for, or that such jobs usually have."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from meshwright.clusters import calibration
 from meshwright.clusters.hardware import Gpu, gpu
 from meshwright.clusters.simulated.cluster import Cluster
 from meshwright.clusters.simulated.efficiency import Efficiency, fitted
@@ -9,7 +11,7 @@ from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.spec.job import Job
 
-__all__ = ["Hardware", "hardware_of"]
+__all__ = ["Hardware", "calibrated", "hardware_of"]
 
 _USUAL_GPU = "H100"
 _USUAL_NODE = 8
@@ -56,6 +58,24 @@ def hardware_of(loaded: LoadedJob, *, gpu_name: str | None = None, network_gbps:
         network_bytes_per_s=None if network_gbps is None else network_gbps * 1e9 / 8,
     )
     return Hardware(cluster=cluster, notes=tuple(notes))
+
+
+def calibrated(loaded: LoadedJob, entry: Path) -> Hardware:
+    """A machine that was measured, which holds all ranks of the job.
+
+    Args:
+        loaded: the job.
+        entry: that `meshwright doctor --calibrate` wrote.
+
+    Raises:
+        JobError: the file is no such entry.
+    """
+    ranks = loaded.job.mesh.world_size
+    try:
+        kind, reached = calibration.hardware_of(entry, ranks=ranks)
+    except calibration.CalibrationError as error:
+        raise JobError([Problem("--hardware", "hardware", str(error))]) from error
+    return Hardware(cluster=Cluster(gpu=kind, num_gpus=ranks, gpus_per_node=ranks), efficiency=reached)
 
 
 def _kind(loaded: LoadedJob, gpu_name: str | None, notes: list[str]) -> Gpu:

@@ -83,12 +83,8 @@ def test_the_numbers_that_times_were_made_from_are_found_again(path: Path) -> No
 def test_an_entry_prices_what_it_was_made_from(path: Path) -> None:
     gpu, reached = hardware_of(path, ranks=4)
     for m, n, k, name, took_s in made(4, 1)["products"]:
-        assert reached.matmul_s(Product(m, n, k, precision=name), gpu) == pytest.approx(took_s, rel=0.03), (
-            m,
-            n,
-            k,
-            name,
-        )
+        product = Product(m, n, k, precision=name)
+        assert reached.matmul_s(product, gpu) == pytest.approx(took_s, rel=0.03), product
     group = Cluster(gpu=gpu, num_gpus=4, gpus_per_node=4).group(4)
     for name, size, took_s in made(4, 1)["collectives"]:
         if name != "send":

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import meshwright as mw
+from meshwright.clusters.calibrate import written
 from meshwright.launch.cli import main
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import load_job
@@ -20,6 +21,8 @@ from meshwright.launch.paper.text import forecast_lines
 from meshwright.launch.predict import Prediction
 from meshwright.launch.rehearse import model_on_meta
 from meshwright.parallel.stages import stages_of
+from meshwright.parallel.work import Work
+from tests.clusters.test_calibration import made, of
 
 JOB = """
 name: paper
@@ -118,6 +121,22 @@ def test_an_unknown_gpu_is_named_with_the_nearest(tmp_path: Path, capsys: pytest
         mw.simulate(path, gpu="H10O")
     assert main(["simulate", str(path), "--gpu", "H10O"]) == 65
     assert "nearest: 'H100'" in capsys.readouterr().err
+
+
+def test_a_machine_that_was_measured_holds_all_ranks_and_starts_operations_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, entry = _written(tmp_path, "{dp: 4}", nodes=1), tmp_path / "machine.yaml"
+    entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
+    found = mw.simulate(path, hardware=entry).forecast
+    assert found is not None
+    machine, reached = found.paper.machine, found.paper.machine.efficiency.compute
+    assert (machine.cluster.gpu.name, machine.cluster.nodes) == ("host", 1)
+    assert machine.priced(Work(operations=80)).compute_s == pytest.approx(2 * reached.waiting_s)
+    with pytest.raises(JobError, match=r"job.yaml is no calibration; write one with `meshwright doctor --calibrate"):
+        mw.simulate(path, hardware=path)
+    assert main(["simulate", str(path), "--gpu", "H100", "--hardware", str(entry)]) == 65
+    assert "leave out --gpu and --network-gbps" in capsys.readouterr().err
 
 
 def test_a_mesh_that_does_not_cover_the_cluster_is_refused(tmp_path: Path) -> None:
