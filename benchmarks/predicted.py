@@ -94,7 +94,7 @@ def outcomes(names: list[str], calibration: Path, *, repeat: int) -> Iterator[Ou
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "job.yaml")
             path.write_text(yaml.safe_dump(job_of(JOBS[name])))
-            found = mw.simulate(path, hardware=calibration).forecast
+            found = mw.simulate(path, gpu=calibration).forecast
             assert found is not None, name
             logged = [each for number in range(repeat) for each in _run(path, number)]
             yield Outcome(name, found.step.total_s, median(logged), dict(vars(found.step)))

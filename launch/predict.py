@@ -74,9 +74,8 @@ def simulate(
     job: LoadedJob | Path | str,
     overrides: Sequence[str] = (),
     *,
-    gpu: str | None = None,
+    gpu: str | Path | None = None,
     network_gbps: float | None = None,
-    hardware: Path | None = None,
     scaling: bool = False,
 ) -> Prediction:
     """Predicts a job without starting it; any number of ranks.
@@ -84,26 +83,22 @@ def simulate(
     Args:
         job: a job file, or one that was loaded.
         overrides: "dotted.key=value", as for `load_job`.
-        gpu: name of the GPUs; `resources.gpu_type` by default.
+        gpu: name of the GPUs, or a .yaml of `meshwright doctor --calibrate`; `resources.gpu_type` by default.
         network_gbps: Gbit/s between nodes, per GPU and direction; what such nodes usually have by default.
-        hardware: an entry of `meshwright doctor --calibrate`: the job runs on that machine, instead of `gpu`.
         scaling: predict the job with more and fewer replicas, too.
 
     Raises:
         JobError: when the job cannot be read, trains no model, its mesh cannot be had, or nobody knows the GPU.
     """
-    from meshwright.launch.paper.hardware import calibrated, hardware_of
+    from meshwright.launch.paper.hardware import hardware_of
 
     loaded = job if isinstance(job, LoadedJob) else load_job(job, overrides)
     if loaded.job.model is None:
         text = "the job runs a command, so nothing is known of its model; give it model: and data:"
         raise JobError([Problem(loaded.where("model"), "model", text)])
-    if hardware is not None:
-        known = calibrated(loaded, hardware)
-    else:
-        known = hardware_of(loaded, gpu_name=gpu, network_gbps=network_gbps)
+    hardware = hardware_of(loaded, gpu_name=None if gpu is None else str(gpu), network_gbps=network_gbps)
     try:
-        return _predicted(loaded, known, scaling=scaling)
+        return _predicted(loaded, hardware, scaling=scaling)
     except JobError:
         raise
     except MeshwrightError as error:

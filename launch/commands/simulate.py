@@ -22,23 +22,18 @@ def simulate(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     sweep_index: Annotated[int | None, typer.Option(help="Run of a job with a sweep.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as H100, over resources.gpu_type.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="H100 or alike, or a .yaml of `meshwright doctor --calibrate`.")
+    ] = None,
     network_gbps: Annotated[
         float | None, typer.Option(min=0.001, help="Gbit/s between nodes, per GPU and direction.")
-    ] = None,
-    hardware: Annotated[
-        Path | None, typer.Option(help="Entry of `meshwright doctor --calibrate`; all ranks on that machine.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture (.png, .svg): time, memory, more and fewer GPUs.")] = None,
     trace: Annotated[Path | None, typer.Option(help="The step's timeline, for ui.perfetto.dev.")] = None,
 ) -> None:
     """Print whether a job fits, how long a step takes and why, and the bytes that one rank keeps and sends."""
     loaded = load_one(job, overrides or (), sweep_index)
-    if hardware is not None and (gpu is not None or network_gbps is not None):
-        raise JobError(
-            [Problem("--hardware", "hardware", "says what GPU and network are; leave out --gpu and --network-gbps")]
-        )
-    prediction = predict(loaded, gpu=gpu, network_gbps=network_gbps, hardware=hardware, scaling=plot is not None)
+    prediction = predict(loaded, gpu=gpu, network_gbps=network_gbps, scaling=plot is not None)
     _write(prediction, loaded, plot=plot, trace=trace)
     sys.stdout.write(json.dumps(prediction.as_dict()) + "\n" if as_json else f"{prediction}\n")
 

@@ -11,7 +11,7 @@ from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.spec.job import Job
 
-__all__ = ["Hardware", "calibrated", "hardware_of"]
+__all__ = ["Hardware", "hardware_of"]
 
 _USUAL_GPU = "H100"
 _USUAL_NODE = 8
@@ -37,12 +37,14 @@ def hardware_of(loaded: LoadedJob, *, gpu_name: str | None = None, network_gbps:
 
     Args:
         loaded: the job.
-        gpu_name: of the catalog; `resources.gpu_type` by default.
+        gpu_name: of the catalog, or a .yaml of `meshwright doctor --calibrate`; `resources.gpu_type` by default.
         network_gbps: Gbit/s between nodes, per GPU and direction.
 
     Raises:
         JobError: for a GPU that the catalog does not know; names the nearest.
     """
+    if gpu_name is not None and gpu_name.endswith((".yaml", ".yml")):
+        return _calibrated(loaded, Path(gpu_name), network_gbps=network_gbps)
     job, notes = loaded.job, list[str]()
     kind = _kind(loaded, gpu_name, notes)
     per_node = _gpus_per_node(job, notes)
@@ -60,21 +62,16 @@ def hardware_of(loaded: LoadedJob, *, gpu_name: str | None = None, network_gbps:
     return Hardware(cluster=cluster, notes=tuple(notes))
 
 
-def calibrated(loaded: LoadedJob, entry: Path) -> Hardware:
-    """A machine that was measured, which holds all ranks of the job.
-
-    Args:
-        loaded: the job.
-        entry: that `meshwright doctor --calibrate` wrote.
-
-    Raises:
-        JobError: the file is no such entry.
-    """
+def _calibrated(loaded: LoadedJob, entry: Path, *, network_gbps: float | None) -> Hardware:
+    """A machine that was measured; it holds all ranks of the job."""
     ranks = loaded.job.mesh.world_size
+    if network_gbps is not None:
+        text = f"{entry} says how fast ranks of that machine talk; leave it out"
+        raise JobError([Problem("--network-gbps", "network_gbps", text)])
     try:
         kind, reached = calibration.hardware_of(entry, ranks=ranks)
     except calibration.CalibrationError as error:
-        raise JobError([Problem("--hardware", "hardware", str(error))]) from error
+        raise JobError([Problem("--gpu", "gpu", str(error))]) from error
     return Hardware(cluster=Cluster(gpu=kind, num_gpus=ranks, gpus_per_node=ranks), efficiency=reached)
 
 

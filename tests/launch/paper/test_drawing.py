@@ -128,15 +128,15 @@ def test_a_machine_that_was_measured_holds_all_ranks_and_starts_operations_one_a
 ) -> None:
     path, entry = _written(tmp_path, "{dp: 4}", nodes=1), tmp_path / "machine.yaml"
     entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
-    found = mw.simulate(path, hardware=entry).forecast
+    found = mw.simulate(path, gpu=entry).forecast
     assert found is not None
     machine, reached = found.paper.machine, found.paper.machine.efficiency.compute
     assert (machine.cluster.gpu.name, machine.cluster.nodes) == ("host", 1)
     assert machine.priced(Work(operations=80)).compute_s == pytest.approx(2 * reached.waiting_s)
     with pytest.raises(JobError, match=r"job.yaml is no calibration; write one with `meshwright doctor --calibrate"):
-        mw.simulate(path, hardware=path)
-    assert main(["simulate", str(path), "--gpu", "H100", "--hardware", str(entry)]) == 65
-    assert "leave out --gpu and --network-gbps" in capsys.readouterr().err
+        mw.simulate(path, gpu=path)
+    assert main(["simulate", str(path), "--gpu", str(entry), "--network-gbps", "9"]) == 65
+    assert "says how fast ranks of that machine talk; leave it out" in capsys.readouterr().err
 
 
 def test_a_mesh_that_does_not_cover_the_cluster_is_refused(tmp_path: Path) -> None:
