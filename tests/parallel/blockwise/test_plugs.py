@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.plugs import plug_in, plugged
-from meshwright.parallel.capture import Flow, captured
+from meshwright.parallel.capture import Backward, Flow, captured
 from meshwright.parallel.errors import WrapError
 from tests.parallel.blockwise.unplugged import (
     MODELS,
@@ -180,6 +181,7 @@ class _Guide:
     def __init__(self, blocks: list[str]) -> None:
         self.stages = {block: number + 1 for number, block in enumerate(blocks)}
         self.first_stage = 0
+        self.lacks = False
 
     def passes_by(self, block: str) -> bool:
         del block
@@ -206,7 +208,7 @@ def test_calls_arrive_from_passes_that_take_turns() -> None:
             plugged(model, lambda call: seen.append(call.name) or dense_attention(call)),  # type: ignore[func-returns-value]
             captured(blocks),
         ):
-            flows = [Flow(lambda part=part: model(part, part), _Guide(list(blocks))) for part in ids]  # type: ignore[misc]
+            flows = [Flow(partial(model, part, part), _Guide(list(blocks)), Backward()) for part in ids]
             for stage in range(3):
                 for flow in flows:
                     flow.resume(stage)
