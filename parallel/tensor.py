@@ -183,11 +183,11 @@ def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], lengt
     """
     if length is None:
         return
-    entered: list[tuple[Tensor, Tensor, int]] = []
+    entered: list[tuple[Tensor, Tensor, int | None]] = []
 
     def whole(value: Tensor) -> Tensor:
         made = join(value, axis, 1, length.full)
-        entered.append((value, made, made._version))
+        entered.append((value, made, _version(made)))
         return made
 
     def dealt(value: Any) -> Any:
@@ -202,13 +202,18 @@ def _run_whole(module: nn.Module, axis: Axis, keys: tuple[int | str, ...], lengt
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
         for value, made, version in entered:
-            if made._version != version:
+            if version is None or _version(made) != version:
                 value.copy_(cut(made, axis, 1))
         entered.clear()
         return _mapped(output, dealt)
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Changes in place so far; None where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _cut_before(unit: nn.Module, axis: Axis, slices: tuple[tuple[int | str, Split], ...]) -> None:

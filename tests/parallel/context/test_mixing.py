@@ -1,5 +1,7 @@
 """Modules that look at other positions are found before a proof could miss them, and run on the whole sequence."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,10 @@ from torch import Tensor, nn
 from meshwright.parallel.context.mixing import looks_around
 from meshwright.parallel.context.planner import plan_context
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.length import Length
+from meshwright.parallel.tensor import install
+from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.threads import ThreadAxis, run_threads
 from tests.moe.models import build
 from tests.parallel.test_experts import words
 
@@ -72,6 +78,25 @@ def model_of(scale: nn.Module) -> nn.Module:
 def test_noise_that_a_module_adds_in_place_reaches_the_rest_of_the_block() -> None:
     model, tokens = model_of(Noise()), torch.randn(2, 6, 4)
     assert list(plan_context(model, lambda: model(tokens), 2).joined) == ["0.0.scale", "0.1.scale"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changes_in_place_reach_each_rank_also_without_gradients(mode: type[AbstractContextManager[None]]) -> None:
+    class Doubling(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            tokens *= 2
+            return tokens[..., :1]
+
+    def run(axis: ThreadAxis) -> Tensor:
+        module = nn.Sequential(Doubling())
+        length = Length(axis, full=4, width=3)
+        install(module, TensorPlan(degree=2, sequence=True, joined={"0": (0,)}), axis, {"": length})
+        with mode():
+            mine = torch.full((1, 2, 3), float(axis.rank + 1))
+            module(mine)
+            return mine[0, 0, 0].clone()
+
+    assert [float(each) for each in run_threads(run, 2)] == [2.0, 4.0]
 
 
 def test_a_block_that_draws_by_itself_is_refused_by_the_name_of_what_it_draws_with() -> None:
