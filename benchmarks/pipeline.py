@@ -169,7 +169,8 @@ def _text(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:<18} {each['ours_us']:7.1f} us an action, torch's {each['torch_us']:7.1f} us: "
             f"{each['ratio']:.3f} +- {each['half_width']:.3f} "
-            f"(A/A {each['noise']:.3f}, processor {each['cpu_ratio']:.3f})"
+            f"(A/A {each['noise']:.3f}, processor {each['cpu_ratio']:.3f}; as scheduled "
+            f"{each['ordinary_ratio']:.3f}, A/A {each['ordinary_noise']:.3f})"
         )
     lines += [f"{name} {value:.3f}" for name, value in result.items() if name.startswith("worst")]
     return "\n".join(lines) + "\n"

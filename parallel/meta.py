@@ -33,10 +33,17 @@ class MetaAnswers(TorchFunctionMode):
         """Answers questions about values, passes every other call on."""
         if func in (Tensor.__bool__, Tensor.item) and args[0] in self._answers:
             return self._answers[args[0]]
-        result = func(*args, **(kwargs or {}))
+        result = _narrow(func, *args, **(kwargs or {})) if func is torch._grouped_mm else func(*args, **(kwargs or {}))
         if func in _ANSWERS and isinstance(result, Tensor) and (result.is_meta or isinstance(result, FakeTensor)):
             self._answers[result] = _ANSWERS[func]
         return result
+
+
+def _narrow(func: Any, a: Tensor, b: Tensor, **keywords: Any) -> Any:
+    """The product of groups, of which torch knows the shapes for bfloat16 only, and the values of no float64."""
+    absent = a.is_meta or isinstance(a, FakeTensor)
+    kind = torch.bfloat16 if absent else torch.float32 if a.dtype is torch.float64 else a.dtype
+    return func(a.to(kind), b.to(kind), **keywords).to(a.dtype)
 
 
 def without_values(

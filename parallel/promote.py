@@ -1,19 +1,22 @@
 """Float64 all the way: casts to narrower floats inside a model are promoted while parity is measured.
 
 Many models compute norms, rotary angles and losses in float32 on purpose. In float64 such a cast would round two equal
-computations differently, and the noise (1e-7) would hide real faults; so it is lifted on both sides alike.
+computations differently, and the noise (1e-7) would hide real faults; so it is lifted on both sides alike. The product
+of groups, which torch has for narrow floats only, is made of single products.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Promote"]
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = {Tensor.float: Tensor.double, Tensor.half: Tensor.double, Tensor.bfloat16: Tensor.double}
 
 
 class Promote(TorchFunctionMode):
@@ -45,8 +48,44 @@ class Promote(TorchFunctionMode):
     ) -> Any:
         """Passes calls on with wider dtypes."""
         wide = tuple(_wide(arg) for arg in args)
-        return _CASTS.get(func, func)(*wide, **{name: _wide(arg) for name, arg in (kwargs or {}).items()})
+        return _INSTEAD.get(func, func)(*wide, **{name: _wide(arg) for name, arg in (kwargs or {}).items()})
 
 
 def _wide(arg: Any) -> Any:
     return torch.float64 if isinstance(arg, torch.dtype) and arg in _NARROW else arg
+
+
+def _grouped(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.grouped_mm`, one group after the other; rows behind the last group are zeros."""
+    made = a @ b if offs is None else _looped(a, b, [end - start for start, end in pairwise([0, *offs.tolist()])])
+    made = made if bias is None else made + bias
+    return made if out_dtype is None else made.to(out_dtype)
+
+
+def _looped(a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+    if a.dim() == 3:
+        return _looped(b.mT, a.mT, sizes).mT
+    if b.dim() == 2:
+        return torch.stack([one @ other for one, other in zip(_parts(a, sizes, 1), _parts(b, sizes, 0), strict=True)])
+    made = torch.cat([rows @ matrix for rows, matrix in zip(_parts(a, sizes, 0), b, strict=True)])
+    return functional.pad(made, (0, 0, 0, len(a) - len(made)))
+
+
+def _parts(tensor: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = tensor.narrow(dim, 0, sum(sizes)).split(sizes, dim)
+    return parts
+
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    Tensor.float: Tensor.double,
+    Tensor.half: Tensor.double,
+    Tensor.bfloat16: Tensor.double,
+    torch._grouped_mm: _grouped,
+}

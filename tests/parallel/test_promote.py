@@ -1,4 +1,7 @@
+import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from meshwright.parallel.promote import Promote
 
@@ -25,3 +28,39 @@ def test_integers_and_what_follows_are_left_alone() -> None:
     with Promote():
         assert torch.ones(2).to(torch.int64).dtype is torch.int64
     assert torch.zeros(1).dtype is torch.float32
+
+
+_ENDS = torch.tensor([16, 16, 48], dtype=torch.int32)
+_FORMS = {
+    "rows by matrix": ((48, 16), (3, 16, 32), _ENDS),
+    "matrices by columns": ((3, 16, 32), (32, 48), _ENDS),
+    "parts of what is summed": ((16, 48), (48, 32), _ENDS),
+    "matrix by matrix": ((3, 16, 32), (3, 32, 16), None),
+}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_products_of_groups_are_torchs_own_in_float64(form: str) -> None:
+    first, second, ends = _FORMS[form]
+    values = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in (first, second)]
+
+    def product(leaves: list[Tensor]) -> list[Tensor]:
+        made = functional.grouped_mm(leaves[0], leaves[1], offs=ends)
+        return [made, *torch.autograd.grad(made.square().sum(), leaves)]
+
+    expected = product([each.clone().requires_grad_() for each in values])
+    with Promote():
+        found = product([each.double().requires_grad_() for each in values])
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype is torch.float64
+        torch.testing.assert_close(one, other.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_behind_the_last_group_are_zeros_and_have_no_gradient() -> None:
+    rows = torch.ones(5, 2, dtype=torch.float64, requires_grad=True)
+    with Promote():
+        made = functional.grouped_mm(rows, torch.ones(2, 2, 3, dtype=torch.float64), offs=torch.tensor([1, 4]))
+    made.sum().backward()
+    assert made[:, 0].tolist() == [2.0, 2.0, 2.0, 2.0, 0.0]
+    assert rows.grad is not None
+    assert rows.grad[:, 0].tolist() == [3.0, 3.0, 3.0, 3.0, 0.0]
