@@ -29,6 +29,11 @@ def test_every_demand_of_all_cells_is_met_by_those_that_are_kept(cells: list[Any
     assert cover(cells) == cover(cells), "on every worker the same"
 
 
+def test_a_cell_that_was_chosen_first_goes_where_those_after_it_show_all_it_does() -> None:
+    cells = [("a", {}, {"y": 1, "x": 2}), ("a", {}, {"y": 2, "x": 2}), ("b", {}, {"x": 2, "y": 1}), ("b", {}, {})]
+    assert sorted(cover(cells)) == [1, 2]
+
+
 def test_what_a_cell_shows() -> None:
     found = demands(("llama", {"tp": 2, "dp": 4}, {"schedule": "1f1b"}))
     axes, schedule, family = [("axis", "tp", "2"), ("axis", "dp", "4")], ("option", "schedule", "'1f1b'"), "'llama'"

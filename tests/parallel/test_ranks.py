@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
@@ -15,6 +16,16 @@ from meshwright.parallel.ranks import RankPool, default_pool
 from meshwright.testing import run_ranks
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_ranks() -> Iterator[None]:
+    """Ranks for this module alone: it ends them often, and to warm up those of other tests again takes long."""
+    pool = RankPool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "default_pool", lambda: pool)
+        yield
+    pool.close()
 
 
 def _sum_of_ranks(extra: int) -> float:
