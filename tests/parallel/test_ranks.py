@@ -143,14 +143,14 @@ def _nobody_answers(tries: list[float], timeout_s: float) -> NoReturn:
 def test_ranks_that_never_meet_are_started_anew_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ranks, "_MEETING_S", 3.0)
+    monkeypatch.setattr(ranks, "_MEETING_S", 8.0)
     pool = RankPool()
     try:
         first = pool.run(_process, 2, (), timeout_s=60)
         time.sleep(0.5)  # both have left their group
         os.kill(first[1], signal.SIGSTOP)
         assert not set(pool.run(_process, 2, (), timeout_s=60)) & set(first)
-        assert "ranks [0, 1] of 2 did not finish within 3 s" in caplog.text
+        assert "ranks [0, 1] of 2 did not finish within 8 s" in caplog.text
         tries: list[float] = []
         monkeypatch.setattr(ranks, "_collect", lambda _, timeout_s: _nobody_answers(tries, timeout_s))
         with pytest.raises(RankError, match="nobody answers"):
