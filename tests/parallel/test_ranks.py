@@ -147,7 +147,8 @@ def test_ranks_that_never_meet_are_started_anew_once(
     pool = RankPool()
     try:
         first = pool.run(_process, 2, (), timeout_s=60)
-        time.sleep(0.5)  # both have left their group
+        for each in pool._ranks:
+            each.get_ready()  # both have left their group
         os.kill(first[1], signal.SIGSTOP)
         assert not set(pool.run(_process, 2, (), timeout_s=60)) & set(first)
         assert "ranks [0, 1] of 2 did not finish within 8 s" in caplog.text
