@@ -15,17 +15,16 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
-# tests that start no ranks share the cores; whole runs leave half of them idle and go two at a time; the others,
-# which start ranks themselves, have them for themselves
-QUICK := not slow and not faults and not lab
-SLOW  := (slow or faults) and not lab
-RUNS  := tests/launch tests/clusters tests/house
+# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so a third goes on
+QUICK := not slow and not faults and not lab and not wide
+SLOW  := (slow or faults) and not lab and not wide
+WIDE  := wide and not lab
 
 export DS_BUILD_OPS := 0
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint faults lab matrix clean
+.PHONY: help setup run test wide check lint faults lab matrix clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -35,10 +34,12 @@ setup: $(STAMP) ## virtual environment in .venv, everything installed
 run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for another)
 	$(BIN)/meshwright launch $(JOB)
 
-test: $(STAMP) lint ## ruff, mypy --strict, all tests and documents
+test: $(STAMP) lint ## ruff, mypy --strict, tests and documents: every pair of what can meet
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(SLOW)" $(RUNS)
-	$(BIN)/python -m pytest -q -m "$(SLOW)" $(RUNS:%=--ignore=%)
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(SLOW)" tests
+
+wide: $(STAMP) ## the rest: every cell of every matrix, ten thousand damaged inputs, every page, more ways to fall
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(WIDE)" tests
 
 check: $(STAMP) lint ## the same without slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
@@ -57,11 +58,10 @@ lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, 
 	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m lab tests/lab
 
-matrix: $(STAMP) ## every family on every pair and triple of axes, every cell of every test; writes docs/parity*.md
+matrix: $(STAMP) ## every cell of the three parity matrices; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix
 	$(BIN)/python -m tests.parallel.schedules_matrix
 	$(BIN)/python -m tests.parallel.sequence_matrix
-	MESHWRIGHT_MATRIX=1 $(BIN)/python -m pytest -q tests/parallel
 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.sweep import carriers
 from meshwright.clusters.verdicts import BAD, OK
 from tests.lab.nvml import with_gpus
+from tests.launch.waiting import least_s
 
 WISHES = Wishes(checks=("clock", "ports", "disk"), write_bytes=0, timeout_s=20.0)
 
@@ -58,9 +59,15 @@ def test_a_silent_node_costs_one_timeout_and_the_others_are_examined() -> None:
     gone = Reach("gone", (sys.executable, "-c", "import sys; sys.exit('no meshwright here')"))
     nowhere = Reach("nowhere", ("/no/such/program",))
     wishes = Wishes(checks=WISHES.checks, write_bytes=0, timeout_s=3.0)
-    start_s = time.monotonic()
-    found = examine([mute, _node("a"), gone, nowhere], wishes)
-    assert time.monotonic() - start_s < 15
+    answers: list[Evidence] = []
+
+    def taken_s(number: int) -> float:
+        start_s = time.monotonic()
+        answers.append(examine([mute, _node("a"), gone, nowhere], wishes))
+        return time.monotonic() - start_s
+
+    assert least_s(taken_s, 15.0) < 15.0
+    found = answers[-1]
     assert found.silent["mute"] == "no answer to 'clock' within 3 s"
     assert found.silent["gone"] == "no meshwright here"
     assert found.silent["nowhere"] == "/no/such/program: No such file or directory"

@@ -83,10 +83,10 @@ def test_pods_meet_at_the_first_one_and_their_ranks_talk(tmp_path: Path) -> None
 
 def test_the_pod_whose_rank_fails_ends_with_its_code_and_the_other_does_not_stay(tmp_path: Path) -> None:
     pods = _pods(tmp_path, FAIL)
-    said = pods[1].communicate(timeout=60)[0]
+    said = pods[1].communicate(timeout=240)[0]
     assert pods[1].returncode == 7, said
     pods[0].terminate()  # as the JobSet does once one of its pods has failed
-    pods[0].communicate(timeout=30)
+    pods[0].communicate(timeout=240)
     assert pods[0].returncode in (143, 1)
     assert json.loads(said.splitlines()[-1])["meshwright"]["exit_code"] == 7
 

@@ -15,6 +15,8 @@ from tests.house.pages import ROOT, Block, blocks, commands, links, pages
 PAGES = pages()
 MAX_NORUN = 6
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+FIRST = (ROOT / "README.md", ROOT / "docs/start/quickstart.md")
+"""What somebody new types; other pages that start ranks are left to `make wide`."""
 STARTS_RANKS = re.compile(r"\b(verify|run_ranks|run_on_ranks|parallelize)\(|meshwright (launch|verify)|torchrun|make ")
 SHELL_TIMEOUT_S = 540
 
@@ -36,7 +38,8 @@ def _cases() -> list[Any]:
     for path in PAGES:
         if found := _runnable(path):
             slow = any(each.language != "yaml" and STARTS_RANKS.search(each.text) for each in found)
-            cases.append(pytest.param(path, id=_name(path), marks=[pytest.mark.slow] if slow else []))
+            marks = [pytest.mark.slow] * slow + [pytest.mark.wide] * (slow and path not in FIRST)
+            cases.append(pytest.param(path, id=_name(path), marks=marks))
     return cases
 
 

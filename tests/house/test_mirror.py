@@ -18,6 +18,7 @@ THEMES = {
     "tests/launch/worker/test_hang.py": "a rank that stops or dies in the middle of a schedule",
     "tests/launch/worker/test_faults.py": "training runs killed at random moments",
     "tests/parallel/test_sequences.py": "the parity matrix of long sequences: models x masks x ways",
+    "tests/parallel/test_cells.py": "the part of each matrix that `make test` runs",
     "tests/parallel/test_matrix.py": "the parity matrix: families x layouts",
     "tests/launch/worker/test_parts.py": "the small parts of the training program",
     "tests/launch/page/test_browser.py": "a page of a run in headless Chromium",

@@ -2,7 +2,7 @@
 
 What a case asks for is decided by a dry run; a launch of what that refuses must refuse as well, before it starts
 anything. Programs, forks and connections of this process are taken away meanwhile, so the first of them is noticed.
-`damage.case_of(NUMBER)` is the case that a failure names. The quick suite takes the first thousand.
+`damage.case_of(NUMBER)` is the case that a failure names. `make test` takes the first thousand, `make wide` the rest.
 """
 
 import io
@@ -151,6 +151,7 @@ def test_a_damaged_input_is_refused_in_words(start: int, alone: Path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 @_chunks(QUICK, ALL)
 def test_so_are_ten_thousand(start: int, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _all_of(start, alone, monkeypatch)

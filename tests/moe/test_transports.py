@@ -14,6 +14,7 @@ from meshwright.testing import run_ranks
 from tests.moe.real import CASES, Found, carried, carried_by_all, expected, mesh_of
 from tests.moe.simulated import GRIDS
 from tests.moe.threads import on_threads
+from tests.parallel.cells import tiered
 
 KINDS: tuple[TransportKind, ...] = get_args(TransportKind)
 
@@ -40,7 +41,7 @@ def test_all_transports_give_the_numbers_of_one_process_on_threads(grid: tuple[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", tiered((grid,) for grid in GRIDS))
 def test_all_transports_give_the_numbers_of_one_process_on_ranks(grid: tuple[int, int]) -> None:
     check(run_ranks(carried, mesh_of(grid), grid, KINDS), grid)
 

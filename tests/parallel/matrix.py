@@ -1,6 +1,6 @@
 """The parity matrix: families x layouts, each cell equal to the plain run or refused for the reason written here.
 
-`python -m tests.parallel.matrix` runs all cells and writes docs/parity.md; the tests run a part of them.
+`python -m tests.parallel.matrix` runs all cells and writes docs/parity.md.
 """
 
 import sys
@@ -14,19 +14,12 @@ from typing import Any
 import meshwright as mw
 from meshwright.parallel.errors import MeshwrightError
 from meshwright.parallel.ranks import default_pool
-from tests.parallel.cells import alternating
 from tests.parallel.families import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 
 Layout = tuple[dict[str, int], dict[str, Any]]
 
-_SEQUENCE: Layout = ({"tp": 2}, {"sequence_parallel": True, "num_microbatches": 2})
-_BESIDE: tuple[Layout, ...] = (
-    ({"dp": 2, "tp": 2}, {"num_microbatches": 2}),
-    ({"fsdp": 2, "tp": 2}, {"num_microbatches": 2}),
-    ({"tp": 2}, {}),
-)
 _CONTEXT: tuple[Layout, ...] = (
     ({"cp": 2}, {"cp_kind": "ring", "num_microbatches": 2}),
     ({"cp": 2, "fsdp": 2}, {"cp_kind": "ring"}),
@@ -103,14 +96,6 @@ def cells(layouts: tuple[Layout, ...]) -> Iterator[Cell]:
     """All families on the given layouts."""
     for family, (degrees, options) in product(FAMILIES, layouts):
         yield Cell(family, degrees, options)
-
-
-def few_cells() -> Iterator[Cell]:
-    """All families on a dealt sequence, and each on one of the other layouts."""
-    yield from cells((_SEQUENCE,))
-    for layouts in (_BESIDE, _CONTEXT[:3]):
-        for family, (degrees, options) in alternating(FAMILIES, layouts, every=3):
-            yield Cell(family, degrees, options)
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """States of a dealt model: checkpoints that any mesh reads, norms that count every element once."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from meshwright.parallel.promote import Promote
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.wrap import ParallelModel
 from meshwright.testing import run_ranks
-from tests.parallel.cells import alternating, beyond
+from tests.parallel.cells import tiered
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import tokens
 
@@ -59,7 +60,7 @@ def _resume(folder: str, family: str, degrees: dict[str, int]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["phi3", "gemma3", *beyond("qwen3")])
+@pytest.mark.parametrize("family", ["phi3", "gemma3", pytest.param("qwen3", marks=pytest.mark.wide)])
 def test_what_one_mesh_saved_any_other_goes_on_from(tmp_path: Path, family: str) -> None:
     first = dict(MESHES[0])
     expected = run_ranks(_save, mw.Mesh(**first), str(tmp_path), family, first)[0]
@@ -115,7 +116,7 @@ _LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize(("family", "layout"), alternating(_FROZEN, _LAYOUTS), ids=str)
+@pytest.mark.parametrize(("family", "layout"), tiered(product(_FROZEN, _LAYOUTS)), ids=str)
 def test_frozen_and_unused_parameters_are_as_in_the_plain_run(family: str, layout: Any) -> None:
     degrees, options = layout
     report = mw.verify(partial(_partly_trained, family), FAMILIES[family][1], mw.Mesh(**degrees), **options)

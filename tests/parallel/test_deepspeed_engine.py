@@ -7,7 +7,6 @@ import torch
 
 import meshwright as mw
 from meshwright.parallel.errors import WrapError
-from tests.parallel.cells import beyond
 from tests.parallel.models import gpt2, pairs, regressor, tokens
 
 pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
@@ -16,7 +15,9 @@ pytestmark = [pytest.mark.slow]
 
 _MODELS: dict[str, tuple[Any, Any]] = {"gpt2": (gpt2(), tokens()), "regressor": (regressor(), pairs())}
 _CASES = (("regressor", 0, 3), ("regressor", 1, 3), ("gpt2", 3, 3))
-_MORE = beyond(*(("gpt2", stage, parts) for stage, parts in ((0, 3), (1, 3), (2, 3), (3, 1))))
+_MORE = [
+    pytest.param("gpt2", stage, parts, marks=pytest.mark.wide) for stage, parts in ((0, 3), (1, 3), (2, 3), (3, 1))
+]
 
 
 @pytest.mark.parametrize(("name", "stage", "microbatches"), [*_CASES, *_MORE])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import meshwright as mw
 from meshwright.parallel.deferred import deferred, device_of, materialise
 from meshwright.parallel.errors import DeferError, WrapError
 from meshwright.testing import run_ranks
-from tests.parallel.cells import alternating
+from tests.parallel.cells import tiered
 from tests.parallel.families import FAMILIES
 
 ENOUGH = 100  # values of one tensor to know a spread from; a bias of five elements is drawn twenty times
@@ -75,7 +76,7 @@ def test_values_of_a_deferred_model_are_distributed_as_the_constructor_says(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "degrees"), alternating(("llama", "gpt2", "t5"), MESHES), ids=str)
+@pytest.mark.parametrize(("family", "degrees"), tiered(product(("llama", "gpt2", "t5"), MESHES)), ids=str)
 def test_one_seed_gives_the_same_weights_on_every_mesh(family: str, degrees: dict[str, int]) -> None:
     whole = dict(materialise(_deferred(family)).named_parameters())
     for found in run_ranks(_weights, mw.Mesh(**degrees), family, degrees):
@@ -87,8 +88,8 @@ def test_one_seed_gives_the_same_weights_on_every_mesh(family: str, degrees: dic
 @pytest.mark.filterwarnings("ignore:the model cannot be run on shapes alone")  # mixtral loops over what it finds
 @pytest.mark.parametrize(
     ("family", "degrees"),
-    alternating(
-        ("llama", "gpt2", "t5", "vit", "translator", "mixtral"), ({"dp": 2}, {"fsdp": 2, "tp": 2}, {"fsdp": 2}), every=3
+    tiered(
+        product(("llama", "gpt2", "t5", "vit", "translator", "mixtral"), ({"dp": 2}, {"fsdp": 2, "tp": 2}, {"fsdp": 2}))
     ),
     ids=str,
 )

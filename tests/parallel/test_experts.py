@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 import meshwright as mw
 from meshwright.moe.errors import DispatchError, SwapError
 from meshwright.moe.upcycle import Upcycling, upcycle
-from meshwright.parallel.errors import WrapError
+from meshwright.parallel.errors import RankError, WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import make_plans
 from meshwright.parallel.promote import Promote
 from meshwright.testing import run_ranks
 from tests.moe.models import NUM_EXPERTS, VOCABULARY, build, build_listed
-from tests.parallel.cells import alternating, beyond
+from tests.parallel.cells import layout_of, tiered
 from tests.parallel.families import lm
 
 TWO: dict[str, Any] = {"num_microbatches": 2}
@@ -35,14 +36,12 @@ LAYOUTS: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
     ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
     ({"dp": 2, "fsdp": 2, "ep": 2}, LAYERED),
-    *beyond(
-        ({"fsdp": 2, "ep": 2}, {**TWO, "zero_stage": 1}),
-        ({"fsdp": 4, "ep": 2}, {**TWO, "zero_stage": 2}),
-        ({"dp": 2, "fsdp": 2, "ep": 2}, TWO),
-        ({"tp": 2, "ep": 2}, {}),
-        ({"pp": 2, "tp": 2, "ep": 2}, {**TWO, "schedule": "zb-h1"}),
-        ({"pp": 2, "fsdp": 2, "tp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
-    ),
+    ({"fsdp": 2, "ep": 2}, {**TWO, "zero_stage": 1}),
+    ({"fsdp": 4, "ep": 2}, {**TWO, "zero_stage": 2}),
+    ({"dp": 2, "fsdp": 2, "ep": 2}, TWO),
+    ({"tp": 2, "ep": 2}, {}),
+    ({"pp": 2, "tp": 2, "ep": 2}, {**TWO, "schedule": "zb-h1"}),
+    ({"pp": 2, "fsdp": 2, "tp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
 ]
 CONTEXT: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"cp": 2, "dp": 2, "ep": 2}, {}),
@@ -97,11 +96,16 @@ MODELS: dict[str, Any] = {
     "gpt_oss": partial(build, "gpt_oss"),
     "noisy": partial(build, "switch_transformers", router_jitter_noise=0.05),
     "listed": build_listed,
-    **{name: each for name, each in beyond(("olmoe", partial(build, "olmoe")))},
+    "olmoe": partial(build, "olmoe"),
 }
 
 
 ALONE = mw.Experts()
+
+
+def _collects(model: str, degrees: dict[str, int]) -> bool:
+    """Whether a loss reads what routers left outside of the blocks of other stages."""
+    return model == "balanced" and "pp" in degrees
 
 
 def poison(model: mw.ParallelModel) -> None:
@@ -122,15 +126,27 @@ def check(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "layout"), alternating(MODELS, LAYOUTS, every=3), ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    tiered((model, layout) for model, layout in product(MODELS, LAYOUTS) if not _collects(model, layout[0])),
+    ids=str,
+)
 def test_a_step_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
     check(model, *layout)
 
 
 @pytest.mark.slow
+def test_what_routers_collect_beside_blocks_is_refused_where_other_stages_would_miss_it() -> None:
+    with pytest.raises(WrapError, match=r"leaves values outside of what it gives.*output_router_logits=False"):
+        check("balanced", {"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "layout"),
-    alternating(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled", "switch_transformers", "noisy"), CONTEXT, every=3),
+    tiered(
+        product(("mixtral", "qwen3_moe", "deepseek_v3", "upcycled", "switch_transformers", "noisy"), CONTEXT), layout_of
+    ),
     ids=str,
 )
 def test_a_step_on_dealt_sequences_is_the_plain_one(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
@@ -141,7 +157,8 @@ SLICED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"dp": 4, "ep": 4}, TWO),
     ({"fsdp": 4, "ep": 2}, LAYERED),
     ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
-    *beyond(({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}), ({"cp": 2, "dp": 2, "ep": 4}, {})),
+    ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
+    ({"cp": 2, "dp": 2, "ep": 4}, {}),
 ]
 LISTED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"dp": 4, "ep": 4}, TWO),
@@ -151,20 +168,34 @@ LISTED: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"dp": 2, "ep": 2}, {}),
     ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "1f1b"}),
     ({"cp": 2, "dp": 2, "ep": 4}, {}),
-    *beyond(({"dp": 2, "fsdp": 2, "ep": 4}, LAYERED), ({"tp": 2, "fsdp": 2, "ep": 2}, TWO)),
+    ({"dp": 2, "fsdp": 2, "ep": 4}, LAYERED),
+    ({"tp": 2, "fsdp": 2, "ep": 2}, TWO),
 ]
+
+
+# torch's sharding cannot reduce where a rank has no row of any parameter of a slice
+_EMPTY = pytest.mark.xfail(raises=RankError, strict=True, reason="_chunk_cat expects non-empty tensor")
+_CUT = list(product(("mixtral", "deepseek_v3", "gpt_oss", "crowded"), SLICED))
+_NARROW = ("gpt_oss", ({"tp": 2, "fsdp": 2, "ep": 2}, TWO))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "layout"), alternating(("mixtral", "deepseek_v3", "gpt_oss", "crowded"), SLICED, every=3), ids=str
+    ("model", "layout"),
+    [
+        *tiered((each for each in _CUT if each != _NARROW), layout_of),
+        pytest.param(*_NARROW, marks=[pytest.mark.wide, _EMPTY]),
+    ],
+    ids=str,
 )
 def test_experts_cut_into_slices_make_the_plain_step(model: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
     check(model, *layout, moe=mw.Experts(slices=2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "layout"), alternating(("switch_transformers", "listed"), LISTED, every=3), ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout"), tiered(product(("switch_transformers", "listed"), LISTED), layout_of), ids=str
+)
 def test_experts_that_are_modules_are_cut_into_slices(
     model: str, layout: tuple[dict[str, int], dict[str, Any]]
 ) -> None:
@@ -177,7 +208,7 @@ def test_experts_that_are_modules_are_cut_into_slices(
     [
         ("deepseek_v3", ({"dp": 2, "tp": 2, "ep": 4, "ep_node": 2}, TWO)),
         ("mixtral", ({"fsdp": 4, "ep": 2}, LAYERED)),
-        *beyond(("crowded", ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}))),
+        pytest.param("crowded", ({"pp": 2, "dp": 2, "ep": 2}, {**TWO, "schedule": "modular"}), marks=pytest.mark.wide),
     ],
     ids=str,
 )

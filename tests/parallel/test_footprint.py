@@ -18,7 +18,7 @@ from meshwright.parallel.footprint import Footprint, Live
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import Plans, make_plans
 from meshwright.testing import run_ranks
-from tests.parallel.cells import beyond
+from tests.parallel.cells import tiered
 from tests.parallel.families import FAMILIES
 
 
@@ -54,11 +54,13 @@ def _predicted_and_measured(name: str, mesh: mw.Mesh, options: dict[str, Any]) -
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "degrees", "options"),
-    [
-        *((name, {}, {}) for name in _MODELS),
-        *((name, {"tp": 2}, {"sequence_parallel": True}) for name in _MODELS),
-        *((name, {axis: 2}, {}) for name in ("torch encoder", *beyond("llama")) for axis in ("dp", "tp")),
-    ],
+    tiered(
+        [
+            *((name, {}, {}) for name in _MODELS),
+            *((name, {"tp": 2}, {"sequence_parallel": True}) for name in _MODELS),
+            *((name, {axis: 2}, {}) for name in ("torch encoder", "llama") for axis in ("dp", "tp")),
+        ]
+    ),
     ids=str,
 )
 def test_predicted_peak_is_what_the_allocator_hands_out(name: str, degrees: Any, options: Any) -> None:

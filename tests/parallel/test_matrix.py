@@ -1,19 +1,31 @@
-"""Where axes meet: every family on layouts that hold all pairs of dp, fsdp, tp, sequence, micro-batches."""
+"""Where axes meet: every family on every axis, and every two of axes and options, is the plain run."""
+
+from typing import Any
 
 import pytest
 
 from meshwright.parallel.errors import WrapError
-from tests.parallel.matrix import WHOLE, Cell, few_cells
+from tests.parallel.cells import tiered
+from tests.parallel.matrix import WHOLE, Cell, cells
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("cell", list(few_cells()), ids=str)
-def test_a_cell_is_the_plain_run_or_is_refused(cell: Cell) -> None:
-    if cell.refusal is not None:
-        with pytest.raises(WrapError, match=cell.refusal):
-            cell.run()
-        return
+ALL = list(cells(WHOLE))
+
+
+def _seen(cell: Cell) -> tuple[str, dict[str, int], dict[str, Any]]:
+    return cell.family, cell.degrees, cell.options
+
+
+@pytest.mark.parametrize("cell", tiered((each for each in ALL if each.refusal is not None), _seen), ids=str)
+def test_a_cell_that_cannot_be_had_is_refused(cell: Cell) -> None:
+    with pytest.raises(WrapError, match=cell.refusal):
+        cell.run()
+
+
+@pytest.mark.parametrize("cell", tiered((each for each in ALL if each.refusal is None), _seen), ids=str)
+def test_a_cell_is_the_plain_run(cell: Cell) -> None:
     report = cell.run()
     assert report.ok, str(report)
     assert report.notes == ()

@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
@@ -15,6 +16,16 @@ from meshwright.parallel.ranks import RankPool, default_pool
 from meshwright.testing import run_ranks
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_ranks() -> Iterator[None]:
+    """Ranks for this module alone: it ends them often, and to warm up those of other tests again takes long."""
+    pool = RankPool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "default_pool", lambda: pool)
+        yield
+    pool.close()
 
 
 def _sum_of_ranks(extra: int) -> float:
@@ -132,14 +143,15 @@ def _nobody_answers(tries: list[float], timeout_s: float) -> NoReturn:
 def test_ranks_that_never_meet_are_started_anew_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ranks, "_MEETING_S", 3.0)
+    monkeypatch.setattr(ranks, "_MEETING_S", 8.0)
     pool = RankPool()
     try:
         first = pool.run(_process, 2, (), timeout_s=60)
-        time.sleep(0.5)  # both have left their group
+        for each in pool._ranks:
+            each.get_ready()  # both have left their group
         os.kill(first[1], signal.SIGSTOP)
         assert not set(pool.run(_process, 2, (), timeout_s=60)) & set(first)
-        assert "ranks [0, 1] of 2 did not finish within 3 s" in caplog.text
+        assert "ranks [0, 1] of 2 did not finish within 8 s" in caplog.text
         tries: list[float] = []
         monkeypatch.setattr(ranks, "_collect", lambda _, timeout_s: _nobody_answers(tries, timeout_s))
         with pytest.raises(RankError, match="nobody answers"):

@@ -12,7 +12,7 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.plan import make_plans
 from meshwright.parallel.report import describe
 from meshwright.testing import run_ranks
-from tests.parallel.cells import alternating, beyond
+from tests.parallel.cells import layout_of, tiered
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import gpt2, llama, pairs, regressor, tokens
 
@@ -37,9 +37,7 @@ _MODELS = {"llama": (llama(), tokens()), "gpt2": (gpt2(), tokens()), "regressor"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "case"), [*alternating(("llama", "gpt2"), CASES), *product(["regressor"], CASES)], ids=str
-)
+@pytest.mark.parametrize(("name", "case"), tiered(product(_MODELS, CASES)), ids=str)
 def test_prediction_is_equal_to_the_ledger(name: str, case: tuple[dict[str, int], Any]) -> None:
     (build_model, build_batch), (degrees, options) = _MODELS[name], case
     mesh = mw.Mesh(**degrees)
@@ -61,8 +59,8 @@ _SEQUENCE = ("llama", "gpt2", "mixtral", "bert", "t5", "vit")
 _TENSOR_CASES = [
     *((family, {"tp": 2}, {}) for family in _DEALT),
     *((family, {"tp": 2}, {"sequence_parallel": True}) for family in _SEQUENCE),
-    *((family, {"fsdp": 2, "tp": 2}, {}) for family in ("t5", *beyond("llama", "gemma3"))),
-    *((family, {"dp": 2, "tp": 2}, {}) for family in ("gpt2", *beyond("qwen3", "whisper"))),
+    *tiered(((family, {"fsdp": 2, "tp": 2}, {}) for family in ("t5", "llama", "gemma3")), layout_of),
+    *tiered(((family, {"dp": 2, "tp": 2}, {}) for family in ("gpt2", "qwen3", "whisper")), layout_of),
 ]
 
 

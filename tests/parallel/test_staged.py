@@ -1,6 +1,6 @@
 """Pipelines over ranks: the plain run's gradients and states, for every schedule and beside every other axis."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.testing import run_ranks
-from tests.parallel.cells import alternating, beyond
+from tests.parallel.cells import tiered
 from tests.parallel.families import FAMILIES
 from tests.parallel.models import gpt2, llama, tokens
+from tests.parallel.schedules_matrix import DEEP, SCHEDULES, layouts
 from tests.parallel.test_layered import Recomputing, Skipping, odd_batch
 from tests.parallel.test_rotate import goes_on
 
 pytestmark = pytest.mark.slow
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "modular", "zb-h1", "zbv")
+_NUMBERS = ((8, 4, 4), (5, 2, 1), (8, 4, 3), (9, 4, 6))
+"""Of blocks, ranks and micro-batches."""
 
 
 def _equal(build_model: Any, build_batch: Any, degrees: dict[str, int], **options: Any) -> None:
@@ -33,35 +35,32 @@ def test_every_family_in_two_stages_is_equal_to_the_plain_run(family: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("family", "degrees", "schedule"),
-    [
-        *(
-            (family, {"pp": 2, axis: 2}, "modular")
-            for family, axis in alternating(("gpt2", "t5", "mixtral"), ("dp", "fsdp", "tp"), every=3)
-        ),
-        *(("whisper", {"pp": 2, axis: 2}, "1f1b") for axis in ("tp", *beyond("dp", "fsdp"))),
-        ("vit", {"pp": 2, "fsdp": 2}, "gpipe"),
-        ("gpt2", {"pp": 2, "fsdp": 2}, "zb-h1"),
-        ("whisper", {"pp": 2, "dp": 2}, "zbv"),
-        ("llama", {"pp": 2, "fsdp": 2, "tp": 2}, "modular"),
-        *beyond(("gemma3", {"pp": 2, "dp": 2, "fsdp": 2}, "1f1b")),
-    ],
-    ids=str,
+    ("family", "layout"),
+    tiered(product(DEEP, layouts())),
+    ids=lambda each: each if isinstance(each, str) else str(each),
 )
-def test_stages_meet_every_other_axis(family: str, degrees: dict[str, int], schedule: str) -> None:
-    _equal(*FAMILIES[family], degrees, schedule=schedule)
+def test_every_schedule_beside_every_axis(family: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
+    degrees, options = layout
+    _equal(*DEEP[family], degrees, **options)
+
+
+def test_two_axes_of_data_meet_stages() -> None:
+    _equal(*FAMILIES["gemma3"], {"pp": 2, "dp": 2, "fsdp": 2}, schedule="1f1b")
+
+
+_SIZES = [{"layers": layers, "pp": ranks, "parts": parts} for layers, ranks, parts in _NUMBERS]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "sizes"), alternating(SCHEDULES, ((8, 4, 4), (5, 2, 1), (8, 4, 3), (9, 4, 6))), ids=str
+    "sizes", tiered({"schedule": schedule, **sizes} for schedule, sizes in product(SCHEDULES, _SIZES)), ids=str
 )
-def test_any_number_of_blocks_ranks_and_micro_batches(schedule: str, sizes: tuple[int, int, int]) -> None:
-    num_layers, num_ranks, num_microbatches = sizes
+def test_any_number_of_blocks_ranks_and_micro_batches(sizes: dict[str, Any]) -> None:
+    schedule, num_layers, num_ranks, num_microbatches = sizes.values()
     build = llama(num_hidden_layers=num_layers, attention_dropout=0.1)
     _equal(build, tokens(8), {"pp": num_ranks}, schedule=schedule, num_microbatches=num_microbatches)
 
 
-@pytest.mark.parametrize("family", ["t5", "translator", *beyond("whisper")])
+@pytest.mark.parametrize("family", ["t5", "translator", pytest.param("whisper", marks=pytest.mark.wide)])
 def test_encoder_states_go_on_from_rank_to_rank(family: str) -> None:
     _equal(*FAMILIES[family], {"pp": 4}, schedule="modular")
 

@@ -13,7 +13,7 @@ from meshwright.parallel.errors import LossError, WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.parallel.replicate import Replicate
 from meshwright.parallel.wrap import ParallelModel
-from tests.parallel.cells import alternating
+from tests.parallel.cells import tiered
 from tests.parallel.models import gpt2, llama, pairs, regressor, tokens
 
 pytestmark = pytest.mark.slow
@@ -37,11 +37,7 @@ MODELS = {
 }
 
 
-_SMALL = [name for name in MODELS if name.startswith("regressor")]
-_LARGE = [name for name in MODELS if name not in _SMALL]
-
-
-@pytest.mark.parametrize(("name", "layout"), [*product(_SMALL, LAYOUTS), *alternating(_LARGE, LAYOUTS)], ids=str)
+@pytest.mark.parametrize(("name", "layout"), tiered(product(MODELS, LAYOUTS)), ids=str)
 def test_a_parallel_step_is_the_plain_step(name: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
     degrees, options = layout
     build_model, build_batch, extra = MODELS[name]

@@ -32,7 +32,7 @@ class Rank:
         )
         self.watchdog.start()
 
-    def wait(self, *, limit_s: float = 10.0) -> None:
+    def wait(self, *, limit_s: float = 60.0) -> None:
         end_s = time.monotonic() + limit_s
         while not self.codes and time.monotonic() < end_s:
             time.sleep(0.01)

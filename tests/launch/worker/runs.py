@@ -79,7 +79,7 @@ def start(job: Path, run_id: str, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(job: Path, run_id: str, *overrides: str, timeout_s: float = 120.0) -> tuple[int, str]:
+def finish(job: Path, run_id: str, *overrides: str, timeout_s: float = 300.0) -> tuple[int, str]:
     """Launches and waits; returns exit code and output."""
     process = start(job, run_id, *overrides)
     output, _ = process.communicate(timeout=timeout_s)

@@ -108,13 +108,13 @@ def test_documents_padded_or_packed_give_one_curve_and_say_what_padding_cost(tmp
 def test_what_cannot_be_trained_ends_with_a_message_and_its_own_code(
     tmp_path: Path, override: str, code: int, text: str
 ) -> None:
-    job = write_job(tmp_path, steps=2)
+    job = write_job(tmp_path, parallel="{}", steps=2)
     found, output = finish(job, "one", override)
     assert (found, text in output) == (code, True), output
 
 
 def test_other_text_under_an_old_checkpoint_is_refused(tmp_path: Path) -> None:
-    job = write_job(tmp_path, steps=3)
+    job = write_job(tmp_path, parallel="{}", steps=3)
     assert finish(job, "one")[0] == 0
     code, output = finish(job, "two", "train.seed=5", "train.steps=6")
     assert code == 74

@@ -15,7 +15,7 @@ from meshwright.parallel.blockwise.install import look
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.errors import WrapError
 from tests.parallel.blockwise.unplugged import MODELS, Handwritten, by_hand, error_when_plugged, model_of
-from tests.parallel.cells import beyond
+from tests.parallel.cells import layout_of, tiered
 from tests.parallel.families import FAMILIES, lm, words
 from tests.parallel.models import VOCABULARY
 
@@ -42,19 +42,17 @@ _PARITY: list[_Cell] = [
     (MODELS["padded bert"], {"pp": 2}, {"schedule": "1f1b", "num_microbatches": 2}),
     (MODELS["packed gemma3"], {"dp": 2}, {"num_microbatches": 2}),
     (MODELS["gpt_oss"], {"tp": 2}, {}),
-]
-_PARITY += beyond(
     (_PLAIN_LLAMA, {}, {}),
     (MODELS["padded t5"], {"tp": 2}, {"schedule": "layered", "num_microbatches": 2}),
     (MODELS["packed gemma3"], {"pp": 2}, {"schedule": "modular", "num_microbatches": 2}),
     (MODELS["deepseek_v3"], {"dp": 2}, {}),
     (MODELS["vit"], {"tp": 2}, {"loss": "sample_mean"}),
     (MODELS["swin"], {"dp": 2}, {"loss": "sample_mean"}),
-)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "degrees", "options"), _PARITY)
+@pytest.mark.parametrize(("family", "degrees", "options"), tiered(_PARITY, layout_of))
 def test_on_ranks_it_is_the_plain_run(family: Any, degrees: dict[str, int], options: dict[str, Any]) -> None:
     report = mw.verify(*family, mw.Mesh(**degrees), blockwise=BLOCKS, **options)
     assert report.ok, report

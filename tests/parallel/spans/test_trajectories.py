@@ -25,6 +25,7 @@ def _trained(way: str, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_32_trajectories_train_where_the_untouched_model_is_out_of_memory() -> None:
     plain = _trained("vanilla", TRAJECTORIES * STEPS)
     assert "can't allocate memory" in plain["error"]
