@@ -14,7 +14,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from torch import nn
 
 import meshwright as mw
 from benchmarks.loops import batch_of, build_llama
+from benchmarks.mixtures import build_mixture, build_switch, even_routers
+from meshwright.moe.bilevel import BiLevel
+from meshwright.moe.capacity import Capacity
 from meshwright.parallel.fake_rank import FakeRank, fake_rank
 from meshwright.parallel.footprint import Live
 from meshwright.parallel.ledger import Call, Ledger
@@ -67,6 +72,13 @@ class Job:
         return {"example": example, **self.options}
 
 
+_LEVELS = BiLevel(num_nodes=2, num_local=4, k_local=2)
+_FEW = BiLevel(
+    num_nodes=2, num_local=4, node_capacity=Capacity(factor=0.9), capacity=Capacity(factor=0.8, order="score")
+)
+_SLICED = {"moe": mw.Experts(slices=2, overlap=True)}
+_TWO_HOPS = {"moe": mw.Experts("inter_first")}
+_PIPE = {"schedule": "1f1b", "num_microbatches": 4}
 _MODULAR = {"schedule": "modular", "num_microbatches": 4}
 
 JOBS = {
@@ -76,15 +88,25 @@ JOBS = {
     "tp x dp": Job({"tp": 2, "dp": 2}),
     "pp modular x fsdp": Job({"pp": 2, "fsdp": 2}, _MODULAR),
     "cp ring": Job({"cp": 2}, {"cp_kind": "ring"}),
-    "tp x pp": Job({"tp": 2, "pp": 2}, {"schedule": "1f1b", "num_microbatches": 4, "sequence_parallel": True}),
+    "tp x pp": Job({"tp": 2, "pp": 2}, {**_PIPE, "sequence_parallel": True}),
     "pp x fsdp x tp": Job({"pp": 2, "fsdp": 2, "tp": 2}, _MODULAR),
+    "ep": Job({"dp": 4, "ep": 4}, {"moe": mw.Experts()}, build_mixture),
+    "ep, tokens once": Job({"dp": 4, "ep": 4, "ep_node": 2}, {"moe": mw.Experts()}, build_mixture),
+    "ep bi-level": Job({"dp": 4, "ep": 4, "ep_node": 2}, _TWO_HOPS, partial(build_mixture, _LEVELS)),
+    "ep bi-level, capacity": Job({"dp": 4, "ep": 4, "ep_node": 2}, _TWO_HOPS, partial(build_switch, _FEW)),
+    "ep of modules": Job({"dp": 4, "ep": 4}, {"moe": mw.Experts("all_gather")}, build_switch),
+    "ep x tp x pp": Job({"pp": 2, "tp": 2, "dp": 2, "ep": 4}, {"moe": mw.Experts(), **_PIPE}, build_mixture),
+    "ep of slices x fsdp": Job(
+        {"fsdp": 4, "ep": 2}, {"moe": mw.Experts(slices=2, overlap=True), "schedule": "layered"}, build_mixture
+    ),
 }
 
 
 def real_rank(job: Job) -> tuple[tuple[Call, ...], int]:
     """Calls and peak bytes of the second step of this process as a rank of a job."""
-    with Live() as live:
+    with Live() as live, ExitStack() as stack:
         model = job.build()
+        stack.enter_context(even_routers(model))
         for each in (*model.parameters(), *model.buffers()):
             live.note(each.untyped_storage())
         wrapped = mw.parallelize(model, job.mesh, **job.wrap)

@@ -107,9 +107,9 @@ class BiLevel:
         tokens, n, m = len(p), self.num_nodes, self.num_local
         each = q if q.dim() == 3 else q[:, None].expand(tokens, n, m)
         of_nodes = each.gather(1, nodes[..., None].expand(tokens, self.k_nodes, m))
-        inside = first_largest(of_nodes, self.k_local)
+        inside = first_largest(of_nodes, self.k_local, within=nodes)
         logs = (p.gather(1, nodes)[..., None] + of_nodes.gather(2, inside)).flatten(1)
-        asked = asked_of(logs, real)
+        asked = asked_of(nodes.repeat_interleave(self.k_local, dim=1), real)
         routing = BiLevelRouting(
             experts=(nodes[..., None] * m + inside).flatten(1),
             weights=torch.where(asked, self._weights(logs), 0.0),

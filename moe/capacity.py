@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from meshwright.moe.assumed import has_values
 from meshwright.moe.errors import RoutingError
 from meshwright.moe.routing import Routing, count_choices
 from meshwright.parallel.errors import nearest
@@ -104,7 +105,7 @@ class Capacity:
         # choices as they queue: [k, tokens], so that first choices come first; what does not queue goes to a last place
         number, k = routing.num_experts, routing.k
         experts = torch.where(routing.kept, routing.experts, number).T
-        if self.order == "score":
+        if self.order == "score" and has_values(routing.weights):  # all are equal that are not known
             by_score = routing.weights.detach().T.flatten().argsort(descending=True, stable=True)
             return _ranked(experts.flatten(), number + 1, by_score).view(k, -1).T
         level = torch.arange(k, device=experts.device)[:, None] * (number + 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import embedding_bag
 
+from meshwright.moe.assumed import with_values
 from meshwright.moe.errors import DispatchError
 from meshwright.moe.routing import Routing
 
@@ -144,9 +145,9 @@ class _Combine(Function):
         assert rows is not None
         ctx.departure = departure
         ctx.save_for_backward(rows, weights)
-        if weights is None or weights.dtype == rows.dtype:
-            return _bagged(rows, departure, weights)
-        return _by_slots(rows, departure, weights)
+        combined = _bagged if weights is None or weights.dtype == rows.dtype else _by_slots
+        with with_values():  # backward too, where a departure that has some meets gradients that have none
+            return combined(rows, departure, weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -172,21 +173,21 @@ def _bagged(rows: Tensor, departure: Departure, weights: Tensor | None) -> Tenso
     """Sums of rows in one pass of torch's bags, which add in order, in float32 or wider."""
     if not departure.num_rows:
         return rows.new_zeros(departure.num_tokens, *rows.shape[1:])
-    sent = _arrivals(departure)
+    sent, factors = _arrivals(departure).flatten(), None if weights is None else weights.reshape(-1)
     starts = torch.arange(departure.num_tokens, device=rows.device) * departure.slots
-    if departure.num_rows < sent.numel():
-        there = sent < departure.num_rows  # rows that were not sent are in no bag
-        sizes = there.sum(1)
+    if departure.num_rows < len(sent):  # rows that were not sent are in no bag
+        there = (sent < departure.num_rows).nonzero().flatten()
+        sizes = (sent < departure.num_rows).view(-1, departure.slots).sum(1)
         sent, starts = sent[there], sizes.cumsum(0) - sizes
-        weights = None if weights is None else weights[there]
+        factors = None if factors is None else factors[there]
     flat = rows.reshape(len(rows), -1).contiguous()
-    factors = None if weights is None else weights.reshape(-1)
-    sums = embedding_bag(sent.flatten(), flat, starts, mode="sum", per_sample_weights=factors)
+    sums = embedding_bag(sent, flat, starts, mode="sum", per_sample_weights=factors)
     return sums.view(departure.num_tokens, *rows.shape[1:])
 
 
-def _by_slots(rows: Tensor, departure: Departure, weights: Tensor) -> Tensor:
+def _by_slots(rows: Tensor, departure: Departure, weights: Tensor | None) -> Tensor:
     """The same with weights that are wider than rows, and are not rounded to their dtype."""
+    assert weights is not None
     wide = torch.promote_types(rows.dtype, torch.float32)
     arrivals = _arrivals(departure)
     if departure.num_rows < arrivals.numel():

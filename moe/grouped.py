@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from meshwright.moe.assumed import has_values
 from meshwright.moe.errors import DispatchError
 
 __all__ = ["agrees", "grouped_product", "looped_product"]
@@ -83,13 +84,16 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 
 def _fits(rows: Tensor, matrices: Tensor) -> bool:
     widths = (matrices.shape[1] * rows.element_size(), matrices.shape[2] * rows.element_size())
-    aligned = not any(width % _ALIGNED_BYTES for width in widths) and matrices.data_ptr() % _ALIGNED_BYTES == 0
+    first = matrices.data_ptr() if has_values(matrices) else matrices.storage_offset() * matrices.element_size()
+    aligned = not any(width % _ALIGNED_BYTES for width in (*widths, first))
     plain = matrices.is_contiguous() or matrices.mT.is_contiguous()
     return rows.dtype in _DTYPES and matrices.dtype == rows.dtype and len(rows) > 0 and aligned and plain
 
 
 def _trusted(rows: Tensor) -> bool:
     place = (rows.dtype, rows.device)
+    if not has_values(rows):  # stands for a device that has it
+        return True
     if place not in _AGREED:
         _AGREED[place] = agrees(*place)
     return _AGREED[place]

@@ -1,101 +1,74 @@
-"""Experts of a model run on shapes: tokens are spread evenly, since where they go depends on values.
+"""Experts of a model run on shapes, as their ranks run them: dealt by `swap`, with tokens on their way by a transport.
 
-Each rank of `ep` runs its own experts on as many rows as it sends away; rows travel to experts and back in both
-directions.
+Nobody is at the other end: what would be sent is told, and where tokens go is assumed (see `assumed`).
 """
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from meshwright.moe.assumed import has_values
+from meshwright.moe.axes import ExpertAxes, RowAxis
 from meshwright.moe.errors import SwapError
-from meshwright.moe.recognise import FoundExperts, find_experts
+from meshwright.moe.expert_pass import Experts
+from meshwright.moe.recognise import find_experts
+from meshwright.moe.swap import deal_experts
+from meshwright.parallel.folding import Fold
+from meshwright.parallel.mesh import Mesh
+from meshwright.parallel.tracing import RecordingAxis, Tracer
 
-__all__ = ["spread_evenly"]
-
-Send = Callable[[str, str, Tensor], None]
-"""Told of a collective: axis, kind, and the tensor that travels."""
+__all__ = ["deal_on_shapes"]
 
 
-def spread_evenly(
-    model: nn.Module, send: Send, *, ep: int = 1, alike: int = 1, runs: Callable[[str], bool] = lambda path: True
-) -> bool:
-    """Makes the experts of a model run without values, in place; says whether it has any.
+def deal_on_shapes(model: nn.Module, tracer: Tracer, mesh: Mesh, *, experts: Experts | None = None) -> bool:
+    """Leaves the first rank of `ep` its experts, in place; says whether there are any.
 
     Args:
         model: without values, inside a fake mode.
-        send: told of what travels along `ep`.
-        ep: ranks that share the experts.
-        alike: ranks that hold the same tokens, each of which sends a share of them.
-        runs: whether a module will be run.
+        tracer: told of what travels.
+        mesh: with `ep`, perhaps of 1, and `tp`, whose ranks each send a share of their tokens.
+        experts: the option `moe` of the wrap.
+
+    Raises:
+        MeshwrightError: for experts that the mesh cannot share.
     """
     try:
-        found = find_experts(model)
+        find_experts(model)
     except SwapError:
         return False
-    for each in found:
-        if runs(f"{each.path}."):
-            each.module.forward = _Even(each, send, ep=ep, alike=alike if ep > 1 else 1)
+    chosen = Experts() if experts is None else experts
+    alike = RecordingAxis(None, 0, mesh.tp, tracer=tracer, name="tp") if mesh.ep > 1 and mesh.tp > 1 else None
+    slices = chosen.slices if mesh.ep > 1 else 1
+    deal_experts(
+        model, _axes(tracer, mesh), kind=chosen.chosen(mesh), alike=alike, slices=slices, overlap=chosen.overlap
+    )
     return True
 
 
-class _Even:
-    """The forward of experts that get equal numbers of rows."""
+@dataclass(frozen=True, eq=False)
+class _RecordingRows(RecordingAxis, RowAxis):
+    """Ranks that are all as this one; what a rank counts and tells others has values."""
 
-    def __init__(self, found: FoundExperts, send: Send, *, ep: int, alike: int) -> None:
-        self._module: Any = found.module
-        self._is_stacked = found.kind == "stacked"
-        self._own = max(1, found.num_experts // ep)
-        self._send = send if ep > 1 else None
-        self._alike = alike
-        for name, parameter in list(found.module.named_parameters(recurse=False)) if self._is_stacked else ():
-            own = parameter.new_empty((self._own, *parameter.shape[1:]))
-            setattr(found.module, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
-
-    def __call__(self, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """What experts make of this rank's tokens, [..., features]."""
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        top_k = weights.shape[-1]
-        number = max(1, len(flat) // self._alike)
-        each = max(1, -(-number * top_k // self._own))
-        place = torch.empty(each * self._own, dtype=torch.long, device=flat.device)
-        rows = self._travelled(flat.index_select(0, place))
-        made = self._travelled(self._run(rows.view(self._own, each, -1)).reshape(len(place), -1))
-        weighed = made * weights.reshape(-1)[:1].to(made.dtype)
-        return torch.zeros_like(flat).index_add(0, place, weighed.to(flat.dtype)).view_as(tokens)
-
-    def _travelled(self, rows: Tensor) -> Tensor:
-        if self._send is None:
+    def exchange(self, rows: Tensor, sent: object, received: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        """Tells of the rows, and makes those of others."""
+        if self.size == 1:
             return rows
-        found: Tensor = _Travel.apply(rows, self._send)  # type: ignore[no-untyped-call]
-        return found
+        self.tracer.send(self.name, "all_to_all", rows)
+        return rows.new_empty(sum(received), *rows.shape[1:])
 
-    def _run(self, rows: Tensor) -> Tensor:
-        """Each expert on its rows, [experts, rows, features]."""
-        module = self._module
-        if not self._is_stacked:
-            experts = list(module.children())[: self._own]
-            return torch.stack([expert(part) for expert, part in zip(experts, rows.unbind(0), strict=True)])
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        inner = self._product(rows, up)
-        return self._product(module._apply_gate(inner) if module.has_gate else module.act_fn(inner), "down_proj")
-
-    def _product(self, rows: Tensor, name: str) -> Tensor:
-        module, matrix = self._module, getattr(self._module, name)
-        made = torch.bmm(rows.to(matrix.dtype), matrix if module.is_transposed else matrix.mT)
-        return made + getattr(module, f"{name}_bias")[:, None] if module.has_bias else made
+    def _all_gather(self, parts: Tensor, mine: Tensor) -> None:
+        super()._all_gather(parts, mine)
+        if has_values(mine):
+            parts.copy_(mine.repeat(self.size, *[1] * (mine.dim() - 1)))
 
 
-class _Travel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Send) -> Tensor:
-        ctx.send = send
-        send("ep", "all_to_all", rows)
-        return rows.view_as(rows)
+def _axes(tracer: Tracer, mesh: Mesh) -> ExpertAxes:
+    def made(name: Fold, size: int) -> RowAxis:
+        return _RecordingRows(None, 0, size, tracer=tracer, name=name)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.send("ep", "all_to_all", gradients[0])
-        return gradients[0], None
+    ep, alone = made("ep", mesh.ep), RowAxis(None, 0, 1)
+    if mesh.ep_node == 1:
+        return ExpertAxes(ep, alone, ep)
+    if mesh.ep_local == 1:
+        return ExpertAxes(ep, ep, alone)
+    return ExpertAxes(ep, made("ep_node", mesh.ep_node), made("ep_local", mesh.ep_local))

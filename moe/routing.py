@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meshwright.moe.assumed import even_choices, has_values
 from meshwright.moe.errors import RoutingError
 
 __all__ = ["Routing", "asked_of", "check_real", "count_choices", "first_largest", "usable_logits"]
@@ -186,14 +187,16 @@ def check_real(real: Tensor | None, num_tokens: int) -> None:
         )
 
 
-def first_largest(scores: Tensor, k: int) -> Tensor:
+def first_largest(scores: Tensor, k: int, *, within: Tensor | None = None) -> Tensor:
     """Indices of the k largest scores of each row, largest first; of equal ones the lower index first.
 
-    `torch.topk` may order equal scores otherwise from call to call, and differs between devices.
+    `torch.topk` may order equal scores otherwise from call to call, and differs between devices. Of scores without
+    values the assumed choices.
 
     Args:
         scores: [..., n] floats; -inf is the least of them, and no index comes twice.
         k: how many.
+        within: int64 [...], whose places each row scores; the same for all where None. Matters without values only.
 
     Returns:
         int64 [..., k]
@@ -201,6 +204,10 @@ def first_largest(scores: Tensor, k: int) -> Tensor:
     >>> first_largest(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3).tolist()
     [1, 2, 3]
     """
+    if not has_values(scores):
+        rows = scores.shape[:-1]
+        groups = None if within is None else within.flatten()
+        return even_choices(rows.numel(), k, scores.shape[-1], within=groups, device=scores.device).view(*rows, k)
     if k > _MOST_ROUNDS:
         return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     left, found = scores.detach().clamp_min(torch.finfo(scores.dtype).min), []

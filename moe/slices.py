@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.moe.assumed import with_values
 from meshwright.moe.errors import SwapError
 from meshwright.moe.folding import own_experts
 from meshwright.moe.listed import form_of, ranges_of, slice_expert, sources_of
@@ -58,6 +59,7 @@ class Slicing:
         return choices[..., None].expand(*choices.shape, self.slices).flatten(1)
 
 
+@with_values()  # which are tried
 def sliced_columns(found: FoundExperts, *, ranks: int, slices: int) -> dict[str, Split]:
     """Parameter -> which part of its hidden features each rank of `ep` keeps, none of experts of other ranks.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshwright.moe.assumed import even_choices, has_values, with_values
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.errors import DispatchError, RoutingError, SwapError
 from meshwright.moe.experts import FeedForward
@@ -110,6 +111,7 @@ def deal_experts(
     return plan
 
 
+@with_values()
 def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
     """The routing that a model's router hands to its experts.
 
@@ -127,10 +129,7 @@ def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing
     >>> read_routing(torch.tensor([[[0, 1]], [[0, 0]]]), torch.ones(2, 1), num_experts=2).kept.tolist()
     [[True], [False]]
     """
-    if index.dim() == weights.dim() + 1 and index.shape[-1] == num_experts:
-        sent, index = (index != 0).any(-1), index.argmax(-1)
-    else:
-        sent = (index >= 0) & (index < num_experts)
+    index, sent = _chosen(index, weights, num_experts=num_experts)
     if index.dim() != 2 or index.shape != weights.shape:
         raise SwapError(
             f"choices {list(index.shape)} and weights {list(weights.shape)} of a router; they are [tokens, k], or "
@@ -144,6 +143,17 @@ def read_routing(index: Tensor, weights: Tensor, *, num_experts: int) -> Routing
         kept=sent,
         num_experts=num_experts,
     )
+
+
+def _chosen(index: Tensor, weights: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Experts, and which of them a choice goes to."""
+    if weights.dim() == 2 and not has_values(index):
+        tokens, k = weights.shape
+        index = even_choices(tokens, k, num_experts, device=weights.device)
+        return index, torch.ones_like(index, dtype=torch.bool)
+    if index.dim() == weights.dim() + 1 and index.shape[-1] == num_experts:
+        return index.argmax(-1), (index != 0).any(-1)
+    return index, (index >= 0) & (index < num_experts)
 
 
 class _Travelling:
@@ -170,10 +180,11 @@ class _Travelling:
         """What all experts make of this rank's tokens."""
         tokens, index, weights = self._signature.bind(*args, **kwargs).arguments.values()
         flat = tokens.reshape(-1, tokens.shape[-1])
-        if self._alike is None:
-            return self._carried(flat, index, weights).view_as(tokens)
-        own = [cut(each, self._alike, 0) for each in (flat, index, weights)]
-        return join(self._carried(*own), self._alike, 0, len(flat)).view_as(tokens)
+        with with_values():
+            if self._alike is None:
+                return self._carried(flat, index, weights).view_as(tokens)
+            own = [cut(each, self._alike, 0) for each in (flat, index, weights)]
+            return join(self._carried(*own), self._alike, 0, len(flat)).view_as(tokens)
 
     def _carried(self, flat: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         routing = read_routing(index, weights, num_experts=self._num_experts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from meshwright.moe.assumed import as_sent
 from meshwright.moe.axes import ExpertAxes
 from meshwright.moe.dispatch import combine, depart
 from meshwright.moe.folding import own_experts
@@ -45,7 +46,8 @@ class Once(Transport):
         splits = Splits(tuple(counts[node.rank, :-1].tolist()), tuple(counts[:, node.rank].tolist()))
         chosen = visits.experts.to(torch.int32)
         leaving = depart(tokens, visits.departure), visits.weights, chosen
-        rows, weights, chosen = yield from flown(node, splits, *leaving)
+        rows, weights, arrived = yield from flown(node, splits, *leaving)
+        chosen = as_sent(arrived, chosen, splits.sent, rank=node.rank)
         inside = route_on_node(chosen.long(), weights, num_experts=routing.num_experts // node.size)
         sums = yield from Hopping(self.axes.inside).travel(rows, inside, experts)
         (home,) = yield from flown(node, splits.back, sums)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meshwright.moe.assumed import with_values
 from meshwright.moe.bilevel import BiLevel, BiLevelRouting
 from meshwright.moe.errors import SwapError
 from meshwright.moe.recognise import find_experts, find_router
@@ -71,7 +72,8 @@ class TwoGates(nn.Module):
         return self._routed(*self._levels(hidden_states))
 
     def _routed(self, inter: Tensor, intra: Tensor) -> BiLevelRouting:
-        return self.router.route(inter.flatten(0, -2), intra.flatten(0, -2))
+        with with_values():
+            return self.router.route(inter.flatten(0, -2), intra.flatten(0, -2))
 
     def _levels(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         tokens = hidden_states.to(self.inter.dtype)
@@ -125,10 +127,12 @@ class _Chosen:
         given = self.signature.bind(*args, **kwargs)
         (_, tokens), (choices, index), (weights, before) = given.arguments.items()
         routing = self.levels.route(tokens)
-        chosen = routing.experts
-        if index.dim() > before.dim():  # zeros and ones for each expert
-            chosen = functional.one_hot(chosen, routing.num_experts) * routing.kept[..., None]
-        given.arguments[choices], given.arguments[weights] = chosen.to(index.dtype), routing.weights.to(before.dtype)
+        with with_values():
+            chosen = routing.experts
+            if index.dim() > before.dim():  # zeros and ones for each expert
+                chosen = functional.one_hot(chosen, routing.num_experts) * routing.kept[..., None]
+            given.arguments[choices] = chosen.to(index.dtype)
+        given.arguments[weights] = routing.weights.to(before.dtype)
         return given.args, given.kwargs
 
 

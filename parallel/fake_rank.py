@@ -7,13 +7,11 @@ collectives can be compared with what the code calls, on a mesh that nobody has.
 """
 
 import gc
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +25,9 @@ from meshwright.parallel.engine import Engine
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.footprint import Footprint, Live
 from meshwright.parallel.ledger import Call, Ledger, LedgerSummary
+from meshwright.parallel.legal import check_on_paper
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.meta import MetaAnswers, without_values
+from meshwright.parallel.meta import MetaAnswers, unnoticed, without_values
 from meshwright.parallel.microbatch import call, num_samples, split
 from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.paper import PaperGroups, on_paper
@@ -113,13 +112,7 @@ def first_footprint(model: nn.Module, mesh: Mesh, options: Options, *, plans: Pl
 def _step(
     model: nn.Module, mesh: Mesh, options: Options, *, plans: Plans, rank: int, batch: Any
 ) -> tuple[tuple[Call, ...], Footprint]:
-    if options.data_engine != "torch":
-        raise WrapError(f"data_engine={options.data_engine!r} steps by code of its own, which wants processes")
-    if mesh.ep > 1:
-        raise WrapError(
-            f"ep={mesh.ep}: how many rows ranks exchange depends on values, which no tensor has here; leave ep out, or "
-            "count the calls of real ranks (ledger_step)"
-        )
+    check_on_paper(options)
     counted = replace(options, loss="sum", loss_items=None)  # counting items would ask for values
     device = device_of(model).type
     try:
@@ -155,11 +148,8 @@ def _engine(
 
 @contextmanager
 def _without_values(ledger: Ledger) -> Iterator[tuple[FakeTensorMode, Live, Ledger]]:
-    """A run without values that code does not take for a trace, as `transformers` would and then make masks whole."""
     with ExitStack() as inside:
-        asked = sys.modules.get("transformers.utils.import_utils")
-        if asked is not None:
-            inside.enter_context(patch.object(asked, "is_fake_tensor", lambda _: False))
+        inside.enter_context(unnoticed())
         fakes = inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         inside.enter_context(MetaAnswers())
         inside.enter_context(ledger)

@@ -1,13 +1,16 @@
 """Which meshes and options go together: asked before any rank starts, so without torch."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.pipeline.actions import Schedule
 from meshwright.parallel.pipeline.choose import ACROSS_RANKS, ON_ONE_RANK, name_of
 
-__all__ = ["LayoutSettings", "check_layout"]
+if TYPE_CHECKING:
+    from meshwright.parallel.options import Options
+
+__all__ = ["LayoutSettings", "check_layout", "check_on_paper"]
 
 
 class LayoutSettings(Protocol):
@@ -129,6 +132,34 @@ def _check_schedule(mesh: Mesh, settings: LayoutSettings) -> None:
                 f"schedule={name!r} does not go with {option} by now; nearest legal: "
                 f"schedule={other!r} on {mesh} without it"
             )
+
+
+def check_on_paper(options: "Options", *, memory_of_host: bool = True) -> None:
+    """Refuses what is not run on tensors without values.
+
+    Args:
+        options: of a wrap.
+        memory_of_host: whether what is kept there may count as a rank's memory.
+
+    Raises:
+        WrapError: with what to ask for instead.
+    """
+    if options.data_engine == "deepspeed":
+        raise WrapError(
+            "data_engine='deepspeed' steps by code of its own, which is not run without values; ask for "
+            "data_engine='torch' (dp for ZeRO 0, fsdp and zero_stage for 1 to 3), or count real ranks (ledger_step)"
+        )
+    if options.sizes is not None and options.sizes.layer_block is not None:
+        raise WrapError(
+            f"layer_block={options.sizes.layer_block} is proved on values, so its spans are not run without; leave it "
+            "out, which tells what whole blocks take, or count real ranks (ledger_step)"
+        )
+    moved = {"offload='cpu'": options.offload == "cpu", "offload_inputs": options.offload_inputs}
+    for name in [name for name, given in moved.items() if given and not memory_of_host]:
+        raise WrapError(
+            f"{name} moves tensors to the host's memory, which is not told from a GPU's here; leave it out, which tells"
+            " what is needed without"
+        )
 
 
 def _check_whole(settings: LayoutSettings) -> None:

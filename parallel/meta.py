@@ -1,16 +1,20 @@
-"""Runs without values of models that ask their tensors questions (`if mask.all():`)."""
+"""Runs without values of models that ask their tensors questions (`if mask.all():`), and of products by groups."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["MetaAnswers", "without_values"]
+__all__ = ["MetaAnswers", "grouped_on_shapes", "unnoticed", "without_values"]
 
 _ANSWERS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
 
@@ -33,17 +37,74 @@ class MetaAnswers(TorchFunctionMode):
         """Answers questions about values, passes every other call on."""
         if func in (Tensor.__bool__, Tensor.item) and args[0] in self._answers:
             return self._answers[args[0]]
-        result = _narrow(func, *args, **(kwargs or {})) if func is torch._grouped_mm else func(*args, **(kwargs or {}))
-        if func in _ANSWERS and isinstance(result, Tensor) and (result.is_meta or isinstance(result, FakeTensor)):
+        if func is torch._grouped_mm:
+            return _grouped(*args[:2], **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _ANSWERS and isinstance(result, Tensor) and _is_shape(result):
             self._answers[result] = _ANSWERS[func]
         return result
 
 
-def _narrow(func: Any, a: Tensor, b: Tensor, **keywords: Any) -> Any:
+def _grouped(a: Tensor, b: Tensor, **keywords: Any) -> Any:
     """The product of groups, of which torch knows the shapes for bfloat16 only, and the values of no float64."""
-    absent = a.is_meta or isinstance(a, FakeTensor)
-    kind = torch.bfloat16 if absent else torch.float32 if a.dtype is torch.float64 else a.dtype
-    return func(a.to(kind), b.to(kind), **keywords).to(a.dtype)
+    if _is_shape(a) and (a.dim(), b.dim()) == (2, 3):
+        return grouped_on_shapes(a, b)
+    kind = torch.bfloat16 if _is_shape(a) else torch.float32 if a.dtype is torch.float64 else a.dtype
+    return torch._grouped_mm(a.to(kind), b.to(kind), **keywords).to(a.dtype)
+
+
+def _is_shape(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Inside, models and torch's modules go the way that they go with values.
+
+    Models of `transformers` that find their tensors fake make masks whole. Modules that are converted swap their
+    tensors if these are fake, which fails where somebody else holds them, also where nothing is to be converted.
+    """
+    asked = sys.modules.get("transformers.utils.import_utils")
+    swap: Any = torch.utils.swap_tensors
+
+    def swapped(one: Tensor, other: Tensor) -> None:
+        if one.dtype != other.dtype or one.device != other.device or one.shape != other.shape:
+            swap(one, other)
+
+    with ExitStack() as inside:
+        if hasattr(asked, "is_fake_tensor"):
+            inside.enter_context(patch.object(asked, "is_fake_tensor", lambda _: False))
+        inside.enter_context(patch.object(torch.utils, "swap_tensors", swapped))
+        yield
+
+
+def grouped_on_shapes(rows: Tensor, matrices: Tensor, *, told: Callable[[], object] = lambda: None) -> Tensor:
+    """What torch's product by groups makes, and keeps, of tensors without values; its own run knows bfloat16 only.
+
+    Args:
+        rows: [rows, d_in].
+        matrices: [groups, d_in, d_out].
+        told: called for each product, forward and backward.
+
+    Returns:
+        [rows, d_out]
+    """
+    return _Grouped.apply(told, rows, matrices)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Grouped(Function):
+    @staticmethod
+    def forward(ctx: Any, told: Callable[[], object], *given: Tensor) -> Tensor:
+        rows, matrices = given
+        ctx.save_for_backward(rows, matrices)
+        ctx.told = told
+        told()
+        return rows.new_empty(len(rows), matrices.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return None, *((ctx.told(), torch.empty_like(each))[1] if needed else None for each, needed in wanted)
 
 
 def without_values(

@@ -152,10 +152,9 @@ def _memory(model: nn.Module, mesh: Mesh, options: Options, plans: Plans) -> tup
 
     if not options.predict_memory:
         return None, ()
-    if mesh.ep > 1:
-        return None, ("peak memory is not predicted: rows of experts depend on the routing",)
+    assumed = ("peak memory is that of tokens spread evenly over experts",) if mesh.ep > 1 else ()
     try:
-        return first_footprint(model, mesh, options, plans=plans), ()
+        return first_footprint(model, mesh, options, plans=plans), assumed
     except WrapError as error:
         return None, (f"peak memory is not predicted: {error}",)
 

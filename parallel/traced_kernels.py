@@ -1,10 +1,10 @@
-"""Kernels that a GPU has and a run on shapes would not choose: fused attention and dropout, each counted as one."""
+"""Kernels that a GPU has and a run on shapes would not choose: fused attention, dropout and products by groups."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from meshwright.parallel.meta import MetaAnswers
+from meshwright.parallel.meta import MetaAnswers, grouped_on_shapes, unnoticed
 from meshwright.parallel.operations import precision_of
-from meshwright.parallel.work import FUSED_BACKWARD, Attention, Sent
+from meshwright.parallel.work import FUSED_BACKWARD, Attention, Product, Sent
 
 __all__ = ["Kernels", "shapes_only"]
 
@@ -34,13 +34,24 @@ class Kernels(TorchFunctionMode):
         self._num_keys = num_keys
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replaces the two, and passes every other call on."""
+        """Replaces the three, and passes every other call on."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func is functional.dropout:
             return _drop(*args, **kwargs)
+        if func is torch._grouped_mm and (args[0].dim(), args[1].dim()) == (2, 3):
+            return grouped_on_shapes(args[0], args[1], told=partial(self._count, args[0], args[1]))
         return func(*args, **kwargs)
+
+    def _count(self, rows: Tensor, matrices: Tensor) -> None:
+        """One product of rows that are spread evenly."""
+        tally = self._tracer.tally()
+        if tally is not None:
+            groups, inner, width = matrices.shape
+            each = -(-len(rows) // groups)
+            tally.products.append(Product(each, width, inner, groups, precision=precision_of(rows)))
+            tally.operations += 1
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
         """Attention [..., heads, queries, width]; a mask that is given has all scores computed."""
@@ -112,23 +123,8 @@ def _drop(input: Tensor, p: float = 0.5, training: bool = True, **inplace: bool)
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Inside, tensors have no values, and models do not notice."""
-    with _quiet(), _unnoticed(), FakeTensorMode(allow_non_fake_inputs=True), MetaAnswers():
+    with _quiet(), unnoticed(), FakeTensorMode(allow_non_fake_inputs=True), MetaAnswers():
         yield
-
-
-@contextmanager
-def _unnoticed() -> Iterator[None]:
-    """Models of `transformers` that find their tensors fake take another way than they train: they make masks."""
-    library: Any = sys.modules.get("transformers.utils.import_utils")
-    asked = getattr(library, "is_fake_tensor", None)
-    if asked is None:
-        yield
-        return
-    library.is_fake_tensor = lambda tensor: False
-    try:
-        yield
-    finally:
-        library.is_fake_tensor = asked
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.blockwise.tiling import tile_heads, tile_networks
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.footprint import Live
+from meshwright.parallel.legal import check_on_paper
 from meshwright.parallel.meta import without_values
 from meshwright.parallel.microbatch import call, num_samples
 from meshwright.parallel.operations import Tally, storage_of
@@ -66,8 +67,9 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
             `prepare` changes the copy that is run; `backward`, whether to run it too.
 
     Raises:
-        WrapError: where the model asks its tensors for values, with its words.
+        WrapError: where the model asks its tensors for values, with its words; see `check_on_paper`, too.
     """
+    check_on_paper(options, memory_of_host=False)
     if options.example is None:
         raise WrapError("no example was given")
     plan = how.get("plan")

@@ -108,7 +108,7 @@ class Machine:
             compute_s=busy_s,
             tp_s=self._along(work.sent, "tp"),
             cp_s=self._beside(work),
-            ep_s=self._along(work.sent, "ep"),
+            ep_s=sum(self._along(work.sent, fold) for fold in FOLDS),
         )
         if not found.total_s and not work.operations:
             return found

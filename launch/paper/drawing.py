@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,8 +15,10 @@ from meshwright.launch.paper.hardware import Hardware
 from meshwright.launch.paper.states import data_calls, stage_bytes, states_of
 from meshwright.launch.rehearse import settled_on_meta
 from meshwright.launch.spec.job import Job
-from meshwright.moe.on_paper import spread_evenly
+from meshwright.moe.expert_pass import Experts
+from meshwright.moe.on_paper import deal_on_shapes
 from meshwright.parallel.blocks import find_blocks
+from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import Plans, make_context_plan, make_expert_plan, make_plan
 from meshwright.parallel.predicted import first_shares
@@ -92,14 +94,14 @@ def run_on_paper(loaded: LoadedJob, dealt: Drawing) -> Drawing:
     job, options = loaded.job, dealt.options
     precision = _PRECISIONS.get(job.train.precision) if job.train else None
     run = partial(trace, dealt.model, precision=precision)
-    mine = partial(run, plan=dealt.plans.tensor, prepare=partial(_spread, job))
+    mine = partial(run, plan=dealt.plans.tensor, prepare=partial(_spread, mesh=job.mesh, options=options))
     traced = mine(options)
     if job.mesh.cp > 1:
         part = replace(options, example=_first_positions(options.example, job.mesh.cp))
         traced = replace(traced, blocks=mine(part, num_positions=job.mesh.cp).blocks)
     flops = traced.forward_flops
     if job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:
-        flops = run(options, backward=False, prepare=partial(_spread, None)).forward_flops
+        flops = run(options, backward=False, prepare=partial(_spread, mesh=Mesh(), options=options)).forward_flops
     return replace(dealt, traced=traced, forward_flops=flops)
 
 
@@ -156,10 +158,9 @@ def _paper(drawing: Drawing, job: Job, hardware: Hardware, *, options: Options, 
     )
 
 
-def _spread(job: Job | None, model: nn.Module, tracer: Tracer) -> None:
-    """Spreads tokens evenly over experts; over those of one rank, for a job."""
-    ep, tp = (job.mesh.ep, job.mesh.tp) if job is not None else (1, 1)
-    spread_evenly(model, tracer.send, ep=ep, alike=tp, runs=tracer.runs)
+def _spread(model: nn.Module, tracer: Tracer, *, mesh: Mesh, options: Options) -> None:
+    """Deals the experts of a model on shapes."""
+    deal_on_shapes(model, tracer, mesh, experts=cast(Experts | None, options.moe))
 
 
 def _first_positions(example: Any, degree: int) -> Any:
