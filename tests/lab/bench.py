@@ -76,7 +76,6 @@ class Bench:
         own = {
             "PYTHONPATH": f"{ROOT / 'tests/lab/armed'}:{ROOT / 'src'}",
             "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
             **variables,
         }
         keys = cluster_keys(hosts, own) if slurm is None else {"type": "slurm"}

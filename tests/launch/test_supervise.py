@@ -1,6 +1,7 @@
 """A run is followed to its end; what cannot succeed any more is ended everywhere."""
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,14 @@ def test_whatever_happens_no_rank_stays() -> None:
     with pytest.raises(RuntimeError, match="disk full"):
         supervise(handle, RunState(plan()), Interrupts(), watchers=[broken])
     assert handle.calls == ["kill"]
+
+
+@pytest.mark.parametrize(("off_s", "word"), [(120.0, "ahead of"), (-3600.0, "behind"), (2.0, ""), (-2.0, "")])
+def test_a_clock_that_shows_what_cannot_be_is_named(off_s: float, word: str) -> None:
+    told = {"event": "started", "node": "node1", "attempt": 0, "pids": {}, "time_unix_s": time.time() + off_s}
+    state = RunState(plan())
+    supervise(FakeHandle(told, result("node0", "succeeded"), result("node1", "succeeded")), state, Interrupts())
+    found = [(each["node"], each["found"], each["fault"]) for each in state.health]
+    words = f"its clock is {abs(off_s):.0f} s {word} this machine's, or more; set it by NTP"
+    assert found == ([("node1", words, None)] if word else [])
+    assert state.losses.sick == {}, "no reason to go on without it"
