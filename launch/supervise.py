@@ -5,7 +5,7 @@ started -> exit* -> result, per node; one node that failed for good ends the oth
 
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -102,13 +102,18 @@ class RunState:
         elif kind == "exit":
             self._end(event)
         elif kind == "result":
-            self.results[node] = (event["state"], event.get("message", ""))
+            self.results[node] = self._last_word(event)
         elif kind == "gone" and node not in self.results:
             self.losses.take(event, now_unix_s())
         elif kind in ("decided", "health"):
             self._note(event)
         elif kind == "joined" and not event["shared"] and node not in self.apart:
             self.apart.append(node)
+
+    def _last_word(self, event: Mapping[str, Any]) -> tuple[str, str]:
+        """How an agent ended; one that only misses those that were told to end before it is a victim."""
+        victim = self.over and event["state"] in ("rendezvous_failed", "error")
+        return "stopped" if victim else event["state"], event.get("message", "")
 
     def _compare_clocks(self, node: str, told_unix_s: float) -> None:
         """Notes a clock that shows what cannot be, whatever time a message takes: it was sent since we began."""

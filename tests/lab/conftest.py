@@ -30,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="`make lab` runs it"))
 
 
+def _or_say(lacking: str) -> None:
+    """Skips where something is lacking, and says what."""
+    if lacking:
+        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+
+
 def _or_skip(*starts: Callable[[], None]) -> None:
     """Starts what the lab is made of; a machine that cannot is no fault of what is tested."""
     try:
@@ -59,9 +65,7 @@ def apart(lab_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def hosts(lab_folder: Path, apart: Path) -> Iterator[Hosts]:
     """Two hosts with sshd."""
-    lacking = missing_for_hosts()
-    if lacking:
-        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    _or_say(missing_for_hosts())
     found = Hosts(lab_folder)
     try:
         _or_skip(lambda: found.up(private=apart), found.wait)
@@ -79,9 +83,7 @@ def source() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def slurm(hosts: Hosts) -> Iterator[Slurm]:
     """A Slurm cluster of those hosts."""
-    lacking = missing_for_slurm()
-    if lacking:
-        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    _or_say(missing_for_slurm())
     found = Slurm(hosts)
     try:
         _or_skip(found.up)
@@ -93,6 +95,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def here(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Losses of the quickstart on this machine; of all processes that run tests, the first that asks trains it."""
+    _or_say(missing_for_hosts())
     own = tmp_path_factory.getbasetemp()
     folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     kept = folder / "here.json"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.lab.bench import STEPS, Bench, Kind, write_training
+from tests.lab.bench import STEPS, Bench, Kind, write_faulted
 from tests.lab.faults import AGAIN, FAULTS, LOOK, REFUSED, UNHARMED, Fault
 from tests.lab.hosts import Hosts, missing_for_hosts, run
 from tests.lab.reliability_page import PAGE, RESULTS, page
@@ -95,7 +95,7 @@ def undisturbed(kind: Kind, folder: Path, hosts: Hosts, slurm: Slurm | None) -> 
     """Losses of a run that nothing befalls."""
     bench = Bench(kind, folder / "undisturbed", hosts, slurm, variables={}, cluster={})
     try:
-        bench.start(write_training(bench.folder / "job.yaml"))
+        bench.start(write_faulted(bench.folder))
         code = bench.end()
         if code != 0 or len(bench.losses()) != STEPS:
             raise RuntimeError(f"the undisturbed run ended with {code}: {bench.said('(?s).*')}")
@@ -107,7 +107,7 @@ def undisturbed(kind: Kind, folder: Path, hosts: Hosts, slurm: Slurm | None) -> 
 def attempt(fault: Fault, bench: Bench, expected: dict[int, float], generator: random.Random) -> Trial:
     """Makes the fault happen once to a bench that has not started yet."""
     began_s = time.monotonic()
-    job = write_training(bench.folder / "job.yaml", **fault.keys)
+    job = write_faulted(bench.folder, **fault.keys)
     if fault.follows == REFUSED:
         fault.strike(bench)
     bench.start(job)

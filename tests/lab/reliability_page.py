@@ -18,8 +18,8 @@ _HEAD = """\
 
 <!-- Made by `python -m tests.lab.reliability --write` from benchmarks/results/reliability.jsonl; do not edit. -->
 
-Each row is a fault that was made to happen to a training of the quickstart on two hosts, with a third one to spare, at
-a random moment after its first checkpoint. The hosts are pretended: each has its own network, processes and sshd, on
+Each row is a fault that was made to happen to a small training on two hosts, with a third one to spare, at a random
+moment after its first checkpoint. The hosts are pretended: each has its own network, processes and sshd, on
 one machine with two cores; Slurm is real. Seconds are from the blow to the line of the launcher that names who and why.
 
 - **named**: trials in which that line came, of all trials.

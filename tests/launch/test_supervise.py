@@ -100,6 +100,14 @@ def test_a_node_that_fails_without_a_rank_has_its_own_code(event: dict[str, Any]
     assert handle.calls[0] == "stop"
 
 
+@pytest.mark.parametrize("state", ["rendezvous_failed", "error"])
+def test_an_agent_that_misses_those_who_went_before_it_is_a_victim(state: str) -> None:
+    found, _ = follow(gone("node1", -9), result("node0", state, "the store is gone"))
+    assert outcome_of(found, Verdict(None), [], times_s=(0, 1)).exit_code == 69
+    found, _ = follow(result("node0", state, "first"), result("node1", state, "then"))
+    assert "node0: first" in outcome_of(found, Verdict(None), [], times_s=(0, 1)).reason
+
+
 @pytest.mark.parametrize("code", [1, -15])
 def test_a_lost_node_outweighs_ranks_that_it_took_along(code: int) -> None:
     last = "RuntimeError: Connection closed by peer" if code > 0 else ""
