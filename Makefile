@@ -56,7 +56,7 @@ lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, 
 	@$(PIP) --editable '.[$(EXTRAS),$(LAB)]' || echo "THE LAB GOES WITHOUT RAY AND MPI"
 	@which $(LAB_TOOLS) >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m lab tests/lab
+	$(BIN)/python -m pytest -q -rs -n 3 --dist loadfile -m lab tests/lab
 
 matrix: $(STAMP) ## every cell of the three parity matrices; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
 from meshwright.clusters.channel import Channel, Line
@@ -99,6 +99,13 @@ class _Agent:
         self.say_result(state)
         os._exit(0)
 
+    def _lose(self, number: int) -> NoReturn:
+        """Ends without a last word, since somebody else ends this node, such as a shutdown: it counts as lost."""
+        if self.sender is not None:
+            self.sender.finish()
+        self.torch_agent.kill_ranks()
+        os._exit(128 + number)
+
     def say_result(self, state: str, message: str = "") -> None:
         """The last word, after everything that ranks wrote."""
         if self.sender is not None:
@@ -125,6 +132,8 @@ class _Agent:
         return self._run_ranks()
 
     def _run_ranks(self) -> str:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
         from meshwright.clusters.elastic import NodeAgent, StoppedError
 
         spec = self._spec()
@@ -135,6 +144,8 @@ class _Agent:
             result = self.torch_agent.run()
         except StoppedError:
             return "stopped"
+        except SignalException as error:
+            self._lose(int(error.sigval))
         with suppress(Exception):  # all is said and done; other nodes may have left already
             spec.rdzv_handler.shutdown()
         return "failed" if result.is_failed() else "succeeded"

@@ -107,8 +107,7 @@ def _sbatch(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[s
     name, lead_s = request.warning
     words = {
         "job-name": request.name,
-        "nodes": _nodes(request),
-        "ntasks-per-node": "1",
+        **_size(request),
         "cpus-per-task": str(cores),
         "chdir": "/",
         "output": f"{run_dir}/launcher.log",
@@ -126,9 +125,10 @@ def _sbatch(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[s
     return ("sbatch", "--parsable", *_flags(words | dict(options.words)))
 
 
-def _nodes(request: StartRequest) -> str:
+def _size(request: StartRequest) -> dict[str, str]:
+    """Nodes; of a range Slurm gives the fewest, however many are free, where it is told of tasks per node."""
     most, fewest = request.num_nodes, request.limits.fewest_nodes
-    return str(most) if fewest in (None, most) else f"{fewest}-{most}"
+    return {"nodes": str(most), "ntasks-per-node": "1"} if fewest in (None, most) else {"nodes": f"{fewest}-{most}"}
 
 
 def _srun(request: StartRequest, options: SlurmOptions, cores: int) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ A launch starts its agent before anything else is imported, so that torch loads 
 
 import io
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -34,6 +35,7 @@ COMMANDS = {
 }
 """Command -> module with a function of that name; imported when it is wanted."""
 
+_GLANCE_CHARACTERS = 1 << 16
 _USAGE, _BAD_JOB, _INTERNAL, _INTERRUPTED = 64, 65, 70, 130
 
 
@@ -59,8 +61,24 @@ def _group() -> None:
 
 
 def _starts_ranks(words: Sequence[str]) -> bool:
-    """Whether a launch will need an agent of this machine, as far as its words tell."""
-    return len(words) >= 2 and words[0] == "launch" and not {"--dry-run", "--help", "--detach"} & set(words)
+    """Whether a launch will need an agent of this machine, as far as its words and its file tell at a glance."""
+    if len(words) < 2 or words[0] != "launch" or {"--dry-run", "--help", "--detach"} & set(words):
+        return False
+    said = [word for word in words if re.match(r"cluster(\.type)?=", word)]
+    return "local" in said[-1] if said else all(_stays_here(word) for word in words[1:])
+
+
+def _stays_here(word: str) -> bool:
+    """Whether a word is no file of a job that names another cluster than this machine; wrong guesses cost time only."""
+    if not os.path.isfile(word):  # what comes through a pipe can be read only once
+        return True
+    try:
+        with open(word, errors="replace") as file:
+            text = file.read(_GLANCE_CHARACTERS)
+    except OSError:
+        return True
+    found = re.search(r"^cluster:.*(?:\n(?:[ \t].*)?)*", text, re.MULTILINE)
+    return found is None or "local" in found[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,12 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from meshwright.launch.rundir import HEALTH_FILE
 from meshwright.launch.supervise import RunState
 
-__all__ = ["HEALTH_FILE", "HealthLines"]
-
-HEALTH_FILE = "health.jsonl"
-"""Faults of machines that were seen while ranks ran: node, what, when; absent where there are none."""
+__all__ = ["HealthLines"]
 
 
 class HealthLines:

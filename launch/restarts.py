@@ -17,18 +17,19 @@ def restarts_of(state: RunState) -> tuple[dict[str, Any], ...]:
 
 def excluded_of(state: RunState) -> tuple[dict[str, Any], ...]:
     """Nodes that a run went on without, with the time it took until ranks ran again."""
-    return tuple({**each, "down_s": round(state.down_s.get(each["attempt"], 0.0), 3)} for each in state.losses.excluded)
+    return tuple({**each, "down_s": _again(state, each["attempt"])[1]} for each in state.losses.excluded)
+
+
+def _again(state: RunState, failed: int) -> tuple[float | None, float]:
+    """When ranks had started again after an attempt, where they had, and after how many seconds."""
+    when_s, down_s = state.again.get(failed, (None, 0.0))
+    return when_s, round(down_s, 3)
 
 
 def _restart(told: Mapping[str, Any], state: RunState) -> dict[str, Any]:
     failed = told["attempt"]
-    return {
-        **told,
-        "cause": _cause(told),
-        "down_s": round(state.down_s.get(failed, 0.0), 3),
-        "next_attempt": failed + 1,
-        "time_unix_s": state.again_unix_s.get(failed),
-    }
+    when_s, down_s = _again(state, failed)
+    return {**told, "cause": _cause(told), "down_s": down_s, "next_attempt": failed + 1, "time_unix_s": when_s}
 
 
 def _cause(told: Mapping[str, Any]) -> str:

@@ -16,10 +16,22 @@ from typing import Any
 from meshwright.launch.exits import Exit
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["ASKED_FILE", "EXCLUDED_FILE", "RunDirError", "create_run_dir", "make_run_id", "write_json", "write_text"]
+__all__ = [
+    "ASKED_FILE",
+    "EXCLUDED_FILE",
+    "HEALTH_FILE",
+    "RunDirError",
+    "create_run_dir",
+    "make_run_id",
+    "write_json",
+    "write_text",
+]
 
 EXCLUDED_FILE = "excluded.json"
 """Nodes that a run went on without: who, why, when; absent where there are none."""
+
+HEALTH_FILE = "health.jsonl"
+"""Faults of machines that were seen while ranks ran: node, what, when; absent where there are none."""
 
 ASKED_FILE = "asked.json"
 """Job and plan of an elastic run in a queue, for the most nodes it may get; job.json has those it got."""

@@ -5,7 +5,7 @@ started -> exit* -> result, per node; one node that failed for good ends the oth
 
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,6 +21,7 @@ from meshwright.launch.losses import Losses
 __all__ = ["Interrupts", "RunState", "now_unix_s", "supervise"]
 
 _TICK_S = 0.1
+_CLOCKS_S = 5.0
 _IMPATIENT = 2
 _ENVELOPE = ("event", "node")
 
@@ -61,9 +62,9 @@ class RunState:
         losses: nodes whose agents died without one.
         apart: nodes that do not share the run directory.
         decisions: attempt that failed -> what its agents agreed on.
-        down_s: attempt that failed -> seconds until ranks had started again.
-        again_unix_s: attempt that failed -> when they did.
-        health: what agents saw of their machines.
+        again: attempt that failed -> when ranks had started again, and after how many seconds.
+        health: what agents saw of their machines, and we of their clocks.
+        begun_unix_s: when agents were first started; whatever they say, they say later.
     """
 
     plan: StartPlan
@@ -74,9 +75,9 @@ class RunState:
     losses: Losses = field(default_factory=Losses)
     apart: list[str] = field(default_factory=list)
     decisions: dict[int, dict[str, Any]] = field(default_factory=dict)
-    down_s: dict[int, float] = field(default_factory=dict)
-    again_unix_s: dict[int, float] = field(default_factory=dict)
+    again: dict[int, tuple[float, float]] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
+    begun_unix_s: float = 0.0
     _down_unix_s: float | None = None
 
     @classmethod
@@ -88,21 +89,39 @@ class RunState:
         told = {each.attempt: each.as_dict() for each in past}
         return cls(plan, len(past), losses=excluded, decisions=told, _down_unix_s=since_s)
 
+    def begin(self) -> None:
+        """Agents are being started; what they say from now on was not said before."""
+        self.begun_unix_s = self.begun_unix_s or now_unix_s()
+
     def observe(self, event: dict[str, Any]) -> None:
         """Takes one event in."""
         kind, node = event["event"], event["node"]
         if kind == "started":
+            self._compare_clocks(node, event["time_unix_s"])
             self._begin(event["attempt"], event["time_unix_s"])
         elif kind == "exit":
             self._end(event)
         elif kind == "result":
-            self.results[node] = (event["state"], event.get("message", ""))
+            self.results[node] = self._last_word(event)
         elif kind == "gone" and node not in self.results:
             self.losses.take(event, now_unix_s())
         elif kind in ("decided", "health"):
             self._note(event)
         elif kind == "joined" and not event["shared"] and node not in self.apart:
             self.apart.append(node)
+
+    def _last_word(self, event: Mapping[str, Any]) -> tuple[str, str]:
+        """How an agent ended; one that only misses those that were told to end before it is a victim."""
+        victim = self.over and event["state"] in ("rendezvous_failed", "error")
+        return "stopped" if victim else event["state"], event.get("message", "")
+
+    def _compare_clocks(self, node: str, told_unix_s: float) -> None:
+        """Notes a clock that shows what cannot be, whatever time a message takes: it was sent since we began."""
+        now_s = now_unix_s()
+        for off_s, word in ((told_unix_s - now_s, "ahead of"), (self.begun_unix_s - told_unix_s, "behind")):
+            if off_s > _CLOCKS_S:
+                found = f"its clock is {off_s:.0f} s {word} this machine's, or more; set it by NTP"
+                self.health.append({"node": node, "fault": None, "found": found, "time_unix_s": now_s})
 
     def _note(self, event: dict[str, Any]) -> None:
         """What agents agreed on, or one saw of its machine: a fault, or that there is nothing to look at."""
@@ -132,8 +151,7 @@ class RunState:
             self.attempt_unix_s = time_unix_s
             if attempt:
                 since_s = time_unix_s if self._down_unix_s is None else self._down_unix_s
-                self.down_s[attempt - 1] = max(0.0, time_unix_s - since_s)
-                self.again_unix_s[attempt - 1] = time_unix_s
+                self.again[attempt - 1] = time_unix_s, max(0.0, time_unix_s - since_s)
                 self._down_unix_s = None
 
     def _fail(self) -> None:
@@ -186,6 +204,7 @@ def supervise(
         watchers: called with the state several times a second.
     """
     stopping, hooks = False, list(watchers)
+    state.begin()
     try:
         while not handle.done and len(interrupts.numbers) < _IMPATIENT:
             for event in handle.poll(_TICK_S):

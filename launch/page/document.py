@@ -29,7 +29,8 @@ def document(view: RunView) -> str:
     >>> "<h1>a &lt;b&gt;</h1>" in document(RunView("a <b>", "r1", "running"))
     True
     """
-    body = "".join([*_header(view), *_figures(view), *_failure(view), *_charts(view), *_restarts(view), *_footer(view)])
+    parts = (_header, _figures, _failure, _charts, _restarts, _machines, _footer)
+    body = "".join(each for part in parts for each in part(view))
     policy = f"default-src 'none'; img-src data:; style-src {_digest(STYLE)}; script-src {_digest(SCRIPT)}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -109,9 +110,22 @@ def _restarts(view: RunView) -> Iterator[str]:
         return
     yield '<section class="card"><h2>Restarts</h2><table><tr><th>#</th><th>from step</th><th>at</th><th>cause</th></tr>'
     for count, mark in enumerate(view.marks, start=1):
-        when = "" if mark.time_unix_s is None else _clock(mark.time_unix_s)
+        when = _when(mark.time_unix_s)
         yield f"<tr><td>{count}</td><td>{mark.step:,.0f}</td><td>{when}</td><td>{escape(mark.text)}</td></tr>"
     yield "</table></section>\n"
+
+
+def _machines(view: RunView) -> Iterator[str]:
+    if not view.machines:
+        return
+    yield '<section class="card"><h2>Machines</h2><table><tr><th>node</th><th>at</th><th>what</th></tr>'
+    for each in view.machines:
+        yield f"<tr><td>{escape(each.node)}</td><td>{_when(each.time_unix_s)}</td><td>{escape(each.text)}</td></tr>"
+    yield "</table></section>\n"
+
+
+def _when(unix_s: float | None) -> str:
+    return "" if unix_s is None else _clock(unix_s)
 
 
 def _footer(view: RunView) -> Iterator[str]:

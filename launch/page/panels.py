@@ -1,12 +1,12 @@
 """Which charts and figures a run's records give, by their keys; a key that is absent has no panel. Pure."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 from meshwright.launch.page.charts import Chart, Line
-from meshwright.launch.page.read import Point, RunView, number, points
+from meshwright.launch.page.read import Point, RunView, points
 from meshwright.launch.page.units import (
     BYTES,
     BYTES_PER_S,
@@ -20,6 +20,7 @@ from meshwright.launch.page.units import (
     Unit,
     duration,
 )
+from meshwright.launch.page.values import number
 
 __all__ = ["charts", "figures"]
 
@@ -54,10 +55,14 @@ _PANELS: tuple[tuple[str, str, Unit, tuple[tuple[str, str], ...]], ...] = (
         (("experts.worst_expert_ratio", "expert"), ("experts.worst_node_ratio", "node")),
     ),
     ("Dead experts", "without a token", COUNT, (("experts.dead_experts", "experts"),)),
+    ("Ranks", "that train, as nodes go and come", COUNT, (("ranks", "ranks"),)),
     ("Bubble", "share of a step in which stages wait", SHARE, (("bubble", "bubble"),)),
     ("Exposed communication", "seconds per step", SECONDS, (("exposed_communication_s", "exposed"),)),
 )
 """Title, note, unit, and (key, label) of each line."""
+
+_WORTH: Mapping[str, Callable[[set[float]], bool]] = {"Dead experts": any, "Ranks": lambda found: len(found) > 1}
+"""Title -> whether such values are worth a chart; others always are."""
 
 _WORTH_A_CHART = 0.01
 """Of the network's bytes: what loopback has to carry to be more than talk of the system with itself."""
@@ -112,7 +117,7 @@ def _smoothed(values: Sequence[Point]) -> tuple[Point, ...]:
 def _panel(records: Records, title: str, *, note: str, unit: Unit, keys: Sequence[tuple[str, str]]) -> Iterator[Chart]:
     named = [(label, points(records, key)) for key, label in keys]
     lines = [Line(label, found, color=1 + index) for index, (label, found) in enumerate(named) if found]
-    if lines and (title != "Dead experts" or any(value for _, value in lines[0].points)):
+    if lines and _WORTH.get(title, bool)({value for _, value in lines[0].points}):
         yield Chart(title, tuple(lines), unit, note)
 
 

@@ -1,13 +1,14 @@
 """What a page shows of a run, read from its directory. A file that is missing, torn or strange shows less."""
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Mark", "RunView", "number", "points", "read_view"]
+from meshwright.launch.page.machines import MachineEvent, machine_events
+from meshwright.launch.page.values import finite, json_of, lines_of, listed, number
+
+__all__ = ["Mark", "RunView", "points", "read_view"]
 
 _AXES = ("pp", "dp", "fsdp", "cp", "tp", "ep")
 _FAILURE_LINES = 30
@@ -38,6 +39,7 @@ class RunView:
         ended_unix_s: when it ended, or the last record was written.
         records: of metrics.jsonl, in order.
         marks: restarts, in order.
+        machines: what became of them, in order.
         reason: why it ended, in one line; empty where there is nothing to say.
         failure: the last lines of the first failing rank's traceback.
     """
@@ -51,29 +53,9 @@ class RunView:
     ended_unix_s: float | None = None
     records: tuple[Mapping[str, Any], ...] = ()
     marks: tuple[Mark, ...] = ()
+    machines: tuple[MachineEvent, ...] = ()
     reason: str = ""
     failure: str = ""
-
-
-def number(value: object) -> float | None:
-    """A number of a JSON file as a float, NaN too; None for everything else.
-
-    >>> number(3), number(True), number("3"), number(10**400)
-    (3.0, None, None, None)
-    """
-    if type(value) is float:  # the usual case, millions of times
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _finite(value: object) -> float | None:
-    found = number(value)
-    return found if found is not None and math.isfinite(found) else None
 
 
 def points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Point, ...]:
@@ -92,7 +74,7 @@ def points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Point, ...]:
         for part in parts:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and (amount := number(value)) is not None:
-            step = _finite(record.get("step"))
+            step = finite(record.get("step"))
             if step is not None:
                 found.append((step, amount))
     return tuple(found)
@@ -106,19 +88,20 @@ def read_view(run_dir: Path, state: str | None = None) -> RunView:
         state: how the run stands, where there is no exit record.
     """
     job, ended, launch = (_json(run_dir / name) for name in ("job.json", "exit.json", "launch.json"))
-    records, folder = tuple(_records(run_dir / "metrics.jsonl")), run_dir.resolve().name
-    times = [each for record in records if (each := _finite(record.get("time_unix_s"))) is not None]
-    begun = [_finite(each.get("started_unix_s")) for each in (launch, ended)]
+    records, folder = tuple(lines_of(run_dir / "metrics.jsonl")), run_dir.resolve().name
+    times = [each for record in records if (each := finite(record.get("time_unix_s"))) is not None]
+    begun = [finite(each.get("started_unix_s")) for each in (launch, ended)]
     return RunView(
         name=str(_first(job.get("name"), launch.get("name"), folder)),
         run_id=str(_first(launch.get("run_id"), ended.get("run_id"), folder)),
         state=str(_first(ended.get("state"), state, "unknown")),
         facts=tuple(_facts(job, launch, _json(run_dir / "plan.json"))),
-        steps=_finite(_dict(job, "train").get("steps")),
+        steps=finite(_dict(job, "train").get("steps")),
         started_unix_s=_first(*begun, min(times, default=None)),
-        ended_unix_s=_first(_finite(ended.get("ended_unix_s")), max(times, default=None)),
+        ended_unix_s=_first(finite(ended.get("ended_unix_s")), max(times, default=None)),
         records=records,
         marks=tuple(_marks(records, ended)),
+        machines=machine_events(run_dir, ended),
         reason=str(_first(ended.get("reason"), "")),
         failure=_end_of(_dict(ended, "first_failure").get("traceback")),
     )
@@ -134,30 +117,13 @@ def _end_of(text: object) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    found = json_of(path)
     return found if isinstance(found, dict) else {}
 
 
 def _dict(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     inner = found.get(key)
     return inner if isinstance(inner, Mapping) else {}
-
-
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a line that is being written, or was cut off with the disk full
-        if isinstance(record, dict):
-            yield record
 
 
 def _facts(job: Mapping[str, Any], launch: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]:
@@ -184,7 +150,7 @@ def _mesh(parallel: Mapping[str, Any]) -> str:
 
 def _marks(records: Sequence[Mapping[str, Any]], ended: Mapping[str, Any]) -> Iterator[Mark]:
     """Restarts by the exit record, with their causes; the others by what was written when the training went on."""
-    known = {str(each.get("next_attempt")): each for each in _list(ended, "restarts")}
+    known = {str(each.get("next_attempt")): each for each in listed(ended.get("restarts"))}
     written = [each for each in records if each.get("event") == "restart"]
     own = {str(each.get("attempt")): each for each in written if each.get("run_id") == ended.get("run_id")}
     found = [_of_launcher(each, own.get(attempt, {}), records) for attempt, each in known.items()]
@@ -196,18 +162,13 @@ def _marks(records: Sequence[Mapping[str, Any]], ended: Mapping[str, Any]) -> It
                 if each.get("attempt")
                 else f"launched again as {each.get('run_id') or 'another run'}"
             )
-            found.append(Mark(_finite(each.get("step")) or 0.0, _finite(each.get("time_unix_s")), text))
+            found.append(Mark(finite(each.get("step")) or 0.0, finite(each.get("time_unix_s")), text))
     yield from sorted(found, key=lambda mark: (mark.time_unix_s or 0.0, mark.step))
 
 
-def _list(found: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    inner = found.get(key)
-    return [each for each in inner if isinstance(each, Mapping)] if isinstance(inner, list) else []
-
-
 def _of_launcher(told: Mapping[str, Any], own: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Mark:
-    time_s, step = _finite(told.get("time_unix_s")), _finite(own.get("step"))
-    text = f"attempt {told.get('next_attempt')}: {told.get('cause') or 'cause unknown'}"
+    time_s, step = finite(told.get("time_unix_s")), finite(own.get("step"))
+    text = f"attempt {told.get('next_attempt')}: {told.get('cause') or 'cause unknown'}{_regrouped(told)}"
     return Mark(_step_at(time_s, records) if step is None else step, time_s, text)
 
 
@@ -216,3 +177,17 @@ def _step_at(time_s: float | None, records: Sequence[Mapping[str, Any]]) -> floa
     logged = points(records, "time_unix_s")
     before = [(when, step) for step, when in logged if time_s is not None and when <= time_s]
     return max(before)[1] if before else 0.0
+
+
+def _regrouped(told: Mapping[str, Any]) -> str:
+    """What became of the nodes at a restart.
+
+    >>> _regrouped({"nodes": [3, 2], "excludes": ["h2"]}), _regrouped({"nodes": None, "excludes": []})
+    ('; on 2 nodes instead of 3, without h2', '')
+    """
+    parts, nodes, out = [], told.get("nodes"), told.get("excludes")
+    if isinstance(nodes, list) and len(nodes) == 2:
+        parts.append(f"on {nodes[1]} nodes instead of {nodes[0]}")
+    if isinstance(out, list) and out:
+        parts.append(f"without {', '.join(map(str, out))}")
+    return f"; {', '.join(parts)}" if parts else ""

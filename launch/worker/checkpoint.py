@@ -171,12 +171,13 @@ class Checkpoints:
         return found
 
     def _intact(self, snapshot: Snapshot) -> bool:
-        """Checks contents, each rank a part of the files, and agrees on the outcome."""
-        names = sorted(snapshot.manifest["files"])[self.rank :: self.world_size]
-        bad = damaged_file(snapshot, names)
-        if bad is not None:
-            self.say(f"checkpoint {snapshot.path} is skipped: the content of {bad} is not what was written")
-        return not any(self.agree(int(bad is not None)))
+        """Checks contents, each rank a part of the files, and agrees on the outcome; every rank knows a bad file."""
+        names = sorted(snapshot.manifest["files"])
+        bad = damaged_file(snapshot, names[self.rank :: self.world_size])
+        found = [names[each - 1] for each in self.agree(0 if bad is None else 1 + names.index(bad)) if each]
+        if found:
+            self.say(f"checkpoint {snapshot.path} is skipped: the content of {found[0]} is not what was written")
+        return not found
 
     def _same_everywhere(self, candidates: list[Snapshot]) -> None:
         newest = self.agree(candidates[0].step if candidates else -1)

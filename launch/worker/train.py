@@ -133,6 +133,7 @@ class Training:
             "step": self.step,
             "loss": loss,
             "tokens": self.meter.tokens,
+            "ranks": self.model.mesh.world_size,
             **self.meter.read(),
             "lr": self._rate().at(self.step),
             "gradient_norm": norm,

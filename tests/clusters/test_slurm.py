@@ -112,6 +112,7 @@ def test_an_elastic_job_asks_for_a_range_and_starts_agents_on_what_it_got() -> N
     assert "\nnodes      1 to 2\n           1: x\n" in str(plan)
     assert plan.submission is not None
     assert "--nodes=1-2" in plan.submission.argv
+    assert not [word for word in plan.submission.argv if word.startswith("--ntasks")], "Slurm would give the fewest"
     got = named(on_first(plan, 1), ["gpu9"])
     assert [(node.name, node.ranks) for node in got.nodes] == [("gpu9", (0, 1))]
     assert got.submission is not None

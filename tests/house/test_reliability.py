@@ -1,7 +1,10 @@
 """The table of faults is what was measured, no more and no less."""
 
 import json
+from pathlib import Path
 
+from tests.lab.faults import FAULTS
+from tests.lab.reliability import still_due
 from tests.lab.reliability_page import PAGE, RESULTS, page
 
 
@@ -14,3 +17,17 @@ def test_every_trial_was_as_it_must_be() -> None:
     bad = [each for each in trials if each["left"] or each["lost_steps"] or not each["same"] or not each["named"]]
     assert trials
     assert bad == []
+
+
+def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    names = [fault.name for fault in FAULTS if "slurm" in fault.kinds]
+    results = tmp_path / "results.jsonl"
+    assert [fault.name for fault in still_due("slurm", 2, results=results)] == names * 2
+    lines = [
+        {"fault": name, "kind": kind} for kind, name in (("ssh", names[1]), *(("slurm", each) for each in names[:3]))
+    ]
+    results.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    assert [fault.name for fault in still_due("slurm", 2, results=results)] == names[3:] + names
+    assert [fault.name for fault in still_due("slurm", 1, only="hangs", results=results)] == ["rank hangs"]
+    results.write_text("".join(f'{{"fault": "{name}", "kind": "slurm"}}\n' for name in names))
+    assert still_due("slurm", 1, results=results) == []

@@ -15,17 +15,19 @@ import yaml
 
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Host, Hosts
-from tests.lab.launches import ROOT, Launch
+from tests.lab.launches import ROOT, Launch, write_training
 from tests.lab.slurm import Slurm
 from tests.lab.test_ssh import cluster as cluster_keys
 from tests.launch.waiting import eventually, kill_all
 
-__all__ = ["EVERY", "STEPS", "Bench", "Kind", "write_training"]
+__all__ = ["EVERY", "STEPS", "Bench", "Kind", "write_faulted"]
 
 Kind = Literal["ssh", "slurm"]
 STEPS = 24
 EVERY = 6
 """Steps from one checkpoint to the next."""
+
+_PAUSE_S = 0.15
 
 _FAILURE = {
     "max_restarts": 3,
@@ -36,17 +38,12 @@ _FAILURE = {
 }
 
 
-def write_training(path: Path, **keys: Any) -> Path:
-    """The quickstart with few steps, many checkpoints, and a policy that starts again."""
-    job: dict[str, Any] = yaml.safe_load((ROOT / "examples/quickstart.yaml").read_text())
-    job["data"]["max_bytes"] = "256KiB"
-    job["train"] |= {"steps": STEPS, "log_every_steps": 1, "validate_every_steps": None, "batch_size": 8}
-    job["checkpoint"] = {"every_steps": EVERY, "keep": 10, "dir": "checkpoints"}
-    job["logs"] = {"dir": "runs/{run_id}"}
-    job["failure"] = dict(_FAILURE)
-    job["nodes"] = 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(job | keys))
+def write_faulted(folder: Path, **keys: Any) -> Path:
+    """A tiny training on two nodes with many checkpoints, and a policy that starts again."""
+    path = write_training(folder, steps=STEPS, every=EVERY, pause_s=_PAUSE_S)
+    job: dict[str, Any] = yaml.safe_load(path.read_text())
+    job["checkpoint"] |= {"keep": 10}
+    path.write_text(yaml.safe_dump({**job, "failure": dict(_FAILURE), "nodes": 2, **keys}))
     return path
 
 
@@ -76,7 +73,6 @@ class Bench:
         own = {
             "PYTHONPATH": f"{ROOT / 'tests/lab/armed'}:{ROOT / 'src'}",
             "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
             **variables,
         }
         keys = cluster_keys(hosts, own) if slurm is None else {"type": "slurm"}

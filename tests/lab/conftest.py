@@ -1,5 +1,8 @@
 """The lab: real ssh and Slurm between pretended hosts. `make lab` runs it; the ordinary run leaves it out."""
 
+import fcntl
+import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
             if not asked:
                 item.add_marker(pytest.mark.skip(reason="`make lab` runs it"))
+
+
+def _or_say(lacking: str) -> None:
+    """Skips where something is lacking, and says what."""
+    if lacking:
+        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
 
 
 def _or_skip(*starts: Callable[[], None]) -> None:
@@ -56,9 +65,7 @@ def apart(lab_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def hosts(lab_folder: Path, apart: Path) -> Iterator[Hosts]:
     """Two hosts with sshd."""
-    lacking = missing_for_hosts()
-    if lacking:
-        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    _or_say(missing_for_hosts())
     found = Hosts(lab_folder)
     try:
         _or_skip(lambda: found.up(private=apart), found.wait)
@@ -70,15 +77,13 @@ def hosts(lab_folder: Path, apart: Path) -> Iterator[Hosts]:
 @pytest.fixture(scope="session")
 def source() -> dict[str, str]:
     """Variables by which any Python of a host finds the code under test."""
-    return {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def slurm(hosts: Hosts) -> Iterator[Slurm]:
     """A Slurm cluster of those hosts."""
-    lacking = missing_for_slurm()
-    if lacking:
-        pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
+    _or_say(missing_for_slurm())
     found = Slurm(hosts)
     try:
         _or_skip(found.up)
@@ -88,11 +93,27 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="session")
-def here(lab_folder: Path) -> list[Any]:
-    """Losses of the quickstart on this machine."""
-    near = Launch(lab_folder / "here", {}, "here")
+def here(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Losses of the quickstart on this machine; of all processes that run tests, the first that asks trains it."""
+    _or_say(missing_for_hosts())
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    kept = folder / "here.json"
+    with (folder / "here.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_text(json.dumps(_trained(folder / "here")))
+    return [tuple(each) for each in json.loads(kept.read_text())]
+
+
+def _trained(folder: Path) -> list[Any]:
+    near = Launch(folder, {}, f"here-{os.getpid()}")
     done = near.run(*QUICKSTART, timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = losses(near.folder / "runs/quickstart/here")
-    assert len(found) == 7
+    found = losses(near.folder / "runs/quickstart" / near.run_id)
+    assert [(step, name) for step, name, _ in found] == [
+        (0, "validation_loss"),
+        *((step, "loss") for step in (1, 2, 3)),
+        (3, "validation_loss"),
+    ]
     return found

@@ -143,6 +143,13 @@ def _preempt(bench: Bench) -> None:
     bench.slurm.type("scontrol", "update", f"JobId={_job(bench)}", "StartTime=now")
 
 
+def _shut_down(bench: Bench) -> None:
+    """What a machine that is taken away tells everything that runs on it, and then it is gone."""
+    _signal([*bench.agents(1), *bench.ranks(1)], signal.SIGTERM)
+    time.sleep(0.5)
+    _power_off(bench)
+
+
 def _job(bench: Bench) -> str:
     return str(json.loads((bench.run_dir / "launch.json").read_text())["job"])
 
@@ -181,6 +188,7 @@ FAULTS = (
     ),
     Fault("disk is slow", "", follows=UNHARMED, variables={"LAB_FLUSH_S": "0.3"}),
     Fault("preemption signal", "", _preempt, limit_s=60.0, kinds=("slurm",)),
+    Fault("preemption signal", r"(host|node) h2|without h2", _shut_down, _power_on, limit_s=15.0, kinds=("ssh",)),
     Fault("newest checkpoint is corrupt", r"damaged|passed over|not whole|skipped", _spoil, limit_s=30.0),
     Fault(
         "ports are taken",
@@ -207,6 +215,14 @@ FAULTS = (
         follows=REFUSED,
         kinds=("ssh",),
         keys={"health": {"preflight": ["clock"]}},
+        variables={"LAB_SKEWED": "h2"},
+    ),
+    Fault(
+        "clock is wrong",
+        r"health of h2: its clock is 1[12][0-9] s ahead of this machine's",
+        limit_s=60.0,
+        follows=UNHARMED,
+        kinds=("slurm",),
         variables={"LAB_SKEWED": "h2"},
     ),
 )

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["Host", "Hosts", "missing_for_hosts", "run"]
+__all__ = ["WITH_US", "Host", "Hosts", "missing_for_hosts", "run"]
+
+WITH_US = ("setpriv", "--pdeathsig", "KILL")
+"""Before the words of a daemon: it ends when we do, however that is."""
 
 _ENTER = """
 set -e
@@ -84,7 +87,7 @@ class Host:
         log = (self.folder / "daemon.log").open("ab")
         with log:
             child = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", *own, *inner],
+                [*WITH_US, "nsenter", f"--net=/run/netns/{self.namespace}", "unshare", *own, *inner],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

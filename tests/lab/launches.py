@@ -10,15 +10,21 @@ from typing import Any
 
 import yaml
 
-__all__ = ["QUICKSTART", "ROOT", "Launch", "finish", "losses", "write_job"]
+from tests.launch.worker.runs import MODEL
+from tests.launch.worker.runs import write_job as write_tiny
+
+__all__ = ["QUICKSTART", "ROOT", "Launch", "finish", "losses", "write_job", "write_training"]
 
 ROOT = Path(__file__).resolve().parents[2]
-_STEPS = ("train.steps=4", "data.max_bytes=256KiB", "train.validate_every_steps=2", "train.log_every_steps=1")
+_STEPS = (
+    *("parallel.dp=4", "train.steps=3", "train.batch_size=8", "train.log_every_steps=1", "train.validate_batches=1"),
+    *("data.max_bytes=256KiB", "data.sequence_length=64"),
+)
 QUICKSTART: tuple[Any, ...] = (
     ROOT / "examples/quickstart.yaml",
     *(word for each in _STEPS for word in ("--set", each)),
 )
-"""The example as it is, with few steps."""
+"""The example on four ranks, with few small steps: five losses, of which two are of held-out text."""
 
 _APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private")
 
@@ -36,6 +42,16 @@ def write_job(folder: Path, script: str, **keys: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump({"name": "j", "command": ["python", "-u", "-c", script], **keys}))
+    return path
+
+
+def write_training(folder: Path, *, steps: int, every: int, pause_s: float = 0.0) -> Path:
+    """A tiny model's training, which takes its time at every step, so that something can befall it."""
+    path = write_tiny(folder, steps=steps, every=every)
+    first = "hidden = self.embed(input_ids)"
+    assert first in MODEL
+    late = f"__import__('time').sleep({pause_s}); {first}" if pause_s else first
+    (folder / "tiny.py").write_text(MODEL.replace(first, late))
     return path
 
 

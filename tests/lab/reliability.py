@@ -1,29 +1,32 @@
 """Makes every fault of the table happen, again and again, and writes what was seen to docs/reliability.md.
 
-`python -m tests.lab.reliability [--repeat N] [--kind ssh|slurm] [--only WORDS] [--write]`, as root. Trials are added to
-benchmarks/results/reliability.jsonl; `--write` alone makes the page of them.
+`python -m tests.lab.reliability [--repeat N] [--kind ssh|slurm] [--only WORDS] [--write]`, as root. Each trial is added
+to benchmarks/results/reliability.jsonl as it ends, until there are N of every fault: what was stopped goes on where it
+was. `--write` writes the page at the end, also of what was stopped; alone it does nothing else.
 """
 
 import argparse
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.lab.bench import STEPS, Bench, Kind, write_training
+from tests.lab.bench import STEPS, Bench, Kind, write_faulted
 from tests.lab.faults import AGAIN, FAULTS, LOOK, REFUSED, UNHARMED, Fault
 from tests.lab.hosts import Hosts, missing_for_hosts, run
 from tests.lab.reliability_page import PAGE, RESULTS, page
 from tests.lab.slurm import Slurm, missing_for_slurm
 from tests.launch.waiting import eventually
 
-__all__ = ["Trial", "attempt", "lab", "main", "undisturbed"]
+__all__ = ["Trial", "attempt", "lab", "main", "still_due", "undisturbed"]
 
 _SMALL_BYTES = 256 << 20
 
@@ -92,7 +95,7 @@ def undisturbed(kind: Kind, folder: Path, hosts: Hosts, slurm: Slurm | None) -> 
     """Losses of a run that nothing befalls."""
     bench = Bench(kind, folder / "undisturbed", hosts, slurm, variables={}, cluster={})
     try:
-        bench.start(write_training(bench.folder / "job.yaml"))
+        bench.start(write_faulted(bench.folder))
         code = bench.end()
         if code != 0 or len(bench.losses()) != STEPS:
             raise RuntimeError(f"the undisturbed run ended with {code}: {bench.said('(?s).*')}")
@@ -104,7 +107,7 @@ def undisturbed(kind: Kind, folder: Path, hosts: Hosts, slurm: Slurm | None) -> 
 def attempt(fault: Fault, bench: Bench, expected: dict[int, float], generator: random.Random) -> Trial:
     """Makes the fault happen once to a bench that has not started yet."""
     began_s = time.monotonic()
-    job = write_training(bench.folder / "job.yaml", **fault.keys)
+    job = write_faulted(bench.folder, **fault.keys)
     if fault.follows == REFUSED:
         fault.strike(bench)
     bench.start(job)
@@ -165,7 +168,7 @@ def _lost(bench: Bench, saved: list[int]) -> int:
 def main(words: list[str] | None = None) -> int:
     """Runs trials, or writes the page; the exit code tells whether all were as they must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=0, help="trials of each fault")
+    parser.add_argument("--repeat", type=int, default=0, help="trials of each fault that there are to be in the end")
     parser.add_argument("--kind", choices=("ssh", "slurm"), action="append")
     parser.add_argument("--only", default="", help="faults whose names contain these words")
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -175,22 +178,39 @@ def main(words: list[str] | None = None) -> int:
     if asked.repeat and lacking:
         sys.stderr.write(f"no trial is run: {lacking}\n")
         return 69
-    bad = sum(_trials(kind, asked.repeat, asked.only, asked.seed) for kind in asked.kind or ("ssh", "slurm"))
-    if asked.write:
-        PAGE.write_text(page(RESULTS))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
+    try:
+        bad = sum(_trials(kind, asked) for kind in asked.kind or ("ssh", "slurm"))
+    finally:
+        if asked.write:
+            PAGE.write_text(page(RESULTS))
     return int(bad > 0)
 
 
-def _trials(kind: Kind, repeat: int, only: str, seed: int) -> int:
-    """Runs all faults of a kind of cluster; how many trials were not as they must be."""
+def still_due(kind: Kind, repeat: int, *, only: str = "", results: Path = RESULTS) -> list[Fault]:
+    """The trials that are left until there are so many of each fault, in turn.
+
+    Args:
+        kind: of cluster.
+        repeat: trials of each fault.
+        only: faults whose names contain these words.
+        results: those that were run, one a line.
+    """
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = Counter(each["fault"] for each in map(json.loads, lines) if each["kind"] == kind)
     chosen = [fault for fault in FAULTS if kind in fault.kinds and only in fault.name]
-    if not repeat or not chosen:
+    return [fault for turn in range(repeat) for fault in chosen if done[fault.name] <= turn]
+
+
+def _trials(kind: Kind, asked: argparse.Namespace) -> int:
+    """Runs what is left of all faults of a kind of cluster; how many trials were not as they must be."""
+    due = still_due(kind, asked.repeat, only=asked.only)
+    if not due:
         return 0
-    generator, bad = random.Random(seed), 0
+    generator, bad = random.Random(asked.seed), 0
     with lab(kind) as (folder, hosts, slurm):
         expected = undisturbed(kind, folder, hosts, slurm)
-        for index in range(repeat * len(chosen)):
-            fault = chosen[index % len(chosen)]
+        for index, fault in enumerate(due):
             where = folder / f"{index}-{fault.name.replace(' ', '-')}"
             bench = Bench(kind, where, hosts, slurm, variables=fault.variables, cluster=fault.cluster)
             try:
@@ -198,15 +218,20 @@ def _trials(kind: Kind, repeat: int, only: str, seed: int) -> int:
             finally:
                 fault.mend(bench)
                 bench.close()
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({**asdict(trial), "time_unix_s": int(time.time())}) + "\n")
             bad += not trial.good
-            sys.stdout.write(f"{'good' if trial.good else 'BAD '} {trial}\n")
-            sys.stdout.flush()
-            if not trial.good:
-                shutil.copytree(where, Path(tempfile.gettempdir()) / "meshwright-bad" / where.name, dirs_exist_ok=True)
-            shutil.rmtree(where, ignore_errors=True)
+            _keep(trial, where)
     return bad
+
+
+def _keep(trial: Trial, where: Path) -> None:
+    """Writes a trial down, and keeps the files of one that was not as it must be."""
+    with RESULTS.open("a") as file:
+        file.write(json.dumps({**asdict(trial), "time_unix_s": int(time.time())}) + "\n")
+    sys.stdout.write(f"{'good' if trial.good else 'BAD '} {trial}\n")
+    sys.stdout.flush()
+    if not trial.good:
+        shutil.copytree(where, Path(tempfile.gettempdir()) / "meshwright-bad" / where.name, dirs_exist_ok=True)
+    shutil.rmtree(where, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.lab.hosts import Hosts, run
+from tests.lab.hosts import WITH_US, Hosts, run
 
 __all__ = ["Slurm", "holds", "missing_for_slurm"]
 
@@ -96,10 +96,18 @@ class Slurm:
         self._start("slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for host in self._hosts.hosts:
             host.start(["slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", host.name])
-        end_s = time.monotonic() + 20
+        self.idle()
+
+    def idle(self, timeout_s: float = 60.0) -> None:
+        """Waits until every node can take a job.
+
+        Raises:
+            RuntimeError: when one cannot in that time.
+        """
+        end_s = time.monotonic() + timeout_s
         while self.type("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * len(self._hosts.hosts):
             if time.monotonic() > end_s:
-                raise RuntimeError(f"Slurm does not start: {self.type('sinfo', '-N', '-l')}; see {self.folder}/*.log")
+                raise RuntimeError(f"a node is not idle: {self.type('sinfo', '-N', '-l')}; see {self.folder}/*.log")
             time.sleep(0.2)
 
     def _munge(self) -> None:
@@ -117,7 +125,7 @@ class Slurm:
     def _start(self, *words: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
             child = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.env}
+                [*WITH_US, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.env}
             )
         self._daemons.append(child)
 

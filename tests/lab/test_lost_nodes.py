@@ -1,35 +1,34 @@
-"""Three hosts, a job on two of them: one is lost, and the run goes on with the third as if nothing had been."""
+"""Hosts are lost, and a run goes on with others, or with fewer, as if nothing had been; what comes back is used."""
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 from meshwright.clusters.sweep import carriers
-from tests.lab.hosts import Host, Hosts, missing_for_hosts, run
-from tests.lab.launches import Launch, finish
-from tests.lab.test_ssh import cluster
+from tests.lab.hosts import Host, Hosts, missing_for_hosts
+from tests.lab.launches import Launch, finish, write_job, write_training
+from tests.lab.test_ssh import SLEEP, cluster
 from tests.launch.waiting import eventually, kill_all
-from tests.launch.worker.runs import finish as train
-from tests.launch.worker.runs import run_dir as run_dir_of
-from tests.launch.worker.runs import write_job
 
-STEPS = 60
+STEPS, EVERY, PAUSE_S = 50, 5, 0.1
 LOST_AFTER_S = 6
 
 
-@pytest.fixture
-def three(tmp_path: Path) -> Iterator[Hosts]:
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     lacking = missing_for_hosts()
     if lacking:
         pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
-    found = Hosts(tmp_path / "lab", 3, token=os.getpid() + 5000)
+    found = Hosts(tmp_path_factory.mktemp("lost") / "lab", 5, token=os.getpid() + 5000)
     try:
         found.up()
         found.wait()
@@ -38,20 +37,74 @@ def three(tmp_path: Path) -> Iterator[Hosts]:
         found.down()
 
 
-def launched(three: Hosts, source: dict[str, str], folder: Path, name: str) -> tuple[Launch, Path]:
-    """A training on two of the hosts, in a folder that all of them see."""
-    far = Launch(folder / name, {"far": cluster(three, source, lost_after=f"{LOST_AFTER_S}s")}, f"{name}-{os.getpid()}")
-    return far, write_job(far.folder, steps=STEPS, every=5)
+@pytest.fixture
+def lab(five: Hosts) -> Hosts:
+    """The hosts, all of them up, whatever befell them before."""
+    for host in five.hosts:
+        host.link("up")
+        if not host.children:
+            host.boot()
+    five.wait()
+    return five
 
 
-def sets(*more: str) -> list[str]:
-    words = ("cluster=far", "nodes=2", "failure.max_restarts=2", "failure.backoff.initial=100ms", *more)
-    return [word for each in words for word in ("--set", each)]
+class Training:
+    """A training on some of the hosts that something befalls.
+
+    Args:
+        lab: the hosts.
+        source: variables by which their Python finds the code.
+        folder: that all of them see.
+        hosts: how many of them the job names.
+    """
+
+    def __init__(self, lab: Hosts, source: dict[str, str], folder: Path, hosts: int) -> None:
+        keys = cluster(lab, source, lost_after=f"{LOST_AFTER_S}s")
+        keys["hosts"] = keys["hosts"][:hosts]
+        self.far = Launch(folder, {"far": keys}, f"{folder.name}-{os.getpid()}")
+        self.job = write_training(folder, steps=STEPS, every=EVERY, pause_s=PAUSE_S)
+        self.run_dir, self.hosts = folder / "runs" / self.far.run_id, {host.name: host for host in lab.hosts}
+
+    @contextmanager
+    def running(self, *more: str) -> "Iterator[Future[CompletedProcess[str]]]":
+        """Launched from a machine that sees no process of any host, and sweeps none."""
+        words = ("cluster=far", "failure.backoff.initial=100ms", *more)
+        with ThreadPoolExecutor(1) as pool:
+            yield pool.submit(self.far.run, self.job, *(word for each in words for word in ("--set", each)))
+
+    @property
+    def saved(self) -> int:
+        """Step of the newest whole checkpoint; 0 before there is one."""
+        found = (self.far.folder / "checkpoints").glob("step-*")
+        return max((int(path.name.removeprefix("step-")) for path in found), default=0)
+
+    def saves(self) -> int:
+        """Waits for one more checkpoint; its step."""
+        before = self.saved
+        assert eventually(lambda: self.saved > before, 150), f"no checkpoint after step {before}"
+        return self.saved
+
+    def nodes(self) -> list[str]:
+        """Names of those that the newest plan has."""
+        return [node["name"] for node in self.told("plan.json")["nodes"]]
+
+    def told(self, name: str) -> Any:
+        """A file of the run directory."""
+        return json.loads((self.run_dir / name).read_text())
+
+    def excluded(self) -> list[str]:
+        """Hosts that it went on without so far."""
+        return (
+            [each["node"] for each in self.told("excluded.json")] if (self.run_dir / "excluded.json").exists() else []
+        )
+
+    def losses(self) -> list[tuple[int, float]]:
+        records = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [(each["step"], each["loss"]) for each in records if "loss" in each]
 
 
-def found_losses(run_dir: Path) -> list[tuple[int, float]]:
-    told = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(each["step"], each["loss"]) for each in told if "loss" in each]
+def resumed(output: str) -> list[int]:
+    return [int(step) for step in re.findall(r"resumed from .* at step (\d+)", output)]
 
 
 def cut(host: Host) -> None:
@@ -69,96 +122,98 @@ def silence(host: Host) -> None:
             kill_all([int(path.parent.name)])
 
 
-def kill(host: Host) -> None:
-    kill_all(map(int, run("ip", "netns", "pids", host.namespace).split()))
+def test_lost_hosts_are_replaced_and_the_numbers_are_those_of_a_run_that_lost_none(
+    lab: Hosts, source: dict[str, str], tmp_path: Path
+) -> None:
+    calm = Launch(tmp_path / "calm", {}, f"calm-{os.getpid()}")
+    done = calm.run(write_training(calm.folder, steps=STEPS, every=EVERY))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lost = Training(lab, source, tmp_path / "lost", hosts=5)
+    blows: list[tuple[Callable[[Host], None], str]] = [(silence, "h2"), (Host.end, "h3"), (cut, "h1")]
+    newest = []
+    with lost.running("nodes=2", "failure.max_restarts=3") as launching:
+        for count, (lose, victim) in enumerate(blows, start=1):
+            newest.append(lost.saves())
+            lose(lost.hosts[victim])
+            began_s = time.monotonic()
+            assert eventually(lambda: len(lost.excluded()) == count, 60), (victim, lost.excluded())  # noqa: B023
+            left, taken_s = list(carriers(lost.far.run_id)), time.monotonic() - began_s
+            assert left == [], "ranks that are only cut off have ended before others take their places"
+            assert taken_s < 3.5 * LOST_AFTER_S, f"{taken_s:.1f} s from the loss of {victim} to the start without it"
+        done = launching.result(timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lost.losses() == [tuple(each) for each in _losses_of(calm)]
+    assert not list(carriers(lost.far.run_id))
+    told = lost.told("exit.json")
+    assert [(each["node"], each["attempt"]) for each in told["excluded"]] == [("h2", 0), ("h3", 1), ("h1", 2)]
+    for (_, victim), restart, other in zip(blows, told["restarts"], ("h3", "h4", "h5"), strict=True):
+        assert restart["cause"].startswith(f"host {victim}: ")
+        assert f"{other} in place of {victim}" in done.stderr
+    assert sorted(lost.nodes()) == ["h4", "h5"]
+    steps = resumed(done.stdout)
+    assert len(steps) == len(newest)
+    assert all(step >= saved for step, saved in zip(steps, newest, strict=True)), (
+        "nothing is lost but what was not saved"
+    )
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
-    """Losses of the same training on this machine, of which nothing is lost."""
-    job = write_job(tmp_path_factory.mktemp("calm"), steps=STEPS, every=5)
-    code, output = train(job, "calm", "nodes=2", "cluster.simulate_nodes=2")
-    assert code == 0, output
-    found = found_losses(run_dir_of(job, "calm"))
+def _losses_of(launch: Launch) -> list[tuple[int, float]]:
+    lines = (launch.folder / "runs" / launch.run_id / "metrics.jsonl").read_text().splitlines()
+    found = [(each["step"], each["loss"]) for each in map(json.loads, lines) if "loss" in each]
     assert len(found) == STEPS
     return found
 
 
-@pytest.mark.parametrize(
-    ("lose", "victim"), [(silence, 1), (kill, 1), (cut, 0)], ids=["silent", "killed", "first node cut"]
-)
-def test_a_lost_host_is_replaced_and_the_numbers_are_those_of_a_run_that_lost_none(
-    three: Hosts,
-    source: dict[str, str],
-    tmp_path: Path,
-    calm: list[tuple[int, float]],
-    lose: Callable[[Host], None],
-    victim: int,
+def test_an_elastic_run_goes_on_with_fewer_hosts_and_takes_one_back_that_is_there_again(
+    lab: Hosts, source: dict[str, str], tmp_path: Path
 ) -> None:
-    far, job = launched(three, source, tmp_path, "lost")
-    run_dir, saved = far.folder / "runs" / far.run_id, far.folder / "checkpoints"
-    with ThreadPoolExecutor(1) as pool:  # its launcher sees no process of any host, and sweeps none
-        launching = pool.submit(far.run, job, *sets())
-        assert eventually(lambda: any(saved.glob("step-*")), 150)
-        lose(three.hosts[victim])
-        began_s, newest = time.monotonic(), max(saved.glob("step-*")).name
-        assert eventually((run_dir / "excluded.json").exists, 60)
-        left, taken_s = list(carriers(far.run_id)), time.monotonic() - began_s
+    fewer = Training(lab, source, tmp_path / "fewer", hosts=3)
+    sets = ("nodes={min: 2, max: 3}", "parallel.dp=3", "nproc_per_node=1", "failure.max_restarts=2")
+    with fewer.running(*sets) as launching:
+        fewer.saves()
+        assert fewer.nodes() == ["h1", "h2", "h3"]
+        lab.hosts[1].link("down")
+        assert eventually(lambda: fewer.excluded() == ["h2"], 60)
+        lab.hosts[1].link("up")
+        fewer.saves()
+        assert fewer.nodes() == ["h1", "h3"]
+        kill_all(_ranks(fewer.far.run_id))
         done = launching.result(timeout=240)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    assert left == [], "ranks that are only cut off have ended before others take their places"
-    assert found_losses(run_dir) == calm
-    assert not list(carriers(far.run_id))
-    told: dict[str, Any] = json.loads((run_dir / "exit.json").read_text())
-    name = three.hosts[victim].name
-    assert [(each["node"], each["attempt"]) for each in told["excluded"]] == [(name, 0)]
-    assert told["restarts"][0]["cause"].startswith(f"host {name}: ")
-    assert f"h3 in place of {name}" in output
-    assert {node["name"] for node in json.loads((run_dir / "plan.json").read_text())["nodes"]} == {"h1", "h2", "h3"} - {
-        name
-    }
-    resumed = next(line for line in output.splitlines() if "resumed from" in line)
-    assert int(resumed.split()[-1]) >= int(newest.removeprefix("step-")), "nothing is lost but what was not saved"
-    assert taken_s < 3.5 * LOST_AFTER_S, f"{taken_s:.1f} s from the loss to the start on the other host"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [step for step, _ in fewer.losses()] == list(range(1, STEPS + 1))
+    assert fewer.nodes() == ["h1", "h2", "h3"]
+    told = fewer.told("exit.json")
+    assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([3, 2], ["h2"]), ([2, 3], [])]
+    assert "it shrinks from 3 nodes to 2, without h2 (dp=2, num_microbatches=2)" in done.stderr
+    assert "it grows from 2 nodes to 3, with h2 (dp=3, num_microbatches=1)" in done.stderr
+    assert told["excluded"][0]["back_unix_s"] > told["excluded"][0]["time_unix_s"]
+    assert not list(carriers(fewer.far.run_id))
+
+
+def _ranks(run_id: str) -> list[int]:
+    """Process ids of one rank of a run."""
+    found = [pid for pid in carriers(run_id) if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+    assert found, run_id
+    return found
 
 
 def test_without_a_spare_host_the_run_ends_and_says_which_and_what_to_do(
-    three: Hosts, source: dict[str, str], tmp_path: Path
+    lab: Hosts, source: dict[str, str], tmp_path: Path
 ) -> None:
-    far, job = launched(three, source, tmp_path, "bare")
-    launcher, saved = far.start(job, *sets("nodes=3", "parallel.dp=3")), far.folder / "checkpoints"
+    keys = cluster(lab, source, lost_after=f"{LOST_AFTER_S}s")
+    keys["hosts"] = keys["hosts"][:3]
+    far = Launch(tmp_path, {"far": keys}, f"bare-{os.getpid()}")
+    job = write_job(far.folder, SLEEP, cluster="far", nodes=3, parallel={"dp": 3}, failure={"max_restarts": 2})
+    launcher, merged = far.start(job), far.run_dir / "merged.log"
     try:
-        assert eventually(lambda: any(saved.glob("step-*")), 150), launcher.stdout
-        kill(three.hosts[2])
+        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 3, 150)
+        lab.hosts[2].end()
         output, _ = launcher.communicate(timeout=240)
     finally:
         finish(launcher)
     assert launcher.returncode == 69, output
-    reason = json.loads((far.folder / "runs" / far.run_id / "exit.json").read_text())["reason"]
+    reason = far.record()["reason"]
     assert reason.startswith("host h3: ")
     assert "not started again: h3 cannot be left out: the job wants 3 nodes, and 2 of the 3 hosts it names" in reason
     assert "put more into cluster.hosts" in reason
-    assert not list(carriers(far.run_id))
-
-
-def test_an_elastic_run_goes_on_with_fewer_hosts(three: Hosts, source: dict[str, str], tmp_path: Path) -> None:
-    far, job = launched(three, source, tmp_path, "fewer")
-    words = sets("parallel.dp=3", "nproc_per_node=1")
-    words[words.index("nodes=2")] = "nodes={min: 2, max: 3}"
-    launcher, saved = far.start(job, *words), far.folder / "checkpoints"
-    try:
-        assert eventually(lambda: any(saved.glob("step-*")), 150), launcher.stdout
-        kill(three.hosts[1])
-        output, _ = launcher.communicate(timeout=240)
-    finally:
-        finish(launcher)
-    assert launcher.returncode == 0, output
-    run_dir = far.folder / "runs" / far.run_id
-    assert [step for step, _ in found_losses(run_dir)] == list(range(1, STEPS + 1))
-    told, plan = (json.loads((run_dir / name).read_text()) for name in ("exit.json", "plan.json"))
-    assert [node["name"] for node in plan["nodes"]] == ["h1", "h3"]
-    assert plan["limits"]["regroup"] is True
-    assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([3, 2], ["h2"])]
-    assert "it shrinks from 3 nodes to 2, without h2 (dp=2, num_microbatches=2)" in output
     assert not list(carriers(far.run_id))

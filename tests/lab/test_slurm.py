@@ -13,7 +13,7 @@ import pytest
 
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
-from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job
+from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job, write_training
 from tests.lab.slurm import Slurm, holds
 from tests.launch.waiting import eventually, kill_all
 
@@ -106,28 +106,42 @@ def _hurried(slurm: Slurm, job: str) -> str:
     return _state(slurm, job)
 
 
-def test_a_warned_training_saves_is_queued_again_and_goes_on(launch: Callable[..., Launch], slurm: Slurm) -> None:
+def test_a_warned_elastic_training_saves_and_goes_on_with_the_nodes_that_there_are(
+    launch: Callable[..., Launch], slurm: Slurm
+) -> None:
+    slurm.idle()
     far = launch()
-    run_dir = far.folder / "runs/quickstart" / far.run_id
-    steps = ("--set", "train.steps=12", "--set", "checkpoint.every_steps=100")
-    launcher = far.start(*QUICKSTART, *steps, "--set", "cluster=far")
-    metrics = run_dir / "metrics.jsonl"
-    try:
-        assert eventually(lambda: metrics.exists() and len(losses(run_dir)) >= 3, 240)
+    run_dir, steps = far.folder / "runs" / far.run_id, 60
+    job_file = write_training(far.folder, steps=steps, every=1000, pause_s=0.1)
+    elastic = ("cluster=far", "nodes={min: 1, max: 2}", "parallel.dp=2", "nproc_per_node=1")
+    launcher = far.start(job_file, *(word for each in elastic for word in ("--set", each)))
+
+    def warned(times: int) -> None:
+        """Warns the job after some more steps, and sees it queued again and started."""
+        before = len(losses(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+        assert eventually(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= before + 4, 150)
         job = json.loads((run_dir / "launch.json").read_text())["job"]
         slurm.type("scancel", "--batch", "--signal=USR2", job)
-        assert eventually((run_dir / "exit-0.json").exists, 150), (run_dir / "launcher.log").read_text()
+        assert eventually((run_dir / f"exit-{times}.json").exists, 150), (run_dir / "launcher.log").read_text()
         assert eventually(lambda: _state(slurm, job) == "PENDING", 60), slurm.type("squeue")
         assert eventually(lambda: _hurried(slurm, job) != "PENDING", 60), slurm.type("squeue")
+
+    try:
+        assert eventually((run_dir / "metrics.jsonl").exists, 150)
+        slurm.type("scontrol", "update", "NodeName=h2", "State=DRAIN", "Reason=lab")
+        warned(0)
+        slurm.type("scontrol", "update", "NodeName=h2", "State=RESUME")
+        warned(1)
         output, _ = launcher.communicate(timeout=240)
     finally:
+        slurm.type("scontrol", "update", "NodeName=h2", "State=RESUME")
         finish(launcher)
     assert launcher.returncode == 0, output
-    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
-    found = re.search(r"resumed from .* at step (\d+)", output)
-    assert found, output
-    assert 1 <= int(found[1]) < 12
-    assert [step for step, name, _ in losses(run_dir) if name == "loss"] == list(range(1, 13))
+    assert [json.loads((run_dir / f"exit-{times}.json").read_text())["exit_code"] for times in (0, 1)] == [75, 75]
+    first, second = (int(step) for step in re.findall(r"resumed from .* at step (\d+)", output))
+    assert 1 <= first < second < steps
+    assert re.findall(r"Slurm gave (\d) nodes; ranks run on (\d)", output) == [("2", "2"), ("1", "1"), ("2", "2")]
+    assert [step for step, name, _ in losses(run_dir) if name == "loss"] == list(range(1, steps + 1))
 
 
 def test_secrets_are_in_nothing_that_slurm_keeps(launch: Callable[..., Launch], slurm: Slurm) -> None:

@@ -205,8 +205,9 @@ def test_a_run_directory_that_hosts_do_not_share_is_filled_over_the_connection(
     script = (
         "import json, os, sys, time\n"
         "print('line of', os.environ['RANK'], flush=True)\n"
-        "if os.environ['RANK'] == '1': raise KeyError('the cause')\n"
-        "time.sleep(600)\n"
+        "open(f\"up-{os.environ['RANK']}\", 'w').close()\n"
+        "while os.environ['RANK'] == '0' or not os.path.exists('up-0'): time.sleep(0.1)\n"
+        "raise KeyError('the cause')\n"
     )
     job = write_job(far.folder, script, cluster="far", logs={"dir": f"{apart}/{{run_id}}"})
     done = far.run(job)

@@ -1,12 +1,14 @@
 """The command line: messages without tracebacks, and exit codes that mean something."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from meshwright.clusters import spawn
 from meshwright.launch import cli
 
 JOB = "name: j\ncommand: [python, -c, pass]\nsecrets: {TOKEN: {from_env: NOT_SET}}\n"
@@ -99,3 +101,39 @@ def test_a_name_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -
 def test_a_name_that_no_file_can_have_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["page", "1" * 400]) == 64
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "more", "kept"),
+    [
+        ("", [], True),
+        ("cluster: {type: local}\n", [], True),
+        ("cluster:\n  simulate_nodes: 2\n\n  type: local\n", [], True),
+        ("cluster: far\nenv: {A: local}\n", [], False),
+        ("cluster:\n  type: ssh\nname: local\n", [], False),
+        ("cluster: far\n", ["--set", "cluster.type=local"], True),
+        ("", ["--set", "cluster=far"], False),
+        ("", ["--set", "cluster=far", "--set", "cluster.type=local"], True),
+    ],
+)
+def test_an_agent_is_kept_warm_where_the_job_will_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, more: list[str], *, kept: bool
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"name: j\ncommand: [x]\n{cluster}env: {{}}\n")
+    started: list[bool] = []
+    monkeypatch.setattr(spawn, "keep_warm", lambda: started.append(True))
+    monkeypatch.setattr(cli, "_run", lambda words: 0)
+    assert cli.main(["launch", str(job), *more]) == 0
+    assert bool(started) == kept
+
+
+def test_a_job_that_comes_through_a_pipe_is_not_read_before_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "job.yaml")
+    started: list[bool] = []
+    monkeypatch.setattr(spawn, "keep_warm", lambda: started.append(True))
+    monkeypatch.setattr(cli, "_run", lambda words: 0)
+    assert cli.main(["launch", str(tmp_path / "job.yaml")]) == 0
+    assert started

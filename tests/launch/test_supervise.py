@@ -1,6 +1,7 @@
 """A run is followed to its end; what cannot succeed any more is ended everywhere."""
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_a_node_that_fails_without_a_rank_has_its_own_code(event: dict[str, Any]
     assert handle.calls[0] == "stop"
 
 
+@pytest.mark.parametrize("state", ["rendezvous_failed", "error"])
+def test_an_agent_that_misses_those_who_went_before_it_is_a_victim(state: str) -> None:
+    found, _ = follow(gone("node1", -9), result("node0", state, "the store is gone"))
+    assert outcome_of(found, Verdict(None), [], times_s=(0, 1)).exit_code == 69
+    found, _ = follow(result("node0", state, "first"), result("node1", state, "then"))
+    assert "node0: first" in outcome_of(found, Verdict(None), [], times_s=(0, 1)).reason
+
+
 @pytest.mark.parametrize("code", [1, -15])
 def test_a_lost_node_outweighs_ranks_that_it_took_along(code: int) -> None:
     last = "RuntimeError: Connection closed by peer" if code > 0 else ""
@@ -176,3 +185,14 @@ def test_whatever_happens_no_rank_stays() -> None:
     with pytest.raises(RuntimeError, match="disk full"):
         supervise(handle, RunState(plan()), Interrupts(), watchers=[broken])
     assert handle.calls == ["kill"]
+
+
+@pytest.mark.parametrize(("off_s", "word"), [(120.0, "ahead of"), (-3600.0, "behind"), (2.0, ""), (-2.0, "")])
+def test_a_clock_that_shows_what_cannot_be_is_named(off_s: float, word: str) -> None:
+    told = {"event": "started", "node": "node1", "attempt": 0, "pids": {}, "time_unix_s": time.time() + off_s}
+    state = RunState(plan())
+    supervise(FakeHandle(told, result("node0", "succeeded"), result("node1", "succeeded")), state, Interrupts())
+    found = [(each["node"], each["found"], each["fault"]) for each in state.health]
+    words = f"its clock is {abs(off_s):.0f} s {word} this machine's, or more; set it by NTP"
+    assert found == ([("node1", words, None)] if word else [])
+    assert state.losses.sick == {}, "no reason to go on without it"

@@ -63,10 +63,21 @@ def artifacts(tmp_path: Path) -> Path:
 
 
 def write(tmp_path: Path) -> Path:
-    restarts = [{"next_attempt": 1, "time_unix_s": START_S + 99, "cause": "rank 5 on node1 was killed by SIGKILL"}]
+    why = "host node1: the connection was lost; its ranks were ended"
+    lost = {"node": "node1", "why": why, "step": 100, "time_unix_s": START_S + 99, "back_unix_s": START_S + 150}
+    hot = {"node": "node0", "fault": "GPU 3: 91 C, health.watch.max_temp_c is 88", "time_unix_s": START_S + 120}
+    restarts = [
+        {"next_attempt": 1, "time_unix_s": START_S + 99, "cause": why, "nodes": [2, 1], "excludes": ["node1"]},
+        {"next_attempt": 2, "time_unix_s": START_S + 150, "cause": "rank 1 on node0: killed", "nodes": [1, 2]},
+    ]
     first = {"traceback": "Traceback (most recent call last):\n  ...\nValueError: <b>no</b>"}
     ended = {"state": "failed", "reason": "rank 3 on node0 failed first", "first_failure": first}
-    return write_page(write_run(tmp_path / "r", job="llama <script>x</script>", restarts=restarts, **ended))
+    ended |= {"restarts": restarts, "excluded": [lost], "health": [hot]}
+    run_dir = write_run(tmp_path / "r", job="llama <script>x</script>", **ended)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    sized = [{**row, "ranks": 2 if 100 < row.get("step", 0) <= 150 else 4} for row in rows]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in sized))
+    return write_page(run_dir)
 
 
 def test_the_page_stands_in_a_browser_without_a_complaint_or_a_request(chromium: str, tmp_path: Path) -> None:
@@ -75,8 +86,8 @@ def test_the_page_stands_in_a_browser_without_a_complaint_or_a_request(chromium:
     assert (seen.console, seen.requests) == ([], [])
     charts = re.findall(r'<svg [^>]*aria-label="([^"]+)"', seen.dom)
     assert charts[:3] == ["Loss", "Throughput", "Model-FLOP utilisation"]
-    assert len(charts) == 10
-    assert seen.dom.count('<div class="tip"') == 10, "the script ran: the policy knows it"
+    assert len(charts) == 11
+    assert seen.dom.count('<div class="tip"') == 11, "the script ran: the policy knows it"
     assert "<h1>llama &lt;script&gt;x&lt;/script&gt;</h1>" in seen.dom
 
 

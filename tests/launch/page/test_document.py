@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.launch.page.document import document
+from meshwright.launch.page.machines import MachineEvent
 from meshwright.launch.page.read import Mark, RunView, read_view
 from meshwright.launch.page.style import SCRIPT, STYLE
 from tests.launch.page.made import write_run
@@ -52,11 +53,11 @@ def test_a_policy_lets_only_the_pages_own_style_and_script_act() -> None:
     )
 
 
-@pytest.mark.parametrize("field", ["name", "run_id", "state", "facts", "reason", "failure", "marks"])
+@pytest.mark.parametrize("field", ["name", "run_id", "state", "facts", "reason", "failure", "marks", "machines"])
 def test_what_a_run_wrote_is_text(field: str) -> None:
     plain = {"name": "j", "run_id": "r", "state": "failed", "records": ({"step": 1, "loss": 1.0},)}
-    evil: object = (EVIL,) if field == "facts" else (Mark(1.0, None, EVIL),) if field == "marks" else EVIL
-    page = document(RunView(**{**plain, field: evil}))  # type: ignore[arg-type]
+    listed = {"facts": (EVIL,), "marks": (Mark(1.0, None, EVIL),), "machines": (MachineEvent(EVIL, None, EVIL),)}
+    page = document(RunView(**{**plain, field: listed.get(field, EVIL)}))  # type: ignore[arg-type]
     elements = Elements(page)
     assert (elements.count("script"), elements.count("img"), elements.count("style")) == (1, 0, 1)
     assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
@@ -76,6 +77,20 @@ def test_restarts_are_listed_with_their_causes(tmp_path: Path) -> None:
     restarts = [{"next_attempt": 1, "time_unix_s": 1_795_690_099.0, "cause": "rank 1 on n0 exited with code 7"}]
     page = document(read_view(write_run(tmp_path / "r", state="succeeded", restarts=restarts)))
     assert "<td>1</td><td>100</td><td>2026-11-26 10:48:19 UTC</td><td>attempt 1: rank 1 on n0 exited" in page
+
+
+def test_an_elastic_run_shows_its_sizes_and_what_became_of_its_machines(tmp_path: Path) -> None:
+    shrunk = {"next_attempt": 1, "cause": "host h2: lost", "nodes": [3, 2], "excludes": ["h2"], "time_unix_s": 1.0}
+    lost = {"node": "h2", "why": "host h2: lost <b>", "step": 99, "time_unix_s": 1_795_690_099.0, "back_unix_s": None}
+    run_dir = write_run(tmp_path / "r", state="succeeded", restarts=[shrunk], excluded=[lost])
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    sized = [{**row, "ranks": 3 if row.get("step", 0) <= 100 else 2} for row in rows]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in sized))
+    page = document(read_view(run_dir))
+    assert "attempt 1: host h2: lost; on 2 nodes instead of 3, without h2</td>" in page
+    assert "<td>h2</td><td>2026-11-26 10:48:19 UTC</td><td>left out at step 99: host h2: lost &lt;b&gt;</td>" in page
+    assert "<td>h2</td><td></td><td>there again, and taken back</td>" in page
+    assert 'aria-label="Ranks"' in page
 
 
 def test_a_run_that_logged_nothing_has_a_page_too(tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def test_a_program_that_logs_only_a_loss_has_only_that() -> None:
     assert charts(view({"event": "end"})) == []
 
 
+def test_the_number_of_ranks_is_shown_where_it_changed() -> None:
+    same, fewer = record(1, ranks=6), record(2, ranks=4)
+    assert "Ranks" not in [chart.title for chart in charts(view(same, {**same, "step": 2}))]
+    (sizes,) = [each for each in charts(view(same, fewer)) if each.title == "Ranks"]
+    assert sizes.lines[0].points == ((1, 6.0), (2, 4.0))
+
+
 def test_network_is_in_bytes_per_second_of_the_time_that_was_counted() -> None:
     (network,) = [each for each in charts(view(record(1), record(2, counted_s=0))) if each.title == "Network"]
     assert [(line.label, line.points) for line in network.lines] == [

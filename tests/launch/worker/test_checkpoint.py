@@ -81,6 +81,19 @@ def test_a_damaged_checkpoint_is_skipped_with_a_word(tmp_path: Path) -> None:
     assert _checkpoints(tmp_path).find("never") is None
 
 
+def test_a_file_that_another_rank_finds_damaged_is_named_by_the_first_one_too(tmp_path: Path) -> None:
+    model, optimizer = _made()
+    _train(model, optimizer)
+    _checkpoints(tmp_path).save(model, 1, {}, [])
+    said = list[str]()
+    other = iter([1, 1, 2])  # the newest step, how many there are, and that the second file is bad
+    found = replace(_checkpoints(tmp_path, said), agree=lambda value: [value, next(other)])
+    assert found.find("auto") is None
+    (words,) = said
+    assert words.startswith(f"checkpoint {tmp_path / 'step-00000001'} is skipped: the content of ")
+    assert words.endswith(".distcp is not what was written"), "of .metadata, then what a rank wrote"
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     _checkpoints(tmp_path).save(_made()[0], 1, {}, [])
     found = _checkpoints(tmp_path).find("auto")
