@@ -141,7 +141,7 @@ class _Experts:
     """Experts that are dealt: modules whose parameters are sharded over `edp`, and parameters that stay whole.
 
     FSDP2 makes a unit whole when its module is called, which it refuses for lists of modules; and of an expert that no
-    other rank keeps there is nothing to shard.
+    other rank keeps there is nothing to shard, nor of a parameter whose every row is another slice's.
     """
 
     def __init__(self, module: nn.Module, experts: ExpertStates, groups: Groups) -> None:
@@ -154,7 +154,7 @@ class _Experts:
         self.whole = {
             name: each
             for name, each in module.named_parameters()
-            if experts.holds(name) and not any(name.startswith(f"{path}.") for path in self.units)
+            if experts.holds(name) and not (each.numel() and any(name.startswith(f"{path}.") for path in self.units))
         }
 
     def shard(self, prefix: str, names: Sequence[str], shard: Callable[..., Any]) -> dict[nn.Module, Sequence[str]]:
@@ -162,7 +162,7 @@ class _Experts:
         units: dict[nn.Module, Sequence[str]] = {}
         for path, unit in self.units.items():
             if f"{path}.".startswith(prefix) and not isinstance(unit, FSDPModule):
-                units[unit] = [name for name in names if name.startswith(f"{path}.")]
+                units[unit] = [name for name in names if name.startswith(f"{path}.") and name not in self.whole]
                 shard(unit, mesh=self.mesh)
         return units
 
