@@ -34,7 +34,7 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.plan import make_plans
 from meshwright.testing import run_ranks
 
-__all__ = ["JOBS", "Job", "compared", "large_ranks", "real_rank"]
+__all__ = ["JOBS", "Job", "compared", "large_ranks", "paper_ranks", "real_rank", "real_ranks"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Job:
         build: makes its model, the same on every rank.
         samples: of each rank's share of a batch.
         length: positions.
+        vocabulary: of their tokens.
     """
 
     degrees: Mapping[str, int]
@@ -54,6 +55,7 @@ class Job:
     build: Callable[[], nn.Module] = lambda: build_llama(256, 4, 1024)
     samples: int = 4
     length: int = 64
+    vocabulary: int = 1024
 
     @property
     def mesh(self) -> mw.Mesh:
@@ -62,7 +64,7 @@ class Job:
 
     def batch(self, data_rank: int) -> dict[str, torch.Tensor]:
         """A rank's share."""
-        return batch_of(data_rank, samples=self.samples, length=self.length, vocabulary=1024)
+        return batch_of(data_rank, samples=self.samples, length=self.length, vocabulary=self.vocabulary)
 
     @property
     def wrap(self) -> dict[str, Any]:
@@ -119,16 +121,27 @@ def real_rank(job: Job) -> tuple[tuple[Call, ...], int]:
     return ledger.calls, live.peak_bytes
 
 
-def compared(job: Job) -> list[tuple[FakeRank, tuple[Call, ...], int]]:
-    """Every rank of a job on paper, and its calls and peak bytes in a real run."""
-    real = run_ranks(real_rank, job.mesh, job)
+def real_ranks(job: Job) -> list[tuple[tuple[Call, ...], int]]:
+    """Calls and peak bytes of every rank of a job, run here."""
+    return run_ranks(real_rank, job.mesh, job)
+
+
+def paper_ranks(job: Job) -> Iterator[FakeRank]:
+    """Every rank of a job on paper.
+
+    Raises:
+        WrapError: for what cannot be run without values.
+    """
     model = job.build()
     plans = make_plans(model, job.mesh, Options.of(**job.wrap))
-    found = []
-    for rank, (calls, peak_bytes) in enumerate(real):
+    for rank in range(job.mesh.world_size):
         batch = job.batch(job.mesh.data_rank(rank))
-        found.append((fake_rank(model, job.mesh, rank, batch=batch, plans=plans, **job.wrap), calls, peak_bytes))
-    return found
+        yield fake_rank(model, job.mesh, rank, batch=batch, plans=plans, **job.wrap)
+
+
+def compared(job: Job) -> list[tuple[FakeRank, tuple[Call, ...], int]]:
+    """Every rank of a job on paper, and its calls and peak bytes in a real run."""
+    return [(fake, *real) for fake, real in zip(paper_ranks(job), real_ranks(job), strict=True)]
 
 
 LARGE = mw.Mesh(pp=16, fsdp=8, tp=8)

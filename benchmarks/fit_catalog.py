@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from itertools import product
 from math import log, log2
 from typing import Any
@@ -83,7 +83,7 @@ def fit_links() -> tuple[float, float, float]:
 
 def _efficiency(logs: Array, links: Mapping[str, float], reserves: Reserves) -> Efficiency:
     told = dict(links) | {name: float(np.exp(value)) for name, value in zip(_NAMES, logs, strict=True)}
-    parts = [{each.name: told[each.name] for each in fields(kind)} for kind in (Compute, Links)]
+    parts = [{each.name: told[each.name] for each in fields(kind) if each.name in told} for kind in (Compute, Links)]
     return Efficiency(Compute(**parts[0]), Links(**parts[1]), reserves)
 
 
@@ -153,9 +153,15 @@ def _mape(errors: Sequence[float]) -> float:
     return 100 * statistics.fmean(map(abs, errors))
 
 
+def _fitted(part: Compute | Links | Reserves) -> dict[str, float]:
+    """Without what is measured on machines alone, which has a default."""
+    names = [each.name for each in fields(part) if each.default is MISSING and each.default_factory is MISSING]
+    return {name: getattr(part, name) for name in names}
+
+
 def _written(efficiency: Efficiency, said: Mapping[str, Any]) -> str:
     head = "# Written by `python -m benchmarks.fit_catalog --write`; explained in clusters/simulated/efficiency.py.\n"
-    parts = {name: vars(getattr(efficiency, name)) for name in ("compute", "links", "reserves")}
+    parts = {name: _fitted(getattr(efficiency, name)) for name in ("compute", "links", "reserves")}
     rounded = {name: {key: float(f"{value:.4g}") for key, value in part.items()} for name, part in parts.items()}
     return head + yaml.safe_dump({"fit": dict(said)} | rounded, sort_keys=False, width=120)
 

@@ -1,10 +1,11 @@
-"""Jobs predicted for this machine from its calibration, then run on it: seconds of a step beside those measured.
+"""Jobs predicted for this machine from its calibration, then run on it: seconds, collectives and memory of a step.
 
 `python -m benchmarks.predicted [--calibration FILE] [--only WORDS] [--repeat N] [--json]`
 
-Without a file the machine is calibrated first. Each job is a small llama on 2 to 8 ranks of this machine, launched as a
-user would; its first steps are left out. That calls and memory are what was predicted is shown by
-`benchmarks.fake_ranks`; this looks at time alone, so it wants a quiet machine.
+Without a file the machine is calibrated first. Each job (see `predicted_jobs`) has 2 to 8 ranks of this machine and is
+launched as a user would; its first steps are left out. Seconds want a quiet machine. Calls of every rank and live bytes
+are those of a second step without an optimizer; they are compared with those of the same rank run without values, call
+by call, and memory of the fullest rank with the forecast of `simulate`, too.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -21,29 +22,15 @@ from typing import Any
 import yaml
 
 import meshwright as mw
+from benchmarks import fake_ranks
+from benchmarks.predicted_jobs import JOBS, VOCABULARY, Small
+from meshwright.launch.load import load_job
+from meshwright.parallel.errors import WrapError
 
-__all__ = ["JOBS", "Outcome", "outcomes"]
+__all__ = ["Outcome", "outcomes", "summary"]
 
 _WARM_STEPS, _STEPS = 4, 16
-_MODEL = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-}
-
-JOBS: Mapping[str, Mapping[str, Any]] = {
-    "dp": {"dp": 2},
-    "fsdp, layered": {"fsdp": 2, "schedule": "layered", "num_microbatches": 2},
-    "tp": {"tp": 2, "sequence_parallel": True},
-    "pp, modular": {"pp": 2, "schedule": "modular", "num_microbatches": 4},
-    "cp": {"cp": 2},
-    "dp x tp": {"dp": 2, "tp": 2},
-    "pp x fsdp x tp": {"pp": 2, "fsdp": 2, "tp": 2, "schedule": "1f1b", "num_microbatches": 4},
-}
-"""`parallel:` of each job."""
+_OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -55,16 +42,27 @@ class Outcome:
         predicted_s: of a step.
         measured_s: the median of what was logged.
         causes: seconds by cause, as predicted.
+        calls: of all ranks in a step.
+        equal_ranks: how many of its ranks call what was predicted, in that order; None where that is not told.
+        ranks: all of them.
+        memory_error: bytes of the rank without values over measured ones, less one, of the rank where that is most;
+            None where it cannot be run.
+        forecast_error: predicted over measured bytes of the fullest rank, less one.
     """
 
     name: str
     predicted_s: float
     measured_s: float
     causes: Mapping[str, float]
+    calls: int
+    equal_ranks: int | None
+    ranks: int
+    memory_error: float | None
+    forecast_error: float
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted over measured seconds, less one."""
         return self.predicted_s / self.measured_s - 1
 
     def __str__(self) -> str:
@@ -72,32 +70,58 @@ class Outcome:
             f"{name} {1e3 * each:.1f}" for name, each in self.causes.items() if each > 0.02 * self.predicted_s
         )
         times = f"{1e3 * self.predicted_s:8.1f} ms predicted {1e3 * self.measured_s:8.1f} ms measured"
-        return f"{self.name:16} {times} {self.error:+7.1%}   {shown}"
+        told = "not told"
+        if self.equal_ranks is not None and self.memory_error is not None:
+            told = f"as predicted on {self.equal_ranks} of {self.ranks} ranks, memory {self.memory_error:+.1%}"
+        besides = f"{self.calls} calls {told}, forecast of memory {self.forecast_error:+.1%}"
+        return f"{self.name:24} {times} {self.error:+7.1%}   {besides}   {shown}"
 
 
-def job_of(parallel: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole job file of one mesh."""
-    return {
-        "version": 1,
-        "name": "predicted",
-        "model": {"architecture": "llama", "config": _MODEL},
-        "data": {"files": "python-stdlib", "tokenizer": "bytes", "sequence_length": 256, "max_bytes": "1MiB"},
-        "parallel": dict(parallel),
-        "train": {"steps": _WARM_STEPS + _STEPS, "batch_size": 8, "log_every_steps": 1, "clip_norm": None},
-        "cluster": {"type": "local"},
-    }
-
-
-def outcomes(names: list[str], calibration: Path, *, repeat: int) -> Iterator[Outcome]:
+def outcomes(names: Sequence[str], calibration: Path, *, repeat: int) -> Iterator[Outcome]:
     """Predicts and runs jobs, one after the other."""
     for name in names:
+        small = JOBS[name]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "job.yaml")
-            path.write_text(yaml.safe_dump(job_of(JOBS[name])))
+            path.write_text(yaml.safe_dump(small.file(steps=_WARM_STEPS + _STEPS)))
             found = mw.simulate(path, gpu=calibration).forecast
             assert found is not None, name
             logged = [each for number in range(repeat) for each in _run(path, number)]
-            yield Outcome(name, found.step.total_s, median(logged), dict(vars(found.step)))
+            calls, equal, error, peaks = _counted(small, path)
+        tensors = found.memory.tensor_bytes - found.memory.optimizer
+        yield Outcome(
+            name=name,
+            predicted_s=found.step.total_s,
+            measured_s=median(logged),
+            causes=dict(vars(found.step)),
+            calls=calls,
+            equal_ranks=equal,
+            ranks=len(peaks),
+            memory_error=error,
+            forecast_error=tensors / max(peaks) - 1,
+        )
+
+
+def _counted(small: Small, path: Path) -> tuple[int, int | None, float | None, list[int]]:
+    """Calls of a step, ranks that call what they do without values, the error of their memory, and measured peaks."""
+    job = load_job(path).job
+    mine = fake_ranks.Job(
+        {**job.mesh.degrees(), **({"ep": job.mesh.ep} if job.mesh.ep > 1 else {})},
+        job.options,
+        small.build,
+        samples=small.batch_size // job.mesh.data_degree,
+        length=small.length,
+        vocabulary=VOCABULARY,
+    )
+    real = fake_ranks.real_ranks(mine)
+    calls, peaks = sum(len(each) for each, _ in real), [peak for _, peak in real]
+    try:
+        fakes = list(fake_ranks.paper_ranks(mine))
+    except WrapError:
+        return calls, None, None, peaks
+    equal = sum(fake.calls == each for fake, (each, _) in zip(fakes, real, strict=True))
+    errors = [fake.memory.peak_bytes / peak - 1 for fake, peak in zip(fakes, peaks, strict=True)]
+    return calls, equal, max(errors, key=abs), peaks
 
 
 def _run(path: Path, number: int) -> list[float]:
@@ -111,8 +135,37 @@ def _run(path: Path, number: int) -> list[float]:
     return [each["step_s"] for each in steps if each["step"] > _WARM_STEPS]
 
 
+def summary(found: Sequence[Outcome]) -> dict[str, float | int]:
+    """Errors over jobs: of the seven, of those chosen besides, of memory; and calls that were not as predicted.
+
+    >>> one = Outcome("dp", 1.0, 2.0, {}, 3, 2, 2, 0.01, 0.02)
+    >>> summary([one, Outcome("other: x", 1.5, 1.0, {}, 3, None, 2, None, -0.02)])["other_worst_error_percent"]
+    50.0
+    """
+    parts = {"": [each for each in found if not each.name.startswith(_OTHER)]}
+    parts["other_"] = [each for each in found if each.name.startswith(_OTHER)]
+    told: dict[str, float | int] = {}
+    for mark, several in parts.items():
+        errors = [100 * abs(each.error) for each in several]
+        if errors:
+            told |= {f"{mark}mean_error_percent": round(fmean(errors), 1)}
+            told |= {f"{mark}worst_error_percent": round(max(errors), 1)}
+    compared = [each for each in found if each.equal_ranks is not None]
+    return {
+        **told,
+        "memory_worst_error_percent": _worst([each.memory_error for each in compared]),
+        "memory_forecast_worst_error_percent": _worst([each.forecast_error for each in found]),
+        "ranks_compared": sum(each.ranks for each in compared),
+        "ranks_with_other_calls": sum(each.ranks - (each.equal_ranks or 0) for each in compared),
+    }
+
+
+def _worst(errors: Sequence[float | None]) -> float:
+    return round(100 * max((abs(each) for each in errors if each is not None), default=0.0), 1)
+
+
 def main() -> None:
-    """Prints one line for each job, and the mean error."""
+    """Prints one line for each job, and the errors over all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--only", default="", help="jobs whose name holds it")
@@ -128,13 +181,11 @@ def main() -> None:
         for each in outcomes([name for name in JOBS if told.only in name], entry, repeat=told.repeat):
             found.append(each)
             sys.stderr.write(f"{each}\n")
-    errors = [abs(each.error) for each in found]
-    shown = {"mean_error_percent": round(100 * fmean(errors), 1), "worst_error_percent": round(100 * max(errors), 1)}
     if told.json:
-        rows = [{**vars(each), "error": each.error} for each in found]
-        sys.stdout.write(json.dumps({**shown, "jobs": rows}) + "\n")
+        rows: list[dict[str, Any]] = [{**vars(each), "error": each.error} for each in found]
+        sys.stdout.write(json.dumps({**summary(found), "jobs": rows}) + "\n")
         return
-    sys.stdout.write("".join(f"{name} {value}\n" for name, value in shown.items()))
+    sys.stdout.write("".join(f"{name} {value}\n" for name, value in summary(found).items()))
 
 
 if __name__ == "__main__":

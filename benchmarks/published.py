@@ -247,5 +247,5 @@ def _flops_per_s(row: Row, training: Training) -> float | None:
     if row["tflops_per_gpu"]:
         return float(row["tflops_per_gpu"]) * 1e12
     if row["mfu_pct"]:
-        return float(row["mfu_pct"]) / 100 * training.cluster.gpu.flops_per_s["bf16"]
+        return float(row["mfu_pct"]) / 100 * training.cluster.gpu.half_flops_per_s
     return None

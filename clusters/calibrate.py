@@ -128,4 +128,6 @@ def written(found: dict[str, Any]) -> str:
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -7,7 +7,8 @@ clock, the first quartile counts: other programs only ever make one longer. torc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,13 @@ _LEAST_SAMPLE_S, _LEAST_SAMPLES, _MOST_SAMPLES = 2e-4, 5, 40
 _TINY = 8  # width of a layer whose work is nothing beside its starts
 
 
-def quartile_s(call: Callable[[], object], sync: Callable[[], None], *, span_s: float = 0.04) -> float:
+def quartile_s(
+    call: Callable[[], object],
+    sync: Callable[[], None],
+    *,
+    span_s: float = 0.04,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds of one call: the first quartile of samples of about `span_s` together, or of five if that is longer.
 
     >>> 0 <= quartile_s(lambda: None, lambda: None, span_s=0.001) < 0.001
@@ -56,20 +63,42 @@ def quartile_s(call: Callable[[], object], sync: Callable[[], None], *, span_s: 
     """
     call()
     sync()
-    start_s = time.perf_counter()
+    start_s = clock()
     call()
     sync()
-    once_s = max(time.perf_counter() - start_s, 1e-7)
+    once_s = max(clock() - start_s, 1e-7)
     repeats = max(1, int(_LEAST_SAMPLE_S / once_s))
     count = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, int(span_s / (once_s * repeats))))
     samples = []
     for _ in range(count):
-        start_s = time.perf_counter()
+        start_s = clock()
         for _ in range(repeats):
             call()
         sync()
-        samples.append((time.perf_counter() - start_s) / repeats)
+        samples.append((clock() - start_s) / repeats)
     return statistics.quantiles(samples, n=4, method="inclusive")[0]
+
+
+class _Timer(Protocol):
+    """Seconds of one call on a device."""
+
+    def __call__(self, call: Callable[[], object], *, span_s: float = 0.04) -> float:
+        """See `quartile_s`."""
+        ...
+
+
+def _timer(device: "torch.device") -> _Timer:
+    """Where one thread computes, its own seconds count, not those in which another program has its processor."""
+    import torch
+
+    if device.type == "cuda":
+        return partial(quartile_s, sync=torch.cuda.synchronize)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    return partial(quartile_s, sync=_nothing, clock=clock)
+
+
+def _nothing() -> None:
+    """Operations of a CPU are done when they return."""
 
 
 def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str], None]) -> dict[str, Any]:
@@ -83,16 +112,16 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
     Returns:
         products [m, n, k, precision, seconds], memory [bytes, seconds] of what
         stands between products, attention [sequences, heads, positions, width,
-        seconds], op_s (start of an operation), layer_s (a layer's operations in one direction), exponentials_per_s.
+        seconds], attention_backward (the same), op_s (start of an operation), layer_s
+        (a layer's operations in one direction), exponentials_per_s.
     """
     import torch
 
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    timed = _timer(device)
     kinds = {"fp32": torch.float32} if brief else {"fp32": torch.float32, "bf16": torch.bfloat16}
     if device.type == "cuda":
         kinds = {"bf16": torch.bfloat16, **({} if brief else kinds)}
-    found: dict[str, Any] = {"products": []}
-    first = next(iter(kinds))
+    found, first = dict[str, Any](products=[]), next(iter(kinds))
     for name, dtype in kinds.items():
         begin(f"products in {name}")
         for m, n, k in PRODUCTS[device.type][:: 3 if brief or name != first else 1]:
@@ -100,12 +129,12 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
     begin("memory")
     found["memory"] = [_between(*shape, device) for shape in _BETWEEN[device.type]]
     begin("attention")
-    found["attention"] = [[*shape, _attention_s(shape, device, sync)] for shape in _ATTENTION[device.type]]
+    found |= _attentions(device)
     begin("starts of operations")
     tiny, scores, written = (torch.zeros(size, device=device) for size in (1, 2**16, 2**16))
-    found["op_s"] = quartile_s(lambda: tiny.add(1.0), sync)
-    found["layer_s"] = _layer_s(device, sync)
-    found["exponentials_per_s"] = scores.numel() / quartile_s(lambda: torch.exp(scores, out=written), sync)
+    found["op_s"] = timed(lambda: tiny.add(1.0))
+    found["layer_s"] = _layer_s(device)
+    found["exponentials_per_s"] = scores.numel() / timed(lambda: torch.exp(scores, out=written))
     return found
 
 
@@ -115,7 +144,7 @@ def _product_s(shape: tuple[int, int, int], device: "torch.device", dtype: "torc
     from torch.nn import functional
 
     m, n, k = shape
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    timed = _timer(device)
     rows, weight, gradient = (torch.randn(*each, device=device).to(dtype) for each in ((m, k), (n, k), (m, n)))
 
     def three() -> None:
@@ -123,7 +152,7 @@ def _product_s(shape: tuple[int, int, int], device: "torch.device", dtype: "torc
         torch.mm(gradient, weight)
         torch.mm(gradient.T, rows)
 
-    return quartile_s(three, sync) / 3
+    return timed(three) / 3
 
 
 def _between(tokens: int, width: int, device: "torch.device") -> list[float]:
@@ -131,7 +160,7 @@ def _between(tokens: int, width: int, device: "torch.device") -> list[float]:
     import torch
     from torch.nn import functional
 
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    timed = _timer(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     narrow, wide = (
         torch.randn(tokens, width * times, device=device, dtype=dtype, requires_grad=True) for times in (1, 4)
@@ -144,20 +173,34 @@ def _between(tokens: int, width: int, device: "torch.device") -> list[float]:
         inner = functional.gelu(wide)
         torch.autograd.backward([other, inner], [ones, wide.detach()])
 
-    return [_MOVED * narrow.element_size() * tokens * width, quartile_s(once, sync)]
+    return [_MOVED * narrow.element_size() * tokens * width, timed(once)]
 
 
-def _attention_s(shape: tuple[int, int, int, int], device: "torch.device", sync: Callable[[], None]) -> float:
-    """Seconds of fused causal attention, forward."""
+def _attentions(device: "torch.device") -> dict[str, list[list[float]]]:
+    """Of fused attention in each direction."""
+    both = [(shape, *_attention_s(shape, device)) for shape in _ATTENTION[device.type]]
+    return {
+        "attention": [[*shape, forward_s] for shape, forward_s, _ in both],
+        "attention_backward": [[*shape, backward_s] for shape, _, backward_s in both],
+    }
+
+
+def _attention_s(shape: tuple[int, int, int, int], device: "torch.device") -> tuple[float, float]:
+    """Seconds of fused causal attention, forward and backward."""
     import torch
     from torch.nn import functional
 
+    timed = _timer(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    query = torch.randn(*shape, device=device, dtype=dtype)
-    return quartile_s(lambda: functional.scaled_dot_product_attention(query, query, query, is_causal=True), sync)
+    query, key, value = (torch.randn(*shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    made = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    ones = torch.ones_like(made)
+    with torch.no_grad():
+        forward_s = timed(lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True))
+    return forward_s, timed(lambda: torch.autograd.grad(made, (query, key, value), ones, retain_graph=True))
 
 
-def _layer_s(device: "torch.device", sync: Callable[[], None]) -> float:
+def _layer_s(device: "torch.device") -> float:
     """Seconds that a decoder layer's operations take to start in one direction: a third of forward and backward."""
     import torch
     from torch.nn import functional
@@ -175,7 +218,7 @@ def _layer_s(device: "torch.device", sync: Callable[[], None]) -> float:
         wide = functional.gelu(functional.linear(functional.layer_norm(inner, (_TINY,), scale, scale), up))
         (inner + functional.linear(wide, down)).sum().backward()
 
-    return quartile_s(once, sync, span_s=0.2) / 3
+    return _timer(device)(once, span_s=0.2) / 3
 
 
 _SIZES = ((3 * _TINY, _TINY), (_TINY, _TINY), (4 * _TINY, _TINY), (_TINY, 4 * _TINY))

@@ -2,24 +2,20 @@
 
 `meshwright doctor --calibrate` writes the entry; `hardware_of` loads it. An entry has one `Efficiency` for each number
 of ranks that was measured, since ranks of one machine share its cores and its links: ranks that outnumber cores take
-turns, and exchanges are timed with all of them. Each fit has the least mean absolute error of logarithms of times.
+turns, and exchanges are timed with all of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import exp, hypot, log, log2
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from meshwright.clusters import fitting
 from meshwright.clusters.hardware import Gpu
 from meshwright.clusters.simulated.efficiency import Compute, Efficiency, Links, Reserves
-from meshwright.parallel.work import Product
 
 __all__ = ["CalibrationError", "Machine", "entry", "hardware_of", "is_calibration"]
-
-_GRID, _ZOOMS = 11, 8
-Fit = tuple[tuple[float, ...], float]  # numbers, mean error
 
 
 class CalibrationError(ValueError):
@@ -45,86 +41,6 @@ class Machine:
     date: str
 
 
-def _least(error: Callable[[Sequence[float]], float], *bounds: tuple[float, float]) -> Fit:
-    """Numbers of least error: on a grid of logarithms that is drawn closer around the best, again and again."""
-    limits = [(log(low), log(high)) for low, high in bounds]
-    best = [(low + high) / 2 for low, high in limits]
-    widths = [(high - low) / 2 for low, high in limits]
-    for _ in range(_ZOOMS):
-        points: list[list[float]] = [[]]
-        for centre, width, (low, high) in zip(best, widths, limits, strict=True):
-            tried = (centre + width * (2 * place / (_GRID - 1) - 1) for place in range(_GRID))
-            steps = sorted({min(max(each, low), high) for each in tried})
-            points = [[*point, step] for point in points for step in steps]
-        best = min(points, key=lambda point: error([exp(each) for each in point]))
-        widths = [width / 3 for width in widths]
-    found = tuple(exp(each) for each in best)
-    return found, error(found)
-
-
-def _error(predicted: Callable[..., float], told: Sequence[Sequence[Any]]) -> float:
-    """Mean absolute logarithm of predicted over measured seconds, which stand last."""
-    return fmean(abs(log(predicted(*each[:-1]) / each[-1])) for each in told)
-
-
-def _memory(told: Mapping[str, Any]) -> Fit:
-    """Bytes per second of operations between products, and the starts of all of them together."""
-    return _least(lambda at: _error(lambda size: at[1] + size / at[0], told["memory"]), (1e8, 1e13), (1e-6, 1e-2))
-
-
-def _products(told: Mapping[str, Any], precision: str, *known: float) -> Fit:
-    """FLOP/s of large products, bytes per second of operands, the start of each; all but the first may be known."""
-    rows = [[*each[:3], each[4]] for each in told["products"] if each[3] == precision]
-
-    def error(at: Sequence[float]) -> float:
-        rate, operands, start_s = (*at, *known)
-
-        def took_s(m: int, n: int, k: int) -> float:
-            product = Product(int(m), int(n), int(k), precision=precision)
-            return hypot(product.flops / rate, product.bytes() / operands) + start_s
-
-        return _error(took_s, rows)
-
-    bounds = ((1e7, 1e16), (1e8, 1e14), (1e-7, 1e-2))
-    return _least(error, *bounds[: 3 - len(known)])
-
-
-def _attention(told: Mapping[str, Any], rate: float, kernel_s: float) -> Fit:
-    """Share of the products' rate in fused attention, and exponentials that a score costs."""
-    per_s = told["exponentials_per_s"]
-
-    def error(at: Sequence[float]) -> float:
-        def took_s(*shape: float) -> float:
-            batch, heads, positions, width = shape
-            scores = batch * heads * positions**2 / 2
-            return float(4 * scores * width / (rate * at[0]) + scores * at[1] / per_s + kernel_s)
-
-        return _error(took_s, told["attention"])
-
-    return _least(error, (1e-3, 2.0), (1e-2, 1e2))
-
-
-def _collectives(told: Mapping[str, Any]) -> Fit:
-    """Bytes per second of a ring and its latency for each doubling of ranks; an all-reduce is two gathers."""
-    ranks = told["ranks"]
-    rows = [each for each in told["collectives"] if each[0] != "send"]
-
-    def error(at: Sequence[float]) -> float:
-        def took_s(name: str, size: float) -> float:
-            one_s = at[1] * log2(2 * ranks) + size * (ranks - 1) / ranks / at[0]
-            return float(one_s * (2 if name == "all_reduce" else 1))
-
-        return _error(took_s, rows)
-
-    return _least(error, (1e6, 1e13), (1e-7, 1.0))
-
-
-def _transfers(told: Mapping[str, Any], rate: float, latency_s: float) -> Fit:
-    """Share of the numbers of collectives that transfers between two ranks take."""
-    rows = [each[1:] for each in told["collectives"] if each[0] == "send"]
-    return _least(lambda at: _error(lambda size: at[0] * (latency_s + size / rate), rows), (1e-3, 1e3))
-
-
 def entry(measured: Sequence[Mapping[str, Any]], machine: Machine, *, seconds: float) -> dict[str, Any]:
     """The entry of a machine, as plain values.
 
@@ -139,7 +55,7 @@ def entry(measured: Sequence[Mapping[str, Any]], machine: Machine, *, seconds: f
     if not measured:
         raise CalibrationError("nothing was measured; run `meshwright doctor` to find out why ranks do not start")
     with_links = [each for each in measured if each["collectives"]]
-    link = _collectives(with_links[0])[0][0] if with_links else 1e12
+    link = fitting.ring(with_links[0])[0][0] if with_links else 1e12
     gpu = _gpu(max(measured, key=lambda each: len(each["products"])), machine, link=link)
     by_ranks, errors = {}, {}
     for told in measured:
@@ -163,12 +79,12 @@ def entry(measured: Sequence[Mapping[str, Any]], machine: Machine, *, seconds: f
 
 def _gpu(told: Mapping[str, Any], machine: Machine, *, link: float) -> Gpu:
     """The hardware, as far as one rank has it."""
-    (memory, _), _ = _memory(told)
+    (memory, _), _ = fitting.memory(told)
     first = told["products"][0][3]
-    (rate, *known), _ = _products(told, first)
+    (rate, *known), _ = fitting.products(told, first)
     rates = {first: rate}
     for other in sorted({each[3] for each in told["products"]} - {first}):
-        rates[other] = _products(told, other, *known)[0][0]
+        rates[other] = fitting.products(told, other, *known)[0][0]
     cpu = told["device"] == "cpu"
     return Gpu(
         name=machine.name if cpu else told["device"],
@@ -189,9 +105,10 @@ def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compu
     """Of one of so many ranks, relative to the hardware; ranks of more threads than there are cores take turns."""
     turns = max(1.0, told["ranks"] * told["threads"] / machine.cores) if told["device"] == "cpu" else 1.0
     first = told["products"][0][3]
-    (memory, _), memory_error = _memory(told)
-    (rate, _, kernel_s), product_error = _products(told, first)
-    (share, softmax), attention_error = _attention(told, rate, kernel_s)
+    (memory, _), memory_error = fitting.memory(told)
+    (rate, _, kernel_s), product_error = fitting.products(told, first)
+    (share, softmax), attention_error = fitting.attention(told, rate, kernel_s)
+    (backward,), backward_error = fitting.attention_backward(told, rate, kernel_s, share, softmax)
     layer_s = told["layer_s"] * turns
     compute = Compute(
         matmul=rate / gpu.flops_per_s[first] / turns,
@@ -204,16 +121,17 @@ def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compu
         host_s=layer_s,
         waiting_s=layer_s,
         unaligned=1.0,
+        attention_backward=backward,
     )
     errors = {"products": product_error, "memory": memory_error, "attention": attention_error}
+    errors["attention_backward"] = backward_error
     return compute, {name: round(100 * each, 1) for name, each in errors.items()}
 
 
 def _exchanges(told: Mapping[str, Any] | None, gpu: Gpu) -> tuple[Links, dict[str, float]]:
     """Of ranks of one machine, where exchanges and products share the cores and everything shows; free for one rank."""
-    (rate, latency_s), error = _collectives(told) if told else ((gpu.nvlink_bytes_per_s, 0.0), 0.0)
-    (transfer,), transfer_error = _transfers(told, rate, latency_s) if told else ((1.0,), 0.0)
-    share = rate / gpu.nvlink_bytes_per_s
+    (rate, latency_s), _ = fitting.ring(told) if told else ((gpu.nvlink_bytes_per_s, 0.0), 0.0)
+    share, kinds = rate / gpu.nvlink_bytes_per_s, fitting.by_kind(told or {"collectives": []})
     links = Links(
         nvlink=share,
         nvlink_s=latency_s,
@@ -221,11 +139,14 @@ def _exchanges(told: Mapping[str, Any] | None, gpu: Gpu) -> tuple[Links, dict[st
         network_s=latency_s,
         exposed=1.0,
         tp_exposed=1.0,
-        transfer=transfer,
+        transfer=1.0,
         stage_s=0.0,
         straggling=0.0,
+        unsteady=told["unsteady"] if told else 0.0,
+        measured={name: {size: list(fit[0]) for size, fit in of.items()} for name, of in kinds.items()},
     )
-    return links, {"collectives": round(100 * error, 1), "transfers": round(100 * transfer_error, 1)}
+    errors = {name: fmean(fit[1] for fit in of.values()) for name, of in kinds.items()}
+    return links, {name: round(100 * each, 1) for name, each in errors.items()}
 
 
 def is_calibration(path: Path) -> bool:

@@ -117,7 +117,7 @@ class Gpu:
     Args:
         name: words of the driver's name for it.
         generation: of its matrix units: "volta", "ampere", "hopper", "blackwell", "cdna3", "cdna4".
-        flops_per_s: precision ("bf16" stands for fp16 as well, "fp8", "fp4") -> dense peak.
+        flops_per_s: precision ("bf16" stands for fp16 as well, "fp8", "fp4"; "fp16" where bf16 is none) -> dense peak.
         sustained: precision -> share of that peak that the largest products were measured at.
         exponentials_per_s: of the whole GPU.
         memory_bytes: of its own memory.
@@ -143,13 +143,36 @@ class Gpu:
     nvlink_gpus: int = 0
     operand_bytes_per_s: float | None = None
 
+    @property
+    def half_flops_per_s(self) -> float:
+        """Dense peak of 16-bit products.
+
+        >>> gpu("V100").half_flops_per_s
+        125000000000000.0
+        """
+        return self.flops_per_s["bf16" if "bf16" in self.flops_per_s else "fp16"]
+
+    def lacks(self, precision: str) -> str | None:
+        """Why a job of some `train.precision` is not for this kind; None where it may be.
+
+        >>> gpu("A100").lacks("bfloat16"), gpu("V100").lacks("float32")
+        (None, None)
+        >>> gpu("V100").lacks("bfloat16")
+        'V100 has no matrix units for bfloat16; set train.precision=float32, or take a GPU that has them'
+        """
+        if precision != "bfloat16" or "fp16" not in self.flops_per_s:
+            return None
+        return f"{self.name} has no matrix units for bfloat16; set train.precision=float32, or take a GPU that has them"
+
     def matmul_flops_per_s(self, precision: str) -> float:
         """What its largest products were measured at; the next wider precision where it has not this one.
 
         >>> gpu("A100").matmul_flops_per_s("fp8") == gpu("A100").matmul_flops_per_s("bf16")
         True
         """
-        wider = {"fp4": ("fp4", "fp8", "bf16"), "fp8": ("fp8", "bf16")}.get(precision, (precision, "bf16", "fp32"))
+        wider = {"fp4": ("fp4", "fp8", "bf16", "fp16"), "fp8": ("fp8", "bf16", "fp16")}.get(
+            precision, (precision, "bf16", "fp16", "fp32")
+        )
         found = next(each for each in wider if each in self.flops_per_s)
         share = self.sustained.get(found, min(self.sustained.values(), default=1.0))
         return self.flops_per_s[found] * share

@@ -104,6 +104,10 @@ def _cluster(loaded: LoadedJob, wishes: Wishes) -> Cluster:
         raise _wrong("--gpu", "no kind of GPU to plan for; give --gpu H100, or resources.gpu_type in the job")
     try:
         kind = gpu(name)
+        if kind.lacks("bfloat16"):
+            raise ValueError(
+                f"layouts are planned in bfloat16, for which {kind.name} has no matrix units; name another"
+            )
         if "memory" in more:
             kind = replace(kind, memory_bytes=1e9 * more["memory"])
         return Cluster(

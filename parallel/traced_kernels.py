@@ -1,7 +1,7 @@
 """Kernels that a GPU has and a run on shapes would not choose: fused attention, dropout and products by groups."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,10 @@ from meshwright.parallel.meta import MetaAnswers, grouped_on_shapes, unnoticed
 from meshwright.parallel.operations import precision_of
 from meshwright.parallel.work import FUSED_BACKWARD, Attention, Product, Sent
 
-__all__ = ["Kernels", "shapes_only"]
+__all__ = ["Fetched", "Kernels", "shapes_only"]
+
+Fetched = Callable[[Tensor, Tensor, Tensor], tuple[Sequence[Sent], Sequence[Sent]]]
+"""What a rank sends for one attention, from its query, key and value [..., heads, positions, width]."""
 
 
 class Kernels(TorchFunctionMode):
@@ -26,12 +29,14 @@ class Kernels(TorchFunctionMode):
     Args:
         tracer: that counts.
         num_keys: how many times as many keys as it is given attention meets.
+        fetched: what is sent for an attention of given query, key and value, forward and backward.
     """
 
-    def __init__(self, tracer: Any, num_keys: int = 1) -> None:
+    def __init__(self, tracer: Any, num_keys: int = 1, fetched: "Fetched | None" = None) -> None:
         super().__init__()
         self._tracer = tracer
         self._num_keys = num_keys
+        self._fetched = fetched
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces the three, and passes every other call on."""
@@ -62,23 +67,23 @@ class Kernels(TorchFunctionMode):
         seen = query[..., 0].numel() * key.shape[-2] * self._num_keys * (0.5 if is_causal else 1.0)
         flops = 2 * seen * (query.shape[-1] + value.shape[-1])
         mask_bytes = 0 if mask is None else mask.numel() * mask.itemsize
-        keys = 0 if self._num_keys == 1 else self._num_keys * sum(each.numel() * each.itemsize for each in (key, value))
-        asked = _Asked(self._tracer, Attention(flops, seen, precision_of(query)), mask_bytes, keys)
+        sent = self._fetched(query, key, value) if self._fetched is not None else ((), ())
+        asked = _Asked(self._tracer, Attention(flops, seen, precision_of(query)), mask_bytes, sent)
         found: Tensor = _Attend.apply(asked, query, key, value)  # type: ignore[no-untyped-call]
         return found
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """One attention: who counts it, what it computes, its mask, and keys and values of all ranks of `cp`."""
+    """One attention: who counts it, what it computes, its mask, and what is sent for it forward and backward."""
 
     tracer: Any
     attention: Attention
     mask_bytes: int
-    keys_bytes: int
+    sent: tuple[Sequence[Sent], Sequence[Sent]]
 
     def count(self, *, backward: bool = False) -> None:
-        """Keys and values go round, backward their gradients too."""
+        """Counts one direction."""
         tally = self.tracer.tally()
         if tally is None:
             return
@@ -86,8 +91,7 @@ class _Asked:
         tally.attentions.append(replace(self.attention, flops=factor * self.attention.flops))
         tally.operations += 1
         tally.moved_bytes += self.mask_bytes
-        if self.keys_bytes:
-            tally.sent += [Sent("cp", "all_gather", self.keys_bytes)] * (2 if backward else 1)
+        tally.sent += self.sent[backward]
 
 
 class _Attend(torch.autograd.Function):

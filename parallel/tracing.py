@@ -33,7 +33,7 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.plan import deal_model
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.traced_blocks import Alike, alike_blocks, watch_blocks
-from meshwright.parallel.traced_kernels import Kernels, shapes_only
+from meshwright.parallel.traced_kernels import Fetched, Kernels, shapes_only
 from meshwright.parallel.work import Passes, Sent, Traced, Work
 
 __all__ = ["RecordingAxis", "Tracer", "trace"]
@@ -52,6 +52,7 @@ class TraceKeywords(TypedDict, total=False):
     plan: TensorPlan | None
     precision: torch.dtype | None
     num_positions: int
+    fetched: Fetched | None
     prepare: Prepare | None
     backward: bool
 
@@ -64,6 +65,7 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
         options: of the wrap, with an example.
         how: `plan` along `tp`, of which the first rank's share is run; `precision` that autocast computes in;
             `num_positions`, how many times as many keys as its own positions a rank meets in attention (`cp`);
+            `fetched`, what it sends for one;
             `prepare` changes the copy that is run; `backward`, whether to run it too.
 
     Raises:
@@ -77,7 +79,7 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     ends = {name for stream in streams for name in (stream.blocks[0], stream.blocks[-1])}  # which deal and join it
     tracer = Tracer(alike_blocks(find_blocks(model, options.blocks), ends))
     try:
-        with shapes_only(), Kernels(tracer, how.get("num_positions", 1)):
+        with shapes_only(), Kernels(tracer, how.get("num_positions", 1), how.get("fetched")):
             mine = _prepared(tracer, model, options, how=how)
             blocks = find_blocks(mine, options.blocks)
             _run(tracer, mine, options, backward=how.get("backward", True))

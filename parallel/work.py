@@ -80,13 +80,16 @@ class Sent:
 
     Args:
         axis: of the mesh.
-        kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all".
-        size_bytes: of the whole tensor, as the ledger counts it; of an all-to-all what one rank sends to all.
+        kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all"; "hop" to the next rank of a ring.
+        size_bytes: of the whole tensor, as the ledger counts it; of an all-to-all what one rank sends to all, itself
+            included; of a hop what it sends.
+        consecutive: ranks of the axis, side by side, that take part; 0 for all.
     """
 
     axis: str
     kind: str
     size_bytes: float
+    consecutive: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ and thin ones are slow by themselves. Collectives are latency and bytes over the
 stand in `catalog/efficiency.yaml`, which says from what rows and with what error they were fitted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from math import hypot, log2
 from pathlib import Path
@@ -37,6 +38,7 @@ class Compute:
         host_s: to start the operations of one layer in one direction; a floor.
         waiting_s: the same where the host waits for the GPU in each layer; on top.
         unaligned: slow-down of products whose inner width is no multiple of 16 bytes.
+        attention_backward: times what FLOPs and exponentials of fused attention say that backward takes.
     """
 
     matmul: float
@@ -49,6 +51,7 @@ class Compute:
     host_s: float
     waiting_s: float
     unaligned: float
+    attention_backward: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,9 @@ class Links:
         transfer: share of transfers between stages that is seen.
         stage_s: until a stage has begun a micro-batch in one direction: host and neighbours wait for each other.
         straggling: what each doubling of nodes adds to a step, as a share.
+        unsteady: seconds that ranks wait for the slowest after computing for one second; they grow with the root.
+        measured: kind of collective, or "send" -> ranks of a group -> seconds until something has moved, and bytes per
+            second, with all groups of so many at work. What is not measured is a ring.
     """
 
     nvlink: float
@@ -76,6 +82,8 @@ class Links:
     transfer: float
     stage_s: float
     straggling: float
+    unsteady: float = 0.0
+    measured: Mapping[str, Mapping[int, Sequence[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +107,11 @@ class Efficiency:
     links: Links
     reserves: Reserves
 
-    def busy_s(self, work: Work, gpu: Gpu) -> float:
+    def busy_s(self, work: Work, gpu: Gpu, *, backward: bool = False) -> float:
         """Seconds that a GPU computes: every product, attention and other operation after the one before."""
         products_s = sum(self.matmul_s(each, gpu) for each in work.products)
         attentions_s = sum(self.attention_s(each, gpu) for each in work.attentions)
+        attentions_s *= self.compute.attention_backward if backward else 1.0
         return products_s + self.memory_s(work.moved_bytes, gpu) + attentions_s
 
     def matmul_s(self, product: Product, gpu: Gpu) -> float:
@@ -155,8 +164,54 @@ class Efficiency:
         latency += self.links.network_s * (group.nodes - 1)
         return latency + num_bytes * (group.size - 1) / group.size / (group.bytes_per_s * share)
 
+    def collective_s(self, kind: str, num_bytes: float, group: Group) -> float:
+        """Seconds of a collective of `num_bytes` in all, as it was measured, or as a ring.
+
+        Args:
+            kind: "all_reduce", "all_gather", "reduce_scatter".
+            num_bytes: of the whole tensor.
+            group: ranks.
+        """
+        if group.size == 1:
+            return 0.0
+        known = self.measured_s(kind, num_bytes, group.size)
+        if known is not None:
+            return known
+        return (2 if kind == "all_reduce" else 1) * self.gather_s(num_bytes, group)
+
+    def measured_s(self, kind: str, num_bytes: float, ranks: int) -> float | None:
+        """Seconds, where that kind was measured: among so many ranks, the next more, or else the most."""
+        known = self.links.measured.get(kind)
+        if not known:
+            return None
+        latency_s, bytes_per_s = known[min((each for each in known if each >= ranks), default=max(known))]
+        return latency_s + num_bytes / bytes_per_s
+
+    def waits_s(self, busy_s: float, times: float) -> float:
+        """Seconds that a rank waits for slower ones when all meet so often while they compute.
+
+        Delays come at any time, one from the other apart, so that what ranks differ by between two meetings grows with
+        the root of the time between.
+        """
+        return float(self.links.unsteady * (busy_s * times) ** 0.5)
+
+    def hop_s(self, num_bytes: float, group: Group) -> float:
+        """Seconds until every rank of a ring has what the one before sent."""
+        share = (group.size - 1) / group.size  # of an all-to-all of so much leaves a rank
+        known = self.measured_s("all_to_all", num_bytes / share, group.size)
+        if known is not None:
+            return known
+        within = group.nodes == 1
+        latency_s, reached = (
+            (self.links.nvlink_s, self.links.nvlink) if within else (self.links.network_s, self.links.network)
+        )
+        return latency_s + num_bytes / (group.bytes_per_s * reached)
+
     def send_s(self, num_bytes: float, cluster: Cluster, stride: int) -> float:
         """Seconds to send so many bytes to the rank `stride` away."""
+        known = self.measured_s("send", num_bytes, 2)
+        if known is not None:
+            return known
         within = stride < cluster.gpus_per_node
         if within:
             return self.links.nvlink_s + num_bytes / (cluster.gpu.nvlink_bytes_per_s * self.links.nvlink)

@@ -67,7 +67,7 @@ class Forecast:
     def mfu(self) -> float:
         """Model FLOPs over those of all GPUs at their 16-bit peak; of CPUs at that of 32 bits where that is higher."""
         cluster = self.paper.machine.cluster
-        peak = max(cluster.gpu.flops_per_s.get(each, 0.0) for each in ("bf16", "fp32"))
+        peak = max(cluster.gpu.flops_per_s.get(each, 0.0) for each in ("bf16", "fp16", "fp32"))
         return self.flops / self.step.total_s / (cluster.num_gpus * peak)
 
     def as_dict(self) -> dict[str, Any]:

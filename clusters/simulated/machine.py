@@ -8,7 +8,7 @@ from meshwright.clusters.simulated.efficiency import Efficiency
 from meshwright.clusters.simulated.experts import Hop, ways_of
 from meshwright.parallel.folding import FOLDS, ranks_along
 from meshwright.parallel.mesh import AXES, Mesh
-from meshwright.parallel.work import Sent, Work
+from meshwright.parallel.work import Passes, Sent, Work
 
 __all__ = ["Machine", "Priced"]
 
@@ -69,8 +69,8 @@ class Machine:
                 f"the mesh ({self.mesh}) has {self.mesh.world_size} ranks; the cluster has {self.cluster.num_gpus} GPUs"
             )
 
-    def group(self, axis: str) -> Group:
-        """The ranks that share a collective along an axis, and their links."""
+    def group(self, axis: str, *, consecutive: int = 0) -> Group:
+        """The ranks that share a collective along an axis, all or so many side by side, and their links."""
         if axis not in FOLDS and axis not in AXES:
             return self.cluster.group(1)
         if axis in AXES:
@@ -78,16 +78,21 @@ class Machine:
             stride = 1
             for each in inner:
                 stride *= self.mesh.degree(each)
-            return self.cluster.group(self.mesh.degree(axis), stride)
+            return self.cluster.group(consecutive or self.mesh.degree(axis), stride)
         ranks = ranks_along(self.mesh, 0, axis)
         return self.cluster.group(len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1)
 
     def sent_s(self, sent: Sent) -> float:
         """Seconds of one collective, of which nothing is hidden."""
-        group = self.group(sent.axis)
+        group = self.group(sent.axis, consecutive=sent.consecutive)
         if group.size == 1 or not sent.size_bytes:
             return 0.0
+        if sent.kind == "hop":
+            return self.efficiency.hop_s(sent.size_bytes, group)
         if sent.kind == "all_to_all":
+            known = self.efficiency.measured_s(sent.kind, sent.size_bytes, group.size)
+            if known is not None:
+                return known
             each = sent.size_bytes / group.size
             away, within = group.size - group.per_node, group.per_node - 1
             hop = Hop(
@@ -98,16 +103,15 @@ class Machine:
                 bytes_within=within * each,
             )
             return hop.took_s(ways_of(self.cluster))
-        rounds = 2 if sent.kind == "all_reduce" else 1
-        return rounds * self.efficiency.gather_s(sent.size_bytes, group)
+        return self.efficiency.collective_s(sent.kind, sent.size_bytes, group)
 
-    def priced(self, work: Work) -> Priced:
+    def priced(self, work: Work, *, backward: bool = False) -> Priced:
         """Seconds of a work; the host is a floor under all of it, and comes on top where it computes itself."""
-        busy_s = self.efficiency.busy_s(work, self.cluster.gpu)
+        busy_s = self.efficiency.busy_s(work, self.cluster.gpu, backward=backward)
         found = Priced(
             compute_s=busy_s,
             tp_s=self._along(work.sent, "tp"),
-            cp_s=self._beside(work),
+            cp_s=self._beside(work, backward=backward),
             ep_s=sum(self._along(work.sent, fold) for fold in FOLDS),
         )
         if not found.total_s and not work.operations:
@@ -115,6 +119,10 @@ class Machine:
         is_host = self.cluster.gpu.generation == "cpu"
         floor_s = self.efficiency.floor_s(found.total_s, work.operations / _LAYER_OPERATIONS, in_series=is_host)
         return found + Priced(compute_s=floor_s - found.total_s)
+
+    def both(self, passes: Passes) -> tuple[Priced, Priced]:
+        """Forward and backward."""
+        return self.priced(passes.forward), self.priced(passes.backward, backward=True)
 
     def hop_s(self, num_bytes: float, sender: int, receiver: int) -> float:
         """Seconds to send from one rank of the pipeline to another, each the first of its stage."""
@@ -126,8 +134,9 @@ class Machine:
     def _along(self, sent: Iterable[Sent], axis: str) -> float:
         return sum(self.sent_s(each) for each in sent if each.axis == axis)
 
-    def _beside(self, work: Work) -> float:
-        """What is seen of keys and values on their way, beside the attention that they are for."""
-        sent_s = self._along(work.sent, "cp")
-        hidden_by = self.efficiency.busy_s(Work(attentions=work.attentions), self.cluster.gpu)
-        return max(sent_s - hidden_by, self.efficiency.links.exposed * sent_s) if sent_s else 0.0
+    def _beside(self, work: Work, *, backward: bool) -> float:
+        """What is seen of what `cp` sends: all, but of hops, which travel beside attention, what that does not hide."""
+        hops_s = self._along((each for each in work.sent if each.kind == "hop"), "cp")
+        sent_s = self._along((each for each in work.sent if each.kind != "hop"), "cp")
+        hidden_by = self.efficiency.busy_s(Work(attentions=work.attentions), self.cluster.gpu, backward=backward)
+        return sent_s + (max(hops_s - hidden_by, self.efficiency.links.exposed * hops_s) if hops_s else 0.0)

@@ -95,7 +95,8 @@ class Transformer:
         174.6
         """
         tables = self.embedding_parameters * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + tables
+        last_norm = self.hidden * (1 if self.gated else 2)
+        return self.layers * self.layer_parameters + last_norm + tables
 
     def layer_flops(self, *, causal: bool = False) -> float:
         """Model FLOPs of one layer for one token, forward: 2 for each matrix element, 4 h s for the scores.

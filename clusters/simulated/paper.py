@@ -9,25 +9,13 @@ from functools import cached_property
 from math import log2
 
 from meshwright.clusters.simulated.machine import Machine, Priced
+from meshwright.clusters.simulated.meetings import StageBytes, closing_s, copied_bytes, meetings
 from meshwright.clusters.simulated.step import Step
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.timeline import Costs, Timeline, timeline
 from meshwright.parallel.work import Passes, Sent, Traced
 
 __all__ = ["Paper", "StageBytes"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageBytes:
-    """Bytes that one stage gathers and reduces, of all ranks that share them.
-
-    Args:
-        gathered: of parameters along `fsdp`.
-        reduced: of gradients, along `fsdp` if there is one, then along `dp`.
-    """
-
-    gathered: float = 0.0
-    reduced: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +32,7 @@ class Paper:
         stages: bytes of each stage, where the schedule gathers and reduces by itself.
         rest: of what stands around blocks, gathered before and reduced behind all of it.
         sent: collectives of `dp` and `fsdp` of a step that the schedule does not show.
+        closing: sums along `tp` and `cp` that end a step on one rank.
         optimizer_bytes: read and written by the update.
     """
 
@@ -54,8 +43,9 @@ class Paper:
     recomputed: frozenset[str] = frozenset()
     border_bytes: float = 0.0
     stages: Mapping[int, StageBytes] = field(default_factory=dict)
-    rest: StageBytes = StageBytes()
+    rest: StageBytes = field(default_factory=StageBytes)
     sent: tuple[Sent, ...] = ()
+    closing: tuple[Sent, ...] = ()
     optimizer_bytes: float = 0.0
 
     def blocks(self, stage: int) -> dict[str, Passes]:
@@ -98,8 +88,8 @@ class Paper:
             compute_s=count * (both.compute_s - head.compute_s),
             recompute_s=count * again.total_s,
             head_s=count * head.compute_s,
-            tp_s=count * both.tp_s,
-            cp_s=count * both.cp_s,
+            tp_s=count * both.tp_s + closing_s(self, "tp"),
+            cp_s=count * both.cp_s + closing_s(self, "cp"),
             ep_s=count * both.ep_s,
             pp_bubble_s=quiet.makespan - quiet.busy[rank],
             pp_transfer_s=passed_s,
@@ -107,7 +97,8 @@ class Paper:
             optimizer_s=self.machine.efficiency.memory_s(self.optimizer_bytes, self.machine.cluster.gpu),
         )
         share = self.machine.efficiency.links.straggling * log2(self.machine.cluster.nodes)
-        return replace(found, straggling_s=found.total_s * share)
+        waits_s = self.machine.efficiency.waits_s(quiet.busy[rank], meetings(self, rank))
+        return replace(found, straggling_s=found.total_s * share + waits_s)
 
     def around(self, stage: int) -> Iterator[Passes]:
         """What stands around blocks and is done with a stage."""
@@ -118,8 +109,9 @@ class Paper:
 
     def _around(self, stages: tuple[int, ...]) -> Priced:
         """The same of a rank with these stages, both directions."""
-        works = [work for stage in stages for each in self.around(stage) for work in (each.forward, each.backward)]
-        return sum(map(self.machine.priced, works), Priced())
+        return sum(
+            (one for stage in stages for each in self.around(stage) for one in self.machine.both(each)), Priced()
+        )
 
     @cached_property
     def _priced(self) -> dict[int, dict[Kind, Priced]]:
@@ -127,17 +119,14 @@ class Paper:
 
         def both(passes: Passes) -> tuple[Priced, Priced]:
             if id(passes) not in known:
-                known[id(passes)] = self.machine.priced(passes.forward), self.machine.priced(passes.backward)
+                known[id(passes)] = self.machine.both(passes)
             return known[id(passes)]
 
         found = {}
         for stage in range(self.schedule.num_stages):
             mine = self.blocks(stage)
             again = [both(each)[0] for name, each in mine.items() if name in self.recomputed]
-            around = [
-                (self.machine.priced(each.forward), self.machine.priced(each.backward)) for each in self.around(stage)
-            ]
-            pairs = [*map(both, mine.values()), *around]
+            pairs = [*map(both, mine.values()), *map(both, self.around(stage))]
             found[stage] = {
                 Kind.FORWARD: sum((each[0] for each in pairs), Priced()),
                 Kind.BACKWARD: sum((each[1] for each in pairs), Priced()),
@@ -191,6 +180,7 @@ class Paper:
     def _data_s(self, quiet: Timeline, rank: int) -> float:
         """What is seen of gathers and reductions: what the walk does not hide, and never less than a share of all."""
         rest_s = self._gathered_s(self.rest) + self._reduced_s(self.rest)
+        rest_s += self.machine.efficiency.memory_s(copied_bytes(self, rank), self.machine.cluster.gpu)
         shown_s = sum(
             self.costs.of(action) for action in self.schedule.ranks[rank] if action.kind in (Kind.GATHER, Kind.REDUCE)
         )

@@ -54,7 +54,8 @@ class Priced:
     def mfu(self) -> float:
         """Model FLOPs, all scores of attention counted, over the dense peak of all GPUs in use."""
         flops = self.tokens_per_s * self.training.model.flops_per_token()
-        peak = self.training.cluster.gpu.flops_per_s[_counted(self.training)]
+        gpu = self.training.cluster.gpu
+        peak = gpu.flops_per_s.get(self.training.engine.precision, gpu.half_flops_per_s)
         return flops / (self.layout.num_ranks * peak)
 
     @property
@@ -210,8 +211,3 @@ class _Walk:
             return
         self.priced += 1
         self.offer(Priced(training=training, step=step(training), memory_bytes=needed))
-
-
-def _counted(training: Training) -> str:
-    peaks = training.cluster.gpu.flops_per_s
-    return training.engine.precision if training.engine.precision in peaks else "bf16"

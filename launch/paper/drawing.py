@@ -12,6 +12,7 @@ from meshwright.clusters.simulated.machine import Machine
 from meshwright.clusters.simulated.paper import Paper, StageBytes
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.paper.hardware import Hardware
+from meshwright.launch.paper.positions import border_sends, keys_fetched, summed_at_end
 from meshwright.launch.paper.states import data_calls, stage_bytes, states_of
 from meshwright.launch.rehearse import settled_on_meta
 from meshwright.launch.spec.job import Job
@@ -24,7 +25,7 @@ from meshwright.parallel.plan import Plans, make_context_plan, make_expert_plan,
 from meshwright.parallel.predicted import first_shares
 from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tracing import Tracer, trace
-from meshwright.parallel.work import Sent, Traced
+from meshwright.parallel.work import Passes, Sent, Traced, Work
 
 __all__ = ["Drawing", "deal_on_paper", "forecast", "run_on_paper"]
 
@@ -98,7 +99,9 @@ def run_on_paper(loaded: LoadedJob, dealt: Drawing) -> Drawing:
     traced = mine(options)
     if job.mesh.cp > 1:
         part = replace(options, example=_first_positions(options.example, job.mesh.cp))
-        traced = replace(traced, blocks=mine(part, num_positions=job.mesh.cp).blocks)
+        fetched = keys_fetched(options, job.mesh.cp)
+        blocks = mine(part, num_positions=job.mesh.cp, fetched=fetched).blocks
+        traced = replace(traced, blocks=blocks, after=_beyond(traced.after, dealt))
     flops = traced.forward_flops
     if job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:
         flops = run(options, backward=False, prepare=partial(_spread, mesh=Mesh(), options=options)).forward_flops
@@ -155,7 +158,15 @@ def _paper(drawing: Drawing, job: Job, hardware: Hardware, *, options: Options, 
         stages=of_stages,
         rest=rest,
         sent=sent,
+        closing=summed_at_end(mine, job.mesh, options, plans=drawing.plans),
     )
+
+
+def _beyond(after: Passes, dealt: Drawing) -> Passes:
+    """With what is sent along `cp` where blocks are entered and left, both ways."""
+    itemsize = max((each.element_size() for each in dealt.mine.parameters()), default=0)
+    sent = Work(sent=border_sends(dealt.plans.context, itemsize))
+    return replace(after, backward=after.backward + sent)
 
 
 def _spread(model: nn.Module, tracer: Tracer, *, mesh: Mesh, options: Options) -> None:

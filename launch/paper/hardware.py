@@ -81,10 +81,14 @@ def _kind(loaded: LoadedJob, gpu_name: str | None, notes: list[str]) -> Gpu:
         name = _USUAL_GPU
         notes.append(f"the job names no GPU, so {name} is taken; say which by --gpu or resources.gpu_type")
     try:
-        return gpu(name)
+        found = gpu(name)
     except ValueError as error:
         where = "--gpu" if gpu_name else loaded.where("resources.gpu_type")
         raise JobError([Problem(where, "resources.gpu_type", str(error))]) from error
+    lacks = found.lacks(loaded.job.train.precision) if loaded.job.train else None
+    if lacks:
+        raise JobError([Problem(loaded.where("train.precision"), "train.precision", lacks)])
+    return found
 
 
 def _gpus_per_node(job: Job, notes: list[str]) -> int:

@@ -17,7 +17,7 @@ from meshwright.parallel.predicted import padded_elements, predicted_calls
 from meshwright.parallel.stages import Stages
 from meshwright.parallel.work import Sent
 
-__all__ = ["data_calls", "stage_bytes", "states_of"]
+__all__ = ["block_parameters", "data_calls", "stage_bytes", "states_of"]
 
 _WHOLE_AT_ONCE = 2
 """Blocks whose parameters or gradients are whole where others are sharded: one at work, one on its way."""
@@ -60,10 +60,7 @@ def states_of(model: nn.Module, mesh: Mesh, options: Options, *, stages: Stages,
     """What each rank of the pipeline keeps."""
     sizes = _Sizes(model, mesh, experts)
     own, rest = own_parameters(model, stages.homes)
-    blocks = [
-        [f"{path}.{name}" for name, _ in block.named_parameters()]
-        for path, block in find_blocks(model, options.blocks).items()
-    ]
+    blocks = block_parameters(model, options)
     known = dict(model.named_parameters())
     largest = max((sizes.whole(name for name in names if name in known) for names in blocks), default=0.0)
     shows = stages.schedule.has(Kind.GATHER)
@@ -80,6 +77,14 @@ def states_of(model: nn.Module, mesh: Mesh, options: Options, *, stages: Stages,
             gathered += min(gradients, sizes.whole(names, trained=True))
         found.append(States(parameters=sizes.kept(names), gradients=trained, optimizer=2 * trained, gathered=gathered))
     return found
+
+
+def block_parameters(model: nn.Module, options: Options) -> list[list[str]]:
+    """Names of the parameters of each block."""
+    return [
+        [f"{path}.{name}" for name, _ in block.named_parameters()]
+        for path, block in find_blocks(model, options.blocks).items()
+    ]
 
 
 def _outside(known: Mapping[str, object], blocks: Iterable[Iterable[str]]) -> set[str]:

@@ -16,11 +16,17 @@ def test_two_ranks_of_this_machine_are_measured_and_loaded(tmp_path: Path, monke
     said: list[str] = []
     found = calibrated(said.append, counts=(1, 2), gpus=0)
     assert said[0] == "starting 2 ranks on CPUs"
-    assert [each for each in said if each.startswith("collectives")] == ["collectives of 2 ranks"]
+    assert [each for each in said if " of 2 ranks" in each] == [
+        "collectives of 2 ranks in groups of 2",
+        "waiting of 2 ranks",
+    ]
     assert (set(found["by_ranks"]), found["calibrated"]["threads"]) == ({1, 2}, {1: 1, 2: 1})
     path = tmp_path / "machine.yaml"
     path.write_text(written(found), encoding="utf-8")
     gpu, reached = hardware_of(path, ranks=2)
+    kinds = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"}
+    assert set(reached.links.measured) == kinds
+    assert reached.links.unsteady >= 0 < reached.compute.attention_backward
     small, large = (reached.matmul_s(Product(each, 512, 512, precision="fp32"), gpu) for each in (64, 1024))
     assert 1e-6 < small < large < 10
     assert gpu.memory_bytes == pytest.approx(this_machine().memory_bytes, rel=1e-3)

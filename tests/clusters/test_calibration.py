@@ -33,10 +33,12 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
     shapes = [(*shape, name) for name in names for shape in PRODUCTS["cpu"]]
     products = [[*each, product(*each) * (wrong if at % 2 else 1)] for at, each in enumerate(shapes)]
     heads = [(64, 16), (256, 32), (1024, 128), (512, 8)]
-    attention = [[2, 4, s, w, 4 * s**2 * (4 * w / (0.5 * RATES["fp32"]) + 3 / EXP) + START_S] for s, w in heads]
+    rate = 0.5 * RATES["fp32"]
+    attention = [[2, 4, s, w, 4 * s**2 * (4 * w / rate + 3 / EXP) + START_S] for s, w in heads]
+    backward = [[2, 4, s, w, BACK * (4 * s**2 * (10 * w / rate + 3 / EXP) + START_S)] for s, w in heads]
     sizes = (2**10, 2**16, 2**20, 2**23)
-    exchanged = [[name, size, ring(size) * times] for size in sizes for name, times in _TIMES.items()]
-    sent = [["send", size, 0.25 * (LATENCY_S + size / LINK)] for size in sizes]
+    exchanged = [[name, ranks, size, ring(size) * times] for size in sizes for name, times in _TIMES.items()]
+    exchanged += [[name, 2, size, *_straight(name, size)] for size in sizes for name in _STRAIGHT]
     return {
         "ranks": ranks,
         "threads": threads,
@@ -49,11 +51,20 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
         "products": products,
         "memory": [[size, 2e-5 + size / MEMORY] for size in (1e5, 1e6, 1e7)],
         "attention": attention,
-        "collectives": [*exchanged, *sent] if ranks > 1 else [],
+        "attention_backward": backward,
+        "collectives": exchanged if ranks > 1 else [],
+        "unsteady": 0.01 if ranks > 1 else 0.0,
     }
 
 
 _TIMES = {"all_gather": 1, "all_reduce": 2}
+_STRAIGHT = {"reduce_scatter": (5e-4, 1e9), "all_to_all": (2e-4, 4e9), "send": (1e-4, 3e9)}  # latency, bytes per second
+BACK = 1.3
+
+
+def _straight(name: str, size: float) -> list[float]:
+    latency_s, rate = _STRAIGHT[name]
+    return [latency_s + size / rate]
 
 
 def of(*measured: dict[str, Any], machine: Machine = HOST) -> dict[str, Any]:
@@ -75,7 +86,8 @@ def test_the_numbers_that_times_were_made_from_are_found_again(path: Path) -> No
     assert reached.compute.kernel_s == pytest.approx(START_S, rel=0.05)
     assert (reached.compute.attention, reached.compute.softmax) == pytest.approx((0.5, 3.0), rel=0.1)
     assert (gpu.nvlink_bytes_per_s, reached.links.nvlink_s) == pytest.approx((LINK, LATENCY_S), rel=0.01)
-    assert reached.links.transfer == pytest.approx(0.25, rel=0.01)
+    assert reached.compute.attention_backward == pytest.approx(BACK, rel=0.03)
+    assert reached.links.unsteady == 0.01
     assert reached.compute.host_s == reached.compute.waiting_s == 2e-4
     assert reached.reserves.overhead_bytes == 3e8
 
@@ -86,9 +98,12 @@ def test_an_entry_prices_what_it_was_made_from(path: Path) -> None:
         product = Product(m, n, k, precision=name)
         assert reached.matmul_s(product, gpu) == pytest.approx(took_s, rel=0.03), product
     group = Cluster(gpu=gpu, num_gpus=4, gpus_per_node=4).group(4)
-    for name, size, took_s in made(4, 1)["collectives"]:
-        if name != "send":
+    for name, ranks, size, took_s in made(4, 1)["collectives"]:
+        assert reached.measured_s(name, size, ranks) == pytest.approx(took_s, rel=0.02), name
+        if name in _TIMES:
             assert _TIMES[name] * reached.gather_s(size, group) == pytest.approx(took_s, rel=0.02)
+            assert reached.collective_s(name, size, group) == pytest.approx(took_s, rel=0.02)
+    assert reached.send_s(1e6, Cluster(gpu=gpu, num_gpus=4), 1) == pytest.approx(_straight("send", 1e6)[0], rel=0.02)
 
 
 def test_ranks_that_outnumber_cores_take_turns(path: Path) -> None:
@@ -114,7 +129,7 @@ def test_threads_that_are_slower_together_are_priced_so(tmp_path: Path) -> None:
 
 def test_errors_say_how_far_off_the_fits_are() -> None:
     exact, spoilt = (of(made(4, 1, wrong=each))["mean_error_percent"][4] for each in (1.0, 2.0))
-    assert set(exact) == {"products", "memory", "attention", "collectives", "transfers"}
+    assert set(exact) == {"products", "memory", "attention", "attention_backward", *_TIMES, *_STRAIGHT}
     assert max(exact.values()) < 1
     assert 25 < spoilt["products"] < 45
 
@@ -122,7 +137,7 @@ def test_errors_say_how_far_off_the_fits_are() -> None:
 def test_one_rank_alone_is_an_entry_too() -> None:
     found = of(made(1, 1))
     assert set(found["by_ranks"]) == {1}
-    assert set(found["mean_error_percent"][1]) == {"products", "memory", "attention"}
+    assert set(found["mean_error_percent"][1]) == {"products", "memory", "attention", "attention_backward"}
 
 
 def test_a_gpu_is_called_as_its_driver_does_and_its_ranks_take_no_turns(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ NEEDS_TORCH = (
     "meshwright.clusters.rendezvous",
     "meshwright.launch.paper.advice",
     "meshwright.launch.paper.drawing",
+    "meshwright.launch.paper.positions",
     "meshwright.launch.paper.states",
     "meshwright.launch.worker",
 )

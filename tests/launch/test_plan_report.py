@@ -29,7 +29,7 @@ def job(tmp_path: Path) -> str:
 def test_the_text_has_a_table_reasons_and_keys_that_load(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", job, "--gpu", "A100", "--gpus", "64", "--with", "tokens=1e12", "--with", "show=3"]) == 0
     text = capsys.readouterr().out
-    assert "billion: 1,100,046,336 parameters, 22 layers of 2048, 2048 tokens; 64 x A100" in text
+    assert "billion: 1,100,048,384 parameters, 22 layers of 2048, 2048 tokens; 64 x A100" in text
     assert "against the first" in text
     assert "1e+12 tokens take" in text
     assert "the first with one thing changed:" in text

@@ -11,6 +11,7 @@ from meshwright.clusters.simulated.candidates import groups
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.planning import Wishes, job_keys, question_of
+from meshwright.launch.rehearse import model_on_meta
 from meshwright.parallel.options import Options
 
 JOB = """
@@ -121,3 +122,15 @@ def test_what_the_command_line_leaves_out_the_job_says(tmp_path: Path) -> None:
 def test_bad_wishes_are_refused(tmp_path: Path, gpu: str | None, gpus: int, words: list[str], said: str) -> None:
     with pytest.raises(JobError, match=said.replace("(", r"\(")):
         question_of(_job(tmp_path), Wishes.of(gpu, gpus, words))
+
+
+def test_layouts_are_not_planned_for_gpus_without_bfloat16(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="layouts are planned in bfloat16, for which V100 has no matrix units"):
+        question_of(_job(tmp_path), Wishes.of("V100", 8))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_parameters_are_those_of_the_model(architecture: str, tmp_path: Path) -> None:
+    loaded = _job(tmp_path, architecture)
+    asked, _ = question_of(loaded, Wishes.of("H100", 8))
+    assert asked.model.parameters == sum(each.numel() for each in model_on_meta(loaded, values=False).parameters())

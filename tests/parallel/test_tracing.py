@@ -15,7 +15,7 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.plan import Plans, make_plan
 from meshwright.parallel.traced_blocks import alike_blocks
 from meshwright.parallel.tracing import trace
-from meshwright.parallel.work import Traced
+from meshwright.parallel.work import Sent, Traced
 from tests.parallel.families import FAMILIES, lm, words
 from tests.parallel.models import VOCABULARY
 
@@ -97,10 +97,16 @@ def test_attention_is_fused_and_causal_attention_is_half_of_it() -> None:
 
 
 def test_keys_of_other_ranks_cost_their_share_of_attention_and_their_way() -> None:
-    alone, among = (trace(_Attends(True), Options(example=torch.zeros(2, 4, 8)), num_positions=n) for n in (1, 4))
+    options = Options(example=torch.zeros(2, 4, 8))
+
+    def fetched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[list[Sent], list[Sent]]:
+        assert query.shape == key.shape == value.shape
+        return [Sent("cp", "hop", float(key.numel()))], [Sent("cp", "hop", 1.0), Sent("cp", "hop", 2.0)]
+
+    alone, among = trace(_Attends(True), options), trace(_Attends(True), options, num_positions=4, fetched=fetched)
     assert among.before.forward.attentions[0].flops == 4 * alone.before.forward.attentions[0].flops
-    assert [each.size_bytes for each in among.before.forward.sent] == [4 * 2 * 4 * 64]
-    assert len(among.before.backward.sent) == 2
+    assert [each.size_bytes for each in among.before.forward.sent] == [2 * 4 * 8]
+    assert [each.size_bytes for each in among.before.backward.sent] == [1.0, 2.0]
     assert not alone.before.forward.sent
 
 

@@ -102,9 +102,70 @@ def test_an_axis_within_a_node_sends_faster_than_one_across() -> None:
 
 def test_attention_hides_keys_on_their_way() -> None:
     machine = _machine(Mesh(cp=8))
-    sent = (Sent("cp", "all_gather", 1e8),)
+    sent = (Sent("cp", "hop", 1e8),)
     bare, hidden = (machine.priced(Work(attentions=each, sent=sent)).cp_s for each in ((), (Attention(1e14, 1e10),)))
     assert hidden == pytest.approx(machine.efficiency.links.exposed * bare)
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "all_to_all", "reduce_scatter"])
+def test_what_attention_waits_for_shows_whole(kind: str) -> None:
+    machine, sent = _machine(Mesh(cp=8)), Sent("cp", kind, 1e8)
+    found = machine.priced(Work(attentions=(Attention(1e14, 1e10),), sent=(sent,)))
+    assert found.cp_s == pytest.approx(machine.sent_s(sent))
+
+
+def test_groups_of_consecutive_ranks_stay_on_a_node() -> None:
+    machine = _machine(Mesh(cp=16))
+    within, across = (machine.sent_s(Sent("cp", "all_to_all", 1e8, consecutive=n)) for n in (8, 0))
+    assert 2 * within < across
+
+
+def _measured(mesh: Mesh, **numbers: Any) -> Machine:
+    machine = _machine(mesh)
+    reached = machine.efficiency
+    return replace(machine, efficiency=replace(reached, links=replace(reached.links, **numbers)))
+
+
+def test_kinds_that_were_measured_are_priced_as_they_were() -> None:
+    known = {"reduce_scatter": {2: (1.0, 1e9), 4: (2.0, 1e9)}, "all_to_all": {4: (3.0, 1e9)}, "send": {2: (5.0, 1e9)}}
+    mesh = Mesh(tp=4, cp=2)
+    machine = _measured(mesh, measured=known)
+    assert machine.sent_s(Sent("tp", "reduce_scatter", 1e9)) == 3.0
+    assert machine.sent_s(Sent("cp", "reduce_scatter", 1e9)) == 2.0
+    assert machine.sent_s(Sent("cp", "all_to_all", 1e9)) == 4.0
+    assert machine.sent_s(Sent("cp", "hop", 5e8)) == 4.0
+    gather = Sent("tp", "all_gather", 1e9)
+    assert machine.sent_s(gather) == _machine(mesh).sent_s(gather)
+    assert _measured(Mesh(pp=2), measured=known).hop_s(1e9, 0, 1) == 6.0
+
+
+def test_sums_that_end_a_step_show_once_along_their_axis() -> None:
+    mesh = Mesh(tp=2, cp=4)
+    sums = tuple(Sent(axis, "all_reduce", 1e9) for axis in ("tp", "cp"))
+    plain, summed = (_paper(mesh, "accumulate", 2, 4, closing=each).step for each in ((), sums))
+    machine = _machine(mesh)
+    assert summed.tp_s - plain.tp_s == pytest.approx(machine.sent_s(sums[0]))
+    assert summed.cp_s - plain.cp_s == pytest.approx(machine.sent_s(sums[1]))
+
+
+def test_ranks_wait_for_the_slowest_as_often_as_they_meet() -> None:
+    work = Work(products=FORWARD.products, sent=(Sent("tp", "all_reduce", 1.0),))
+    block = Passes(forward=work, backward=work)
+    traced = Traced(blocks={"0": block, "1": block}, before=NOTHING, after=NOTHING)
+    steady, waiting = (
+        _paper(Mesh(tp=4), "accumulate", 2, 3, traced=traced, machine=_measured(Mesh(tp=4), unsteady=each)).step
+        for each in (0.0, 0.5)
+    )
+    assert waiting.straggling_s == pytest.approx(0.5 * (steady.total_s * 3 * 4) ** 0.5)
+    assert replace(waiting, straggling_s=0.0) == steady
+
+
+def test_backward_of_attention_takes_as_long_as_it_was_measured() -> None:
+    machine, work = _machine(Mesh(dp=2)), Work(attentions=(Attention(1e14, 1e10),))
+    reached = machine.efficiency
+    longer = replace(machine, efficiency=replace(reached, compute=replace(reached.compute, attention_backward=1.5)))
+    ahead, back = (longer.priced(work, backward=each).compute_s for each in (False, True))
+    assert (ahead, back) == pytest.approx((machine.priced(work).compute_s, 1.5 * ahead))
 
 
 def test_gradients_are_hidden_behind_computing_but_for_a_share() -> None:
@@ -113,8 +174,9 @@ def test_gradients_are_hidden_behind_computing_but_for_a_share() -> None:
     models = [Traced(blocks=dict.fromkeys(map(str, range(n)), BLOCK), before=NOTHING, after=NOTHING) for n in (1, 100)]
     few, many = (_paper(mesh, "accumulate", 1, 1, traced=each, sent=sent).step for each in models)
     whole_s = _machine(mesh).sent_s(Sent("dp", "all_reduce", 1e9))
-    assert many.dp_s == pytest.approx(_machine(mesh).efficiency.links.exposed * whole_s)
-    assert many.dp_s < few.dp_s < whole_s
+    copied_s = _machine(mesh).efficiency.memory_s(2e9, gpu("H100"))  # gradients read, and written where they are sent
+    assert many.dp_s == pytest.approx(_machine(mesh).efficiency.links.exposed * whole_s + copied_s)
+    assert many.dp_s < few.dp_s < whole_s + copied_s
 
 
 def test_reductions_of_a_schedule_show_where_nothing_hides_them() -> None:

@@ -123,6 +123,15 @@ def test_an_unknown_gpu_is_named_with_the_nearest(tmp_path: Path, capsys: pytest
     assert "nearest: 'H100'" in capsys.readouterr().err
 
 
+def test_a_gpu_without_the_number_format_of_a_job_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = _written(tmp_path, "{dp: 8}")
+    with pytest.raises(JobError, match=r"train.precision.*V100 has no matrix units for bfloat16; set train.precision="):
+        mw.simulate(path, gpu="V100")
+    found = mw.simulate(path, ["train.precision=float32"], gpu="V100").forecast
+    assert found is not None
+    assert found.paper.machine.cluster.gpu.name == "V100"
+
+
 def test_a_machine_that_was_measured_holds_all_ranks_and_starts_operations_one_after_the_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
