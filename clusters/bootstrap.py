@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 
-__all__ = ["main"]
+__all__ = ["die_with", "main"]
 
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Has the kernel end this process (Linux) as soon as `parent`, that forked it, has ended."""
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -48,7 +49,7 @@ def main(words: list[str]) -> None:
         words: process id of the agent, run directory, working directory, then the command.
     """
     if sys.platform == "linux":
-        _die_with(int(words[0]))
+        die_with(int(words[0]))
         _as_given("LC_CTYPE")
     run_dir, workdir, command = words[1], words[2], words[3:]
     rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

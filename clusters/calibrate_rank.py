@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from meshwright.clusters.bootstrap import die_with
 from meshwright.clusters.calibrate_device import measured_device
 from meshwright.clusters.calibrate_waits import unsteadiness
 
@@ -37,10 +38,19 @@ def main(words: Sequence[str]) -> int:
 
     assert not torch.cuda.is_initialized(), "ranks are forked before a GPU is used"
     counts = [int(each) for each in words[2].split(",")]
+    _end_with(os.getppid())
+    here = os.getpid()
     for rank in range(1, counts[-1]):
         if os.fork() == 0:
+            _end_with(here)
             os._exit(_failed(words, counts, rank))
     return _failed(words, counts, 0)
+
+
+def _end_with(parent: int) -> None:
+    """No rank outlives whoever asked for numbers, however that ends."""
+    if sys.platform == "linux":
+        die_with(parent)
 
 
 def _failed(words: Sequence[str], counts: Sequence[int], rank: int) -> int:

@@ -86,6 +86,11 @@ class Transformer:
         return self.vocab * self.hidden
 
     @property
+    def last_norm_parameters(self) -> int:
+        """Of the norm behind the last layer."""
+        return self.hidden * (1 if self.gated else 2)
+
+    @property
     def parameters(self) -> int:
         """All of them, without a table of positions.
 
@@ -95,8 +100,7 @@ class Transformer:
         174.6
         """
         tables = self.embedding_parameters * (1 if self.tied else 2)
-        last_norm = self.hidden * (1 if self.gated else 2)
-        return self.layers * self.layer_parameters + last_norm + tables
+        return self.layers * self.layer_parameters + self.last_norm_parameters + tables
 
     def layer_flops(self, *, causal: bool = False) -> float:
         """Model FLOPs of one layer for one token, forward: 2 for each matrix element, 4 h s for the scores.

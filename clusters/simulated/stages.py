@@ -42,7 +42,7 @@ def stage_parameters(model: Transformer, layout: Layout) -> float:
     The embedding lies on the first stage, the head on the last: one table in a pipeline, and without one unless tied.
     """
     layers = layers_of_ranks(model, layout.pp)
-    tables = model.embedding_parameters * (1 if layout.pp > 1 or model.tied else 2)
+    tables = model.embedding_parameters * (1 if layout.pp > 1 or model.tied else 2) + model.last_norm_parameters
     dense = model.layer_parameters - model.expert_parameters * model.experts
     if not model.experts:
         return (max(layers[0], layers[-1]) * model.layer_parameters + tables) / layout.tp

@@ -1,7 +1,9 @@
 """A calibration of this machine: real ranks, through `meshwright.clusters.calibrate_rank`."""
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,30 @@ def test_the_machine_is_described_as_ranks_see_it() -> None:
     assert found.cores == len(os.sched_getaffinity(0))
     assert found.memory_bytes > 2**28
     assert found.processor
+
+
+def test_no_rank_outlives_who_asked_for_numbers(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "meshwright.clusters.calibrate_rank", "gloo", str(tmp_path), "1,2,4", "300"]
+    asks = f"import subprocess as s, time; print(s.Popen({words!r}).pid, flush=True); time.sleep(300)"
+    with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, text=True) as asker:
+        assert asker.stdout is not None
+        first = int(asker.stdout.readline())
+        deadline_s = time.monotonic() + 60
+        while len(ranks := _children(first)) < 3 and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        asker.kill()
+    while any(map(_runs, [first, *ranks])) and time.monotonic() < deadline_s + 30:
+        time.sleep(0.05)
+    assert len(ranks) == 3
+    assert not any(map(_runs, [first, *ranks]))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -30,4 +30,5 @@ def test_shards_of_all_ranks_are_the_model() -> None:
 
 def test_the_end_of_a_pipeline_holds_one_table() -> None:
     mine = stage_parameters(GPT_175B, Layout(tp=8, pp=8))
-    assert 8 * mine == 12 * GPT_175B.layer_parameters + GPT_175B.embedding_parameters
+    ends = GPT_175B.embedding_parameters + GPT_175B.last_norm_parameters
+    assert 8 * mine == 12 * GPT_175B.layer_parameters + ends
