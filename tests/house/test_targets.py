@@ -25,8 +25,8 @@ def _expressions() -> dict[str, str]:
     return {name: words for name, words in targets.items() if words != "pytest"}
 
 
-@pytest.mark.parametrize("marks", [set(each) for n in range(5) for each in combinations(MARKERS, n)], ids=str)
-def test_a_test_belongs_to_exactly_one_target(marks: set[str]) -> None:
+@pytest.mark.parametrize("marks", [each for n in range(5) for each in combinations(MARKERS, n)], ids=" ".join)
+def test_a_test_belongs_to_exactly_one_target(marks: tuple[str, ...]) -> None:
     selected = [
         name
         for name, words in _expressions().items()
