@@ -135,8 +135,8 @@ class StepHandle:
 
     @property
     def done(self) -> bool:
-        """Whether no agent is left."""
-        return self._ended and not self._late
+        """Whether no agent is left; for a node that is cut off the command waits much longer than anybody else."""
+        return (self._ended or (self._cut and not self._left)) and not self._late
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
         """Events since the last call, waiting for one at most so long."""
@@ -191,7 +191,7 @@ class StepHandle:
             self._say("kill")
             end_s = time.monotonic() + _KILL_WAIT_S
             while not self._ended and time.monotonic() < end_s and (self._left or not self._cut):
-                self._late += self.poll(0.1)  # for a node that is cut off the command would wait much longer
+                self._late += self.poll(0.1)
         for end in (self._process.terminate, self._process.kill):
             if self._process.poll() is None:
                 end()
