@@ -25,6 +25,7 @@ from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.files import FileLine, step_folder
 from meshwright.clusters.joining import Joining
+from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
@@ -45,7 +46,7 @@ class _Agent:
         self.stopped = False
         self.torch_agent: Any = None
         self.sender: Sender | None = None
-        self.joining = Joining(message, channel.tell)
+        self.joining = Joining(message, channel.tell, self._cut_off)
         self._heard_s = time.monotonic()
 
     def listen(self, messages: Any) -> None:
@@ -98,6 +99,14 @@ class _Agent:
         sweep(self.plan["run_id"], self.node["index"])
         self.say_result(state)
         os._exit(0)
+
+    def _cut_off(self) -> None:
+        """Ends without a last word: the first node is out of reach, and the run goes on without this one."""
+        if self.torch_agent is not None:
+            self.torch_agent.kill_ranks()
+        sweep(self.plan["run_id"], self.node["index"])
+        self.channel.tell("unheard", of=self.node["index"])
+        os._exit(LOST_CODE)
 
     def _lose(self, number: int) -> NoReturn:
         """Ends without a last word, since somebody else ends this node, such as a shutdown: it counts as lost."""

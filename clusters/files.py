@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
+from meshwright.clusters.lease import LOST_AFTER_S
+from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.sweep import sweep
 
 __all__ = ["FileLine", "StepHandle", "step_folder"]
@@ -80,7 +82,7 @@ class FileLine:
                 f"meshwright: node {self._node} does not see {self._folder}: {error.strerror}; a run directory on "
                 "Slurm must lie on a file system that all nodes share: set logs.dir"
             ) from error
-        yield {**start, "node": self._node, "lost_after_s": _LOST_AFTER_S}
+        yield {**start, "node": self._node, "lost_after_s": _LOST_AFTER_S, "lease_s": LOST_AFTER_S}
         commands, touched = _Tail(self._folder / "command.jsonl"), 0.0
         while True:
             yield from commands.read()
@@ -118,7 +120,7 @@ class StepHandle:
         _append(self._folder / "start.json", start)
         self._tails = {node.name: _Tail(self._folder / f"node-{node.index}.jsonl") for node in plan.nodes}
         self._left = set(self._tails)
-        self._warned, self._alive_s, self._ended = False, 0.0, False
+        self._warned, self._alive_s, self._ended, self._cut = False, 0.0, False, False
         self._late: list[dict[str, Any]] = []
         self._touch()
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -133,8 +135,8 @@ class StepHandle:
 
     @property
     def done(self) -> bool:
-        """Whether no agent is left."""
-        return self._ended and not self._late
+        """Whether no agent is left; for a node that is cut off the command waits much longer than anybody else."""
+        return (self._ended or (self._cut and not self._left)) and not self._late
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
         """Events since the last call, waiting for one at most so long."""
@@ -158,12 +160,26 @@ class StepHandle:
 
     def _look(self) -> list[dict[str, Any]]:
         found = [{**event, "node": name} for name, tail in self._tails.items() for event in tail.read()]
-        for event in found:
+        for event in list(found):
             if event["event"] == "meeting":
                 self._say("meet", address=event["address"], port=event["port"])
             elif event["event"] == "result":
                 self._left.discard(event["node"])
+            elif event["event"] == "unheard":
+                found += self._lose(event["of"])
         return found
+
+    def _lose(self, index: int) -> list[dict[str, Any]]:
+        """A node is cut off, if it had not ended before: it is said, and counts as gone."""
+        name = self._plan.nodes[index].name
+        if name not in self._left:
+            return []
+        self._left.discard(name)
+        self._cut = True
+        words = f"node {name}: it was not heard of over the network for {LOST_AFTER_S:g} s; is it up, and its link?"
+        said = {"event": "health", "fault": None, "found": words, "time_unix_s": round(time.time(), 3)}
+        gone = {"event": "gone", "code": LOST_CODE, "exit_code": LOST_CODE, "message": words}
+        return [{"node": name, **said}, {"node": name, **gone}]
 
     def stop(self) -> None:
         """Asks all agents to end their ranks: TERM, then KILL after the plan's grace."""
@@ -174,13 +190,13 @@ class StepHandle:
         if not self._ended:
             self._say("kill")
             end_s = time.monotonic() + _KILL_WAIT_S
-            while not self._ended and time.monotonic() < end_s:
+            while not self._ended and time.monotonic() < end_s and (self._left or not self._cut):
                 self._late += self.poll(0.1)
         for end in (self._process.terminate, self._process.kill):
             if self._process.poll() is None:
                 end()
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_KILL_WAIT_S)
+                    self._process.wait(_KILL_WAIT_S / 5 if self._cut else _KILL_WAIT_S)
         if not self._ended:
             self._late += self.poll(0.1)
         sweep(self._plan.run_id)

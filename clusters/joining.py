@@ -7,6 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from meshwright.clusters.errors import RendezvousError
+from meshwright.clusters.lease import keep, watch
 from meshwright.clusters.network import interface_of, own_address, way_to
 
 if TYPE_CHECKING:
@@ -21,10 +22,13 @@ class Joining:
     Args:
         message: the first one of the launcher, with plan, node and key.
         tell: sends an event to the launcher.
+        cut_off: ends this node, since the first one does not hear of it any more.
     """
 
-    def __init__(self, message: Mapping[str, Any], tell: Callable[..., None]) -> None:
-        self._message, self._tell = message, tell
+    def __init__(
+        self, message: Mapping[str, Any], tell: Callable[..., None], cut_off: Callable[[], object] = lambda: None
+    ) -> None:
+        self._message, self._tell, self._cut_off = message, tell, cut_off
         self._plan: Mapping[str, Any] = message["plan"]
         self._node: Mapping[str, Any] = self._plan["nodes"][message["node"]]
         self.told: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
@@ -60,9 +64,19 @@ class Joining:
             found = self._where()
             place = Place(found["address"], ports, everywhere=everywhere)
             store = place.join(found["port"])
+        if self._message.get("lease_s") is not None:
+            self._take_lease(place.join(store.port), self._message["lease_s"])
         _use_interface(meeting["interface"], place.address)
         key = bytes.fromhex(self._message["key"])
         return meet_by_store(self._plan, self._node["index"], place=place, store=store, key=key)
+
+    def _take_lease(self, store: Any, lost_after_s: float) -> None:
+        index = self._node["index"]
+        if index:
+            keep(store, index, self._cut_off, lost_after_s=lost_after_s)
+            return
+        others = [node["index"] for node in self._plan["nodes"] if node["index"]]
+        watch(store, others, lambda node: self._tell("unheard", of=node), lost_after_s=lost_after_s)
 
     def _where(self) -> Mapping[str, Any]:
         timeout_s = self._plan["limits"]["join_timeout_s"]

@@ -1,14 +1,16 @@
 """Slurm's commands: how they are run, what they complain of, and what a running job asks of them."""
 
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from meshwright.clusters.errors import UnavailableError
 
-__all__ = ["node_names", "requeue", "run_command", "said"]
+__all__ = ["node_names", "requeue", "run_command", "said", "times_queued_again"]
 
 _COMMAND_TIMEOUT_S = 60.0
 _UPDATE_S = 20.0
@@ -48,6 +50,17 @@ def node_names(node_list: str) -> list[str]:
     if done.returncode:
         raise UnavailableError(f"scontrol show hostnames: {said(done)}")
     return done.stdout.split()
+
+
+def times_queued_again(job: str) -> int | None:
+    """How often Slurm has queued a job again, the time it is ending for included; None where it does not say.
+
+    A job that ends is COMPLETING, whether it was cancelled or will start again; only this number tells which.
+    """
+    with suppress(UnavailableError, subprocess.TimeoutExpired):
+        found = re.search(r"\bRestarts=([0-9]+)", run_command(["scontrol", "show", "job", job]).stdout)
+        return None if found is None else int(found[1])
+    return None
 
 
 def requeue(job: str, without: Sequence[str] = ()) -> bool:

@@ -22,7 +22,7 @@ from meshwright.clusters.files import StepHandle
 from meshwright.clusters.retry import unwanted
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.slurm import SECRETS_FILE, named, on_first
-from meshwright.clusters.slurm_commands import node_names, requeue
+from meshwright.clusters.slurm_commands import node_names, requeue, times_queued_again
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.logs import Mask
@@ -116,6 +116,16 @@ def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int
     return True
 
 
+def _taken(outcome: Outcome, run_dir: Path, *, times: int) -> bool:
+    """Whether Slurm ended the job to start it again, as after the loss of a node, and nobody cancelled it."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job or outcome.state != "interrupted" or (times_queued_again(job) or 0) <= times:
+        return False
+    write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
+    sys.stdout.write(f"meshwright: Slurm ended job {job} to start it again\n")
+    return True
+
+
 def _without(state: RunState, since_unix_s: float) -> tuple[str, ...]:
     """Nodes that are to be left out, as the policy has it; the next start knows of them, and why it is one."""
     plan, run_dir = state.plan, Path(state.plan.run_dir)
@@ -169,7 +179,8 @@ def _run(run_dir: Path, times: int) -> int:
     queued: list[bool] = []
 
     def keep(outcome: Outcome, state: RunState) -> bool:
-        queued.append(_again(outcome, state, since_unix_s=run.started_unix_s, times=times))
+        taken = _taken(outcome, run_dir, times=times)
+        queued.append(taken or _again(outcome, state, since_unix_s=run.started_unix_s, times=times))
         return not queued[-1]
 
     outcome = follow(run, start, keep=keep)

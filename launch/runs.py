@@ -232,8 +232,23 @@ def cancel(known: Known) -> str:
         raise RunError(f"run {known.run_id} is over: {now.state}")
     if known.job is not None:
         queue_of(known.cluster, known.job).cancel(known.job)
+        _forget_secrets(known, never_runs=now.state == "pending")
         return f"job {known.job} was cancelled"
     if now.state != "running":
         raise RunError(f"run {known.run_id}: {now.detail}; cancel it there")
     os.kill(known.pid, signal.SIGTERM)
     return f"its launcher {known.pid} was asked to end"
+
+
+def _forget_secrets(known: Known, *, never_runs: bool) -> None:
+    """Takes away what only a start would have; runs that have started do it themselves.
+
+    Args:
+        known: was cancelled.
+        never_runs: whether it was not running.
+    """
+    from meshwright.clusters.slurm import SECRETS_FILE
+
+    for run_dir in map(Path, (known.run_dir, *known.runs)):
+        if never_runs or not (run_dir / "launcher.log").exists():
+            (run_dir / SECRETS_FILE).unlink(missing_ok=True)

@@ -111,7 +111,6 @@ THROUGH_OTHERS = {
     "meshwright.clusters.contract": "protocols only: what tests of clusters and of launch run against",
     "meshwright.clusters.pipes": "every test of tests/launch follows agents through it",
     "meshwright.launch.follow": "tests/launch/test_launch.py and tests/lab follow every run through it",
-    "meshwright.clusters.files": "tests/lab/test_slurm.py: every agent there; tests/launch/test_batch.py here",
     "meshwright.launch.commands.attach": "tests/launch/test_runs.py types the command",
     "meshwright.launch.commands.cancel": "tests/launch/test_runs.py types the command",
     "meshwright.launch.commands.logs": "tests/launch/test_runs.py types the command",

@@ -174,7 +174,7 @@ FAULTS = (
     Fault("agent is killed", r"agent of h2 died|host h2: |without h2", _kill_agent, limit_s=15.0),
     Fault("launcher is killed", "", _kill_launcher, limit_s=15.0, follows=AGAIN, kinds=("ssh",)),
     Fault("launcher is killed", "", _kill_launcher, limit_s=15.0, follows=LOOK, kinds=("slurm",)),
-    Fault("link is cut", r"(host|node) h2|without h2", _cut, _plug, limit_s=15.0),
+    Fault("link is cut", r"node h2: it was not heard|host h2|without h2", _cut, _plug, limit_s=15.0),
     Fault("node reboots", r"(host|node) h2|agent of h2 died|without h2", _power_off, _power_on, limit_s=15.0),
     Fault("rank hangs", r"rank 1 .*(has not answered|has been at)", _hang, limit_s=8.0 + 4.0),
     Fault(

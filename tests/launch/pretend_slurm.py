@@ -40,6 +40,7 @@ def start(task, times):
     env = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": given(), "SLURM_RESTART_COUNT": str(times)}
     if task:
         env |= {"SLURM_JOB_ID": str(43 + int(task[1:])), "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": task[1:]}
+    open(f"{home}/times", "w").write(str(times))
     child = subprocess.Popen(["/bin/sh", f"{home}/script"], env=env, start_new_session=True)
     open(f"{home}/batch{task}", "w").write(str(child.pid))
     set_state(task, "RUNNING")
@@ -83,6 +84,9 @@ if sys.argv[1] == "requeue":
     task = "" if sys.argv[2] == "42" else f"_{int(sys.argv[2]) - 43}"
     open(f"{home}/requeue{task}", "w").close()
     os.kill(int(open(f"{home}/batch{task}").read()), signal.SIGTERM)
+elif sys.argv[1:3] == ["show", "job"]:
+    times = int(open(f"{home}/times").read()) + os.path.exists(f"{home}/requeue")
+    print(f"JobId={sys.argv[3]} JobName=j\\n   Requeue=1 Restarts={times} BatchFlag=1")
 elif sys.argv[1] == "update":
     open(f"{home}/updated", "a").write(" ".join(sys.argv[2:]) + "\\n")
 else:

@@ -192,3 +192,47 @@ def test_an_elastic_run_is_queued_for_a_range_and_runs_on_the_nodes_it_gets(tmp_
     assert "--nodes=2-3" in told["submission"]["argv"]
     assert {"--nodes=2", "--ntasks=2"} <= set(told["submission"]["step"])
     assert (job["nodes"], job["parallel"]["dp"], job["parallel"]["num_microbatches"]) == (2, 2, 3)
+
+
+def _up_twice(folder: Path, **keys: object) -> "tuple[subprocess.Popen[str], Path]":
+    """A launch with a secret whose two ranks are up, and wait as long as there is no file `again`."""
+    script = (
+        "import os, time\n"
+        "print('up', os.environ['TOKEN'] == 's3cr3t', flush=True)\n"
+        "end_s = time.time() + (1 if os.path.exists('again') else 600)\n"
+        "while time.time() < end_s: time.sleep(0.1)\n"
+    )
+    failure = {"shutdown_grace": "1s"}
+    launcher = start(folder, script, failure=failure, secrets={"TOKEN": {"from_env": "MY_TOKEN"}}, **keys)
+    run_dir = folder / "runs/j" / own(folder.name)
+    merged = run_dir / "merged.log"
+    assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
+    return launcher, run_dir
+
+
+def test_a_job_that_slurm_itself_queues_again_keeps_its_secrets_until_its_end(
+    tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t")
+    launcher, run_dir = _up_twice(tmp_path)
+    (tmp_path / "again").touch()
+    subprocess.run([commands / "scontrol", "requeue", "42"], check=True)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 0, output
+    assert "Slurm ended job 42 to start it again" in output
+    assert (run_dir / "merged.log").read_text().count("up True") == 4
+    assert json.loads((run_dir / "exit-0.json").read_text())["state"] == "interrupted"
+    assert json.loads((run_dir / "exit.json").read_text())["state"] == "succeeded"
+    assert not (run_dir / "private/secrets.json").exists()
+
+
+def test_a_job_that_is_cancelled_forgets_its_secrets(
+    tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t")
+    launcher, run_dir = _up_twice(tmp_path)
+    assert (run_dir / "private/secrets.json").exists()
+    subprocess.run([commands / "scancel", "42"], check=True)
+    output = end(launcher, tmp_path)
+    assert json.loads((run_dir / "exit.json").read_text())["state"] == "interrupted", output
+    assert not (run_dir / "private/secrets.json").exists()
