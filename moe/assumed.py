@@ -52,9 +52,8 @@ def even_choices(
 
     >>> even_choices(6, 1, 3).flatten().bincount().tolist()
     [2, 2, 2]
-    >>> chosen = even_choices(4, 1, 2, within=torch.tensor([0, 1, 0, 1])).flatten()
-    >>> sorted(chosen[:2].tolist()), chosen[0] == chosen[1], chosen[0] != chosen[2]
-    ([0, 0], tensor(True), tensor(True))
+    >>> even_choices(4, 1, 2, within=torch.tensor([0, 1, 0, 1])).flatten().tolist()  # two rows of each node, one each
+    [1, 1, 0, 0]
     """
     dealt = torch.tensor(_dealt(rows * k, k, places), dtype=torch.int64, device=device).view(rows, k)
     if within is None or not rows:
