@@ -28,9 +28,9 @@ one machine with two cores; Slurm is real. Seconds are from the blow to the line
 - **left**: most processes that were still there ten seconds after the end.
 - **same**: trials whose every loss is, bit for bit, that of an undisturbed run; refused launches start nothing.
 
-**Does not hold yet, or was not tried:** on Slurm, a node that reboots (one trial was bad, and changes made since were
-not tried on it). There, a run that loses a node goes on only after about two minutes, for which Slurm holds whatever is
-queued again. Faults without a row for Slurm were not tried there.
+**Does not hold, or was not tried:** on Slurm, a run that loses a node goes on only after about two minutes, which is
+how long Slurm holds whatever is queued again, and the loss of the first node, with the launcher on it, is only seen by
+Slurm itself. Faults without a row for Slurm were not tried there.
 
 """
 
