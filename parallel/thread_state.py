@@ -3,11 +3,26 @@
 Two passes through a model that take turns in one thread each have their own.
 """
 
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["ThreadState"]
+__all__ = ["ThreadState", "aside"]
+
+Result = TypeVar("Result")
+
+
+def aside(work: Callable[..., Result], *args: Any) -> Result:
+    """Does something in a thread of its own, where torch has its defaults: gradients, no hooks, modes or autocast.
+
+    >>> with torch.no_grad():
+    ...     aside(torch.is_grad_enabled)
+    True
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work, *args).result()
 
 
 class ThreadState:

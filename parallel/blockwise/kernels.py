@@ -15,6 +15,7 @@ from meshwright.parallel.blockwise.fused import Kernel, fused_backward, fused_fo
 from meshwright.parallel.blockwise.merge import Partial
 from meshwright.parallel.blockwise.plain import plain_backward, plain_forward
 from meshwright.parallel.blockwise.torch_kernels import FUSED
+from meshwright.parallel.thread_state import aside
 
 __all__ = ["agrees", "block_backward", "block_forward", "kernel_for"]
 
@@ -62,7 +63,8 @@ def _trusted(kernel: Kernel, block: Block) -> bool:
     grouped = block.query.shape[1] != block.key.shape[1]
     place = (kernel, block.query.dtype, block.query.device, grouped)
     if place not in _AGREED:
-        _AGREED[place] = agrees(kernel, block.query.dtype, block.query.device, heads=2 if grouped else 1)
+        heads = 2 if grouped else 1
+        _AGREED[place] = aside(lambda: agrees(kernel, block.query.dtype, block.query.device, heads=heads))
     return _AGREED[place]
 
 

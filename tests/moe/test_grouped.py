@@ -106,6 +106,16 @@ def test_torch_agrees_here() -> None:
     assert not agrees(torch.float64, CPU)
 
 
+def test_torch_is_trusted_whatever_the_pass_that_asks_first_does_with_saved_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grouped, "_AGREED", {})
+    rows, matrices = drawn(2, 8, seed=0, dtype=torch.float32), drawn(2, 8, 8, seed=1, dtype=torch.float32)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):  # type: ignore[arg-type, return-value]
+        grouped_product(rows, matrices, torch.tensor([0, 2]))
+    assert grouped._AGREED[torch.float32, CPU]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     rows, matrices = torch.zeros(4, 3), torch.zeros(2, 3, 5)
     with pytest.raises(DispatchError, match=re.escape("4 rows for 2 experts that get [1, 2]; counts say how many")):

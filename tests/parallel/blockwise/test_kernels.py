@@ -130,6 +130,17 @@ def test_a_wrong_kernel_is_found_wrong(forward: Any) -> None:
     assert not agrees(replace(_FLASH, backward=_missing), torch.float32, _CPU)
 
 
+def test_a_kernel_on_trial_is_used_whatever_mode_the_pass_is_in_that_asks_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right, block = replace(_FLASH, check_first=True), _block()
+    monkeypatch.setattr(kernels, "FUSED", {"cpu": (right,)})
+    monkeypatch.setattr(kernels, "_AGREED", {})
+    block = replace(block, query=block.query.float(), key=block.key.float(), value=block.value.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernel_for(block) is right
+
+
 def test_a_kernel_on_trial_is_used_if_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = replace(_FLASH, check_first=True), replace(_FLASH, check_first=True, forward=_other_scale)
     monkeypatch.setattr(kernels, "FUSED", {"cpu": (wrong, right)})
