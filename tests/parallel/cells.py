@@ -43,7 +43,7 @@ def tiered(cells: Iterable[Any], seen: Callable[[Any], Any] = lambda cell: cell)
 
 
 def cover(cells: Sequence[Any]) -> frozenset[int]:
-    """Places of few cells that meet all demands of all: each time the first that meets most of those left for its ranks.
+    """Places of few cells that meet all demands of all: each time the first that meets most of those left per rank.
 
     A rank is a process, and eight of them take ten times as long as two.
 
