@@ -22,6 +22,8 @@ WIDE  := wide and not lab
 
 export DS_BUILD_OPS := 0
 export PIP_ROOT_USER_ACTION := ignore
+# images of Python often forbid compiled files, and then each of the processes of a test run compiles every test anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test wide check lint faults lab matrix clean

@@ -173,7 +173,11 @@ def _check_output(number: int, whole: Tensor, ranks: list[_Rank], plan: TensorPl
 
 
 def _is_partial(name: str, plain: Plain, ranks: list[_Rank], plan: TensorPlan) -> bool:
-    """Whether the ranks' gradients of a replicated parameter must be added; checks the gradient of any other."""
+    """Whether the ranks' gradients of a replicated parameter must be added; checks the gradient of any other.
+
+    One that is zero in theory (of keys' biases, say) is nothing but rounding, which ranks that saw other parts of the
+    work do differently; a sum is one on all of them, so that their parameters stay one.
+    """
     whole = plain.gradients[name]
     found = [each.gradients[name] for each in ranks]
     split = plan.splits.get(name)
@@ -183,12 +187,22 @@ def _is_partial(name: str, plain: Plain, ranks: list[_Rank], plan: TensorPlan) -
         total = split.added(held) if len(held) == plan.degree else None
         _same(total, whole, f"gradient of {name}", floor)
         return False
+    adds_up = _adds_up(found, whole, floor)
     if all(_close(each, whole, floor) for each in found):
-        return False
-    present = [each for each in found if each is not None]
-    if whole is None or not present or not _close(torch.stack(present).sum(0), whole, floor):
+        return adds_up and not plain.shapes and _differ(found)
+    if not adds_up:
         raise RefutedError(f"gradient of {name} is neither whole on every rank nor a sum over ranks")
     return True
+
+
+def _adds_up(found: list[Tensor | None], whole: Tensor | None, floor: float) -> bool:
+    present = [each for each in found if each is not None]
+    return whole is not None and bool(present) and _close(torch.stack(present).sum(0), whole, floor)
+
+
+def _differ(found: list[Tensor | None]) -> bool:
+    present = [each for each in found if each is not None]
+    return any(not torch.equal(each, present[0]) for each in present)
 
 
 def _floor(plain: Plain) -> float:

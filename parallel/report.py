@@ -198,7 +198,8 @@ def _dealt_axes(plans: Plans, mesh: Mesh, options: Options) -> Iterable[tuple[st
     context = plans.context
     if context is not None and context.degree > 1:
         way = way_of(options.cp_kind, context.attends, degree=mesh.cp, tp=mesh.tp)
-        yield "cp", f"positions of each sequence over {mesh.cp} ranks, {way.dealing}; {way.reason}; {_around(options)}"
+        said = [f"positions of each sequence over {mesh.cp} ranks, {way.dealing}", way.reason, context.between()]
+        yield "cp", "; ".join([*filter(None, said), _around(options)])
 
 
 def _around(options: Options) -> str:

@@ -113,6 +113,16 @@ class TensorPlan:
             merged["partial"] = merged.get("partial", frozenset()) | each.partial
         return replace(self, **merged)
 
+    def between(self) -> str:
+        """Where the stream is whole inside a list of blocks, in words; empty where it is nowhere."""
+        homes = [each.blocks[-1].rpartition(".")[0] for each in self.streams]
+        lasts = [
+            each.blocks[-1] for each, home, after in zip(self.streams, homes, homes[1:], strict=False) if home == after
+        ]
+        if not lasts:
+            return ""
+        return f"joined and dealt again behind {', '.join(lasts)}, where the model's own code uses what a block gave"
+
     def summary(self) -> str:
         """One line: how many matrices are dealt in which way, and what is uneven or held twice."""
         parts = [
@@ -126,6 +136,7 @@ class TensorPlan:
         parts += [f"held by several ranks: {len(twice)} parameters, first {twice[0]}"] if twice else []
         parts += [f"gradients summed over tp: {len(self.partial)} replicated parameters"] if self.partial else []
         parts += ["sequence dealt between matrices of blocks"] if self.sequence else []
+        parts += [self.between()] if self.between() else []
         return "; ".join(parts)
 
     def table(self) -> str:

@@ -17,10 +17,10 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.regions import Region, find_regions
-from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan
+from meshwright.parallel.tensor_plan import Decision, Stream, TensorPlan, starred
 from meshwright.parallel.traced_blocks import Alike, alike_blocks, watch_blocks
-from meshwright.parallel.unit_calls import calls_of, signature_of
-from meshwright.parallel.unit_run import Plain, UnitCall, run_plain
+from meshwright.parallel.unit_calls import calls_of, handed_on, signature_of
+from meshwright.parallel.unit_run import Plain, UnitCall, argument, run_plain
 from meshwright.parallel.variants import common_path, subsets, variants
 from meshwright.parallel.vocabulary_plan import with_vocabulary
 from meshwright.parallel.watch import Matrix, Sight, watch
@@ -65,14 +65,14 @@ def plan_tensor(
         WrapError: for patterns that fit nothing, heads that `degree` does not fit, a sequence that cannot be dealt.
     """
     wishes, base = Wishes(model, patterns or {}), TensorPlan(degree=degree, sequence=sequence)
-    alike = alike_blocks(find_blocks(model) if shapes else {})
-    run, sight = _watched(model, run, alike)
+    run, sight = _watched(model, run, alike := alike_blocks(find_blocks(model) if shapes else {}))
     regions, objections = _wished(find_regions(sight), wishes)
     units = _units(model, regions)
-    settled = alike.spread(_settle_all(model, units, calls_of(model, run, units), base, shapes=shapes))
+    calls = calls_of(model, run, units)
+    settled = alike.spread(_settle_all(model, units, calls, base, shapes=shapes))
     plan = base.joined_with(each.plan.under(path) for path, each in settled.items())
     refuse_mixed(model, plan, list(settled), axis=f"tp={degree}")
-    plan = _with_streams(plan, _streams(model, settled), settled) if sequence else plan
+    plan = _with_streams(plan, _streams(model, settled, {} if shapes else calls), settled) if sequence else plan
     plan, vocabulary = with_vocabulary(model, plan, sight, wishes)
     _check_wishes(wishes, plan)
     said = [*objections, *_dealt(units, settled, wishes), *vocabulary]
@@ -112,6 +112,7 @@ def _settle_all(
     """Settles each unit that was called; units of one signature once."""
     known: dict[Any, _Settled] = {}
     settled: dict[str, _Settled] = {}
+    blocks = find_blocks(model)
     for region in (each for mine in units.values() for each in mine):
         if region.heads is not None:
             region.heads.deal(base.degree, region.row.path)  # refuses a degree that heads do not fit
@@ -119,9 +120,10 @@ def _settle_all(
         unit = model.get_submodule(path)
         regions = [_relative(region, path) for region in units[path]]
         parts = tuple((each.paths, each.heads, tuple(column.segments for column in each.columns)) for each in regions)
-        key = signature_of(unit, call, parts)
+        mine = base if path in blocks else replace(base, sequence=False)  # what stands around blocks gets it whole
+        key = signature_of(unit, call, (parts, mine.sequence))
         if key not in known:
-            known[key] = _settle(unit, call, regions, base, shapes=shapes)
+            known[key] = _settle(unit, call, regions, mine, shapes=shapes)
         settled[path] = known[key]
     return settled
 
@@ -194,7 +196,8 @@ def _ends(plain: Plain, degree: int) -> tuple[tuple[str, int], ...]:
         return ()
     samples, length, width = plain.shape
     padded = samples * -(-length // degree) * degree * width
-    return (("all_gather", padded), ("all_gather", padded))
+    given = argument(plain.call.args, plain.call.kwargs, plain.stream)
+    return (("all_gather", padded),) * (1 + int(given.requires_grad))
 
 
 def _decide(unit: str, regions: Sequence[Region], settled: _Settled, wishes: Wishes) -> list[Decision]:
@@ -217,7 +220,7 @@ def _decide(unit: str, regions: Sequence[Region], settled: _Settled, wishes: Wis
     return decisions
 
 
-def _streams(model: nn.Module, settled: Mapping[str, _Settled]) -> tuple[Stream, ...]:
+def _streams(model: nn.Module, settled: Mapping[str, _Settled], calls: Mapping[str, UnitCall]) -> tuple[Stream, ...]:
     """The lists of blocks that were proved on a dealt sequence.
 
     Raises:
@@ -226,24 +229,30 @@ def _streams(model: nn.Module, settled: Mapping[str, _Settled]) -> tuple[Stream,
     lists: dict[str, list[str]] = {}
     for path in find_blocks(model):
         lists.setdefault(path.rpartition(".")[0], []).append(path)
-    streams = []
+    streams: list[Stream] = []
     for blocks in lists.values():
-        mine = [path for path in blocks if path in settled]
-        if not mine:
-            continue
-        for path in blocks:
-            if path not in settled or not settled[path].plan.rows or settled[path].stream is None:
-                why = "; ".join(settled[path].refused.values()) if path in settled else "nothing in it can be dealt"
-                raise WrapError(
-                    f"sequence_parallel: block {path} cannot work on a dealt sequence: {why}; "
-                    "use sequence_parallel=False"
-                )
-        key = settled[blocks[0]].stream
-        assert key is not None, blocks
-        streams.append(Stream(tuple(blocks), key))
+        if any(path in settled for path in blocks):
+            keys = _keys_of_streams(blocks, settled)
+            streams += [Stream(run, keys[run[0]]) for run in handed_on(blocks, calls, keys)]
     if not streams:
-        raise WrapError("sequence_parallel: the model has no list of blocks; use sequence_parallel=False")
+        first = starred(next(iter(lists.values()))[0]) if lists else ""
+        lacking = f"nothing in {first} can be dealt" if lists else "the model has no list of blocks"
+        raise WrapError(f"sequence_parallel: {lacking}; use sequence_parallel=False")
     return tuple(streams)
+
+
+def _keys_of_streams(blocks: Sequence[str], settled: Mapping[str, _Settled]) -> dict[str, int | str]:
+    """Block -> the argument that is its stream."""
+    keys: dict[str, int | str] = {}
+    for path in blocks:
+        key = settled[path].stream if path in settled else None
+        if key is None or not settled[path].plan.rows:
+            why = "; ".join(settled[path].refused.values()) if path in settled else "nothing in it can be dealt"
+            raise WrapError(
+                f"sequence_parallel: block {path} cannot work on a dealt sequence: {why}; use sequence_parallel=False"
+            )
+        keys[path] = key
+    return keys
 
 
 def _check_wishes(wishes: Wishes, plan: TensorPlan) -> None:

@@ -44,12 +44,16 @@ Around = Callable[[nn.Module], AbstractContextManager[object]]
 class UnitCall:
     """Arguments of one call of a unit, as the model made it; tensors are kept detached.
 
-    `passed_on` names arguments that an earlier unit made: where that one is dealt they arrive dealt.
+    `passed_on` names arguments that an earlier unit made: where that one is dealt they arrive dealt. `follows` names
+    those that are, in every call, the very value that an earlier unit gave, with its path. `read` has the shapes of
+    what the unit gave that anything but units beside it looks at.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     passed_on: frozenset[int | str] = frozenset()
+    follows: Mapping[int | str, str] = field(default_factory=dict)
+    read: frozenset[tuple[int, ...]] = frozenset()
 
     def fresh(self, *, shapes: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A copy to be run: float64 leaves on CPU, random ones for tensors without values (meta).

@@ -1,6 +1,6 @@
 """What the attention of a block that holds its rank's positions only does with the other ranks' keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import Tensor
@@ -51,17 +51,31 @@ def attend_to_all(asked: AttentionCall, length: Length, sizes: Blockwise, *, dea
     return attend_to(whole, sizes, query_positions=axis.dealing.pieces(full, axis.rank))
 
 
-def gathered(length: Length, note: Callable[[str, Attends], None]) -> Callable[[AttentionCall], Tensor]:
+def gathered(
+    length: Length, note: Callable[[str, Attends], None], *, joined: Iterable[str]
+) -> Callable[[AttentionCall], Tensor]:
     """A handler for proofs, which drops nothing; `note` is told how each module attends, by one rank.
 
     How keys are fetched here says nothing of how they will be, so it is not among the axis' calls.
+
+    Args:
+        length: of the stream.
+        note: see above.
+        joined: modules that run whole on every rank.
+
+    Raises:
+        WrapError: by the handler, for attention along another dim than the dealt one that drops: a rank would draw for
+            its share what is drawn for all.
     """
+    whole = tuple(f"{path}." for path in joined)
     assert isinstance(length.axis, ThreadAxis), type(length.axis)
     fetching = Length(length.axis.unnoted(), full=length.full, width=length.width)
 
     def attend(asked: AttentionCall) -> Tensor:
         dealt = has_dealt_keys(asked, length)
         if dealt is None:
+            if asked.dropout_p and not f"{asked.name}.".startswith(whole):
+                raise WrapError(f"attention of {asked.name} drops, and its queries are not what is dealt")
             return attend_to(without_drops(asked), Blockwise())
         if length.axis.rank == 0:
             note(asked.name, _attends(asked, length.full, dealt=dealt))
@@ -85,5 +99,5 @@ def _attends(asked: AttentionCall, full: int, *, dealt: bool) -> Attends:
 
 
 def without_drops(asked: AttentionCall) -> AttentionCall:
-    """The same call without dropout, whose masks depend on positions alone and need no proof."""
+    """The same call without dropout, whose masks depend on samples, heads and positions alone and need no proof."""
     return replace(asked, dropout_p=0.0)

@@ -31,7 +31,7 @@ from meshwright.parallel.length import Length
 from meshwright.parallel.mixed import refuse_mixed
 from meshwright.parallel.prove import RefutedError, prove
 from meshwright.parallel.tensor_plan import Decision, Stream
-from meshwright.parallel.unit_calls import calls_of, signature_of
+from meshwright.parallel.unit_calls import calls_of, handed_on, signature_of
 from meshwright.parallel.unit_run import Kinds, Plain, UnitCall, argument, keyed_arguments, kinds_of, run_plain
 
 __all__ = ["Settled", "plan_context", "settle_blocks"]
@@ -107,7 +107,7 @@ def settle_blocks(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) 
 
 def _with_streams(plan: ContextPlan, calls: Mapping[str, UnitCall], settled: Mapping[str, Settled]) -> ContextPlan:
     """Adds the streams, and the collectives at their ends."""
-    streams = _streams(settled)
+    streams = _streams(calls, settled)
     ends = {
         f"stream of {each.blocks[0]}": _ends(
             calls[each.blocks[0]], each.key, given=settled[each.blocks[-1]].given, degree=plan.degree
@@ -126,16 +126,13 @@ def _refuse(settled: Mapping[str, Settled], degree: int) -> None:
             )
 
 
-def _streams(settled: Mapping[str, Settled]) -> tuple[Stream, ...]:
+def _streams(calls: Mapping[str, UnitCall], settled: Mapping[str, Settled]) -> tuple[Stream, ...]:
+    keys = {path: each.stream for path, each in settled.items() if each.stream is not None}
     lists: dict[str, list[str]] = {}
-    for path in settled:
+    for path in keys:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
-    found = []
-    for blocks in lists.values():
-        key = settled[blocks[0]].stream
-        assert key is not None, blocks
-        found.append(Stream(tuple(blocks), key))
-    return tuple(found)
+    runs = [run for blocks in lists.values() for run in handed_on(blocks, calls, keys)]
+    return tuple(Stream(run, keys[run[0]]) for run in runs)
 
 
 def _ends(call: UnitCall, key: int | str, *, given: int, degree: int) -> tuple[tuple[str, int], ...]:
@@ -227,7 +224,7 @@ class _Attending:
         deal_arguments(copy, self.plan, {"": length})
         if length.axis.rank == 0:
             self.attends.clear()  # a proof may take two runs
-        return plugged(copy, gathered(length, self._note))
+        return plugged(copy, gathered(length, self._note, joined=self.plan.joined))
 
     def _note(self, name: str, attends: Attends) -> None:
         before = self.attends.get(name)

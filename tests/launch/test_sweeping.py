@@ -16,13 +16,13 @@ from meshwright.clusters.sweep import carriers
 from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
 from tests.launch.waiting import eventually, kill_all
+from tests.launch.worker.runs import MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_state")]
 
 TINY = """\
 name: tiny
-model: {architecture: llama, config: {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
-        num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 32}}
+model: {python: "tiny:build", arguments: {width: 8}}
 data: {files: python-stdlib, tokenizer: bytes, sequence_length: 16, max_bytes: 64KiB}
 train: {steps: 3, batch_size: 2, log_every_steps: 1, optimizer: {lr: 1e-2}}
 checkpoint: {every_steps: 3}
@@ -90,6 +90,7 @@ SLURM = {"rendezvous": {"interface": "lo"}, "cluster": {"type": "slurm"}}
 
 def test_three_tiny_runs_train_two_at_a_time_and_save_apart(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(TINY)
+    (tmp_path / "tiny.py").write_text(MODEL)
     done = typed(tmp_path, "launch", "job.yaml", "--run-id", own("r"), "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

@@ -61,7 +61,7 @@ REFUSED = {
     "cp": dict.fromkeys(("residual_net", "mixer"), "does not work on a dealt sequence"),
     "tp": {"residual_net": "nothing can be dealt"},
     "sequence_parallel": {
-        "residual_net": "no list of blocks",
+        "residual_net": "nothing in blocks.* can be dealt",
         "mixer": "blocks.0 cannot work on a dealt sequence",
     },
 }

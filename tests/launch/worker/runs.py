@@ -1,14 +1,22 @@
-"""Real launches of a tiny model, for tests: a job in a folder, its processes, its end."""
+"""Real launches of a tiny model, for tests: a job in a folder, its processes, its end.
+
+Where a test is about what the program computes and not about its processes, `train_here` runs it on the ranks that all
+tests share: a launch imports torch once for each rank.
+"""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from meshwright.launch.load import load_job
+from meshwright.testing import run_ranks
 from tests.launch.own import own
 
 MODEL = """
@@ -84,6 +92,35 @@ def finish(job: Path, run_id: str, *overrides: str, timeout_s: float = 300.0) ->
     process = start(job, run_id, *overrides)
     output, _ = process.communicate(timeout=timeout_s)
     return process.returncode, output
+
+
+def train_here(job: Path, run_id: str, *overrides: str) -> str:
+    """Runs the training program of a job on shared ranks, without a launch; returns what it says.
+
+    Raises:
+        MeshwrightError: where a launch would end with its words and its code.
+    """
+    folder = run_dir(job, run_id)
+    folder.mkdir(parents=True)
+    mesh = load_job(job, overrides).job.mesh
+    return str(run_ranks(_train, mesh, job, folder, overrides)[0])
+
+
+def _train(job: Path, folder: Path, overrides: tuple[str, ...]) -> str:
+    from meshwright.launch.worker.train import build_training
+
+    said: list[str] = []
+    here = os.getcwd()
+    os.chdir(job.parent)
+    sys.path.insert(0, str(job.parent))
+    sys.modules.pop("tiny", None)  # the last test's
+    try:
+        say: Callable[[str], None] = said.append
+        build_training(load_job(job, overrides).job, folder, device=torch.device("cpu"), say=say).run()
+    finally:
+        sys.path.remove(str(job.parent))
+        os.chdir(here)
+    return "\n".join(said)
 
 
 def run_dir(job: Path, run_id: str) -> Path:

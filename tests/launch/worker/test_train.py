@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.worker.runs import finish, losses, metrics, run_dir, write_job
+from tests.launch.worker.runs import finish, losses, metrics, run_dir, train_here, write_job
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +39,7 @@ def test_the_same_seed_gives_the_same_curve_on_any_number_of_ranks(tmp_path: Pat
     curves = []
     for parallel in ("{}", "{dp: 2}", "{fsdp: 2}"):
         job = write_job(tmp_path / str(len(curves)), parallel=parallel, steps=5, every=100)
-        code, output = finish(job, "run", "train.precision=float64", "model.arguments={width: 8, dropout: 0.0}")
-        assert code == 0, output
+        train_here(job, "run", "train.precision=float64", "model.arguments={width: 8, dropout: 0.0}")
         curves.append([loss for _, loss in losses(job, "run")])
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-12)
@@ -63,10 +62,8 @@ def test_a_job_with_a_schedule_says_what_its_steps_wait_for(tmp_path: Path) -> N
 
 def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path: Path) -> None:
     job = write_job(tmp_path, parallel="{fsdp: 2}", steps=6)
-    assert finish(job, "one")[0] == 0
-    code, output = finish(job, "two", "parallel.fsdp=1", "parallel.dp=2", "train.steps=9")
-    assert code == 0, output
-    assert "at step 6" in output
+    train_here(job, "one")
+    assert "at step 6" in train_here(job, "two", "parallel.fsdp=1", "parallel.dp=2", "train.steps=9")
     assert [step for step, _ in losses(job, "two")] == list(range(1, 10))
 
 
@@ -79,14 +76,11 @@ def test_documents_padded_or_packed_give_one_curve_and_say_what_padding_cost(tmp
         (job.parent / "lines").mkdir()
         for number in range(60):
             (job.parent / "lines" / f"{number}.txt").write_text("abcdefghij" * (1 + number % 7) + "x" * (number % 5))
-    code, output = finish(padded, "one", *overrides, "data.batching=padded")
-    assert (code, "  padding " in output) == (0, True), output
-    code, output = finish(packed, "one", *overrides, "data.batching=packed", "train.log_every_steps=4")
-    assert (code, "  padding " in output) == (0, False), output
+    assert "  padding " in train_here(padded, "one", *overrides, "data.batching=padded")
+    assert "  padding " not in train_here(packed, "one", *overrides, "data.batching=packed", "train.log_every_steps=4")
     # a checkpoint does not mind the form; tokens of step 2 and 3 stand in no record of it
     overrides += [f"checkpoint.resume={packed.parent / 'checkpoints' / 'step-00000003'}", "train.steps=8"]
-    code, output = finish(packed, "two", *overrides, "data.batching=padded", "train.log_every_steps=4")
-    assert (code, "at step 3" in output) == (0, True), output
+    assert "at step 3" in train_here(packed, "two", *overrides, "data.batching=padded", "train.log_every_steps=4")
     whole = {each["step"]: each for each in metrics(padded, "one") if "loss" in each}
     parts = [each for each in metrics(packed, "two") if "loss" in each]
     assert [each["step"] for each in parts] == [1, 4, 8]
@@ -115,7 +109,7 @@ def test_what_cannot_be_trained_ends_with_a_message_and_its_own_code(
 
 def test_other_text_under_an_old_checkpoint_is_refused(tmp_path: Path) -> None:
     job = write_job(tmp_path, parallel="{}", steps=3)
-    assert finish(job, "one")[0] == 0
+    train_here(job, "one")
     code, output = finish(job, "two", "train.seed=5", "train.steps=6")
     assert code == 74
     assert "other text, another seed or another batch size" in output
