@@ -5,6 +5,7 @@ Weights depend on the seed alone, so that all ranks build the same model.
 
 import warnings
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -128,6 +129,7 @@ def _from_python(spec: Mapping[str, Any]) -> nn.Module:
 def _from_transformers(spec: Mapping[str, Any], vocab_size: int) -> nn.Module:
     overrides = dict(spec.get("config") or {})
     config = _config(spec, overrides, vocab_size)
+    _check_keys(overrides, config)
     has = getattr(config.get_text_config(), "vocab_size", None)
     if has is not None and has < vocab_size:
         raise ModelBuildError(
@@ -157,6 +159,29 @@ def _config(spec: Mapping[str, Any], overrides: dict[str, Any], vocab_size: int)
         where = f"model.path: {spec['path']}" if spec.get("path") else f"model.config: {overrides}"
         looked = f" (looked in {Path.cwd()})" if spec.get("path") else ""
         raise ModelBuildError(f"{where}: {type(error).__name__}: {error}{looked}") from error
+
+
+def _check_keys(overrides: Mapping[str, Any], config: Any) -> None:
+    """A configuration takes any keyword; one that its class does not know is a slip, or for the model's code alone."""
+    try:
+        known = type(config)()
+    except Exception:  # some are made of others, and cannot be made of nothing
+        return
+    strange = [key for key in overrides if not _has(known, key)]
+    names = [each for each in {**known.to_dict(), **dict(known.attribute_map)} if not each.startswith("_")]
+    for key in strange:
+        if close := get_close_matches(key, names, n=1, cutoff=0.8):
+            raise ModelBuildError(f"model.config: {config.model_type} knows no {key!r}; did you mean {close[0]!r}?")
+    if kept := [key for key in strange if _has(config, key)]:
+        said = f"model.config: {config.model_type} knows no {', '.join(kept)}; kept for code of the model that asks"
+        warnings.warn(said, stacklevel=2)
+
+
+def _has(config: Any, key: str) -> bool:
+    try:
+        return hasattr(config, key)
+    except Exception:  # there is one for each layer
+        return True
 
 
 def _check_architecture(library: Any, name: str) -> None:

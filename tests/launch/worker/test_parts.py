@@ -2,6 +2,7 @@
 
 import errno
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,11 @@ def test_models_come_from_an_architecture_or_a_function() -> None:
     [
         ({"architecture": "lama"}, "did you mean 'llama'?"),
         ({"architecture": "llama", "config": {"vocab_size": 100}}, "smaller than the 257 tokens"),
+        (
+            {"architecture": "llama", "config": {"hiden_size": 64}},
+            "knows no 'hiden_size'; did you mean 'hidden_size'?",
+        ),
+        ({"architecture": "gpt2", "config": {"n_laier": 64}}, "did you mean 'n_layer'?"),
         ({"python": "nowhere:build"}, "'nowhere' cannot be imported"),
         ({"python": "torch.nn:Linaer"}, "did you mean 'Linear'?"),
         ({"python": "torch.nn:Linear", "arguments": {"in": 2}}, "failed"),
@@ -154,6 +160,17 @@ def test_a_model_that_cannot_be_built_says_why(spec: dict, text: str, monkeypatc
     assert text in str(caught.value)
     with pytest.raises(ModelBuildError):
         import_function("math:nothing")
+
+
+def test_settings_that_only_a_models_code_knows_are_kept_and_said() -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "rope_theta": 5e3}
+    spec = {"architecture": "llama", "config": small}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_model(spec, vocab_size=257, seed=0)  # what a class takes without keeping it is known as well
+    with pytest.warns(UserWarning, match="llama knows no my_own; kept"):
+        model = build_model({**spec, "config": {**small, "my_own": 3}}, vocab_size=257, seed=0)
+    assert model.config.my_own == 3
 
 
 def test_text_is_shared_by_data_rank_and_fingerprinted(tmp_path: Path) -> None:
