@@ -101,6 +101,19 @@ def test_on_a_cpu_attention_that_drops_is_what_torch_computes_and_draws() -> Non
     assert cpu.after.forward.saved_bytes > gpu.after.forward.saved_bytes + 3 * 4 * stream  # noise in whole numbers
 
 
+def test_on_a_cpu_dropout_keeps_what_it_drew() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(self.line(x), 0.5).sum()
+
+    gpu, cpu = (trace(Drops(), Options(example=torch.zeros(4, 8)), on_cpu=each).before for each in (False, True))
+    assert cpu.forward.saved_bytes - gpu.forward.saved_bytes == (4 - 1) * 4 * 8
+
+
 def test_on_a_cpu_attention_that_does_not_drop_is_fused() -> None:
     assert len(_traced(on_cpu=True).after.forward.attentions) == 1
 

@@ -85,7 +85,7 @@ def test_what_is_recomputed_keeps_inputs_and_once_more_what_forward_keeps(shown:
 
 def test_what_a_stage_sends_is_kept_to_go_back_from() -> None:
     one = Passes(forward=Work(saved_bytes=100.0), backward=Work())
-    sends = "0F0,0B0\n1F0,1B0"
+    sends = "0F0,0B0,0F1,0B1\n1F0,1B0,1F1,1B1"
     assert [_moment(sends, {}, blocks={"0": one, "1": one}, border_bytes=each).total for each in (0.0, 7.0)] == [
         100,
         107,
@@ -119,6 +119,9 @@ def test_blocks_of_modules_are_whole_one_at_a_time_and_the_next_is_on_its_way() 
     states = {"shares": {"": SHARES[""], **dict.fromkeys(blocks, HALF)}, "follows": False}
     # the rest, the first block, its buffer, and the sum of the second
     assert _parts(_moment("0F0,0B0", states, blocks=blocks)) == (3 * 500.0, 10.0 + 3 * 1000.0, 100.0, 0.0)
+    heavy = {**blocks, "1": replace(LARGE, backward=Work(working_bytes=1e5, growing_bytes=1e5))}
+    # the rest, the second block, the first on its way, and the sum of the third
+    assert _parts(_moment("0F0,0B0", states, blocks=heavy)) == (2 * 500.0, 10.0 + 3 * 1000.0, 200.0, 1e5)
     whole = _moment("0F0,0B0,0F1,0B1", {**states, "zero_stage": 1}, blocks=blocks)
     assert whole.gradients == 4 * 1000.0
     assert whole.gathered >= 10.0 + 4 * 1000.0
