@@ -30,7 +30,7 @@ from meshwright.parallel.errors import WrapError
 __all__ = ["Outcome", "outcomes", "summary"]
 
 _WARM_STEPS, _STEPS = 4, 16
-_OTHER = "other"
+_GROUPS = "other", "later"
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ def _run(path: Path, number: int) -> list[float]:
 
 
 def summary(found: Sequence[Outcome]) -> dict[str, float | int]:
-    """Errors over jobs: of the seven, of those chosen besides, of memory; and calls that were not as predicted.
+    """Errors over jobs: of the seven, of each group chosen besides, of memory; and calls that were not as predicted.
 
     >>> one = Outcome("dp", 1.0, 2.0, {}, 3, 2, 2, 0.01, 0.02)
     >>> summary([one, Outcome("other: x", 1.5, 1.0, {}, 3, None, 2, None, -0.02)])["other_worst_error_percent"]
     50.0
     """
-    parts = {"": [each for each in found if not each.name.startswith(_OTHER)]}
-    parts["other_"] = [each for each in found if each.name.startswith(_OTHER)]
+    parts = {"": [each for each in found if not each.name.startswith(_GROUPS)]}
+    parts |= {f"{group}_": [each for each in found if each.name.startswith(group)] for group in _GROUPS}
     told: dict[str, float | int] = {}
     for mark, several in parts.items():
         errors = [100 * abs(each.error) for each in several]

@@ -113,7 +113,8 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
         products [m, n, k, precision, seconds], memory [bytes, seconds] of what
         stands between products, attention [sequences, heads, positions, width,
         seconds], attention_backward (the same), op_s (start of an operation), layer_s
-        (a layer's operations in one direction), exponentials_per_s.
+        (a layer's operations in one direction), exponentials_per_s, drawn_per_s
+        (random numbers, written).
     """
     import torch
 
@@ -131,11 +132,20 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
     begin("attention")
     found |= _attentions(device)
     begin("starts of operations")
-    tiny, scores, written = (torch.zeros(size, device=device) for size in (1, 2**16, 2**16))
-    found["op_s"] = timed(lambda: tiny.add(1.0))
-    found["layer_s"] = _layer_s(device)
-    found["exponentials_per_s"] = scores.numel() / timed(lambda: torch.exp(scores, out=written))
-    return found
+    tiny = torch.zeros(1, device=device)
+    return {**found, "op_s": timed(lambda: tiny.add(1.0)), "layer_s": _layer_s(device), **_elements(device)}
+
+
+def _elements(device: "torch.device") -> dict[str, float]:
+    """Of what costs more than its bytes, elements a second."""
+    import torch
+
+    timed = _timer(device)
+    scores, written = (torch.zeros(2**16, device=device) for _ in range(2))
+    return {
+        "drawn_per_s": written.numel() / timed(lambda: written.bernoulli_(0.9)),
+        "exponentials_per_s": scores.numel() / timed(lambda: torch.exp(scores, out=written)),
+    }
 
 
 def _product_s(shape: tuple[int, int, int], device: "torch.device", dtype: "torch.dtype") -> float:

@@ -18,6 +18,9 @@ from meshwright.clusters.simulated.efficiency import Compute, Efficiency, Links,
 __all__ = ["CalibrationError", "Machine", "entry", "hardware_of", "is_calibration"]
 
 
+_DRAWN_BYTES = 4  # written for each
+
+
 class CalibrationError(ValueError):
     """A file that is no calibration, or measurements that say nothing."""
 
@@ -103,7 +106,8 @@ def _gpu(told: Mapping[str, Any], machine: Machine, *, link: float) -> Gpu:
 
 def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compute, dict[str, float]]:
     """Of one of so many ranks, relative to the hardware; ranks of more threads than there are cores take turns."""
-    turns = max(1.0, told["ranks"] * told["threads"] / machine.cores) if told["device"] == "cpu" else 1.0
+    cpu = told["device"] == "cpu"
+    turns = max(1.0, told["ranks"] * told["threads"] / machine.cores) if cpu else 1.0
     first = told["products"][0][3]
     (memory, _), memory_error = fitting.memory(told)
     (rate, _, kernel_s), product_error = fitting.products(told, first)
@@ -122,6 +126,7 @@ def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compu
         waiting_s=layer_s,
         unaligned=1.0,
         attention_backward=backward,
+        drawn_s=max(0.0, 1 / told["drawn_per_s"] - _DRAWN_BYTES / memory) * turns if cpu else 0.0,
     )
     errors = {"products": product_error, "memory": memory_error, "attention": attention_error}
     errors["attention_backward"] = backward_error

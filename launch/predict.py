@@ -118,7 +118,7 @@ def _predicted(loaded: LoadedJob, hardware: "Hardware", *, scaling: bool) -> Pre
     found, points = None, tuple[tuple[int, float], ...]()
     notes = (*hardware.notes, *dealt.notes)
     try:
-        drawing = run_on_paper(loaded, dealt)
+        drawing = run_on_paper(loaded, dealt, hardware)
         found = advised(forecast(drawing, job, hardware), drawing, job=job, hardware=hardware)
         points = scaling_of(drawing, job, hardware) if scaling else ()
     except WrapError as error:

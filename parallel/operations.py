@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from meshwright.parallel.work import Attention, Product, Sent, Work
 
-__all__ = ["Tally", "moved_bytes", "precision_of", "storage_of"]
+__all__ = ["Tally", "moved_bytes", "precision_of", "storage_of", "tensors_of"]
 
 _FREE = {
     "empty",
@@ -29,6 +29,18 @@ _FREE = {
 }
 _OVERWRITES = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
 """Those that do not read what they change."""
+_DRAWS = {
+    "native_dropout",
+    "bernoulli",
+    "bernoulli_",
+    "normal_",
+    "uniform_",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+}
+"""Those that need a random number for each element of what they make."""
 _PICKS = {"embedding", "index_select", "gather", "index", "nll_loss_forward", "nll_loss2d_forward"}
 """Those that read as much of a table as they write."""
 _MAKES = {"nll_loss_backward", "nll_loss2d_backward", "embedding_dense_backward"}
@@ -52,15 +64,18 @@ def precision_of(tensor: Tensor) -> str:
 
 @dataclass
 class Tally:
-    """Adds up operations of one block in one direction; `working_bytes` and `saved_bytes` are for others to set."""
+    """Adds up operations of one block in one direction; those of memory are for others to set."""
 
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     moved_bytes: float = 0.0
     operations: int = 0
+    drawn: float = 0.0
     sent: list[Sent] = field(default_factory=list)
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
+    growing_bytes: float = 0.0
+    holding_bytes: float = 0.0
 
     def note(self, func: Any, args: Any, kwargs: Any, *, made: Any) -> None:
         """Counts one operation.
@@ -71,10 +86,11 @@ class Tally:
         (48.0, 1)
         """
         name = func._schema.name.removeprefix("aten::")
-        given, outputs = _tensors((args, kwargs)), _tensors(made)
+        given, outputs = tensors_of((args, kwargs)), tensors_of(made)
         if name in _FREE or not outputs or (not func._schema.is_mutable and _is_view(given, outputs)):
             return
         self.operations += 1
+        self.drawn += outputs[0].numel() if name in _DRAWS else 0
         products = list(_products(name, args, outputs))
         if products:
             self.products += products
@@ -88,9 +104,12 @@ class Tally:
             attentions=tuple(self.attentions),
             moved_bytes=self.moved_bytes,
             operations=self.operations,
+            drawn=self.drawn,
             sent=tuple(self.sent),
             saved_bytes=self.saved_bytes,
             working_bytes=self.working_bytes,
+            growing_bytes=self.growing_bytes,
+            holding_bytes=self.holding_bytes,
         )
 
 
@@ -115,7 +134,8 @@ def moved_bytes(name: str, given: Iterable[Tensor], outputs: Iterable[Tensor]) -
     return sum(map(_bytes, read.values())) + written_bytes
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """Tensors anywhere in nested containers."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""Kernels that a GPU has and a run on shapes would not choose: fused attention, dropout and products by groups."""
+"""Kernels that a run on shapes would not choose: those of a GPU for attention and dropout, and products by groups."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -30,20 +30,24 @@ class Kernels(TorchFunctionMode):
         tracer: that counts.
         num_keys: how many times as many keys as it is given attention meets.
         fetched: what is sent for an attention of given query, key and value, forward and backward.
+        on_cpu: whether a CPU runs it, where torch fuses no attention that drops and dropout keeps what it drew.
     """
 
-    def __init__(self, tracer: Any, num_keys: int = 1, fetched: "Fetched | None" = None) -> None:
+    def __init__(
+        self, tracer: Any, num_keys: int = 1, fetched: "Fetched | None" = None, *, on_cpu: bool = False
+    ) -> None:
         super().__init__()
         self._tracer = tracer
         self._num_keys = num_keys
         self._fetched = fetched
+        self._on_cpu = on_cpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces the three, and passes every other call on."""
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention and not (self._on_cpu and _dropped(*args, **kwargs)):
             return self._attend(*args, **kwargs)
-        if func is functional.dropout:
+        if func is functional.dropout and not self._on_cpu:
             return _drop(*args, **kwargs)
         if func is torch._grouped_mm and (args[0].dim(), args[1].dim()) == (2, 3):
             return grouped_on_shapes(args[0], args[1], told=partial(self._count, args[0], args[1]))
@@ -60,7 +64,7 @@ class Kernels(TorchFunctionMode):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
         """Attention [..., heads, queries, width]; a mask that is given has all scores computed."""
-        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | named
+        given = _given(others, named)
         mask, is_causal = given.get("attn_mask"), given.get("is_causal", False)
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
@@ -117,6 +121,16 @@ def _positions_first(query: Tensor, width: int) -> Tensor:
         return query.new_empty((*query.shape[:-1], width))
     *outer, heads, queries, _ = query.shape
     return query.new_empty((*outer, queries, heads, width)).transpose(-3, -2)
+
+
+def _dropped(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> bool:
+    """Whether attention drops scores, which torch then computes one after the other on a CPU (its `sdp_utils_cpp`)."""
+    return float(_given(others, named).get("dropout_p", 0.0)) > 0
+
+
+def _given(others: Sequence[Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of attention behind query, key and value."""
+    return dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | named
 
 
 def _drop(input: Tensor, p: float = 0.5, training: bool = True, **inplace: bool) -> Tensor:

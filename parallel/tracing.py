@@ -24,16 +24,16 @@ from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.blockwise.tiling import tile_heads, tile_networks
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.footprint import Live
 from meshwright.parallel.legal import check_on_paper
 from meshwright.parallel.meta import without_values
 from meshwright.parallel.microbatch import call, num_samples
-from meshwright.parallel.operations import Tally, storage_of
+from meshwright.parallel.operations import Tally, tensors_of
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import deal_model
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.traced_blocks import Alike, alike_blocks, watch_blocks
 from meshwright.parallel.traced_kernels import Fetched, Kernels, shapes_only
+from meshwright.parallel.traced_memory import Books
 from meshwright.parallel.work import Passes, Sent, Traced, Work
 
 __all__ = ["RecordingAxis", "Tracer", "trace"]
@@ -55,6 +55,7 @@ class TraceKeywords(TypedDict, total=False):
     fetched: Fetched | None
     prepare: Prepare | None
     backward: bool
+    on_cpu: bool
 
 
 def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> Traced:
@@ -66,7 +67,8 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
         how: `plan` along `tp`, of which the first rank's share is run; `precision` that autocast computes in;
             `num_positions`, how many times as many keys as its own positions a rank meets in attention (`cp`);
             `fetched`, what it sends for one;
-            `prepare` changes the copy that is run; `backward`, whether to run it too.
+            `prepare` changes the copy that is run; `backward`, whether to run it too; `on_cpu`, whether kernels are
+            those of a CPU.
 
     Raises:
         WrapError: where the model asks its tensors for values, with its words; see `check_on_paper`, too.
@@ -78,8 +80,9 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     streams = () if plan is None else plan.streams
     ends = {name for stream in streams for name in (stream.blocks[0], stream.blocks[-1])}  # which deal and join it
     tracer = Tracer(alike_blocks(find_blocks(model, options.blocks), ends))
+    kernels = Kernels(tracer, how.get("num_positions", 1), how.get("fetched"), on_cpu=how.get("on_cpu", False))
     try:
-        with shapes_only(), Kernels(tracer, how.get("num_positions", 1), how.get("fetched")):
+        with shapes_only(), kernels:
             mine = _prepared(tracer, model, options, how=how)
             blocks = find_blocks(mine, options.blocks)
             _run(tracer, mine, options, backward=how.get("backward", True))
@@ -158,14 +161,11 @@ class Tracer(TorchDispatchMode):
     def __init__(self, alike: Alike) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._alike = alike
-        self._live = Live()
+        self._books = Books()
         self._forward: dict[str, Tally] = {}
         self._backward: dict[str, Tally] = {}
-        self._inputs: dict[str, float] = {}
         self._here: str | None = _BEFORE
         self._begun: list[tuple[int, str | None]] = []  # sequence numbers of autograd's nodes, and whose they are
-        self._known: set[int] = set()
-        self._start_bytes = 0
         self._at: tuple[str | None, bool] = (None, False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,9 +175,10 @@ class Tracer(TorchDispatchMode):
             return made
         tally = self.tally()
         if tally is not None:
-            for leaf in tree_leaves(made):
-                if isinstance(leaf, Tensor):
-                    self._live.note(leaf.untyped_storage())
+            self._books.note(tensors_of(made))
+            name, is_backward = self._at
+            if name is not None and not is_backward:
+                self._books.use(name, tensors_of((args, kwargs)))
             tally.note(func, args, kwargs or {}, made=made)
         return made
 
@@ -204,11 +205,11 @@ class Tracer(TorchDispatchMode):
         """Inside, a pass over `model` is counted."""
         trained = [each for name, each in model.named_parameters() if each.requires_grad and self.runs(name)]
         constant = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
-        self._known = {storage_of(each) for each in constant}
+        self._books.open(constant, trained)
         self._begin(_BEFORE)
         with ExitStack() as stack:
             for each in trained:
-                stack.callback(each.register_post_accumulate_grad_hook(_forget).remove)
+                stack.callback(each.register_post_accumulate_grad_hook(self._books.take).remove)
             stack.enter_context(watch_blocks(blocks, self._alike, self._around))
             stack.enter_context(saved_tensors_hooks(self._save, _same))
             stack.enter_context(self)
@@ -226,7 +227,7 @@ class Tracer(TorchDispatchMode):
 
     def _passes(self, name: str) -> Passes:
         works = [tallies[name].work() if name in tallies else Work() for tallies in (self._forward, self._backward)]
-        return Passes(forward=works[0], backward=works[1], input_bytes=self._inputs.get(name, 0.0))
+        return self._books.of(name, forward=works[0], backward=works[1])
 
     def copied(self, model: nn.Module) -> nn.Module:
         """A copy without values of what will be run; parameters of blocks that are not stay as they are."""
@@ -247,9 +248,8 @@ class Tracer(TorchDispatchMode):
         """Told of calls of blocks."""
         if is_over:
             name = _AFTER if is_last else _BEFORE
-        elif name is not None and name not in self._inputs:
-            held = {storage_of(each): each for each in inputs if each.requires_grad}
-            self._inputs[name] = float(sum(each.untyped_storage().nbytes() for each in held.values()))
+        elif name is not None:
+            self._books.give(name, inputs)
         self._begin(name)
 
     def _begin(self, name: str | None) -> None:
@@ -265,28 +265,21 @@ class Tracer(TorchDispatchMode):
 
     def _turn(self, name: str | None, is_backward: bool) -> None:
         """Closes the books of one block in one direction, and opens those of the next."""
-        live, (before, was_backward) = self._live, self._at
-        if before is not None:
-            tally = (self._backward if was_backward else self._forward).setdefault(before, Tally())
-            base = self._start_bytes if was_backward else live.now_bytes
-            tally.working_bytes = max(tally.working_bytes, live.peak_bytes - base)
-        self._at, self._start_bytes, live.peak_bytes = (name, is_backward), live.now_bytes, live.now_bytes
+        before, was_backward = self._at
+        tallies = self._backward if was_backward else self._forward
+        self._books.turn(None if before is None else tallies.setdefault(before, Tally()), was_backward=was_backward)
+        self._at = name, is_backward
 
     def _save(self, tensor: Tensor) -> Tensor:
-        """Told of a tensor that autograd keeps; memory that is kept already, or lives anyway, costs nothing more."""
-        storage, tally = storage_of(tensor), self.tally()
-        if storage not in self._known and tally is not None:
-            self._known.add(storage)
-            tally.saved_bytes += tensor.untyped_storage().nbytes()
+        """Told of a tensor that autograd keeps."""
+        tally, (name, _) = self.tally(), self._at
+        if tally is not None and name is not None:
+            self._books.keep(name, tensor, tally)
         return tensor
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _forget(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _faked(leaf: Any) -> Any:

@@ -101,18 +101,24 @@ class Work:
         attentions: fused.
         moved_bytes: read and written by all other operations.
         operations: started by the host, on tensors; views aside.
+        drawn: random numbers.
         sent: collectives, in order.
         saved_bytes: kept for backward.
         working_bytes: held at once at most, besides what was there before and what is kept.
+        growing_bytes: the same where gradients of parameters stay as they are made, and none were there before.
+        holding_bytes: the same where nothing that forward kept is let go before the end, as where it was recomputed.
     """
 
     products: tuple[Product, ...] = ()
     attentions: tuple[Attention, ...] = ()
     moved_bytes: float = 0.0
     operations: float = 0.0
+    drawn: float = 0.0
     sent: tuple[Sent, ...] = ()
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
+    growing_bytes: float = 0.0
+    holding_bytes: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -130,9 +136,12 @@ class Work:
             attentions=self.attentions + other.attentions,
             moved_bytes=self.moved_bytes + other.moved_bytes,
             operations=self.operations + other.operations,
+            drawn=self.drawn + other.drawn,
             sent=self.sent + other.sent,
             saved_bytes=self.saved_bytes + other.saved_bytes,
             working_bytes=max(self.working_bytes, other.working_bytes),
+            growing_bytes=max(self.growing_bytes, other.growing_bytes),
+            holding_bytes=max(self.holding_bytes, other.holding_bytes),
         )
 
 
@@ -144,11 +153,17 @@ class Passes:
         forward: with what it keeps.
         backward: of the same.
         input_bytes: of what it is given and gradients go back to: all that is kept of a block that is recomputed.
+        reread_bytes: the part of what forward keeps that is such an input itself.
+        made_bytes: of gradients of parameters that nothing before it in backward has used.
+        is_tied: whether it uses a parameter that others use, too.
     """
 
     forward: Work
     backward: Work
     input_bytes: float = 0.0
+    reread_bytes: float = 0.0
+    made_bytes: float = 0.0
+    is_tied: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ class Compute:
         waiting_s: the same where the host waits for the GPU in each layer; on top.
         unaligned: slow-down of products whose inner width is no multiple of 16 bytes.
         attention_backward: times what FLOPs and exponentials of fused attention say that backward takes.
+        drawn_s: to draw one random number, besides writing it; nothing where that is hidden behind memory.
     """
 
     matmul: float
@@ -52,6 +53,7 @@ class Compute:
     waiting_s: float
     unaligned: float
     attention_backward: float = 1.0
+    drawn_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,8 @@ class Efficiency:
         products_s = sum(self.matmul_s(each, gpu) for each in work.products)
         attentions_s = sum(self.attention_s(each, gpu) for each in work.attentions)
         attentions_s *= self.compute.attention_backward if backward else 1.0
-        return products_s + self.memory_s(work.moved_bytes, gpu) + attentions_s
+        between_s = self.memory_s(work.moved_bytes, gpu) + work.drawn * self.compute.drawn_s
+        return products_s + between_s + attentions_s
 
     def matmul_s(self, product: Product, gpu: Gpu) -> float:
         """Seconds of one product, which computes while it reads and writes."""

@@ -1,43 +1,24 @@
-"""What memory each rank of a job on paper needs, and for what: states, and what the walk of its schedule keeps."""
+"""What memory each rank of a job on paper needs, and for what: in the moment of its step in which most is alive."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from meshwright.clusters.simulated.alive import Walk
+from meshwright.clusters.simulated.keeping import States
 from meshwright.clusters.simulated.paper import Paper
-from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind
-from meshwright.parallel.work import Passes
 
 __all__ = ["Held", "States", "fullest", "held_by"]
-
-_LAST = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class States:
-    """Bytes that a rank keeps between steps, and those of parameters and gradients that are whole in between.
-
-    Args:
-        parameters: kept.
-        gradients: after a step.
-        optimizer: AdamW's two moments.
-        gathered: whole copies of what is sharded, and whole gradients before they are reduced.
-    """
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    gathered: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes of one rank by cause; they add up to the whole.
+    """Bytes of one rank by cause, when they are most; they add up to the whole.
 
     Args:
         parameters: kept between steps.
-        gradients: the same.
+        gradients: made so far, and buckets that they are sent from.
         optimizer: moments.
-        gathered: whole copies of what is sharded.
+        gathered: whole copies of what is sharded, and buffers of collectives.
         activations: kept for backward by all micro-batches in flight.
         working: at once inside of one block, beyond what it keeps.
         fragmentation: held by the allocator beyond activations and working memory.
@@ -79,66 +60,14 @@ def fullest(paper: Paper, states: Sequence[States]) -> tuple[int, Held]:
 def held_by(paper: Paper, rank: int, states: States) -> Held:
     """What one rank of the pipeline needs at most."""
     reserves = paper.machine.efficiency.reserves
-    activations, working = max(_moments(paper, rank), key=sum)
+    most = Walk(paper, rank, states).fullest()
     return Held(
         parameters=states.parameters,
-        gradients=states.gradients,
+        gradients=most.gradients,
         optimizer=states.optimizer,
-        gathered=states.gathered,
-        activations=activations,
-        working=working,
-        fragmentation=reserves.fragmentation * (activations + working),
+        gathered=most.gathered,
+        activations=most.activations,
+        working=most.working,
+        fragmentation=reserves.fragmentation * (most.activations + most.working),
         overhead=reserves.overhead_bytes,
     )
-
-
-def _moments(paper: Paper, rank: int) -> Iterator[tuple[float, float]]:
-    """Bytes kept and at work in each action."""
-    stages = {stage: _Stage.of(paper, stage) for stage in paper.schedule.stages_of(rank)}
-    shown = paper.schedule.has(Kind.RECOMPUTE)
-    kept, again = 0.0, set[Action]()
-    for action in paper.schedule.ranks[rank]:
-        if action.kind not in COMPUTE:
-            continue
-        of = stages[action.stage]
-        if action.kind is Kind.FORWARD:
-            yield kept + of.kept, of.forward
-            kept += of.kept
-            continue
-        mine = Action(action.stage, Kind.RECOMPUTE, action.microbatch)
-        if action.kind is Kind.RECOMPUTE and mine not in again:
-            again.add(mine)
-            kept += of.remade
-        yield kept, of.backward + (0.0 if shown else of.remade_at_once)
-        if action.kind in _LAST:
-            kept -= of.kept + (of.remade if mine in again else 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """Bytes of one micro-batch on one stage: kept, kept again, at work, and again for one block alone."""
-
-    kept: float
-    remade: float
-    forward: float
-    backward: float
-    remade_at_once: float
-
-    @classmethod
-    def of(cls, paper: Paper, stage: int) -> "_Stage":
-        blocks, around = paper.blocks(stage), list(paper.around(stage))
-        remade = [each for name, each in blocks.items() if name in paper.recomputed]
-        whole = [each for name, each in blocks.items() if name not in paper.recomputed]
-        every = [*blocks.values(), *around]
-        return cls(
-            kept=sum(each.input_bytes for each in remade) + _saved([*whole, *around]),
-            remade=_saved(remade),
-            forward=max((each.forward.working_bytes for each in every), default=0.0)
-            + max((each.forward.saved_bytes for each in remade), default=0.0),
-            backward=max((each.backward.working_bytes for each in every), default=0.0),
-            remade_at_once=max((each.forward.saved_bytes for each in remade), default=0.0),
-        )
-
-
-def _saved(several: Sequence[Passes]) -> float:
-    return sum(each.forward.saved_bytes for each in several)

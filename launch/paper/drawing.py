@@ -86,16 +86,19 @@ def deal_on_paper(loaded: LoadedJob, model: nn.Module) -> Drawing:
     return Drawing(model=model, mine=first_shares(model, tensor), options=options, plans=plans, is_proved=proved)
 
 
-def run_on_paper(loaded: LoadedJob, dealt: Drawing) -> Drawing:
-    """Runs a model that was dealt, on shapes.
+def run_on_paper(loaded: LoadedJob, dealt: Drawing, hardware: Hardware) -> Drawing:
+    """Runs a model that was dealt, on shapes, by the kernels of that hardware.
 
     Raises:
         WrapError: when the model asks its tensors for values.
     """
     job, options = loaded.job, dealt.options
     precision = _PRECISIONS.get(job.train.precision) if job.train else None
+    on_cpu = hardware.cluster.gpu.generation == "cpu"
     run = partial(trace, dealt.model, precision=precision)
-    mine = partial(run, plan=dealt.plans.tensor, prepare=partial(_spread, mesh=job.mesh, options=options))
+    mine = partial(
+        run, plan=dealt.plans.tensor, prepare=partial(_spread, mesh=job.mesh, options=options), on_cpu=on_cpu
+    )
     traced = mine(options)
     if job.mesh.cp > 1:
         part = replace(options, example=_first_positions(options.example, job.mesh.cp))
@@ -103,7 +106,7 @@ def run_on_paper(loaded: LoadedJob, dealt: Drawing) -> Drawing:
         blocks = mine(part, num_positions=job.mesh.cp, fetched=fetched).blocks
         traced = replace(traced, blocks=blocks, after=_beyond(traced.after, dealt))
     flops = traced.forward_flops
-    if job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:
+    if on_cpu or job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:  # of the model, whatever kernels and ranks do
         flops = run(options, backward=False, prepare=partial(_spread, mesh=Mesh(), options=options)).forward_flops
     return replace(dealt, traced=traced, forward_flops=flops)
 

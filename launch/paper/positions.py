@@ -90,7 +90,7 @@ def summed_at_end(mine: nn.Module, mesh: Mesh, options: Options, *, plans: Plans
     itemsize = max((each.element_size() for each in trained.values()), default=0)
     found = dict(_sums(trained, mesh, plans))
     if mesh.cp > 1 and plans.context is None:
-        inside = set().union(*block_parameters(mine, options))
+        inside = set().union(*block_parameters(mine, options).values())
         found["cp"] = sum(each.numel() for name, each in trained.items() if name in inside) / mesh.fsdp
     return tuple(
         Sent(axis, "all_reduce", elements * itemsize / mesh.pp) for axis, elements in found.items() if elements

@@ -1,26 +1,22 @@
 """Bytes of states and of data-parallel collectives of a job on paper, rank by rank of its pipeline."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from meshwright.clusters.simulated.holding import States
+from meshwright.clusters.simulated.keeping import Share, States
 from meshwright.clusters.simulated.paper import StageBytes
 from meshwright.parallel.blocks import find_blocks, own_parameters
 from meshwright.parallel.experts import ExpertPlan
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind
-from meshwright.parallel.pipeline.check import check
 from meshwright.parallel.predicted import padded_elements, predicted_calls
 from meshwright.parallel.stages import Stages
 from meshwright.parallel.work import Sent
 
 __all__ = ["block_parameters", "data_calls", "stage_bytes", "states_of"]
-
-_WHOLE_AT_ONCE = 2
-"""Blocks whose parameters or gradients are whole where others are sharded: one at work, one on its way."""
 
 
 class _Sizes:
@@ -45,6 +41,29 @@ class _Sizes:
         dealt = [name for name in wanted if self._experts.degree > 1 and self._experts.holds(name)]
         return self.whole(set(wanted) - set(dealt)), self.whole(dealt)
 
+    def share(self, names: Sequence[str]) -> Share:
+        """What is sharded of some."""
+        padded = {name: self._padded(name) for name in names}
+        sharded = [name for name, (_, over) in padded.items() if over > 1]
+        trained = list(self._wanted(sharded, True))
+        return Share(
+            whole=sum(padded[name][0] for name in sharded),
+            trained=sum(padded[name][0] for name in trained),
+            shard=sum(padded[name][0] / padded[name][1] for name in trained),
+        )
+
+    def alone(self, names: Sequence[str]) -> float:
+        """Gradients that nobody else has, of trained ones."""
+        mesh = self._mesh
+        replicas = mesh.world_size // mesh.pp // mesh.ep
+        return self.parted(names)[1] if replicas == 1 else 0.0
+
+    def bucketed(self, names: Sequence[str]) -> float:
+        """Gradients that are sent from buckets, where they are not sharded."""
+        if self._mesh.fsdp > 1 or self._mesh.dp == 1:
+            return 0.0
+        return self.whole(names, trained=True) - self.alone(names)
+
     def _wanted(self, names: Iterable[str], trained: bool) -> Iterable[str]:
         return (name for name in names if self._held[name].requires_grad or not trained)
 
@@ -57,38 +76,39 @@ class _Sizes:
 
 
 def states_of(model: nn.Module, mesh: Mesh, options: Options, *, stages: Stages, experts: ExpertPlan) -> list[States]:
-    """What each rank of the pipeline keeps."""
+    """What each rank of the pipeline keeps, and how it comes and goes."""
     sizes = _Sizes(model, mesh, experts)
     own, rest = own_parameters(model, stages.homes)
-    blocks = block_parameters(model, options)
-    known = dict(model.named_parameters())
-    largest = max((sizes.whole(name for name in names if name in known) for names in blocks), default=0.0)
-    shows = stages.schedule.has(Kind.GATHER)
-    peaks = check(stages.schedule).peak_gathered if shows else (0,) * mesh.pp
+    blocks, known = block_parameters(model, options), dict(model.named_parameters())
+    parts = {path: [name for name in names if name in known] for path, names in blocks.items()}
+    inside = set().union(*parts.values())
+    parts[""] = [name for name in known if name not in inside]
     found = []
     for rank in range(mesh.pp):
         names = [*own.get(rank, []), *rest]
         trained = sizes.kept(names, trained=True)
-        gathered = 0.0
-        if mesh.fsdp > 1:
-            number = max(_WHOLE_AT_ONCE, peaks[rank]) if options.zero_stage == 3 else len(blocks)
-            gathered = min(sizes.whole(names), number * largest + sizes.whole(rest if own else _outside(known, blocks)))
-            gradients = sizes.whole(names, trained=True) if options.zero_stage == 1 else _WHOLE_AT_ONCE * largest
-            gathered += min(gradients, sizes.whole(names, trained=True))
-        found.append(States(parameters=sizes.kept(names), gradients=trained, optimizer=2 * trained, gathered=gathered))
+        found.append(
+            States(
+                parameters=sizes.kept(names),
+                gradients=trained,
+                optimizer=2 * trained,
+                buckets=sizes.bucketed(names),
+                alone={path: sizes.alone(each) for path, each in parts.items() if path},
+                shares={path: sizes.share(each) for path, each in parts.items()} if mesh.fsdp > 1 else {},
+                follows=bool(stages.blocks),
+                zero_stage=options.zero_stage,
+                num_buffers=options.num_buffers,
+            )
+        )
     return found
 
 
-def block_parameters(model: nn.Module, options: Options) -> list[list[str]]:
-    """Names of the parameters of each block."""
-    return [
-        [f"{path}.{name}" for name, _ in block.named_parameters()]
+def block_parameters(model: nn.Module, options: Options) -> dict[str, list[str]]:
+    """Block -> names of its parameters."""
+    return {
+        path: [f"{path}.{name}" for name, _ in block.named_parameters()]
         for path, block in find_blocks(model, options.blocks).items()
-    ]
-
-
-def _outside(known: Mapping[str, object], blocks: Iterable[Iterable[str]]) -> set[str]:
-    return set(known) - {name for names in blocks for name in names}
+    }
 
 
 def stage_bytes(

@@ -48,6 +48,7 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
         "op_s": 1e-6,
         "layer_s": 2e-4,
         "exponentials_per_s": EXP,
+        "drawn_per_s": 1 / (DRAWN_S + 4 / MEMORY),
         "products": products,
         "memory": [[size, 2e-5 + size / MEMORY] for size in (1e5, 1e6, 1e7)],
         "attention": attention,
@@ -59,7 +60,7 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
 
 _TIMES = {"all_gather": 1, "all_reduce": 2}
 _STRAIGHT = {"reduce_scatter": (5e-4, 1e9), "all_to_all": (2e-4, 4e9), "send": (1e-4, 3e9)}  # latency, bytes per second
-BACK = 1.3
+BACK, DRAWN_S = 1.3, 6e-9
 
 
 def _straight(name: str, size: float) -> list[float]:
@@ -87,6 +88,7 @@ def test_the_numbers_that_times_were_made_from_are_found_again(path: Path) -> No
     assert (reached.compute.attention, reached.compute.softmax) == pytest.approx((0.5, 3.0), rel=0.1)
     assert (gpu.nvlink_bytes_per_s, reached.links.nvlink_s) == pytest.approx((LINK, LATENCY_S), rel=0.01)
     assert reached.compute.attention_backward == pytest.approx(BACK, rel=0.03)
+    assert reached.compute.drawn_s == pytest.approx(DRAWN_S, rel=0.01)
     assert reached.links.unsteady == 0.01
     assert reached.compute.host_s == reached.compute.waiting_s == 2e-4
     assert reached.reserves.overhead_bytes == 3e8
@@ -108,7 +110,7 @@ def test_an_entry_prices_what_it_was_made_from(path: Path) -> None:
 
 def test_ranks_that_outnumber_cores_take_turns(path: Path) -> None:
     (_, four), (_, eight) = (hardware_of(path, ranks=each) for each in (4, 8))
-    for name in ("kernel_s", "host_s", "waiting_s", "softmax"):
+    for name in ("kernel_s", "host_s", "waiting_s", "softmax", "drawn_s"):
         assert getattr(eight.compute, name) == pytest.approx(2 * getattr(four.compute, name), rel=1e-4), name
     for name in ("matmul", "memory"):
         assert getattr(eight.compute, name) == pytest.approx(getattr(four.compute, name) / 2, rel=1e-4), name

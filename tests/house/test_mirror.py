@@ -57,7 +57,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.scores": "tests/parallel/test_vocabulary.py and blockwise/test_loss.py use both kinds",
     "meshwright.parallel.targets": "tests/parallel/test_vocabulary.py and blockwise/test_entropy.py",
     "meshwright.parallel.exchange": "tests/parallel/test_matrix.py: every pair of collectives, forward and backward",
-    "meshwright.clusters.simulated.meetings": "tests/clusters/simulated/test_paper.py: sums, copies, waiting",
+    "meshwright.clusters.simulated.alive": "tests/clusters/simulated/test_keeping.py: moments of walks, each keeper",
     "meshwright.clusters.fitting": "tests/clusters/test_calibration.py finds the numbers that times were made from",
     "meshwright.parallel.paper": "tests/parallel/test_fake_rank.py runs every rank of every job on it",
     "meshwright.parallel.build": "every wrapped model is built by it",

@@ -9,7 +9,7 @@ import yaml
 from meshwright.clusters.hardware import gpu
 from meshwright.clusters.simulated import Cluster, fitted
 from meshwright.clusters.simulated.efficiency import FILE, Compute, Links, Reserves
-from meshwright.parallel.work import Product
+from meshwright.parallel.work import Product, Work
 
 A100, H100 = gpu("A100"), gpu("H100")
 REACHED = fitted()
@@ -99,3 +99,10 @@ def test_eight_gpus_of_a_node_reach_what_nccl_was_measured_at() -> None:
     for mebibytes, measured in ((256, 194e9), (64, 172e9)):
         size = mebibytes * 2**20
         assert 2 * 7 / 8 * size / (2 * REACHED.gather_s(size, group)) == pytest.approx(measured, rel=0.2)
+
+
+def test_random_numbers_cost_besides_their_bytes_where_drawing_is_not_hidden() -> None:
+    work = Work(moved_bytes=4e6, drawn=1e6)
+    slow = replace(REACHED, compute=replace(REACHED.compute, drawn_s=1e-8))
+    assert REACHED.busy_s(work, H100) == REACHED.memory_s(4e6, H100)
+    assert slow.busy_s(work, H100) == pytest.approx(REACHED.memory_s(4e6, H100) + 1e-2)

@@ -176,7 +176,7 @@ def test_a_job_that_nothing_helps_says_so(tmp_path: Path) -> None:
 
 def test_more_replicas_share_the_batch(tmp_path: Path) -> None:
     loaded = load_job(_written(tmp_path, "{dp: 4, num_microbatches: 4}"))
-    drawing = run_on_paper(loaded, deal_on_paper(loaded, model_on_meta(loaded)))
+    drawing = run_on_paper(loaded, deal_on_paper(loaded, model_on_meta(loaded)), hardware_of(loaded))
     points = scaling_of(drawing, loaded.job, hardware_of(loaded))
     assert [gpus for gpus, _ in points] == [1, 2, 4, 8, 16]
     assert points[2][1] == pytest.approx(forecast(drawing, loaded.job, hardware_of(loaded)).tokens_per_s)

@@ -1,0 +1,104 @@
+"""Memory of a pass on shapes: what each block keeps, works with, and makes of gradients."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+
+from meshwright.parallel.footprint import Live
+from meshwright.parallel.operations import Tally, storage_of
+from meshwright.parallel.work import Passes, Work
+
+__all__ = ["Books"]
+
+
+class Books:
+    """Follows storages from the start of one block in one direction to its end, again and again."""
+
+    def __init__(self) -> None:
+        self._live = Live()
+        self._given: dict[str, dict[int, int]] = {}  # block -> storage of an input -> bytes
+        self._reread: Counter[str] = Counter()
+        self._trained: dict[int, int] = {}  # storages of parameters -> bytes
+        self._users: dict[int, dict[str, None]] = {}  # and who used them, in order
+        self._known: set[int] = set()
+        self._start_bytes = 0
+        self._made_bytes = self._grown_bytes = 0  # gradients since the start, and the peak if they all stayed
+        self._left_bytes = self._held_bytes = 0  # of what was kept, let go since the start; the peak if it stayed
+        self._refs: list[Any] = []
+
+    def open(self, constant: Iterable[Tensor], trained: Iterable[Tensor]) -> None:
+        """Before a pass.
+
+        Args:
+            constant: what lives anyway.
+            trained: parameters, of which gradients are made.
+        """
+        self._known = {storage_of(each) for each in constant}
+        self._trained = {storage_of(each): each.untyped_storage().nbytes() for each in trained}
+
+    def note(self, made: Iterable[Tensor]) -> None:
+        """Told of what an operation made."""
+        for each in made:
+            self._live.note(each.untyped_storage())
+        self._grown_bytes = max(self._grown_bytes, self._live.now_bytes + self._made_bytes)
+        self._held_bytes = max(self._held_bytes, self._live.now_bytes + self._left_bytes)
+
+    def use(self, name: str, given: Iterable[Tensor]) -> None:
+        """Told of what an operation of a block's forward reads."""
+        for storage in map(storage_of, given):
+            if storage in self._trained:
+                users = self._users.setdefault(storage, {})
+                users.pop(name, None)
+                users[name] = None
+
+    def give(self, name: str, inputs: Iterable[Tensor]) -> None:
+        """Told of a block's inputs when it is first called."""
+        if name not in self._given:
+            self._given[name] = {
+                storage_of(each): each.untyped_storage().nbytes() for each in inputs if each.requires_grad
+            }
+
+    def keep(self, name: str, tensor: Tensor, tally: Tally) -> None:
+        """Told of a tensor that autograd keeps; memory that is kept already, or lives anyway, costs nothing more."""
+        storage, size_bytes = storage_of(tensor), tensor.untyped_storage().nbytes()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        tally.saved_bytes += size_bytes
+
+        def gone(_: Any) -> None:
+            self._left_bytes += size_bytes
+
+        self._refs.append(ref(tensor.untyped_storage(), gone))
+        self._reread[name] += size_bytes if storage in self._given.get(name, ()) else 0
+
+    def take(self, parameter: Tensor) -> None:
+        """Told of a gradient, which is let go."""
+        self._made_bytes += 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
+    def turn(self, tally: Tally | None, *, was_backward: bool) -> None:
+        """Closes the books of one block in one direction, if there was one, and opens those of the next."""
+        live = self._live
+        if tally is not None:
+            base = self._start_bytes if was_backward else live.now_bytes
+            tally.working_bytes = max(tally.working_bytes, live.peak_bytes - base)
+            tally.growing_bytes = max(tally.growing_bytes, self._grown_bytes - base)
+            tally.holding_bytes = max(tally.holding_bytes, self._held_bytes - base)
+        self._start_bytes = live.peak_bytes = self._grown_bytes = self._held_bytes = live.now_bytes
+        self._made_bytes = self._left_bytes = 0
+
+    def of(self, name: str, *, forward: Work, backward: Work) -> Passes:
+        """A block in both directions."""
+        last = [storage for storage, users in self._users.items() if next(reversed(users)) == name]
+        return Passes(
+            forward=forward,
+            backward=backward,
+            input_bytes=float(sum(self._given.get(name, {}).values())),
+            reread_bytes=float(self._reread[name]),
+            made_bytes=float(sum(self._trained[storage] for storage in last)),
+            is_tied=any(name in users and len(users) > 1 for users in self._users.values()),
+        )
