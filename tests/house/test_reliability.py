@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.lab.faults import FAULTS
+from tests.lab.faults import ABSENT, BOTH, FAULTS
 from tests.lab.reliability import still_due
 from tests.lab.reliability_page import PAGE, RESULTS, page
 
@@ -17,6 +17,14 @@ def test_every_trial_was_as_it_must_be() -> None:
     bad = [each for each in trials if each["left"] or each["lost_steps"] or not each["same"] or not each["named"]]
     assert trials
     assert bad == []
+
+
+def test_every_fault_is_tried_on_every_kind_of_cluster_or_cannot_be_there() -> None:
+    tried = {(fault.name, kind) for fault in FAULTS for kind in fault.kinds}
+    assert tried & set(ABSENT) == set()
+    assert tried | set(ABSENT) == {(fault.name, kind) for fault in FAULTS for kind in BOTH}
+    done = {(each["fault"], each["kind"]) for each in map(json.loads, RESULTS.read_text().splitlines())}
+    assert done == tried
 
 
 def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:

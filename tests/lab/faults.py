@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.lab.bench import EVERY, Bench, Kind
 
-__all__ = ["AGAIN", "FAULTS", "GOES_ON", "LOOK", "REFUSED", "UNHARMED", "Fault"]
+__all__ = ["ABSENT", "AGAIN", "BOTH", "FAULTS", "GOES_ON", "LOOK", "REFUSED", "UNHARMED", "Fault"]
 
 BOTH: tuple[Kind, ...] = ("ssh", "slurm")
 GOES_ON, LOOK, AGAIN, REFUSED, UNHARMED = "goes on", "looked at again", "launched again", "refused", "unharmed"
@@ -187,7 +187,13 @@ FAULTS = (
         keys={"checkpoint": {"every_steps": EVERY, "keep": 10, "dir": "../small/checkpoints"}},
     ),
     Fault("disk is slow", "", follows=UNHARMED, variables={"LAB_FLUSH_S": "0.3"}),
-    Fault("preemption signal", "", _preempt, limit_s=60.0, kinds=("slurm",)),
+    Fault(
+        "preemption signal",
+        r"preempted after saving; job \d+ is queued again",
+        _preempt,
+        limit_s=15.0,
+        kinds=("slurm",),
+    ),
     Fault("preemption signal", r"(host|node) h2|without h2", _shut_down, _power_on, limit_s=15.0, kinds=("ssh",)),
     Fault("newest checkpoint is corrupt", r"damaged|passed over|not whole|skipped", _spoil, limit_s=30.0),
     Fault(
@@ -226,3 +232,11 @@ FAULTS = (
         variables={"LAB_SKEWED": "h2"},
     ),
 )
+
+ABSENT: dict[tuple[str, Kind], str] = {
+    ("host key is another", "slurm"): (
+        "there is none: Slurm starts what runs on nodes, by munge's credentials and without host keys. A node with "
+        "another key of munge never registers, so no job comes to it"
+    ),
+}
+"""Faults that a kind of cluster cannot have, and why."""

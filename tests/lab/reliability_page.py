@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tests.lab.faults import ABSENT
 from tests.lab.launches import ROOT
 
 __all__ = ["PAGE", "RESULTS", "page"]
@@ -30,7 +31,7 @@ one machine with two cores; Slurm is real. Seconds are from the blow to the line
 
 **Does not hold, or was not tried:** on Slurm, a run that loses a node goes on only after about two minutes, which is
 how long Slurm holds whatever is queued again, and the loss of the first node, with the launcher on it, is only seen by
-Slurm itself. Faults without a row for Slurm were not tried there.
+Slurm itself.
 
 """
 
@@ -45,8 +46,13 @@ def page(results: Path) -> str:
         "| fault | cluster | trials | named | median s | slowest s | limit s | lost | left | same |",
         "|---" * 10 + "|",
     ]
-    lines += [_row(*key, found) for key, found in sorted(groups.items())]
-    return _HEAD + "\n".join(lines) + "\n"
+    rows = {key: _row(*key, found) for key, found in groups.items()}
+    rows |= {key: f"| {' | '.join(key)} | {' | '.join(['-'] * 8)} |" for key in ABSENT}
+    lines += [row for _, row in sorted(rows.items())]
+    absent = [f"- {fault}, on {kind}: {why}." for (fault, kind), why in sorted(ABSENT.items())]
+    return _HEAD + "\n".join(
+        [*lines, "", "Rows without numbers are faults that a cluster cannot have:", "", *absent, ""]
+    )
 
 
 def _row(fault: str, kind: str, trials: list[Mapping[str, Any]]) -> str:
