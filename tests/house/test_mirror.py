@@ -100,7 +100,6 @@ THROUGH_OTHERS = {
     "meshwright.clusters.spawn": "every launch of tests/launch starts agents through it",
     "meshwright.clusters.kubernetes_manifest": "tests/clusters/test_kubernetes.py compares its objects",
     "meshwright.clusters.ray_line": "tests/lab/test_ray.py runs agents through it",
-    "meshwright.clusters.slurm_commands": "tests/clusters/test_slurm.py and tests/launch/test_batch.py type them",
     "meshwright.clusters.bandwidth": "tests/clusters/test_examine.py times real ranks",
     "meshwright.launch.commands.doctor": "tests/launch/test_doctor.py runs the command",
     "meshwright.launch.commands.launch": "tests/launch/test_cli.py runs the command",
