@@ -115,7 +115,6 @@ THROUGH_OTHERS = {
     "meshwright.launch.commands.logs": "tests/launch/test_runs.py types the command",
     "meshwright.launch.commands.ps": "tests/launch/test_runs.py types the command",
     "meshwright.launch.background": "tests/launch/test_runs.py leaves a run alone",
-    "meshwright.launch.watch": "tests/launch/test_runs.py attaches to a run",
     "meshwright.launch.series": "tests/launch/test_sweeping.py starts them, on this machine and as an array",
     "meshwright.launch.registry": "every launch goes through it",
     "meshwright.launch.spec.clusters": "tests/launch/test_load.py and test_malformed.py, through Job",
