@@ -8,6 +8,7 @@ LAB    := ray,mpi
 LAB_PACKAGES := slurm-wlm munge openssh-server openssh-client iproute2 util-linux openmpi-bin mpich
 LAB_TOOLS    := slurmctld munged sshd ip unshare mpiexec.openmpi mpiexec.mpich
 JOB    ?= examples/quickstart.yaml
+REPEAT ?= 20
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -51,8 +52,9 @@ lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy --no-error-summary
 
-faults: $(STAMP) ## kill and resume training runs 20 times
-	MESHWRIGHT_FAULTS=20 $(BIN)/python -m pytest -q -m faults
+faults: $(STAMP) ## every fault of docs/reliability.md until there are 20 trials of each (REPEAT=20); as root
+	MESHWRIGHT_FAULTS=$(REPEAT) $(BIN)/python -m pytest -q -m faults
+	$(BIN)/python -m tests.lab.reliability --repeat $(REPEAT) --write
 
 lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, it installs what it needs
 	@$(PIP) --editable '.[$(EXTRAS),$(LAB)]' || echo "THE LAB GOES WITHOUT RAY AND MPI"

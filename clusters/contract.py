@@ -77,5 +77,8 @@ class Queue(Protocol):
     def status(self, job: str) -> Job:
         """What the queue says of an id."""
 
+    def start_again_soon(self, job: str) -> bool:
+        """Shortens what a queue makes a run wait for no other reason than that it ran before; whether it does."""
+
     def cancel(self, job: str) -> None:
         """Takes a run out of the queue, and ends it if it runs."""

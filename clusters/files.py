@@ -2,10 +2,11 @@
 
 start.json       plan, secrets and key; for this user only, removed at the end
 command.jsonl    what the launcher says        node-N.jsonl    what agents say
-alive            touched by the launcher; agents end when that stops
+alive            touched by the launcher; agents end when that stops, and whoever looks at the run says so much sooner
 """
 
 import json
+import math
 import os
 import secrets as tokens
 import shutil
@@ -22,10 +23,10 @@ from meshwright.clusters.lease import LOST_AFTER_S
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.sweep import sweep
 
-__all__ = ["FileLine", "StepHandle", "step_folder"]
+__all__ = ["FileLine", "StepHandle", "alive_file", "step_folder"]
 
 _LOOK_S = 0.1
-_ALIVE_S = 10.0
+_ALIVE_S = 2.0
 _LOST_AFTER_S = 120.0  # attributes of files on network file systems can be a minute old
 _KILL_WAIT_S = 5.0
 
@@ -33,6 +34,11 @@ _KILL_WAIT_S = 5.0
 def step_folder(run_dir: Path) -> Path:
     """Where the line of the newest start of a run lies."""
     return run_dir / "private" / "step"
+
+
+def alive_file(run_dir: Path) -> Path:
+    """What the launcher of the newest start of a run touches every two seconds, as long as it follows the run."""
+    return step_folder(run_dir) / "alive"
 
 
 class _Tail:
@@ -107,12 +113,19 @@ class StepHandle:
         secrets: values of the plan's secrets.
         words: the command.
         warning: gives the name of a signal once ranks are to be warned by it.
+        reached: whether anybody else than the nodes is heard of here, on the first of them.
     """
 
     def __init__(
-        self, plan: StartPlan, secrets: Mapping[str, str], *, words: Sequence[str], warning: Callable[[], str | None]
+        self,
+        plan: StartPlan,
+        secrets: Mapping[str, str],
+        *,
+        words: Sequence[str],
+        warning: Callable[[], str | None],
+        reached: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._plan, self._warning = plan, warning
+        self._plan, self._warning, self._reached = plan, warning, reached
         self._folder = step_folder(Path(plan.run_dir))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
@@ -170,13 +183,16 @@ class StepHandle:
         return found
 
     def _lose(self, index: int) -> list[dict[str, Any]]:
-        """A node is cut off, if it had not ended before: it is said, and counts as gone."""
-        name = self._plan.nodes[index].name
+        """A node is cut off, if it had not ended before, or this one is: it is said, and counts as gone."""
+        name, first = self._plan.nodes[index].name, self._plan.nodes[0].name
         if name not in self._left:
             return []
         self._left.discard(name)
-        self._cut = True
         words = f"node {name}: it was not heard of over the network for {LOST_AFTER_S:g} s; is it up, and its link?"
+        if not self._cut and not self._reached():
+            what = f"neither {name}, for {LOST_AFTER_S:g} s, nor the queue's controller was heard of over the network"
+            name, words = first, f"node {first}: {what}; its own link seems to be cut"
+        self._cut = True
         said = {"event": "health", "fault": None, "found": words, "time_unix_s": round(time.time(), 3)}
         gone = {"event": "gone", "code": LOST_CODE, "exit_code": LOST_CODE, "message": words}
         return [{"node": name, **said}, {"node": name, **gone}]
@@ -200,4 +216,10 @@ class StepHandle:
         if not self._ended:
             self._late += self.poll(0.1)
         sweep(self._plan.run_id)
-        (self._folder / "start.json").unlink(missing_ok=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        """The key is taken away, and nobody waits to hear of this start any more."""
+        self._alive_s = math.inf
+        for name in ("start.json", "alive"):
+            (self._folder / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submissi
 from meshwright.clusters.contract import Job
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.slurm_commands import run_command, said
+from meshwright.clusters.slurm_commands import hasten, run_command, said, times_queued_again
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
 __all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "on_first", "plan_slurm"]
@@ -225,6 +225,11 @@ class SlurmQueue:
             return Job("unknown", said(done))
         jobs = [_job(line) for line in done.stdout.split("\n") if line.strip()] or [_job("")]
         return min(jobs, key=lambda each: _ORDER.index(each.state))
+
+    def start_again_soon(self, job: str) -> bool:
+        """Does not let a job wait that Slurm holds only since it was queued again; tells whether it did."""
+        held = "BeginTime" in self.status(job).detail and (times_queued_again(job) or 0) > 0
+        return held and hasten(job, patience_s=0.0)
 
     def cancel(self, job: str) -> None:
         """Ends a job, or takes it out of the queue.

@@ -10,14 +10,20 @@ from contextlib import suppress
 
 from meshwright.clusters.errors import UnavailableError
 
-__all__ = ["node_names", "requeue", "run_command", "said", "times_queued_again"]
+__all__ = ["controller_answers", "hasten", "node_names", "requeue", "run_command", "said", "times_queued_again"]
 
 _COMMAND_TIMEOUT_S = 60.0
+_PING_S = 2.0
 _UPDATE_S = 20.0
+_AGAIN_AFTER_S = 15
 
 
 def run_command(
-    words: Sequence[str], text: str = "", env: Mapping[str, str] | None = None
+    words: Sequence[str],
+    text: str = "",
+    env: Mapping[str, str] | None = None,
+    *,
+    timeout_s: float = _COMMAND_TIMEOUT_S,
 ) -> "subprocess.CompletedProcess[str]":
     """One of Slurm's commands, run to its end.
 
@@ -32,7 +38,7 @@ def run_command(
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",  # a path may hold any bytes
-        timeout=_COMMAND_TIMEOUT_S,
+        timeout=timeout_s,
         env=env,
         check=False,
     )
@@ -63,20 +69,39 @@ def times_queued_again(job: str) -> int | None:
     return None
 
 
+def controller_answers() -> bool:
+    """Whether Slurm's controller is heard of from here."""
+    with suppress(UnavailableError, subprocess.TimeoutExpired):
+        return " is UP" in run_command(["scontrol", "ping"], timeout_s=_PING_S).stdout
+    return False
+
+
 def requeue(job: str, without: Sequence[str] = ()) -> bool:
     """Queues a running job again under its id, for other nodes than `without`; tells whether Slurm will.
 
-    It ends the job by SIGTERM, and us with it. That waits here until Slurm knows what nodes to leave out, which it
-    only takes of a job that is in the queue.
+    It ends the job by SIGTERM, and us with it. That waits here until Slurm knows the rest.
     """
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         if run_command(["scontrol", "requeue", job]).returncode not in (0, -signal.SIGTERM, -signal.SIGKILL):
             return False
-        words = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(without)}"]
-        end_s = time.monotonic() + _UPDATE_S
-        while without and run_command(words).returncode and time.monotonic() < end_s:
-            time.sleep(0.2)
+        hasten(job, without)
         return True
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def hasten(job: str, without: Sequence[str] = (), *, patience_s: float = _UPDATE_S) -> bool:
+    """Lets a job that Slurm queues again start soon, on other nodes than `without`; tells whether Slurm will.
+
+    Slurm itself would hold it for as long as its credentials live (`AuthInfo=cred_expire`, 2 minutes), since a node
+    that still ends the job must not take its new start for the old one, which it tells by the second they were made in.
+    Slurm takes both only of a job that is in its queue, which it is a moment after it was told to be.
+    """
+    words = [f"StartTime=now+{_AGAIN_AFTER_S}", *([f"ExcNodeList={','.join(without)}"] if without else [])]
+    end_s = time.monotonic() + patience_s
+    while run_command(["scontrol", "update", f"JobId={job}", *words]).returncode:
+        if time.monotonic() >= end_s:
+            return False
+        time.sleep(0.2)
+    return True

@@ -22,7 +22,7 @@ from meshwright.clusters.files import StepHandle
 from meshwright.clusters.retry import unwanted
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.slurm import SECRETS_FILE, named, on_first
-from meshwright.clusters.slurm_commands import node_names, requeue, times_queued_again
+from meshwright.clusters.slurm_commands import controller_answers, hasten, node_names, requeue, times_queued_again
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.logs import Mask
@@ -38,6 +38,7 @@ __all__ = ["main"]
 
 
 _END_S = 120.0
+_ASK_S = 5.0
 _PREEMPTED = Failure("", "preempt", Exit.PREEMPTED)
 
 
@@ -110,10 +111,24 @@ def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int
     sys.stdout.write(f"meshwright: {why}; job {job} is queued again\n")
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
-    if not requeue(job, _all_excluded(plan, without)):
+    return _taken_meanwhile(job, state, times) or _requeued(job, _all_excluded(plan, without))
+
+
+def _requeued(job: str, without: Sequence[str]) -> bool:
+    """Has Slurm end the job, and us with it, to start it again; comes back where it does not."""
+    if not requeue(job, without):
         return False
     time.sleep(_END_S)  # a job that ends by itself meanwhile counts as failed
     return True
+
+
+def _taken_meanwhile(job: str, state: RunState, times: int) -> bool:
+    """Where this node is cut off, waits until Slurm is heard of again, and tells whether it was quicker."""
+    if state.plan.nodes[0].name not in state.losses.out:
+        return False
+    while (found := times_queued_again(job)) is None:
+        time.sleep(_ASK_S)  # it ends us, should it have given this node up
+    return found > times
 
 
 def _taken(outcome: Outcome, run_dir: Path, *, times: int) -> bool:
@@ -123,6 +138,8 @@ def _taken(outcome: Outcome, run_dir: Path, *, times: int) -> bool:
         return False
     write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
     sys.stdout.write(f"meshwright: Slurm ended job {job} to start it again\n")
+    sys.stdout.flush()
+    hasten(job)
     return True
 
 
@@ -174,7 +191,7 @@ def _run(run_dir: Path, times: int) -> int:
     )
 
     def start() -> Handle:
-        return StepHandle(plan, secrets, words=step, warning=warning)
+        return StepHandle(plan, secrets, words=step, warning=warning, reached=controller_answers)
 
     queued: list[bool] = []
 

@@ -10,7 +10,9 @@ from types import FrameType
 from typing import TextIO
 
 from meshwright.clusters.records import clean_line
+from meshwright.launch.beats import Beats
 from meshwright.launch.logs import LogTail
+from meshwright.launch.registry import queue_of
 from meshwright.launch.runs import Known, Standing, standing
 
 __all__ = ["LAST_LINE", "watch"]
@@ -74,6 +76,7 @@ def _act(asked: list[int], interrupted: Callable[[], None] | None) -> None:
 
 def _until_over(known: Known, tail: LogTail, show: _Screen, *, pressed: Callable[[], None]) -> Standing:
     record, next_s, lost = Path(known.run_dir, "exit.json"), 0.0, 0
+    queued = _Queued(known)
     while True:
         pressed()
         tail.read()
@@ -82,11 +85,38 @@ def _until_over(known: Known, tail: LogTail, show: _Screen, *, pressed: Callable
             lost = lost + 1 if now.state == "lost" else 0
             if now.over and lost in (0, _LOST_LOOKS):
                 break
+            queued.stands(now.state)
             next_s = time.monotonic() + _ASK_S
+        queued.look()
         time.sleep(_LOOK_S if not record.exists() else _ASK_S)
     if record.exists():
         _last_words(tail, show)
     return now
+
+
+class _Queued:
+    """What a run in a queue needs of whoever looks at it, since its launcher may be gone with its node.
+
+    Args:
+        known: the run.
+    """
+
+    def __init__(self, known: Known) -> None:
+        self._known, self._state = known, ""
+        self._beats = Beats(Path(known.run_dir))
+
+    def stands(self, state: str) -> None:
+        """Takes how the run stands; one that its queue took up again is not to wait."""
+        known, before, self._state = self._known, self._state, state
+        if known.job is None or not (state == "pending" != before):
+            return
+        if queue_of(known.cluster, known.job).start_again_soon(known.job):
+            sys.stderr.write(f"meshwright: job {known.job} is queued again, and was asked to start soon\n")
+
+    def look(self) -> None:
+        """Says that the launcher is not heard of, while the run is said to go on."""
+        if self._state == "running" and (words := self._beats.news()):
+            sys.stderr.write(f"meshwright: {words}\n")
 
 
 def _last_words(tail: LogTail, show: _Screen) -> None:

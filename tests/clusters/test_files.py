@@ -8,18 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.clusters.files import FileLine, StepHandle, step_folder
+from meshwright.clusters.files import FileLine, StepHandle, alive_file, step_folder
 from meshwright.clusters.slurm import named, plan_slurm
 from tests.clusters.test_slurm import OPTIONS, REQUEST
 from tests.launch.waiting import eventually
 
 
+def started(run_dir: Path, *, reached: bool) -> StepHandle:
+    """Two nodes, started by a command that does not end by itself."""
+    (run_dir / "private").mkdir()
+    plan = named(plan_slurm(replace(REQUEST, run_dir=run_dir), OPTIONS), ["gpu7", "gpu9"])
+    return StepHandle(plan, {}, words=["sleep", "600"], warning=lambda: None, reached=lambda: reached)
+
+
 @pytest.fixture
 def handle(tmp_path: Path) -> Iterator[StepHandle]:
-    """Two nodes, started by a command that does not end by itself."""
-    (tmp_path / "private").mkdir()
-    plan = named(plan_slurm(replace(REQUEST, run_dir=tmp_path), OPTIONS), ["gpu7", "gpu9"])
-    found = StepHandle(plan, {}, words=["sleep", "600"], warning=lambda: None)
+    """Two nodes, of which the first hears of the queue's controller."""
+    found = started(tmp_path, reached=True)
     yield found
     found.kill()
 
@@ -45,6 +50,34 @@ def test_a_node_that_is_cut_off_is_named_and_not_waited_for(handle: StepHandle, 
     handle.kill()
     assert time.monotonic() - began_s < 3
     assert handle.poll(0.0) == []
+
+
+def test_a_first_node_that_hears_of_nobody_is_the_one_that_is_cut_off(tmp_path: Path) -> None:
+    handle = started(tmp_path, reached=False)
+    try:
+        FileLine(step_folder(tmp_path), 0).tell("unheard", of=1)
+        told = {event["event"]: event for event in handle.poll(1.0)}
+        assert told["health"]["node"] == told["gone"]["node"] == "gpu7"
+        assert told["gone"]["message"] == (
+            "node gpu7: neither gpu9, for 10 s, nor the queue's controller was heard of over the network; "
+            "its own link seems to be cut"
+        )
+        assert not handle.done, "its own agent has not ended"
+        FileLine(step_folder(tmp_path), 0).tell("result", state="stopped", message="")
+        handle.poll(1.0)
+        assert handle.done
+    finally:
+        handle.kill()
+
+
+def test_a_launcher_is_heard_of_until_it_has_ended_and_no_longer(handle: StepHandle, tmp_path: Path) -> None:
+    before = alive_file(tmp_path).stat().st_mtime_ns
+    assert eventually(lambda: bool(handle.poll(0.0)) or alive_file(tmp_path).stat().st_mtime_ns > before, 20)
+    handle.kill()
+    assert not alive_file(tmp_path).exists()
+    time.sleep(2.5)
+    handle.poll(0.0)
+    assert not alive_file(tmp_path).exists()
 
 
 def test_a_node_that_has_ended_cannot_be_cut_off(handle: StepHandle, tmp_path: Path) -> None:

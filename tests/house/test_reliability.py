@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from tests.lab.faults import FAULTS
+import pytest
+
+from tests.lab.faults import ABSENT, BOTH, FAULTS
 from tests.lab.reliability import still_due
 from tests.lab.reliability_page import PAGE, RESULTS, page
 
@@ -17,6 +19,26 @@ def test_every_trial_was_as_it_must_be() -> None:
     bad = [each for each in trials if each["left"] or each["lost_steps"] or not each["same"] or not each["named"]]
     assert trials
     assert bad == []
+
+
+def test_every_fault_is_tried_on_every_kind_of_cluster_or_cannot_be_there() -> None:
+    tried = {(fault.name, kind) for fault in FAULTS for kind in fault.kinds}
+    assert tried & set(ABSENT) == set()
+    assert tried | set(ABSENT) == {(fault.name, kind) for fault in FAULTS for kind in BOTH}
+    done = {(each["fault"], each["kind"]) for each in map(json.loads, RESULTS.read_text().splitlines())}
+    assert done == tried
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"detected_s": 2.1}, {"left": 1}, {"lost_steps": 6}, {"same": False}, {"named": False}, {"note": "it did not"}],
+    ids=str,
+)
+def test_a_trial_that_was_not_as_it_must_be_is_counted_and_not_good(tmp_path: Path, wrong: dict[str, object]) -> None:
+    trial = {"fault": "rank crashes", "kind": "ssh", "detected_s": 0.4, "limit_s": 2.0, "named": True}
+    trial |= {"lost_steps": 0, "left": 0, "same": True, "note": "", "load": 3.2}
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(trial)}\n{json.dumps(trial | wrong)}\n")
+    assert "| rank crashes | ssh | 1 of 2 |" in page(tmp_path / "results.jsonl")
 
 
 def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:

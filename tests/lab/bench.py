@@ -1,6 +1,7 @@
 """One training on the lab's hosts that a fault can befall, and what it says and leaves meanwhile."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,11 @@ EVERY = 6
 """Steps from one checkpoint to the next."""
 
 _PAUSE_S = 0.15
+_DAEMONS = (b"/usr/sbin/sshd\0", b"sshd: ", b"slurmd\0", b"unshare\0", b"bash\0-c\0\nset -e")
+"""How the command lines begin of what a host has of its own; a process without one has ended.
+
+A session of sshd, whose link was cut, ends when TCP finds out; what it had started is seen by itself.
+"""
 
 _FAILURE = {
     "max_restarts": 3,
@@ -78,6 +85,8 @@ class Bench:
         keys = cluster_keys(hosts, own) if slurm is None else {"type": "slurm"}
         self._launch = Launch(folder, {"far": keys | dict(cluster)}, "r", own | (slurm.env if slurm else {}))
         self._output = (folder / "output.txt").open("wb")
+        self._before = hosts.pids()
+        self.spoiled: int | None = None
         self._launcher: Any = None
         self._tries = 0
         self._occupant: subprocess.Popen[bytes] | None = None
@@ -86,7 +95,7 @@ class Bench:
         """Launches the job; again where it was launched before."""
         self._tries += 1
         self._launch.run_id = f"{self.folder.name}-{self._tries}"
-        self._launcher = self._launch.start(job, "--set", "cluster=far", output=self._output)
+        self._launcher = self._launch.start(job, "--set", "cluster=far", output=self._output, apart=True)
 
     @property
     def run_id(self) -> str:
@@ -100,8 +109,9 @@ class Bench:
 
     @property
     def launcher(self) -> int:
-        """Process id."""
-        return int(self._launcher.pid)
+        """Process id of the launcher itself, which sees no process of any host."""
+        found = [pid for pid in _mentioning(f"--run-id\0{self.run_id}\0") if b"unshare" not in _words(pid)]
+        return next(pid for pid in found if not _words(pid).startswith(b"bash\0"))
 
     def said(self, pattern: str = "") -> str:
         """What launchers have said; the part that a pattern matches."""
@@ -125,7 +135,8 @@ class Bench:
     def saved(self, checkpoints: Path | None = None) -> list[int]:
         """Steps of whole checkpoints, ascending."""
         where = checkpoints or self.folder / "checkpoints"
-        return sorted(int(path.name.removeprefix("step-")) for path in where.glob("step-*"))
+        found = {int(path.name.removeprefix("step-")) for path in where.glob("step-*")}
+        return sorted(found - {self.spoiled})
 
     def ranks(self, node: int) -> list[int]:
         """Process ids of training processes of a node."""
@@ -142,9 +153,10 @@ class Bench:
         named = json.loads((self.run_dir / "plan.json").read_text())["nodes"][node]["name"]
         return next(each for each in self.hosts.hosts if each.name == named)
 
-    def trains(self, checkpoints: Path, generator: random.Random, timeout_s: float = 180.0) -> bool:
-        """Waits for a checkpoint, and a random while more."""
-        found = eventually(lambda: bool(self.saved(checkpoints)) or self.over(), timeout_s) and not self.over()
+    def trains(self, checkpoints: Path, generator: random.Random, *, saved: int = 1, timeout_s: float = 180.0) -> bool:
+        """Waits for so many checkpoints, and a random while more."""
+        done = eventually(lambda: len(self.saved(checkpoints)) >= saved or self.over(), timeout_s)
+        found = done and not self.over()
         time.sleep(generator.uniform(0.0, 1.0))
         return found
 
@@ -156,11 +168,29 @@ class Bench:
         """The launcher's exit code; None where it has not ended in time."""
         return self._launcher.returncode if eventually(self.over, timeout_s) else None
 
-    def left(self) -> int:
-        """Processes of any launch of this bench that still run a while after its end."""
+    def left(self, timeout_s: float = 10.0) -> list[str]:
+        """Command lines of processes of any launch, wherever, that still run a while after its end."""
+        eventually(lambda: not self._living(), timeout_s)
+        return [_words(pid).replace(b"\0", b" ").decode(errors="replace") for pid in self._living()]
+
+    def _living(self) -> set[int]:
+        """Ranks and what they started, launchers and agents, and whatever is on hosts that was not before."""
         ids = [f"{self.folder.name}-{index}" for index in range(1, self._tries + 1)]
-        eventually(lambda: not any(pid for each in ids for pid in carriers(each)), 10)
-        return sum(1 for each in ids for _ in carriers(each))
+        found = {pid for each in ids for pid in (*carriers(each), *_mentioning(each))}
+        new = {pid: words for pid in self.hosts.pids() - self._before if (words := _words(pid))}
+        return found | {pid for pid, words in new.items() if not words.startswith(_DAEMONS)}
+
+    def restore(self) -> None:
+        """Every host is up again, and so is its link."""
+        for host in self.hosts.hosts:
+            host.link("up")
+            if not host.children:
+                host.boot()
+        self.hosts.wait()
+
+    def batch(self) -> list[int]:
+        """Process ids of what launches the run on the first node of a Slurm job."""
+        return [pid for pid in _mentioning(str(self.run_dir)) if b"meshwright.launch.batch\0" in _words(pid)]
 
     def losses(self) -> dict[int, float]:
         """Step -> loss as it was written last."""
@@ -191,13 +221,27 @@ class Bench:
         """Ends what is left."""
         self.vacate()
         if self._launcher is not None and not self.over():
-            self._launcher.send_signal(signal.SIGTERM)
+            with suppress(StopIteration, ProcessLookupError):
+                os.kill(self.launcher, signal.SIGTERM)
             if not eventually(self.over, 20):
                 self._launcher.kill()
             self._launcher.wait()
         for index in range(1, self._tries + 1):
             kill_all(carriers(f"{self.folder.name}-{index}"))
         self._output.close()
+
+
+def _words(pid: int) -> bytes:
+    """A process's command line, words ended by zeros; empty where it is gone or has none any more."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _mentioning(text: str) -> list[int]:
+    """Process ids of this machine and its hosts whose command line has a text."""
+    pids = (int(path.name) for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid()))
+    return [pid for pid in pids if text.encode() in _words(pid)]
 
 
 def _is_rank(pid: int) -> bool:

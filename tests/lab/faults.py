@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.lab.bench import EVERY, Bench, Kind
 
-__all__ = ["AGAIN", "FAULTS", "GOES_ON", "LOOK", "REFUSED", "UNHARMED", "Fault"]
+__all__ = ["ABSENT", "AGAIN", "BOTH", "FAULTS", "GOES_ON", "LOOK", "REFUSED", "UNHARMED", "Fault"]
 
 BOTH: tuple[Kind, ...] = ("ssh", "slurm")
 GOES_ON, LOOK, AGAIN, REFUSED, UNHARMED = "goes on", "looked at again", "launched again", "refused", "unharmed"
@@ -36,6 +36,7 @@ class Fault:
         strike: makes it happen to a training that runs; for a refusal, before it is launched.
         mend: sets things right once the launcher has said what it has to, or has ended.
         limit_s: in which it must be said.
+        saved: checkpoints before it happens.
         follows: it goes on by itself; it does, and a person looks at it again; a person launches it again, after which
             it goes on; it is refused before anything starts; or there is nothing to say.
         kinds: clusters that it is tried on.
@@ -49,6 +50,7 @@ class Fault:
     strike: Callable[[Bench], None] = _nothing
     mend: Callable[[Bench], None] = _nothing
     limit_s: float = 2.0
+    saved: int = 1
     follows: str = GOES_ON
     kinds: tuple[Kind, ...] = BOTH
     keys: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +104,18 @@ def _power_on(bench: Bench) -> None:
     bench.hosts.wait()
 
 
+def _cut_first(bench: Bench) -> None:
+    bench.host(0).link("down")
+
+
+def _power_off_first(bench: Bench) -> None:
+    bench.host(0).end()
+
+
+def _kill_batch(bench: Bench) -> None:
+    _signal(bench.batch(), signal.SIGKILL)
+
+
 def _small(bench: Bench) -> Path:
     return bench.folder.parent / "small"
 
@@ -117,11 +131,9 @@ def _empty(bench: Bench) -> None:
 
 
 def _spoil(bench: Bench) -> None:
-    """Waits for a second checkpoint, changes one byte of it and ends a rank."""
-    end_s = time.monotonic() + 60
-    while len(bench.saved()) < 2 and time.monotonic() < end_s:
-        time.sleep(0.01)
-    newest = bench.folder / f"checkpoints/step-{bench.saved()[-1]:08d}"
+    """Changes one byte of the newest checkpoint and ends a rank."""
+    bench.spoiled = bench.saved()[-1]
+    newest = bench.folder / f"checkpoints/step-{bench.spoiled:08d}"
     largest = max((path for path in newest.iterdir()), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(largest.stat().st_size // 2)
@@ -176,6 +188,16 @@ FAULTS = (
     Fault("launcher is killed", "", _kill_launcher, limit_s=15.0, follows=LOOK, kinds=("slurm",)),
     Fault("link is cut", r"node h2: it was not heard|host h2|without h2", _cut, _plug, limit_s=15.0),
     Fault("node reboots", r"(host|node) h2|agent of h2 died|without h2", _power_off, _power_on, limit_s=15.0),
+    Fault("link of first node is cut", r"node h1: (it was|neither h2)|host h1: |without h1", _cut_first, limit_s=15.0),
+    Fault("first node is lost", r"(host|node) h1: |without h1", _power_off_first, limit_s=15.0),
+    Fault(
+        "launcher on the first node is killed",
+        r"run .* lost: job \d+: FAILED",
+        _kill_batch,
+        limit_s=15.0,
+        follows=AGAIN,
+        kinds=("slurm",),
+    ),
     Fault("rank hangs", r"rank 1 .*(has not answered|has been at)", _hang, limit_s=8.0 + 4.0),
     Fault(
         "disk is full",
@@ -187,9 +209,15 @@ FAULTS = (
         keys={"checkpoint": {"every_steps": EVERY, "keep": 10, "dir": "../small/checkpoints"}},
     ),
     Fault("disk is slow", "", follows=UNHARMED, variables={"LAB_FLUSH_S": "0.3"}),
-    Fault("preemption signal", "", _preempt, limit_s=60.0, kinds=("slurm",)),
+    Fault(
+        "preemption signal",
+        r"preempted after saving; job \d+ is queued again",
+        _preempt,
+        limit_s=15.0,
+        kinds=("slurm",),
+    ),
     Fault("preemption signal", r"(host|node) h2|without h2", _shut_down, _power_on, limit_s=15.0, kinds=("ssh",)),
-    Fault("newest checkpoint is corrupt", r"damaged|passed over|not whole|skipped", _spoil, limit_s=30.0),
+    Fault("newest checkpoint is corrupt", r"damaged|passed over|not whole|skipped", _spoil, limit_s=30.0, saved=2),
     Fault(
         "ports are taken",
         rf"no port of {_PORT}-{_PORT + 1} of .* on (h1|ctl) can be taken|h1: .*no port of",
@@ -226,3 +254,14 @@ FAULTS = (
         variables={"LAB_SKEWED": "h2"},
     ),
 )
+
+ABSENT: dict[tuple[str, Kind], str] = {
+    ("launcher on the first node is killed", "ssh"): (
+        "there is none: the launcher stays where it was typed, and is killed there in a row of its own"
+    ),
+    ("host key is another", "slurm"): (
+        "there is none: Slurm starts what runs on nodes, by munge's credentials and without host keys. A node with "
+        "another key of munge never registers, so no job comes to it"
+    ),
+}
+"""Faults that a kind of cluster cannot have, and why."""

@@ -142,6 +142,7 @@ class Hosts:
 
     def __init__(self, folder: Path, number: int = 2, *, token: int | None = None) -> None:
         token = (os.getpid() if token is None else token) % 10000
+        self.token = token
         self.folder, self._bridge, self._veth = folder, f"mw{token}br", f"mw{token}v"
         self.net = f"10.{64 + token % 60}.{token % 250}"
         self.known_hosts, self.key = folder / "known_hosts", folder / "key"
@@ -186,6 +187,10 @@ class Hosts:
     def _write_config(self) -> None:
         lines = [f"Host {host.name}\n  HostName {host.address}" for host in self.hosts]
         (self.folder / "ssh_config").write_text("\n".join(lines) + "\n")
+
+    def pids(self) -> set[int]:
+        """Ids of all processes of all hosts."""
+        return {int(pid) for host in self.hosts for pid in run("ip", "netns", "pids", host.namespace).split()}
 
     def wait(self, timeout_s: float = 10.0) -> None:
         """Waits until every sshd answers."""

@@ -26,6 +26,17 @@ QUICKSTART: tuple[Any, ...] = (
 )
 """The example on four ranks, with few small steps: five losses, of which two are of held-out text."""
 
+_INIT = """
+"$@"; code=$?
+for tick in {1..50}; do
+  left=(/proc/[0-9]*)
+  [ ${#left[@]} -gt 1 ] || break
+  sleep 0.1
+done
+exit $code
+"""
+"""The first process of a launcher's own: with it all others end, so it waits a while for them to end by themselves."""
+
 _APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private")
 
 
@@ -107,10 +118,16 @@ class Launch:
             check=False,
         )
 
-    def start(self, job: Path, *more: str, output: Any = subprocess.PIPE) -> "subprocess.Popen[str]":
-        """Launches, and leaves it running; its process is the launcher itself, `output` takes what it says."""
+    def start(
+        self, job: Path, *more: str, output: Any = subprocess.PIPE, apart: bool = False
+    ) -> "subprocess.Popen[str]":
+        """Launches, and leaves it running; `output` takes what it says.
+
+        The process is the launcher itself, or, if `apart`, what has the launcher among processes of its own.
+        """
+        own = (*_APART, "bash", "-c", _INIT, "_") if apart else ()
         return subprocess.Popen(
-            self.words("launch", str(job), "--run-id", self.run_id, *more),
+            [*own, *self.words("launch", str(job), "--run-id", self.run_id, *more)],
             cwd=self.folder,
             env=self.env,
             stdout=output,

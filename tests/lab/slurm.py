@@ -68,7 +68,7 @@ class Slurm:
     def __init__(self, hosts: Hosts) -> None:
         self._hosts = hosts
         self.folder = hosts.folder / "slurm"
-        self._port = 16000 + os.getpid() % 1000
+        self._port = 16000 + hosts.token % 997
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -109,6 +109,15 @@ class Slurm:
             if time.monotonic() > end_s:
                 raise RuntimeError(f"a node is not idle: {self.type('sinfo', '-N', '-l')}; see {self.folder}/*.log")
             time.sleep(0.2)
+
+    def mend(self) -> None:
+        """Starts nodes anew that Slurm has given up, and would take back much later by itself, and waits for all."""
+        states = dict(line.split() for line in self.type("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
+        for host in self._hosts.hosts:
+            if states.get(host.name, "").startswith("down"):
+                host.end()
+                host.boot()
+        self.idle()
 
     def _munge(self) -> None:
         folder = self.folder / "munge"

@@ -80,6 +80,8 @@ sys.exit(max(abs(each.wait()) for each in started))
 _SCONTROL = """\
 import os, signal, sys
 home = os.path.dirname(__file__)
+if os.path.exists(f"{home}/cut-off") and sys.argv[1:3] != ["show", "hostnames"]:
+    sys.exit("Unable to contact slurm controller (connect failure)")
 if sys.argv[1] == "requeue":
     task = "" if sys.argv[2] == "42" else f"_{int(sys.argv[2]) - 43}"
     open(f"{home}/requeue{task}", "w").close()
@@ -87,6 +89,8 @@ if sys.argv[1] == "requeue":
 elif sys.argv[1:3] == ["show", "job"]:
     times = int(open(f"{home}/times").read()) + os.path.exists(f"{home}/requeue")
     print(f"JobId={sys.argv[3]} JobName=j\\n   Requeue=1 Restarts={times} BatchFlag=1")
+elif sys.argv[1] == "ping":
+    print("Slurmctld(primary) at here is UP")
 elif sys.argv[1] == "update":
     open(f"{home}/updated", "a").write(" ".join(sys.argv[2:]) + "\\n")
 else:

@@ -157,7 +157,7 @@ def test_a_machine_that_is_at_fault_too_often_is_left_out_when_the_job_is_queued
     output = end(launcher, tmp_path)
     assert output.count("starting again in") == 2
     assert launcher.returncode == 0, output
-    assert (commands / "updated").read_text() == "JobId=42 ExcNodeList=n7,n1\n"
+    assert (commands / "updated").read_text() == "JobId=42 StartTime=now+15 ExcNodeList=n7,n1\n"
     assert "meshwright: it goes on without n1; job 42 is queued again" in output
     told = json.loads((tmp_path / "runs/j" / own(tmp_path.name) / "exit.json").read_text())
     assert [(each["kind"], each["host"]) for each in told["restarts"]] == [("node", "n1")] * 2
@@ -202,8 +202,8 @@ def _up_twice(folder: Path, **keys: object) -> "tuple[subprocess.Popen[str], Pat
         "end_s = time.time() + (1 if os.path.exists('again') else 600)\n"
         "while time.time() < end_s: time.sleep(0.1)\n"
     )
-    failure = {"shutdown_grace": "1s"}
-    launcher = start(folder, script, failure=failure, secrets={"TOKEN": {"from_env": "MY_TOKEN"}}, **keys)
+    keys = {"failure": {"shutdown_grace": "1s"}, **keys}
+    launcher = start(folder, script, secrets={"TOKEN": {"from_env": "MY_TOKEN"}}, **keys)
     run_dir = folder / "runs/j" / own(folder.name)
     merged = run_dir / "merged.log"
     assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
@@ -220,6 +220,7 @@ def test_a_job_that_slurm_itself_queues_again_keeps_its_secrets_until_its_end(
     output = end(launcher, tmp_path)
     assert launcher.returncode == 0, output
     assert "Slurm ended job 42 to start it again" in output
+    assert (commands / "updated").read_text() == "JobId=42 StartTime=now+15\n", "Slurm would hold it"
     assert (run_dir / "merged.log").read_text().count("up True") == 4
     assert json.loads((run_dir / "exit-0.json").read_text())["state"] == "interrupted"
     assert json.loads((run_dir / "exit.json").read_text())["state"] == "succeeded"
@@ -236,3 +237,27 @@ def test_a_job_that_is_cancelled_forgets_its_secrets(
     output = end(launcher, tmp_path)
     assert json.loads((run_dir / "exit.json").read_text())["state"] == "interrupted", output
     assert not (run_dir / "private/secrets.json").exists()
+
+
+@pytest.mark.parametrize("quicker", [False, True])
+def test_a_first_node_that_is_cut_off_is_named_and_the_run_goes_on_when_slurm_hears_of_it_again(
+    tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch, quicker: bool
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t")
+    failure = {"max_restarts": 1, "shutdown_grace": "1s"}
+    launcher, run_dir = _up_twice(tmp_path, failure=failure)
+    (tmp_path / "again").touch()
+    (commands / "cut-off").touch()
+    with (run_dir / "private/step/node-0.jsonl").open("a") as file:
+        file.write('{"event": "unheard", "of": 1}\n')
+    assert eventually((run_dir / "exit-0.json").exists, 60)
+    assert not (run_dir / "exit.json").exists(), "it is not over"
+    if quicker:  # Slurm has given the node up
+        (commands / "requeue").touch()
+    (commands / "cut-off").unlink()
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 0, output
+    assert "node n0: neither n1, for 10 s, nor the queue's controller was heard of" in output
+    assert (run_dir / "merged.log").read_text().count("up True") == 4
+    told = (commands / "updated").read_text() if (commands / "updated").exists() else ""
+    assert ("ExcNodeList=n0" in told) != quicker, "a job that Slurm has queued again is not queued once more"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.runs import Known, RunError, all_runs, cancel, find_run, remember, standing
+from tests.launch.pretend_slurm import write_commands
 from tests.launch.waiting import eventually, kill_all
 
 SLEEP = "import os, time; print('up', os.environ['RANK'], flush=True); time.sleep(600)"
@@ -86,6 +88,35 @@ def test_a_directory_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     Path(made.run_dir).rmdir()
     assert all_runs() == []
     assert list((tmp_path / "state/meshwright/runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("standings", "kept"),
+    [({"": "PENDING"}, []), ({"": "RUNNING"}, ["began"]), ({"_0": "RUNNING", "_1": "PENDING"}, ["began"])],
+)
+def test_cancel_takes_the_secrets_away_that_no_start_of_a_run_will(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, standings: dict[str, str], kept: list[str]
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    write_commands(tmp_path / "bin")
+    ranks = subprocess.Popen(["sleep", "60"])
+    for task, state in standings.items():
+        (tmp_path / f"bin/state{task}").write_text(state)
+        (tmp_path / f"bin/batch{task}").write_text(str(ranks.pid))
+    runs = [known(tmp_path, name, cluster="slurm", job="42") for name in ("began", "waits")]
+    for run in runs:
+        Path(run.run_dir, "private").mkdir()
+        Path(run.run_dir, "private/secrets.json").touch()
+    Path(runs[0].run_dir, "launcher.log").touch()
+    try:
+        whole = replace(runs[0], run_dir=str(tmp_path), runs=tuple(run.run_dir for run in runs))
+        assert cancel(whole if len(standings) > 1 else runs[0]) == "job 42 was cancelled"
+        assert ranks.wait(20) == -15 if "began" in kept else ranks.poll() is None
+    finally:
+        kill_all([ranks.pid])
+        ranks.wait()
+    left = [run.run_id for run in runs if Path(run.run_dir, "private/secrets.json").exists()]
+    assert left == (kept if len(standings) > 1 else [*kept, "waits"])
 
 
 @pytest.mark.slow
