@@ -20,6 +20,7 @@ from meshwright.parallel.errors import DeferError, nearest
 
 __all__ = ["build_model", "import_function"]
 
+_SLIP = 0.85  # of the letters are those of a known key, in order
 _CLASSES = {"causal_lm": "AutoModelForCausalLM"}
 
 
@@ -162,19 +163,16 @@ def _config(spec: Mapping[str, Any], overrides: dict[str, Any], vocab_size: int)
 
 
 def _check_keys(overrides: Mapping[str, Any], config: Any) -> None:
-    """A configuration takes any keyword; one that its class does not know is a slip, or for the model's code alone."""
+    """A configuration takes any keyword: one that its class does not know is for the model's code alone, or a slip."""
     try:
         known = type(config)()
     except Exception:  # some are made of others, and cannot be made of nothing
         return
-    strange = [key for key in overrides if not _has(known, key)]
     names = [each for each in {**known.to_dict(), **dict(known.attribute_map)} if not each.startswith("_")]
-    for key in strange:
-        if close := get_close_matches(key, names, n=1, cutoff=0.8):
+    for key in overrides:
+        close = [] if _has(known, key) else get_close_matches(key, names, n=1, cutoff=_SLIP)
+        if close:
             raise ModelBuildError(f"model.config: {config.model_type} knows no {key!r}; did you mean {close[0]!r}?")
-    if kept := [key for key in strange if _has(config, key)]:
-        said = f"model.config: {config.model_type} knows no {', '.join(kept)}; kept for code of the model that asks"
-        warnings.warn(said, stacklevel=2)
 
 
 def _has(config: Any, key: str) -> bool:
