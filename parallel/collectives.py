@@ -7,10 +7,12 @@ its collectives are no-ops, so callers need no special case.
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -104,6 +106,14 @@ def _own_store() -> Any:
     return store.clone()
 
 
+_REMEMBERED = (
+    ("torch.distributed.tensor.debug", "_clear_sharding_prop_cache"),
+    ("torch.distributed.tensor._sharding_prop", "ShardingPropagator._propagate_tensor_meta_cached.cache_clear"),
+    ("torch.distributed.tensor._redistribute", "clear_redistribute_planner_cache"),
+    ("torch.distributed.tensor._redistribute", "_gen_transform_infos.cache_clear"),
+)
+
+
 def stop_ranks() -> None:
     """Leaves the process group; does nothing where there is none."""
     unguard()
@@ -113,9 +123,10 @@ def stop_ranks() -> None:
 
 
 def forget_meshes() -> None:
-    """Has torch forget meshes, since it remembers them and so groups that are gone."""
-    if "torch.distributed.tensor" in sys.modules:
-        import_module("torch.distributed.tensor.debug")._clear_sharding_prop_cache()
+    """Has torch forget meshes: one that a cache still holds keeps groups that are gone, their threads and sockets."""
+    for module, cache_clear in _REMEMBERED if "torch.distributed.tensor" in sys.modules else ():
+        with suppress(AttributeError):  # not every version of torch has every cache
+            attrgetter(cache_clear)(import_module(module))()
 
 
 @cache

@@ -38,12 +38,12 @@ def serve(descriptor: int, parent: int) -> None:
         while True:
             connection.send_bytes(b"ready")
             _serve_one(connection)
+            with contextlib.suppress(RuntimeError):
+                stop_ranks()
             gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
             if len(sys.modules) != num_modules:
                 num_modules = len(sys.modules)
                 gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
-            with contextlib.suppress(RuntimeError):
-                stop_ranks()
 
 
 def _serve_one(connection: Connection) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import meshwright as mw
-from meshwright.parallel.ranks import default_pool
 from tests.parallel.families import SHAPE, SPECIAL, Family, lm, made, pictures, sounds, words
 from tests.parallel.models import VOCABULARY, causal_lm
 
@@ -70,8 +69,6 @@ def main() -> int:
     wrong: list[str] = []
     start_s = time.monotonic()
     for number, (family, (degrees, options)) in enumerate(product(DEEP, wanted)):
-        if number % len(wanted) == 0:
-            default_pool().close()
         report = mw.verify(*DEEP[family], mw.Mesh(**degrees), **options)  # type: ignore[arg-type]
         error = max(report.max_relative_gradient_error, report.loss_error, report.gradient_norm_error)
         column = options["schedule"]
