@@ -53,9 +53,9 @@ MORE_LAYOUTS: dict[str, Layout] = {
     "cp x fsdp": (mw.Mesh(fsdp=2, cp=2), {"cp_kind": "ring", "zero_stage": 3}),
     "pp, 4 stages, 1f1b": (mw.Mesh(pp=4), {"schedule": "1f1b"}),
     "fsdp, 4 ranks, layered": (mw.Mesh(fsdp=4), {"schedule": "layered", "recompute": "blocks"}),
-    "experts": (mw.Mesh(dp=2, ep=2), {}),
-    "experts, two levels": (mw.Mesh(dp=4, ep=4, ep_node=2), {}),
-    "experts x pp": (mw.Mesh(pp=2, dp=2, ep=2), {"schedule": "1f1b"}),
+    "experts": (mw.Mesh(dp=2, ep=2), {"moe": mw.Experts()}),
+    "experts, two levels": (mw.Mesh(dp=4, ep=4, ep_node=2), {"moe": mw.Experts()}),
+    "experts x pp": (mw.Mesh(pp=2, dp=2, ep=2), {"schedule": "1f1b", "moe": mw.Experts()}),
 }
 """Where several groups stand beside each other, and all-to-alls; experts are those of a mixtral."""
 
