@@ -16,7 +16,8 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
-# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so a third goes on
+# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so a third goes on;
+# the matrices of `make wide` are few large files, which are shared out
 QUICK := not slow and not faults and not lab and not wide
 SLOW  := (slow or faults) and not lab and not wide
 WIDE  := wide and not lab
@@ -42,7 +43,7 @@ test: $(STAMP) lint ## ruff, mypy --strict, tests and documents: every pair of w
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(SLOW)" tests
 
 wide: $(STAMP) ## the rest: every cell of every matrix, ten thousand damaged inputs, every page, more ways to fall
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(WIDE)" tests
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$(WIDE)" tests
 
 check: $(STAMP) lint ## the same without slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
