@@ -1,6 +1,6 @@
 """Messages between neighbours along one mesh axis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.connecting import Link, connect_links, connects_late
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import Call
 
@@ -22,16 +23,22 @@ class Channels:
 
     NCCL knows no tags, and its messages between two ranks form one line, in which what they send each other could get
     stuck. On GPUs the messages to lower positions therefore have a group of their own.
+
+    Args:
+        groups: of the mesh.
+        axis: of it.
+        links: pairs of positions between which there will be messages.
     """
 
-    def __init__(self, groups: Groups, axis: str) -> None:
+    def __init__(self, groups: Groups, axis: str, links: Iterable[Link]) -> None:
         self._groups = groups
         self._axis = axis
         self._rank = groups.mesh.coordinates(groups.rank)[axis]
         self._up = self._down = groups.wide(axis)
-        if groups.device_type == "cuda":
+        if connects_late(groups.device_type):
             ranks = [list(group) for group in groups.mesh.groups((axis,))]
             self._down = dist.new_subgroups_by_enumeration(ranks)[0]
+            connect_links(groups, links, here=self._rank, up=self._up, down=self._down)
         self._sending, self._receiving = cache(self._sends_to), cache(self._receives_from)
 
     def send(self, tensor: Tensor, to: int, *, tag: int) -> Pending:

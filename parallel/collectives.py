@@ -5,14 +5,10 @@ its collectives are no-ops, so callers need no special case.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
-from importlib import import_module
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from meshwright.parallel.axis import ProcessAxis
 from meshwright.parallel.errors import MeshError
 from meshwright.parallel.folding import FOLDS, fold_groups, ranks_along
+from meshwright.parallel.forgetting import forget_meshes
 from meshwright.parallel.mesh import AXES, Mesh
 from meshwright.parallel.pending import Pending
 from meshwright.parallel.progress import HERE, Call, Waiting
@@ -32,8 +29,8 @@ __all__ = [
     "Pending",
     "ProcessAxis",
     "World",
-    "forget_meshes",
     "gather_integers",
+    "groups_made",
     "start_ranks",
     "stop_ranks",
     "sum_integers",
@@ -106,27 +103,12 @@ def _own_store() -> Any:
     return store.clone()
 
 
-_REMEMBERED = (
-    ("torch.distributed.tensor.debug", "_clear_sharding_prop_cache"),
-    ("torch.distributed.tensor._sharding_prop", "ShardingPropagator._propagate_tensor_meta_cached.cache_clear"),
-    ("torch.distributed.tensor._redistribute", "clear_redistribute_planner_cache"),
-    ("torch.distributed.tensor._redistribute", "_gen_transform_infos.cache_clear"),
-)
-
-
 def stop_ranks() -> None:
     """Leaves the process group; does nothing where there is none."""
     unguard()
     if dist.is_initialized():
         dist.destroy_process_group()
         forget_meshes()
-
-
-def forget_meshes() -> None:
-    """Has torch forget meshes: one that a cache still holds keeps groups that are gone, their threads and sockets."""
-    for module, cache_clear in _REMEMBERED if "torch.distributed.tensor" in sys.modules else ():
-        with suppress(AttributeError):  # not every version of torch has every cache
-            attrgetter(cache_clear)(import_module(module))()
 
 
 @cache
@@ -291,6 +273,11 @@ class Groups:
         with Waiting(call, call.begun()):
             dist.all_gather(parts, tensor, group=group)
         return parts
+
+
+def groups_made(groups: Groups) -> list[Any]:
+    """A rank's process groups so far, in the order in which all ranks made them."""
+    return [*(groups.wide(axis) for axis in groups.active), *groups._made.values()]
 
 
 def _started(groups: Groups, work: Any, call: Call) -> Pending:

@@ -18,6 +18,7 @@ from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import Backward, captured
 from meshwright.parallel.collectives import Groups, Pending
+from meshwright.parallel.connecting import connect_groups
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
@@ -73,7 +74,10 @@ class Engine:
         self._stages = stages
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         self._routes: Routes | None = None
-        self._wire = Wire(groups, options.num_microbatches) if groups.mesh.pp > 1 else None
+        self._wire: Wire | None = None
+        if groups.mesh.pp > 1:
+            connect_groups(groups)
+            self._wire = Wire(groups, options.num_microbatches, stages.schedule.homes)
         self._routes = (
             None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire, known=routes)
         )

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.parallel.collectives import Groups, forget_meshes
+from meshwright.parallel.collectives import Groups
+from meshwright.parallel.forgetting import forget_meshes
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.progress import HERE
 

@@ -1,6 +1,7 @@
 """Between the ranks of a pipeline: values, gradients, and what they tell each other once."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ class Wire:
     Args:
         groups: process groups of the mesh.
         num_microbatches: of one step, which tell messages apart.
+        homes: stage -> rank of the pipeline.
     """
 
-    def __init__(self, groups: Groups, num_microbatches: int) -> None:
+    def __init__(self, groups: Groups, num_microbatches: int, homes: Sequence[int]) -> None:
         self._groups = groups
-        self._channels = Channels(groups, "pp")
+        self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
         self._num_microbatches = num_microbatches
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]
