@@ -5,8 +5,6 @@ are left out. On a CPU this only shows that it runs.
 `python -m benchmarks.gpu_predicted [--device cuda|cpu] [--tiny] [--seconds S] [--json PATH]`
 """
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -18,12 +16,13 @@ from typing import Any
 import yaml
 
 import meshwright as mw
+from benchmarks.predicted import WARM_STEPS, calibrate, launched
 from benchmarks.predicted_jobs import Small
 from benchmarks.sections import Sections, aligned, asked
 
 __all__ = ["JOBS", "main", "measure", "table"]
 
-_WARM_STEPS, _STEPS = 4, 12
+_STEPS = 12
 _LLAMA = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -75,22 +74,19 @@ def measure(sections: Sections, *, catalog: str = "H100") -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sections.run("calibration", partial(_calibrate, folder / "machine.yaml"))
-        for job, small in (_TINY if sections.tiny else JOBS).items():
-            ways = {"calibrated": str(folder / "machine.yaml"), "catalog": catalog}
-            sections.run(
-                job, partial(_compare, small, folder / "job.yaml", ways), needs_s=0.0 if sections.tiny else 20.0
-            )
+        ways = {"calibrated": str(folder / "machine.yaml"), "catalog": catalog}
+        for number, (job, small) in enumerate((_TINY if sections.tiny else JOBS).items()):
+            compare = partial(_compare, small, folder / f"job-{number}.yaml", ways)
+            sections.run(job, compare, needs_s=0.0 if sections.tiny else 20.0)
 
 
 def _calibrate(entry: Path) -> dict[str, Any]:
-    words = [sys.executable, "-m", "meshwright.launch.cli", "doctor", "--calibrate", str(entry)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return {"said": done.stdout.splitlines(), "entry": yaml.safe_load(entry.read_text())}
+    return {"said": calibrate(entry).splitlines(), "entry": yaml.safe_load(entry.read_text())}
 
 
 def _compare(small: Small, path: Path, ways: Mapping[str, str]) -> dict[str, Any]:
     """A job on paper by each way, and run."""
-    found = small.file(steps=_WARM_STEPS + _STEPS)
+    found = small.file(steps=WARM_STEPS + _STEPS)
     found["train"]["precision"] = "bfloat16"
     path.write_text(yaml.safe_dump(found))
     paper = {}
@@ -99,24 +95,12 @@ def _compare(small: Small, path: Path, ways: Mapping[str, str]) -> dict[str, Any
         assert forecast is not None, path
         paper[way] = {"step_s": forecast.step.total_s, "causes": dict(vars(forecast.step))}
         paper[way] |= {"tensor_bytes": forecast.memory.tensor_bytes}
-    steps = _launch(path)
+    steps = launched(path, path.stem)
     step_s = median(each["step_s"] for each in steps)
     peak_bytes = max(each["peak_memory_bytes"] for each in steps)
     for each in paper.values():
         each |= {"step_error": each["step_s"] / step_s - 1, "memory_error": each["tensor_bytes"] / peak_bytes - 1}
     return {"step_s": step_s, "fastest_s": min(each["step_s"] for each in steps), "peak_bytes": peak_bytes} | paper
-
-
-def _launch(path: Path) -> list[dict[str, Any]]:
-    """Records of the steps of a launch, the first ones left out."""
-    words = [sys.executable, "-m", "meshwright.launch.cli", "launch", str(path), "--run-id", "once"]
-    done = subprocess.run(words, cwd=path.parent, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"code {done.returncode}: {done.stderr.strip()[-1500:]}")
-    log = next(path.parent.rglob("once/metrics.jsonl"))
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    log.parent.rename(path.parent / f"ran-{len(list(path.parent.glob('ran-*')))}")
-    return [each for each in records if "step_s" in each and each["step"] > _WARM_STEPS]
 
 
 def table(found: dict[str, Any]) -> str:

@@ -69,9 +69,9 @@ def measure(sections: Sections) -> None:
     sections.run("two ranks start", partial(_started, pool, device))
     for name, layout in {**LAYOUTS, **MORE_LAYOUTS}.items():
         run = partial(_on_hosts, pool, layout, device=device)
-        sections.run(f"{name}, {'NCCL' if device == 'cuda' else 'gloo'}", run, needs_s=1.0)
+        sections.run(f"{name}, {'NCCL' if device == 'cuda' else 'pretended hosts'}", run, needs_s=1.0)
     for name, layout in LAYOUTS.items():
-        sections.run(f"{name}, from the host", partial(_on_two, pool, layout, device=device), needs_s=1.0)
+        sections.run(f"{name}, gloo", partial(_on_two, pool, layout, device=device), needs_s=1.0)
     pool.close()
 
 

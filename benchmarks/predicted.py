@@ -27,9 +27,9 @@ from benchmarks.predicted_jobs import JOBS, VOCABULARY, Small
 from meshwright.launch.load import load_job
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Outcome", "outcomes", "summary"]
+__all__ = ["WARM_STEPS", "Outcome", "calibrate", "launched", "outcomes", "summary"]
 
-_WARM_STEPS, _STEPS = 4, 16
+WARM_STEPS, _STEPS = 4, 16
 _GROUPS = "other", "later"
 
 
@@ -83,10 +83,10 @@ def outcomes(names: Sequence[str], calibration: Path, *, repeat: int) -> Iterato
         small = JOBS[name]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "job.yaml")
-            path.write_text(yaml.safe_dump(small.file(steps=_WARM_STEPS + _STEPS)))
+            path.write_text(yaml.safe_dump(small.file(steps=WARM_STEPS + _STEPS)))
             found = mw.simulate(path, gpu=calibration).forecast
             assert found is not None, name
-            logged = [each for number in range(repeat) for each in _run(path, number)]
+            logged = [each["step_s"] for number in range(repeat) for each in launched(path, f"predicted-{number}")]
             calls, equal, error, peaks = _counted(small, path)
         tensors = found.memory.tensor_bytes - found.memory.optimizer
         yield Outcome(
@@ -124,15 +124,20 @@ def _counted(small: Small, path: Path) -> tuple[int, int | None, float | None, l
     return calls, equal, max(errors, key=abs), peaks
 
 
-def _run(path: Path, number: int) -> list[float]:
-    """Seconds of steps of one launch, the first ones left out."""
-    words = [sys.executable, "-m", "meshwright.launch.cli", "launch", str(path), "--run-id", f"predicted-{number}"]
+def calibrate(entry: Path) -> str:
+    """Measures this machine into an entry of the catalog; what was said of it."""
+    words = [sys.executable, "-m", "meshwright.launch.cli", "doctor", "--calibrate", str(entry)]
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def launched(path: Path, run_id: str) -> list[dict[str, Any]]:
+    """Records of the steps of one launch, the first ones left out."""
+    words = [sys.executable, "-m", "meshwright.launch.cli", "launch", str(path), "--run-id", run_id]
     done = subprocess.run(words, cwd=path.parent, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"the run of {path.name} ended with code {done.returncode}: {done.stderr.strip()[-400:]}")
-    records = [json.loads(line) for line in next(path.parent.rglob(f"predicted-{number}/metrics.jsonl")).open()]
-    steps = [each for each in records if "step_s" in each]
-    return [each["step_s"] for each in steps if each["step"] > _WARM_STEPS]
+        raise RuntimeError(f"the run of {path.name} ended with code {done.returncode}: {done.stderr.strip()[-1500:]}")
+    records = [json.loads(line) for line in next(path.parent.rglob(f"{run_id}/metrics.jsonl")).open()]
+    return [each for each in records if "step_s" in each and each["step"] > WARM_STEPS]
 
 
 def summary(found: Sequence[Outcome]) -> dict[str, float | int]:
@@ -175,8 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         entry = told.calibration or Path(folder, "machine.yaml")
         if told.calibration is None:
-            words = [sys.executable, "-m", "meshwright.launch.cli", "doctor", "--calibrate", str(entry)]
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+            calibrate(entry)
         found = []
         for each in outcomes([name for name in JOBS if told.only in name], entry, repeat=told.repeat):
             found.append(each)

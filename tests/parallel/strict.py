@@ -113,12 +113,9 @@ def _collective(name: str, *, late: bool) -> Any:
 
 
 _OF_HOSTS = "broadcast", "allgather", "barrier"  # what ranks tell each other goes over gloo beside NCCL, too
-_OF_DEVICES = {"allreduce": "allreduce", "_allgather_base": "_allgather_base"}
-_OF_DEVICES |= {"_reduce_scatter_base": "_reduce_scatter_base"}
-_OF_DEVICES |= {
-    "all_gather_single": "_allgather_base",
-    "reduce_scatter_single": "_reduce_scatter_base",
-}  # of torch 2.13
+_BASES = {"all_gather": "_allgather_base", "reduce_scatter": "_reduce_scatter_base"}
+_OF_DEVICES = {"allreduce": "allreduce", **{each: each for each in _BASES.values()}}
+_OF_DEVICES |= {f"{name}_single": each for name, each in _BASES.items()}  # since torch 2.13
 for _name in _OF_HOSTS:
     setattr(StrictGroup, _name, _collective(_name, late=False))
 for _name, _of_gloo in _OF_DEVICES.items():
