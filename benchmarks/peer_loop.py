@@ -71,6 +71,7 @@ def main() -> None:
     if rank == 0:
         steps_s = [end - start for start, end in pairwise(ends_s)]
         Path(out).write_text(json.dumps({"first_step_unix_s": ends_s[1], "step_s": steps_s}))
+    dist.barrier()  # a rank that leaves early takes the store with it, for which the others may wait forever
     dist.destroy_process_group()
 
 
