@@ -3,6 +3,7 @@
 NCCL refuses two ranks of one host on the same GPU. So each rank says that it is a host of its own (NCCL_HOSTID), and
 they meet over sockets: every collective and every message is NCCL's, and several ranks need one GPU only.
 Nothing is timed: ranks that share a GPU say nothing about speed. What does not run is reported.
+With CUDA_DEVICE_MAX_CONNECTIONS=1 all streams of a rank share one queue, the hardest case for ranks that wait.
 `python -m benchmarks.gpu_ranks [--device cuda|cpu] [--tiny] [--seconds S] [--json PATH]`
 """
 
@@ -26,7 +27,8 @@ from meshwright.parallel.ranks import RankPool
 __all__ = ["main", "measure", "table"]
 
 _MODEL = Model(hidden=64, layers=4, heads=4, intermediate=128, vocabulary=256)
-_START_S, _CALL_S, _NCCL_CALL_S = 25.0, 12.0, 40.0
+_START_S, _CALL_S, _NCCL_CALL_S = 25.0, 12.0, 25.0
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 _PRETENDED = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN"}
 
 Layout = tuple[mw.Mesh, dict[str, Any]]
@@ -47,15 +49,15 @@ LAYOUTS: dict[str, Layout] = {
 
 
 MORE_LAYOUTS: dict[str, Layout] = {
-    "dp x tp": (mw.Mesh(dp=2, tp=2), {"sequence_parallel": True}),
-    "pp x fsdp, modular, ZeRO 3": (mw.Mesh(pp=2, fsdp=2), {"schedule": "modular", "zero_stage": 3}),
     "pp x tp, interleaved": (mw.Mesh(pp=2, tp=2), {"schedule": "interleaved"}),
-    "cp x fsdp": (mw.Mesh(fsdp=2, cp=2), {"cp_kind": "ring", "zero_stage": 3}),
+    "pp x fsdp, modular, ZeRO 3": (mw.Mesh(pp=2, fsdp=2), {"schedule": "modular", "zero_stage": 3}),
+    "experts": (mw.Mesh(dp=2, ep=2), {"moe": mw.Experts()}),
+    "experts x pp": (mw.Mesh(pp=2, dp=2, ep=2), {"schedule": "1f1b", "moe": mw.Experts()}),
     "pp, 4 stages, 1f1b": (mw.Mesh(pp=4), {"schedule": "1f1b"}),
     "fsdp, 4 ranks, layered": (mw.Mesh(fsdp=4), {"schedule": "layered", "recompute": "blocks"}),
-    "experts": (mw.Mesh(dp=2, ep=2), {"moe": mw.Experts()}),
     "experts, two levels": (mw.Mesh(dp=4, ep=4, ep_node=2), {"moe": mw.Experts()}),
-    "experts x pp": (mw.Mesh(pp=2, dp=2, ep=2), {"schedule": "1f1b", "moe": mw.Experts()}),
+    "dp x tp": (mw.Mesh(dp=2, tp=2), {"sequence_parallel": True}),
+    "cp x fsdp": (mw.Mesh(fsdp=2, cp=2), {"cp_kind": "ring", "zero_stage": 3}),
 }
 """Where several groups stand beside each other, and all-to-alls; experts are those of a mixtral."""
 
@@ -63,6 +65,7 @@ MORE_LAYOUTS: dict[str, Layout] = {
 def measure(sections: Sections) -> None:
     """All sections: NCCL first, since nothing else here shows it."""
     device = sections.device.kind
+    sections.found["queues"] = os.environ.get(_QUEUES, "as the driver has it")
     first = "one rank over NCCL" if device == "cuda" else "one rank over gloo"
     sections.run(first, partial(_alone, device))
     pool = RankPool()

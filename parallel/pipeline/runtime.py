@@ -71,7 +71,7 @@ class Work:
         passes: micro-batch -> its pass.
         states: of the stages.
         transfers: to and from other ranks; None where one rank has all stages.
-        forwarded: called once, after the last forward.
+        forwarded: called once, after the last forward of this rank and, as the schedule has it, of all others.
         weight: micro-batch -> what its loss counts (0-dim), None where another rank has it; asked before its first
             backward.
         watch: told of every action.
@@ -150,7 +150,7 @@ class _Run:
         elif kind is Kind.FORWARD:
             self._forwards -= 1
             if not self._forwards:
-                self._work.forwarded()
+                self._tell()
 
     def _forward(self, each: Pass, stage: int) -> None:
         attributes = self._work.attributes
@@ -167,6 +167,12 @@ class _Run:
             self._seed(microbatch)
         self._watch(action, Phase.WAITS)
         self._work.transfers.do(action, self._work.passes[microbatch])
+
+    def _tell(self) -> None:
+        if self._work.transfers is None:
+            self._work.forwarded()
+        else:
+            self._work.transfers.forwarded(self._work.forwarded)
 
     def _seed(self, microbatch: int) -> None:
         if microbatch not in self._seeded:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import SENDS, check, halves_of, needs_in, other_end, walk
 
-__all__ = ["Cause", "Costs", "Span", "Timeline", "Wait", "timeline"]
+__all__ = ["Cause", "Costs", "Span", "Timeline", "Wait", "in_order", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,21 @@ def timeline(schedule: Schedule, costs: Costs | None = None, *, checked: bool = 
     return paper.timeline()
 
 
+def in_order(schedule: Schedule, costs: Costs | None = None) -> list[tuple[int, Action]]:
+    """(rank, action) of all ranks in the order in which they end on paper; without gathers and reductions.
+
+    They can also run in this order: it is that of every rank, and what an action needs stands before it.
+
+    >>> from meshwright.parallel.pipeline.orders import breadth_first
+    >>> [str(action) for _, action in in_order(breadth_first([0, 1], 1))]
+    ['0F0', '1F0', '1B0', '0B0']
+    """
+    paper = _Paper(schedule, costs or Costs())
+    walk(schedule, paper.visit)
+    paper.ended.sort(key=lambda each: each[0])  # of what ends at once, what was walked first stays first
+    return [(rank, action) for _, rank, action in paper.ended]
+
+
 class _Paper:
     """Clocks of a schedule that is walked: one for each rank's processor, one for its link."""
 
@@ -164,6 +179,7 @@ class _Paper:
         self.costs = costs
         self.clocks = [0.0] * schedule.num_ranks
         self.links = [0.0] * schedule.num_ranks
+        self.ended: list[tuple[float, int, Action]] = []
         self.spans: list[Span] = []
         self.communication: list[Span] = []
         self.waits: list[Wait] = []
@@ -184,6 +200,7 @@ class _Paper:
             begun, start = start, max(start, self._whole.get(action.stage, 0.0))
             self._wait(Wait(rank, Cause.PARAMETERS, begun, start))
         end = start + self.costs.of(action)
+        self.ended.append((end, rank, action))
         for made in (action, *halves_of(action)):
             self._ends[made] = (end, rank)
         if action.kind in COMPUTE:

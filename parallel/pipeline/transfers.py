@@ -1,6 +1,7 @@
 """Sends and receives of one step, in the order of a schedule."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import other_end
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Route, Shape
+from meshwright.parallel.pipeline.timeline import in_order
 from meshwright.parallel.pipeline.wire import Tag, Wire
 
 __all__ = ["Timetable", "Transfers"]
@@ -25,7 +27,6 @@ class _Message:
     Attributes:
         peer: rank at the other end.
         border: the stage behind the border that the value, or its gradient, crosses.
-        arrival: number of a receive among those of this rank; -1 for a send.
     """
 
     action: Action
@@ -33,7 +34,6 @@ class _Message:
     border: int
     microbatch: int
     forward: bool
-    arrival: int
 
     @property
     def tag(self) -> Tag:
@@ -41,7 +41,11 @@ class _Message:
 
 
 class Timetable:
-    """The messages of one rank, as they are in every step.
+    """The messages of one rank, as they are in every step, and when each is received.
+
+    A receive is posted when its value is sent, in one order of all messages in which the ranks can run. So no rank
+    waits in a ring even where whatever it starts keeps what it starts later from running: on a GPU streams share
+    queues, and a call of NCCL that waits for another rank holds what stands behind it in its queue.
 
     Args:
         schedule: of all ranks.
@@ -49,38 +53,31 @@ class Timetable:
 
     Attributes:
         messages: in the order of its actions.
-        arrivals: receives in that order.
-        posts: for each of these, those to be posted before it is: from each rank values are received in the order in
-            which it sends them, since a transport may know no other.
+        due: number of messages done -> receives to be posted then, in order; None stands where all ranks have done
+            their last forward.
     """
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self._homes = schedule.homes
-        self.messages: list[_Message] = []
-        self.arrivals: list[_Message] = []
-        for action in schedule.ranks[rank]:
-            if action.kind in _SENDS:
-                self.messages.append(self._message(action))
-            elif action.kind in _RECEIVES:
-                self.messages.append(self._message(action, len(self.arrivals)))
-                self.arrivals.append(self.messages[-1])
-        numbers = {each.action: each.arrival for each in self.arrivals}
-        sent = [iter([numbers[each] for each in _sent_to(rank, schedule, actions)]) for actions in schedule.ranks]
-        posted: set[int] = set()
-        self.posts: list[list[_Message]] = []
-        for each in self.arrivals:
-            self.posts.append([])
-            while each.arrival not in posted:
-                number = next(sent[each.peer])
-                posted.add(number)
-                self.posts[-1].append(self.arrivals[number])
+        mine = [action for action in schedule.ranks[rank] if action.kind in (*_SENDS, *_RECEIVES)]
+        self.messages = [self._message(action) for action in mine]
+        self.due: list[list[_Message | None]] = [[] for _ in range(len(mine) + 1)]
+        unforwarded = sum(action.kind is Kind.FORWARD for actions in schedule.ranks for action in actions)
+        done = 0
+        for home, action in in_order(schedule):
+            if action.kind is Kind.FORWARD:
+                unforwarded -= 1
+                self.due[done] += [] if unforwarded else [None]
+            elif action.kind in _SENDS and self._homes[other_end(action).stage] == rank:
+                self.due[done].append(self._message(other_end(action)))
+            done += home == rank and action.kind in (*_SENDS, *_RECEIVES)
 
-    def _message(self, action: Action, arrival: int = -1) -> _Message:
+    def _message(self, action: Action) -> _Message:
         assert action.microbatch is not None, action
         behind = 1 if action.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT) else 0
         peer = self._homes[other_end(action).stage]
         forward = action.kind in _FORWARD
-        return _Message(action, peer, action.stage + behind, action.microbatch, forward, arrival)
+        return _Message(action, peer, action.stage + behind, action.microbatch, forward)
 
 
 class Transfers:
@@ -90,47 +87,56 @@ class Transfers:
         timetable: of this rank.
         routes: micro-batch -> its route.
         wire: to the other ranks.
-        ahead: receives that are posted before they are needed, so that values travel while this rank computes.
     """
 
-    def __init__(self, timetable: Timetable, routes: Sequence[Route], wire: Wire, *, ahead: int = 2) -> None:
+    def __init__(self, timetable: Timetable, routes: Sequence[Route], wire: Wire) -> None:
         self._messages = iter(timetable.messages)
-        self._posts = iter(timetable.posts)
+        self._due = iter(timetable.due)
+        self._waiting = deque(next(self._due))
         self._routes = routes
         self._wire = wire
-        self._posted: dict[int, Callable[[], list[Tensor]]] = {}
-        for _ in range(ahead):
-            self._post()
+        self._posted: dict[Tag, Callable[[], list[Tensor]]] = {}
+        self._tell: Callable[[], None] | None = None
+        self._go_on()
+
+    def forwarded(self, tell: Callable[[], None]) -> None:
+        """This rank has done its last forward; `tell` is called when all have, or would have on paper."""
+        self._tell = tell
+        self._go_on()
 
     def do(self, action: Action, each: Pass) -> None:
         """One send or receive; they come in the order of the timetable."""
         message = next(self._messages)
         assert message.action is action, (message.action, action)
-        if message.arrival < 0:
+        if action.kind in _SENDS:
             values = each.outgoing(action.stage) if message.forward else each.returned(action.stage)
             self._wire.send(values, message.peer, message.tag)
-            return
-        values = self._posted.pop(message.arrival)()
-        self._post()
-        if message.forward:
-            each.take(self._routes[message.microbatch].borders[action.stage], action.stage, values)
         else:
-            each.give(action.stage, values)
-            if values:  # whoever sends gradients back has received
-                self._wire.let_go((message.border, message.microbatch, "forward"))
+            self._take(message, each, self._posted.pop(message.tag)())
+        self._waiting.extend(next(self._due))
+        self._go_on()
 
-    def _post(self) -> None:
-        for message in next(self._posts, ()):
-            wait = self._wire.receive(self._shapes(message), message.peer, message.tag)
-            self._posted[message.arrival] = wait
+    def _take(self, message: _Message, each: Pass, values: list[Tensor]) -> None:
+        stage = message.action.stage
+        if message.forward:
+            each.take(self._routes[message.microbatch].borders[stage], stage, values)
+            return
+        each.give(stage, values)
+        if values:  # whoever sends gradients back has received
+            self._wire.let_go((message.border, message.microbatch, "forward"))
+
+    def _go_on(self) -> None:
+        """Posts what is due, and tells; what comes behind a forward that is not done waits for it."""
+        while self._waiting:
+            message = self._waiting[0]
+            if message is not None:
+                self._posted[message.tag] = self._wire.receive(self._shapes(message), message.peer, message.tag)
+            elif self._tell is not None:
+                self._tell()
+            else:
+                return
+            self._waiting.popleft()
 
     def _shapes(self, message: _Message) -> Sequence[Shape]:
         border = self._routes[message.microbatch].borders[message.border]
         return border.shapes if message.forward else border.returned
-
-
-def _sent_to(rank: int, schedule: Schedule, actions: Sequence[Action]) -> Iterator[Action]:
-    """Receives of a rank in the order in which another rank's actions send."""
-    for action in actions:
-        if action.kind in _SENDS and schedule.homes[other_end(action).stage] == rank:
-            yield other_end(action)

@@ -1,7 +1,8 @@
 """A transport that is as strict as NCCL, over gloo: it connects ranks at their first call, and knows no tags.
 
 What would hang on GPUs fails here, by name: a first call that not all of its ranks make, and one that is made while a
-receive that was posted before has not arrived.
+receive that was posted before has not arrived. With `one_queue`, each call also keeps all that a rank starts later from
+running until it is done, and a send until it is received, as if all streams of a GPU shared one queue.
 """
 
 import time
@@ -29,6 +30,7 @@ class StrictGroup(dist.ProcessGroup):
     """
 
     under_way: ClassVar[list[Any]] = []  # receives of this process, of all groups
+    one_queue: ClassVar[bool] = False
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
@@ -54,14 +56,21 @@ class StrictGroup(dist.ProcessGroup):
         """The next message of a line, whatever its tag."""
         del tag
         self._meet_one(peer)
-        return self._gloo.send(tensors, peer, self._next(self.rank(), peer))
+        number = self._next(self.rank(), peer)
+        if self.one_queue:
+            self._wait_for(f"receive {number} of {peer} from {self.rank()}", 1)
+        return self._gloo.send(tensors, peer, number)
 
     def recv(self, tensors: Any, peer: int, tag: int) -> Any:
         """Likewise."""
         del tag
         self._meet_one(peer)
-        work = _Arrival(self._gloo.recv(tensors, peer, self._next(peer, self.rank())), self.under_way)
+        number = self._next(peer, self.rank())
+        work = _Arrival(self._gloo.recv(tensors, peer, number), self.under_way)
         self.under_way.append(work)
+        if self.one_queue:
+            self._store.add(f"receive {number} of {self.rank()} from {peer}", 1)
+            work.wait(timedelta(seconds=_PATIENCE_S))
         return work
 
     def _next(self, sender: int, receiver: int) -> int:
@@ -79,10 +88,13 @@ class StrictGroup(dist.ProcessGroup):
             raise RuntimeError(f"{who} connect while {len(self.under_way)} receives are under way")
         self._met.add(who)
         self._store.add(who, 1)
+        self._wait_for(who, number)
+
+    def _wait_for(self, who: str, number: int) -> None:
         end_s = time.monotonic() + _PATIENCE_S
         while self._store.add(who, 0) < number:
             if time.monotonic() > end_s:
-                raise RuntimeError(f"rank {self.rank()} waits for {who} to connect")
+                raise RuntimeError(f"rank {self.rank()} waits for {who}")
             time.sleep(_POLL_S)
 
 
@@ -94,10 +106,10 @@ class _Arrival:
 
     def wait(self, *args: Any) -> Any:
         """Until it is here."""
-        found = self._work.wait(*args)
-        if self in self._under_way:
+        if self in self._under_way:  # gloo waits anew whenever it is asked
+            self._work.wait(*args)
             self._under_way.remove(self)
-        return found
+        return True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -107,7 +119,10 @@ def _collective(name: str, *, late: bool) -> Any:
     def call(self: StrictGroup, *args: Any, **options: Any) -> Any:
         if late:
             self._meet("all ranks", self.size())
-        return getattr(self._gloo, name)(*args, **options)
+        work = getattr(self._gloo, name)(*args, **options)
+        if late and self.one_queue:
+            work.wait(timedelta(seconds=_PATIENCE_S))
+        return work
 
     return call
 
@@ -122,8 +137,9 @@ for _name, _of_gloo in _OF_DEVICES.items():
     setattr(StrictGroup, _name, _collective(_of_gloo, late=True))
 
 
-def start_strict(store: str, rank: int, num_ranks: int) -> None:
+def start_strict(store: str, rank: int, num_ranks: int, *, one_queue: bool = False) -> None:
     """Joins this process to the others over this transport."""
+    StrictGroup.one_queue = one_queue
     if _NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(_NAME, _make, devices=["cpu"])
     dist.init_process_group(_NAME, init_method=store, rank=rank, world_size=num_ranks)

@@ -15,11 +15,11 @@ from tests.parallel.strict import start_strict
 pytestmark = pytest.mark.slow
 
 
-def _largest_error(store: str, mesh: mw.Mesh, options: dict[str, Any]) -> float:
+def _largest_error(store: str, mesh: mw.Mesh, options: dict[str, Any], one_queue: bool = False) -> float:
     """Of loss and gradients of a second step over the strict transport, on one rank."""
     rank = world().rank
     stop_ranks()
-    start_strict(store, rank, mesh.world_size)
+    start_strict(store, rank, mesh.world_size, one_queue=one_queue)
     assert connects_late("cpu")
     build_model, build_batch = DEEP["gpt2"]
     plain, batch = build_model().double().eval(), build_batch()  # without dropout
@@ -55,6 +55,25 @@ def test_pipelines_hang_on_no_transport_that_connects_late_and_knows_no_tags(
 ) -> None:
     mesh = mw.Mesh(**degrees)
     errors = run_ranks(_largest_error, mesh, f"file://{tmp_path / 'store'}", mesh, options, timeout_s=90.0)
+    assert max(errors) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        ({"pp": 2}, {"schedule": "1f1b", "num_microbatches": 4}),
+        ({"pp": 2, "tp": 2}, {"schedule": "interleaved", "num_microbatches": 2}),
+        ({"pp": 2, "fsdp": 2}, {"schedule": "modular", "num_microbatches": 4, "zero_stage": 3}),
+        ({"pp": 4}, {"schedule": "modular", "num_microbatches": 6}),
+        ({"pp": 4}, {"schedule": "zbv", "num_microbatches": 5}),
+    ],
+    ids=str,
+)
+def test_pipelines_hang_on_no_gpu_whose_streams_share_one_queue(
+    tmp_path: Path, degrees: dict[str, int], options: dict[str, Any]
+) -> None:
+    mesh, store = mw.Mesh(**degrees), f"file://{tmp_path / 'store'}"
+    errors = run_ranks(_largest_error, mesh, store, mesh, options, True, timeout_s=90.0)
     assert max(errors) < 1e-10
 
 
