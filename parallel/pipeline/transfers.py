@@ -92,17 +92,18 @@ class Transfers:
     def __init__(self, timetable: Timetable, routes: Sequence[Route], wire: Wire) -> None:
         self._messages = iter(timetable.messages)
         self._due = iter(timetable.due)
-        self._waiting = deque(next(self._due))
+        self._waiting: deque[_Message | None] = deque()
         self._routes = routes
         self._wire = wire
         self._posted: dict[Tag, Callable[[], list[Tensor]]] = {}
         self._tell: Callable[[], None] | None = None
-        self._go_on()
+        for _ in range(1 + wire.early):
+            self._go_on()
 
     def forwarded(self, tell: Callable[[], None]) -> None:
         """This rank has done its last forward; `tell` is called when all have, or would have on paper."""
         self._tell = tell
-        self._go_on()
+        self._do_due()
 
     def do(self, action: Action, each: Pass) -> None:
         """One send or receive; they come in the order of the timetable."""
@@ -113,7 +114,6 @@ class Transfers:
             self._wire.send(values, message.peer, message.tag)
         else:
             self._take(message, each, self._posted.pop(message.tag)())
-        self._waiting.extend(next(self._due))
         self._go_on()
 
     def _take(self, message: _Message, each: Pass, values: list[Tensor]) -> None:
@@ -126,7 +126,11 @@ class Transfers:
             self._wire.let_go((message.border, message.microbatch, "forward"))
 
     def _go_on(self) -> None:
-        """Posts what is due, and tells; what comes behind a forward that is not done waits for it."""
+        self._waiting.extend(next(self._due, ()))
+        self._do_due()
+
+    def _do_due(self) -> None:
+        """Posts, and tells; what comes behind a forward that is not done waits for it."""
         while self._waiting:
             message = self._waiting[0]
             if message is not None:

@@ -18,8 +18,9 @@ _TRAVELS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT, Kind.RECEIVE_ACTIVATION, K
 class _Wire:
     """Notes what is posted."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, early: int) -> None:
         self.rank = rank
+        self.early = early
         self.sent: dict[int, list[Any]] = defaultdict(list)
         self.received: dict[int, list[Any]] = defaultdict(list)
         self.line: list[tuple[frozenset[int], Any]] = []
@@ -46,8 +47,8 @@ class _Nothing:
         return lambda *_: []
 
 
-def _walk(schedule: Schedule, rank: int) -> _Wire:
-    wire: Any = _Wire(rank)
+def _walk(schedule: Schedule, rank: int, early: int = 0) -> _Wire:
+    wire: Any = _Wire(rank, early)
     borders = {stage: Border((), ()) for stage in range(1, schedule.num_stages)}
     routes = [Route([], borders)] * schedule.num_microbatches
     nothing: Any = _Nothing()
@@ -66,9 +67,10 @@ def _walk(schedule: Schedule, rank: int) -> _Wire:
 
 @pytest.mark.parametrize("name", ACROSS_RANKS)
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(2, 5), (4, 3), (4, 8)])
-def test_each_pair_of_ranks_agrees_on_the_order(name: str, num_ranks: int, num_microbatches: int) -> None:
+@pytest.mark.parametrize("early", [0, 4])
+def test_each_pair_of_ranks_agrees_on_the_order(name: str, num_ranks: int, num_microbatches: int, early: int) -> None:
     _, schedule = chosen(name, 8, num_ranks, num_microbatches)
-    wires = [_walk(schedule, rank) for rank in range(num_ranks)]
+    wires = [_walk(schedule, rank, early) for rank in range(num_ranks)]
     for rank, wire in enumerate(wires):
         for to, sent in wire.sent.items():
             assert wires[to].received[rank] == sent
