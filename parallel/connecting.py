@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from meshwright.parallel.collectives import Groups, groups_made
+from meshwright.parallel.errors import MeshError
+from meshwright.parallel.mesh import Mesh
 
-__all__ = ["connect_groups", "connect_links", "connects_late"]
+__all__ = ["check_transport", "connect_groups", "connect_links", "connects_late"]
 
 Link = tuple[int, int]
 """Two positions along an axis that send each other messages."""
@@ -23,8 +25,26 @@ _AT_ONCE = ("gloo", "fake")
 
 def connects_late(device_type: str) -> bool:
     """Whether ranks are connected at first use, by a transport that knows no tags either."""
+    return _transport(device_type) not in _AT_ONCE
+
+
+def check_transport(mesh: Mesh, device_type: str) -> None:
+    """Refuses axes whose tensors the running transport cannot carry.
+
+    Raises:
+        MeshError: for messages and shards on GPUs over gloo, which ends in a crash there.
+    """
+    refused = [axis for axis in ("pp", "fsdp") if mesh.degree(axis) > 1]
+    if refused and device_type == "cuda" and _transport(device_type) == "gloo":
+        raise MeshError(
+            f"gloo carries no messages and shards of tensors on a GPU, which {' and '.join(refused)} need; "
+            f"start ranks with NCCL (start_ranks(device='cuda'), one GPU for each rank), or keep to dp, tp, cp and ep"
+        )
+
+
+def _transport(device_type: str) -> str:
     pairs = (each.split(":") for each in str(dist.get_backend_config()).split(","))
-    return dict(pairs).get(device_type, _AT_ONCE[0]) not in _AT_ONCE
+    return dict(pairs).get(device_type, _AT_ONCE[0])
 
 
 def connect_groups(groups: Groups) -> None:

@@ -17,6 +17,7 @@ from meshwright.parallel.agreement import check_agreement
 from meshwright.parallel.blockwise.install import BlockwiseAttention
 from meshwright.parallel.build import deal, engine_of
 from meshwright.parallel.collectives import Groups
+from meshwright.parallel.connecting import check_transport
 from meshwright.parallel.costs import settled
 from meshwright.parallel.data import LocalStates
 from meshwright.parallel.deferred import device_of
@@ -46,11 +47,12 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
 
     Raises:
         WrapError: for options or axes that cannot be had.
-        MeshError: when the number of ranks is not the mesh's.
+        MeshError: when the number of ranks is not the mesh's, or its axes need another transport.
     """
     chosen = settled(Options.of(**options), model)
     chosen.check(mesh)
     groups = Groups(mesh, device_of(model).type)
+    check_transport(mesh, groups.device_type)
     check_agreement(model, groups)
     names, plans = NamedStates.of(model), make_plans(model, mesh, chosen)
     report = describe(model, mesh, chosen, plans)

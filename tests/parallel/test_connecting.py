@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 import meshwright as mw
 from meshwright.parallel.collectives import stop_ranks, world
-from meshwright.parallel.connecting import connects_late
+from meshwright.parallel.connecting import check_transport, connects_late
+from meshwright.parallel.errors import MeshError
 from meshwright.parallel.promote import Promote
 from meshwright.testing import run_ranks
 from tests.parallel.schedules_matrix import DEEP
@@ -79,3 +80,18 @@ def test_pipelines_hang_on_no_gpu_whose_streams_share_one_queue(
 
 def test_gloo_connects_ranks_when_a_group_is_made() -> None:
     assert run_ranks(connects_late, mw.Mesh(dp=2), "cpu") == [False, False]
+
+
+def _refusals() -> list[str]:
+    found = []
+    for degrees, device in (({"pp": 2}, "cuda"), ({"fsdp": 2}, "cuda"), ({"dp": 2}, "cuda"), ({"pp": 2}, "cpu")):
+        try:
+            check_transport(mw.Mesh(**degrees), device)
+        except MeshError as error:
+            found.append(str(error))
+    return found
+
+
+def test_messages_and_shards_on_gpus_are_refused_over_gloo_where_they_would_crash() -> None:
+    for refusals in run_ranks(_refusals, mw.Mesh(dp=2)):
+        assert [each.split(", which ")[1].split(";")[0] for each in refusals] == ["pp need", "fsdp need"]
