@@ -18,6 +18,7 @@ from meshwright.parallel.tensor_plan import starred
 __all__ = ["candidates", "find_blocks", "own_blocks", "own_parameters"]
 
 _MOST_SHOWN = 6
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 def find_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -45,13 +46,15 @@ def find_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> dict
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """Patterns that may name the blocks of a model: of items of lists, then of the outermost siblings with parameters.
+    """Patterns that may name the blocks of a model: of items of containers, then of outermost siblings with parameters.
 
     >>> candidates(nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2), "act": nn.Tanh()}))
     ['first', 'second']
     """
-    lists = [path for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    items = [starred(f"{path}.0".lstrip(".")) for path in _outermost(lists)]
+    kinds = (*_NEVER_CALLED, nn.Sequential)
+    holders = [path for path, module in model.named_modules() if path and isinstance(module, kinds)]
+    whole = isinstance(model, (nn.ModuleList, nn.Sequential))
+    items = ["*"] if whole else [f"{starred(path)}.*" for path in _outermost(holders)]
     prefix = ""
     while True:
         found = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
@@ -59,7 +62,8 @@ def candidates(model: nn.Module) -> list[str]:
             break
         ((name, model),) = found.items()
         prefix += f"{name}."
-    return list(dict.fromkeys([*items, *(starred(prefix + name) for name in found)]))[:_MOST_SHOWN]
+    siblings = [starred(prefix + name) for name, child in found.items() if not isinstance(child, _NEVER_CALLED)]
+    return list(dict.fromkeys([*items, *siblings]))[:_MOST_SHOWN]
 
 
 def own_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -117,7 +121,7 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
 def _check_named(blocks: Mapping[str, nn.Module]) -> None:
     """Blocks are called, each is another one, and none is inside of another."""
     for path, block in blocks.items():
-        if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(block, _NEVER_CALLED):
             raise WrapError(f"blocks: {path} is a {type(block).__name__}, which is never called; name {path}.*")
     for (one, block), (other, second) in combinations(blocks.items(), 2):
         if block is second:

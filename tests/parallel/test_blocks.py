@@ -72,5 +72,9 @@ def test_one_module_under_several_names_is_refused() -> None:
 
 
 def test_what_may_be_named_is_listed() -> None:
-    assert candidates(_nested()) == ["stages.*", "stages", "head"]
+    assert candidates(_nested()) == ["stages.*", "head"]
+    named = nn.ModuleDict(
+        {"layers": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}), "head": nn.Linear(2, 1)}
+    )
+    assert candidates(named) == ["layers.*", "head"]
     assert candidates(nn.Linear(2, 2)) == []
