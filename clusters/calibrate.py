@@ -20,11 +20,13 @@ from typing import Any, TextIO
 
 from meshwright.clusters.calibration import CalibrationError, Machine, entry
 
-__all__ = ["HEAD", "calibrated", "this_machine", "usable_gpus", "written"]
+__all__ = ["HEAD", "calibrated", "share_taken", "this_machine", "usable_gpus", "written"]
 
 HEAD = "# Written by `meshwright doctor --calibrate`; loaded by `meshwright.clusters.calibration.hardware_of`.\n"
 _TIMEOUT_S = 300.0
 _MOST_RANKS = 8
+_PROCESSORS = Path("/proc/stat")
+_LOOK_S = 0.5
 
 
 def usable_gpus() -> int:
@@ -61,12 +63,12 @@ def calibrated(
         gpus: to use; those that torch can use where None.
 
     Returns:
-        The entry, as plain values.
+        The entry, as plain values; `busy` in it is the share of the processors that others took before or after.
 
     Raises:
         CalibrationError: ranks did not start, or one of them failed.
     """
-    start_s = time.monotonic()
+    start_s, before = time.monotonic(), _busy()
     found = usable_gpus() if gpus is None else gpus
     most = found or _MOST_RANKS
     chosen = tuple(counts or (each for each in (1, 2, 4, 8) if each <= most))
@@ -78,7 +80,34 @@ def calibrated(
                 tell(told["begins"])
             elif "ranks" in told:
                 measured.append(told)
-    return entry(measured, this_machine(), seconds=time.monotonic() - start_s)
+    made = entry(measured, this_machine(), seconds=time.monotonic() - start_s)
+    made["calibrated"]["busy"] = max(before, _busy())
+    return made
+
+
+def share_taken(before: str, after: str) -> float:
+    """Share of all processors that was not idle between two readings of /proc/stat; what a host takes away counts.
+
+    >>> share_taken("cpu 10 0 0 100 0 0 0 0 0 0", "cpu 40 0 0 190 0 0 0 10 0 0")
+    0.3076923076923077
+    """
+    spent = []
+    for text in (before, after):
+        user, nice, system, idle, iowait, *others = (int(each) for each in text.splitlines()[0].split()[1:9])
+        spent.append((idle + iowait, user + nice + system + sum(others)))
+    (idle, busy), (idle_after, busy_after) = spent
+    total = idle_after - idle + busy_after - busy
+    return (busy_after - busy) / total if total > 0 else 0.0
+
+
+def _busy() -> float:
+    """What others take of this machine while nothing of ours runs; 0 where that cannot be read."""
+    try:
+        before = _PROCESSORS.read_text(encoding="ascii")
+        time.sleep(_LOOK_S)
+        return share_taken(before, _PROCESSORS.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 @contextmanager

@@ -34,6 +34,8 @@ __all__ = [
     "wishes_of",
 ]
 
+_BUSY = 0.1  # of the processors, from which a calibration is said to be disturbed
+
 
 class DoctorError(MeshwrightError):
     """A doctor that was asked for nodes or checks that are not there."""
@@ -204,4 +206,9 @@ def calibrate_to(path: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any
     for ranks, errors in found["mean_error_percent"].items():
         said = ", ".join(f"{name} {value:g}%" for name, value in errors.items())
         lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}, mean error: {said}")
+    if told["busy"] > _BUSY:
+        lines.append(
+            f"  OTHER PROGRAMS took {told['busy']:.0%} of the processors: steps will be predicted too long, waiting for "
+            "other ranks above all; calibrate again when it is quiet"
+        )
     return found, "\n".join(lines) + "\n"

@@ -33,6 +33,7 @@ def test_two_ranks_of_this_machine_are_measured_and_loaded(tmp_path: Path, monke
     assert 1e-6 < small < large < 10
     assert gpu.memory_bytes == pytest.approx(this_machine().memory_bytes, rel=1e-3)
     assert found["calibrated"]["date"][:2] == "20"
+    assert 0 <= found["calibrated"]["busy"] <= 1
 
 
 def test_ranks_that_fail_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ def test_a_calibration_is_written_told_and_replaced(
 ) -> None:
     errors = {"products": 3.0, "memory": 20.0}
     gpu = {"name": "host", "flops_per_s": {"fp32": 6e10}}
-    found = {"calibrated": {"cores": 2, "torch": "2.13", "seconds": 9.0}, "mean_error_percent": {1: errors}, "gpu": gpu}
+    told_of = {"cores": 2, "torch": "2.13", "seconds": 9.0, "busy": 0.02}
+    found = {"calibrated": told_of, "mean_error_percent": {1: errors}, "gpu": gpu}
 
     def calibrated(tell: Callable[[str], None]) -> dict[str, Any]:
         tell("products")
@@ -213,6 +214,9 @@ def test_a_calibration_is_written_told_and_replaced(
             "  fp32  products 60 GFLOP/s",
             "  1 rank, mean error: products 3%, memory 20%",
         ]
+    told_of["busy"] = 0.31
+    assert main(["doctor", "--calibrate", str(path)]) == 0
+    assert "OTHER PROGRAMS took 31% of the processors" in capsys.readouterr().out
     assert main(["doctor", str(path), "--calibrate", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpu"] == gpu
     assert "by_ranks" in path.read_text()
