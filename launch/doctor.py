@@ -208,7 +208,7 @@ def calibrate_to(path: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any
         lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}, mean error: {said}")
     if told["busy"] > _BUSY:
         lines.append(
-            f"  OTHER PROGRAMS took {told['busy']:.0%} of the processors: steps will be predicted too long, waiting for "
-            "other ranks above all; calibrate again when it is quiet"
+            f"  OTHER PROGRAMS took {told['busy']:.0%} of the processors: steps will be predicted too long, "
+            "and waiting above all; calibrate again when it is quiet"
         )
     return found, "\n".join(lines) + "\n"
