@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import BaseTorchFunctionMode
 
 from meshwright.parallel.fake_rank import first_footprint
 from meshwright.parallel.mesh import Mesh
@@ -74,9 +75,13 @@ def test_of_a_block_its_input_and_what_attention_gave_are_kept() -> None:
 
 
 def test_masks_are_kept_where_another_mode_may_draw_and_only_there() -> None:
-    plain, drops = (_traced(_Model(share), layer_block=4).blocks["layers.1"] for share in (0.0, 0.5))
-    assert drops.forward.drawn == SAMPLES * LENGTH * WIDTH
-    assert drops.forward.saved_bytes == plain.forward.saved_bytes  # they are drawn anew
+    stream = SAMPLES * LENGTH * WIDTH
+    plain, drops = (_traced(_Model(share), layer_block=4).blocks["layers.1"].forward for share in (0.0, 0.5))
+    assert drops.drawn == stream
+    assert drops.saved_bytes == plain.saved_bytes  # they are drawn anew
+    with BaseTorchFunctionMode():
+        asked = _traced(_Model(0.5), layer_block=4).blocks["layers.1"].forward
+    assert asked.saved_bytes == plain.saved_bytes + stream  # one byte each
 
 
 @pytest.mark.parametrize("sizes", [{"layer_block": 4}, {"ffn_block": 6}])

@@ -1,13 +1,8 @@
-"""Blocks by spans and inputs in the host's memory, predicted and run: the bytes that are on a rank's device."""
+"""Blocks by spans, and inputs and shards in the host's memory: the memory of a rank, forecast and run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
-import torch
 import yaml
 
 import meshwright as mw
@@ -16,9 +11,6 @@ from benchmarks.predicted import VOCABULARY
 from benchmarks.predicted_jobs import Small
 from meshwright.clusters.calibrate import written
 from meshwright.launch.load import load_job
-from meshwright.parallel.footprint import Live
-from meshwright.parallel.recompute import Frame
-from meshwright.testing import run_ranks
 from tests.clusters.test_calibration import made, of
 
 GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256}
@@ -31,50 +23,6 @@ JOBS = {
     "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}),
     "inputs of spans": Small(parallel={"dp": 2, **HOSTED, "blockwise": {"layer_block": 64}}),
 }
-
-
-class _OnDevice(Live):
-    """Without what inputs are copied to."""
-
-    is_away = False
-
-    def note(self, storage: torch.UntypedStorage) -> None:
-        """Counts a storage, unless it is made for the host."""
-        if not self.is_away:
-            super().note(storage)
-
-
-@contextmanager
-def _apart(found: list[_OnDevice]) -> Iterator[None]:
-    """Inside, copies that a frame makes for the host are not counted before they are back."""
-    offload, fetch = Frame.offload, Frame.fetch
-
-    def made(*given: Any) -> _OnDevice:
-        found.append(_OnDevice(*given))
-        return found[-1]
-
-    def goes(frame: Frame) -> None:
-        found[-1].is_away = True
-        offload(frame)
-        found[-1].is_away = False
-
-    def comes(frame: Frame) -> None:
-        leaves = [leaf for leaf, _ in frame._hosted]
-        fetch(frame)
-        for leaf in leaves:
-            found[-1].note(leaf.untyped_storage())
-
-    with (
-        patch.object(Frame, "offload", goes),
-        patch.object(Frame, "fetch", comes),
-        patch.object(fake_ranks, "Live", made),
-    ):
-        yield
-
-
-def _on_device(job: fake_ranks.Job) -> int:
-    with _apart([]):
-        return fake_ranks.real_rank(job)[1]
 
 
 def _drawn_up(small: Small, folder: Path) -> tuple[Path, fake_ranks.Job]:
@@ -101,13 +49,3 @@ def test_memory_on_paper_is_that_of_a_run_here(name: str, tmp_path: Path) -> Non
     entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
     most = max(peak_bytes for _, peak_bytes in fake_ranks.real_ranks(job))
     assert _tensor_bytes(path, entry) == pytest.approx(most, rel=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["inputs", "inputs of a pipeline", "inputs of spans"])
-def test_what_stays_on_a_gpu_is_what_a_run_has_besides_its_copies_for_the_host(name: str, tmp_path: Path) -> None:
-    path, job = _drawn_up(JOBS[name], tmp_path)
-    apart = max(run_ranks(_on_device, job.mesh, job))
-    together = max(peak_bytes for _, peak_bytes in fake_ranks.real_ranks(job))
-    assert apart < 0.97 * together
-    assert _tensor_bytes(path, "H100") == pytest.approx(apart, rel=0.05)
