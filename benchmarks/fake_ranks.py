@@ -83,8 +83,17 @@ _TWO_HOPS = {"moe": mw.Experts("inter_first")}
 _PIPE = {"schedule": "1f1b", "num_microbatches": 4}
 _MODULAR = {"schedule": "modular", "num_microbatches": 4}
 
+_SPANS = {"blockwise": {"layer_block": 32, "loss_block": 64}}
+_HOSTED = {"recompute": "blocks", "offload_inputs": True, "schedule": "layered", "num_microbatches": 2}
+_SHALLOW = partial(build_llama, 256, 2, 1024)
+
 JOBS = {
     "dp": Job({"dp": 2}),
+    "dp, by spans": Job({"dp": 2}, _SPANS, _SHALLOW),
+    "dp, by ffn_block": Job({"dp": 2}, {"blockwise": {"ffn_block": 32, "loss_block": 64}}, _SHALLOW),
+    "dp, inputs in host memory": Job({"dp": 2}, _HOSTED, _SHALLOW),
+    "fsdp, states in host memory": Job({"fsdp": 2}, {"offload": "cpu"}, _SHALLOW),
+    "fsdp layered, by spans, inputs in host memory": Job({"fsdp": 2}, {**_HOSTED, **_SPANS}, _SHALLOW),
     "fsdp, stage 3": Job({"fsdp": 4}, {"num_microbatches": 2}),
     "fsdp, layered": Job({"dp": 2, "fsdp": 2}, {"schedule": "layered", "num_microbatches": 2}),
     "tp x dp": Job({"tp": 2, "dp": 2}),

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Accelerator", "Catalog", "Expected", "Gpu", "catalog", "gpu"]
+__all__ = ["Accelerator", "Catalog", "Expected", "Gpu", "catalog", "gpu", "host_link"]
 
 _FILE = Path(__file__).with_name("catalog") / "accelerators.yaml"
 _GPUS = Path(__file__).with_name("catalog") / "gpus.yaml"
@@ -198,8 +198,26 @@ def gpu(name: str) -> Gpu:
     return found
 
 
+def host_link(name: str) -> float | None:
+    """Bytes per second between GPUs that are called so and their host's memory, in one direction; None if not known.
+
+    >>> host_link("NVIDIA H100 80GB HBM3"), host_link("Radeon")
+    (63000000000.0, None)
+    """
+    try:
+        return _told()["host_bytes_per_s"].get(gpu(name).name)  # type: ignore[no-any-return]
+    except ValueError:
+        return None
+
+
 @cache
 def _gpus() -> tuple[Gpu, ...]:
+    return tuple(Gpu(**each) for each in _told()["gpus"])
+
+
+@cache
+def _told() -> dict[str, Any]:
     import yaml
 
-    return tuple(Gpu(**each) for each in yaml.safe_load(_GPUS.read_text())["gpus"])
+    told: dict[str, Any] = yaml.safe_load(_GPUS.read_text())
+    return told

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,17 +198,23 @@ def calibrate_to(path: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any
     except CalibrationError as error:
         raise DoctorError(str(error)) from error
     path.write_text(written(found), encoding="utf-8")
+    return found, "\n".join([f"{path}: {_machine(found)}", *_fits(found)]) + "\n"
+
+
+def _machine(found: dict[str, Any]) -> str:
     told = found["calibrated"]
-    lines = [
-        f"{path}: {found['gpu']['name']} with {told['cores']} cores, torch {told['torch']}, {told['seconds']:.0f} s"
-    ]
-    lines += [f"  {name:<5} products {rate / 1e9:.4g} GFLOP/s" for name, rate in found["gpu"]["flops_per_s"].items()]
+    return f"{found['gpu']['name']} with {told['cores']} cores, torch {told['torch']}, {told['seconds']:.0f} s"
+
+
+def _fits(found: dict[str, Any]) -> Iterator[str]:
+    """Rates, how well they fit, and what disturbed them."""
+    for name, rate in found["gpu"]["flops_per_s"].items():
+        yield f"  {name:<5} products {rate / 1e9:.4g} GFLOP/s"
     for ranks, errors in found["mean_error_percent"].items():
         said = ", ".join(f"{name} {value:g}%" for name, value in errors.items())
-        lines.append(f"  {ranks} rank{'s' if ranks > 1 else ''}, mean error: {said}")
-    if told["busy"] > _BUSY:
-        lines.append(
-            f"  OTHER PROGRAMS took {told['busy']:.0%} of the processors: steps will be predicted too long, "
-            "and waiting above all; calibrate again when it is quiet"
+        yield f"  {ranks} rank{'s' if ranks > 1 else ''}, mean error: {said}"
+    if (busy := found["calibrated"]["busy"]) > _BUSY:
+        yield (
+            f"  OTHER PROGRAMS took {busy:.0%} of the processors: steps will be predicted too long, and waiting above "
+            "all; calibrate again when it is quiet"
         )
-    return found, "\n".join(lines) + "\n"

@@ -151,6 +151,7 @@ def _collectives(loaded: LoadedJob, dealt: "Drawing") -> "LedgerSummary | None":
     """Those of a step by formula, equal to what the ledger counts."""
     from meshwright.parallel.report import describe
 
-    if not dealt.is_proved:
+    mesh = loaded.job.mesh
+    if not dealt.is_proved and (mesh.tp > 1 or mesh.cp > 1):
         return None
-    return describe(dealt.model, loaded.job.mesh, dealt.options, dealt.plans).collectives
+    return describe(dealt.model, mesh, dealt.options, dealt.plans).collectives

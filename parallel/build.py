@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping
 
 from torch import nn
 
+from meshwright.parallel.blockwise.calls import Handler
 from meshwright.parallel.blockwise.install import BlockwiseAttention
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.blockwise.tiling import tile_heads, tile_networks
@@ -14,7 +15,8 @@ from meshwright.parallel.data import build_data_engine
 from meshwright.parallel.engine import Engine
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.route import Route
-from meshwright.parallel.plan import Plans, deal_model, run_by_spans
+from meshwright.parallel.plan import Plans, deal_model
+from meshwright.parallel.spans.install import span_blocks
 from meshwright.parallel.spread import spread_over
 from meshwright.parallel.weights import NamedStates
 
@@ -33,10 +35,10 @@ def deal(
     blocks = options.sizes if mesh.cp == 1 else None  # cp attends by blocks anyway
     blockwise = None if blocks is None else BlockwiseAttention(model, blocks, options.example)
     said = tile_networks(model, options.sizes)
-    handler, spanned = run_by_spans(model, options)
+    handler = _run_by_spans(model, options.sizes, plans, said=said)
     if mesh.tp > 1:
         deal_model(model, plans.tensor, groups.axis("tp"))
-    said += [*spanned, *tile_heads(model, options.sizes, groups.axis("cp") if mesh.cp > 1 else None)]
+    said += tile_heads(model, options.sizes, groups.axis("cp") if mesh.cp > 1 else None)
     if blockwise is not None:
         blockwise.install(handler)
     if plans.context is not None and mesh.cp > 1:
@@ -45,6 +47,14 @@ def deal(
     if options.moe is not None:
         options.moe.deal(model, plans.experts, groups)
     return blockwise, said
+
+
+def _run_by_spans(model: nn.Module, sizes: Blockwise | None, plans: Plans, *, said: list[str]) -> Handler | None:
+    """Makes blocks run by spans where that was planned; what computes attention then."""
+    if sizes is None or plans.spans is None:
+        return None
+    said += plans.spans.lines(sizes)
+    return span_blocks(model, plans.spans, sizes)
 
 
 def engine_of(

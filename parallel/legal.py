@@ -149,11 +149,6 @@ def check_on_paper(options: "Options", *, memory_of_host: bool = True) -> None:
             "data_engine='deepspeed' steps by code of its own, which is not run without values; ask for "
             "data_engine='torch' (dp for ZeRO 0, fsdp and zero_stage for 1 to 3), or count real ranks (ledger_step)"
         )
-    if options.sizes is not None and options.sizes.layer_block is not None:
-        raise WrapError(
-            f"layer_block={options.sizes.layer_block} is proved on values, so its spans are not run without; leave it "
-            "out, which tells what whole blocks take, or count real ranks (ledger_step)"
-        )
     moved = {"offload='cpu'": options.offload == "cpu", "offload_inputs": options.offload_inputs}
     for name in [name for name, given in moved.items() if given and not memory_of_host]:
         raise WrapError(

@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["MetaAnswers", "grouped_on_shapes", "unnoticed", "without_values"]
+__all__ = ["MetaAnswers", "grouped_on_shapes", "is_shape", "unnoticed", "without_values"]
 
 _ANSWERS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
 
@@ -26,6 +26,8 @@ class MetaAnswers(TorchFunctionMode):
     ...     bool(torch.ones(2, device="meta").all())
     True
     """
+
+    may_draw = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,20 +42,25 @@ class MetaAnswers(TorchFunctionMode):
         if func is torch._grouped_mm:
             return _grouped(*args[:2], **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if func in _ANSWERS and isinstance(result, Tensor) and _is_shape(result):
+        if func in _ANSWERS and isinstance(result, Tensor) and is_shape(result):
             self._answers[result] = _ANSWERS[func]
         return result
 
 
 def _grouped(a: Tensor, b: Tensor, **keywords: Any) -> Any:
     """The product of groups, of which torch knows the shapes for bfloat16 only, and the values of no float64."""
-    if _is_shape(a) and (a.dim(), b.dim()) == (2, 3):
+    if is_shape(a) and (a.dim(), b.dim()) == (2, 3):
         return grouped_on_shapes(a, b)
-    kind = torch.bfloat16 if _is_shape(a) else torch.float32 if a.dtype is torch.float64 else a.dtype
+    kind = torch.bfloat16 if is_shape(a) else torch.float32 if a.dtype is torch.float64 else a.dtype
     return torch._grouped_mm(a.to(kind), b.to(kind), **keywords).to(a.dtype)
 
 
-def _is_shape(tensor: Tensor) -> bool:
+def is_shape(tensor: Tensor) -> bool:
+    """Whether a tensor has no values.
+
+    >>> is_shape(torch.zeros(1)), is_shape(torch.zeros(1, device="meta"))
+    (False, True)
+    """
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from meshwright.parallel.work import Attention, Product, Sent, Work
+from meshwright.parallel.work import FUSED_BACKWARD, Attention, Product, Sent, Work
 
 __all__ = ["Tally", "moved_bytes", "precision_of", "storage_of", "tensors_of"]
 
@@ -45,6 +45,11 @@ _PICKS = {"embedding", "index_select", "gather", "index", "nll_loss_forward", "n
 """Those that read as much of a table as they write."""
 _MAKES = {"nll_loss_backward", "nll_loss2d_backward", "embedding_dense_backward"}
 """Those that write a whole tensor of which they fill little."""
+_FUSED = {
+    "_scaled_dot_product_flash_attention_for_cpu": 0,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 1,
+}
+"""Fused attention: the place of the query among its arguments."""
 _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 
@@ -92,7 +97,10 @@ class Tally:
         self.operations += 1
         self.drawn += outputs[0].numel() if name in _DRAWS else 0
         products = list(_products(name, args, outputs))
-        if products:
+        if name in _FUSED:
+            self.attentions.append(_fused(name, args))
+            self.moved_bytes += sum(map(_bytes, tensors_of(kwargs.get("attn_mask"))))
+        elif products:
             self.products += products
         else:
             self.moved_bytes += moved_bytes(name, given, outputs)
@@ -148,6 +156,16 @@ def _bytes(tensor: Tensor) -> float:
     """Of its elements, those of expanded dims once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0)
     return float(prod(sizes) * tensor.itemsize)
+
+
+def _fused(name: str, args: Any) -> Attention:
+    """A kernel that attends; scores of a mask are all computed, those of a triangle by half."""
+    back = _FUSED[name]
+    query, key, value = args[back : back + 3]
+    rest = args[back + 3 + 2 * back :]  # dropout, and whether it is causal
+    seen = query[..., 0].numel() * key.shape[-2] * (0.5 if len(rest) > 1 and rest[1] else 1.0)
+    flops = 2 * seen * (query.shape[-1] + value.shape[-1]) * (FUSED_BACKWARD if back else 1.0)
+    return Attention(flops, seen, precision_of(query))
 
 
 def _products(name: str, args: Any, outputs: list[Tensor]) -> Iterator[Product]:

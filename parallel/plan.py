@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.blocks import find_blocks
-from meshwright.parallel.blockwise.calls import Handler
 from meshwright.parallel.context.plan import ContextPlan
 from meshwright.parallel.context.planner import plan_context
 from meshwright.parallel.dealt import check_duplicates
@@ -21,7 +20,7 @@ from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.recompute import uncounted
-from meshwright.parallel.spans.install import plan_spans, span_blocks
+from meshwright.parallel.spans.install import Spanned, plan_spans
 from meshwright.parallel.tensor import install, keep_shares
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.tensor_planner import plan_tensor
@@ -37,7 +36,7 @@ __all__ = [
     "make_expert_plan",
     "make_plan",
     "make_plans",
-    "run_by_spans",
+    "make_span_plan",
 ]
 
 
@@ -49,11 +48,13 @@ class Plans:
         tensor: over `tp`.
         context: over `cp`.
         experts: over `ep`.
+        spans: which blocks run by spans; None where `layer_block` was not asked for.
     """
 
     tensor: TensorPlan = field(default_factory=lambda: TensorPlan(degree=1))
     context: ContextPlan | None = None
     experts: ExpertPlan = field(default_factory=ExpertPlan)
+    spans: Spanned | None = None
 
 
 @uncounted()
@@ -61,12 +62,15 @@ def make_plans(model: nn.Module, mesh: Mesh, options: Options) -> Plans:
     """What will be dealt over which axis; changes nothing.
 
     Raises:
-        MeshwrightError: see `make_expert_plan`, `make_plan` and `make_context_plan`.
+        MeshwrightError: see `make_expert_plan`, `make_plan`, `make_context_plan` and `make_span_plan`.
     """
     experts = make_expert_plan(model, mesh, options)
     plan = make_plan(model, mesh, options, experts=experts)
     return Plans(
-        tensor=plan, context=make_context_plan(model, mesh, options, plan=plan, experts=experts), experts=experts
+        tensor=plan,
+        context=make_context_plan(model, mesh, options, plan=plan, experts=experts),
+        experts=experts,
+        spans=make_span_plan(model, options),
     )
 
 
@@ -154,16 +158,20 @@ def make_context_plan(
     return found
 
 
-def run_by_spans(model: nn.Module, options: Options) -> tuple[Handler | None, list[str]]:
-    """Makes blocks run by spans where `layer_block` is asked for: what computes attention then, and what a report says.
+def make_span_plan(model: nn.Module, options: Options, *, shapes: bool = False) -> Spanned | None:
+    """Which blocks of a model run by spans where `layer_block` is asked for.
+
+    Args:
+        model: unwrapped; it is not changed.
+        options: may hold an example.
+        shapes: see `plan_spans`.
 
     Raises:
         WrapError: when none may, or no example is at hand.
     """
     if options.sizes is None or options.sizes.layer_block is None:
-        return None, []
-    spanned = _on_example(model, options, "layer_block", planned=lambda run: plan_spans(model, run))
-    return span_blocks(model, spanned, options.sizes), spanned.lines(options.sizes)
+        return None
+    return _on_example(model, options, "layer_block", planned=lambda run: plan_spans(model, run, shapes=shapes))
 
 
 def _on_example(model: nn.Module, options: Options, who: str, *, planned: Callable[[Callable[[], Any]], Plan]) -> Plan:

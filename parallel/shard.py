@@ -55,7 +55,8 @@ class Shard(ShardedStates):
         self._used: set[str] = set()
         self._flags: list[SharedFlags] = []
         axes = ("dp", "fsdp") if groups.mesh.dp > 1 else ("fsdp",)
-        policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        on_host = groups.device_type == "cpu"  # where nothing can be pinned, and nothing need be
+        policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=not on_host) if offload else OffloadPolicy()
         experts = _Experts(module, spread.experts, groups)
         sharded = partial(fully_shard, offload_policy=policy, ignored_params=set(experts.whole.values()))
         self._units = _shard_units(

@@ -33,6 +33,8 @@ class Kernels(TorchFunctionMode):
         on_cpu: whether a CPU runs it, where torch fuses no attention that drops and dropout keeps what it drew.
     """
 
+    may_draw = False
+
     def __init__(
         self, tracer: Any, num_keys: int = 1, fetched: "Fetched | None" = None, *, on_cpu: bool = False
     ) -> None:

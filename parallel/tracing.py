@@ -8,28 +8,29 @@ behind.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meshwright.parallel.axis import ProcessAxis
 from meshwright.parallel.blocks import find_blocks
-from meshwright.parallel.blockwise.sizes import Blockwise
-from meshwright.parallel.blockwise.tiling import tile_heads, tile_networks
+from meshwright.parallel.blockwise.plugs import plugged
+from meshwright.parallel.blockwise.tiling import coarser, tile_heads, tile_networks
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.legal import check_on_paper
 from meshwright.parallel.meta import without_values
 from meshwright.parallel.microbatch import call, num_samples
 from meshwright.parallel.operations import Tally, tensors_of
 from meshwright.parallel.options import Options
-from meshwright.parallel.plan import deal_model
+from meshwright.parallel.plan import deal_model, make_span_plan
+from meshwright.parallel.spans.install import Spanned, span_blocks
 from meshwright.parallel.tensor_plan import TensorPlan
 from meshwright.parallel.traced_blocks import Alike, alike_blocks, watch_blocks
 from meshwright.parallel.traced_kernels import Fetched, Kernels, shapes_only
@@ -56,6 +57,7 @@ class TraceKeywords(TypedDict, total=False):
     prepare: Prepare | None
     backward: bool
     on_cpu: bool
+    spans: Spanned | None
 
 
 def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> Traced:
@@ -68,14 +70,15 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
             `num_positions`, how many times as many keys as its own positions a rank meets in attention (`cp`);
             `fetched`, what it sends for one;
             `prepare` changes the copy that is run; `backward`, whether to run it too; `on_cpu`, whether kernels are
-            those of a CPU.
+            those of a CPU; `spans`, which blocks run by spans, where `layer_block` is asked for (found if None).
 
     Raises:
         WrapError: where the model asks its tensors for values, with its words; see `check_on_paper`, too.
     """
-    check_on_paper(options, memory_of_host=False)
+    check_on_paper(options)
     if options.example is None:
         raise WrapError("no example was given")
+    how = {**how, "spans": how.get("spans") or make_span_plan(model, options)}
     plan = how.get("plan")
     streams = () if plan is None else plan.streams
     ends = {name for stream in streams for name in (stream.blocks[0], stream.blocks[-1])}  # which deal and join it
@@ -83,9 +86,10 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     kernels = Kernels(tracer, how.get("num_positions", 1), how.get("fetched"), on_cpu=how.get("on_cpu", False))
     try:
         with shapes_only(), kernels:
-            mine = _prepared(tracer, model, options, how=how)
+            mine, attends = _prepared(tracer, model, options, how=how)
             blocks = find_blocks(mine, options.blocks)
-            _run(tracer, mine, options, backward=how.get("backward", True))
+            with attends:
+                _run(tracer, mine, options, backward=how.get("backward", True))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise WrapError(
             f"the model cannot be run on shapes: {type(error).__name__}: {str(error).splitlines()[0]}"
@@ -93,39 +97,27 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     return tracer.traced(blocks)
 
 
-def _prepared(tracer: "Tracer", model: nn.Module, options: Options, *, how: TraceKeywords) -> nn.Module:
-    """The copy that is run."""
+def _prepared(
+    tracer: "Tracer", model: nn.Module, options: Options, *, how: TraceKeywords
+) -> tuple[nn.Module, AbstractContextManager[object]]:
+    """The copy that is run, and the context for it."""
     mine, plan = tracer.copied(model), how.get("plan")
+    sizes, spans = coarser(options.sizes, options.example, most=_MOST_STEPS), how.get("spans")
+    tile_networks(mine, sizes)
+    attends: AbstractContextManager[object] = nullcontext()
+    if sizes is not None and spans is not None:
+        attends = plugged(mine, span_blocks(mine, spans, sizes))
     if plan is not None and plan.degree > 1:
         held = {name: split for name, split in plan.splits.items() if tracer.runs(name)}
         axis = RecordingAxis(None, 0, plan.degree, tracer=tracer, name="tp")
         deal_model(mine, replace(plan, splits=held), axis)
-    sizes = _coarser(options)
-    with unset_fake_temporarily():  # which tries a few numbers
-        tile_networks(mine, sizes)
-        tile_heads(mine, sizes, None)
+    tile_heads(mine, sizes, None)
     prepare, precision = how.get("prepare"), how.get("precision")
     if prepare is not None:
         prepare(mine, tracer)
     if precision is not None:
         mine.forward = torch.autocast("cpu", dtype=precision)(mine.forward)
-    return mine
-
-
-def _coarser(options: Options) -> Blockwise | None:
-    """Sizes that leave few enough blocks to go through one by one, in Python."""
-    sizes = options.sizes
-    if sizes is None:
-        return None
-    most = max((leaf.numel() for leaf in tree_leaves(options.example) if isinstance(leaf, Tensor)), default=0)
-    return replace(
-        sizes,
-        **{
-            name: max(size, -(-most // _MOST_STEPS))
-            for name in ("ffn_block", "loss_block")
-            if (size := getattr(sizes, name)) is not None
-        },
-    )
+    return mine, attends
 
 
 def _run(tracer: "Tracer", model: nn.Module, options: Options, *, backward: bool) -> None:
@@ -135,6 +127,7 @@ def _run(tracer: "Tracer", model: nn.Module, options: Options, *, backward: bool
     with tracer.running(model, batch, find_blocks(model, options.blocks)):
         loss, _ = contract.run(lambda: call(model, batch), batch, num_samples(batch))
         if backward:
+            tracer.goes_back()
             loss.backward()
 
 
@@ -166,6 +159,7 @@ class Tracer(TorchDispatchMode):
         self._backward: dict[str, Tally] = {}
         self._here: str | None = _BEFORE
         self._begun: list[tuple[int, str | None]] = []  # sequence numbers of autograd's nodes, and whose they are
+        self._made_forward = inf  # nodes have smaller numbers, unless backward made them
         self._at: tuple[str | None, bool] = (None, False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,6 +210,10 @@ class Tracer(TorchDispatchMode):
             yield
         self._turn(None, False)
 
+    def goes_back(self) -> None:
+        """Backward begins."""
+        self._made_forward = torch._C._autograd._get_sequence_nr()
+
     def traced(self, blocks: Mapping[str, nn.Module]) -> Traced:
         """What was counted."""
         known: dict[str, Passes] = {}
@@ -257,8 +255,8 @@ class Tracer(TorchDispatchMode):
         self._begun.append((torch._C._autograd._get_sequence_nr(), name))
 
     def _whose(self, node: Any) -> str | None:
-        """The block in whose forward a node was made."""
-        if type(node).__name__ == "AccumulateGrad":
+        """The block in whose forward a node was made; or that runs forward again and goes back within its backward."""
+        if type(node).__name__ == "AccumulateGrad" or node._sequence_nr() >= self._made_forward:
             return self._at[0]
         place = bisect_right(self._begun, node._sequence_nr(), key=lambda each: each[0])
         return self._begun[max(0, place - 1)][1]

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from meshwright.clusters.simulated.hosting import MOVES, moved_bytes, shards_away
 from meshwright.clusters.simulated.keeping import AFTER, BEFORE, States, keeper_of
 from meshwright.clusters.simulated.paper import Paper
 from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind
@@ -65,6 +66,10 @@ class Walk:
             if action.kind in COMPUTE:
                 self._engine.need(action.stage)
                 self._compute(action)
+            elif action.kind in MOVES:
+                more, copied = moved_bytes(self._paper, action)
+                self.kept += more
+                self.moment(copied)
             else:
                 self._engine.act(action)
         self._engine.close()
@@ -80,6 +85,11 @@ class Walk:
     def names(self, stage: int) -> list[str]:
         """Of the blocks of a stage, in order."""
         return list(self._paper.blocks(stage))
+
+    @property
+    def shards_on_host(self) -> bool:
+        """Whether shards rest in a memory that is not the rank's."""
+        return shards_away(self._paper)
 
     @property
     def stages(self) -> list[int]:

@@ -12,14 +12,16 @@ from math import hypot, log2
 from pathlib import Path
 from typing import Any
 
-from meshwright.clusters.hardware import Gpu
+from meshwright.clusters.hardware import Gpu, host_link
 from meshwright.clusters.simulated.cluster import Cluster, Group
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.work import Attention, Product, Work
 
 __all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
 
 FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
 _WIDE = {"fp32": 1.0, "fp64": 0.5}  # rates over that of fp32
+_HOST_LINK = 0.8  # of the link to the host's memory, what copies reach: PCI Express in SimAI's constants
 _ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
 
 
@@ -143,6 +145,22 @@ class Efficiency:
         rate = self.flops_per_s(gpu, attention.precision) * self.compute.attention
         exponentials_s = attention.scores * self.compute.softmax / gpu.exponentials_per_s
         return attention.flops / rate + exponentials_s + self.compute.kernel_s
+
+    def host_s(self, num_bytes: float, gpu: Gpu) -> float:
+        """Seconds to copy so many bytes between a GPU and the host's memory; of a CPU, within its own.
+
+        Raises:
+            WrapError: for a GPU whose link nobody knows.
+        """
+        if gpu.generation == "cpu":
+            return self.memory_s(2 * num_bytes, gpu)
+        link = host_link(gpu.name)
+        if link is None:
+            raise WrapError(
+                f"nobody knows how fast {gpu.name} reaches its host's memory; take a GPU of the catalog (--gpu), or "
+                "keep everything on the GPU"
+            )
+        return num_bytes / (link * _HOST_LINK)
 
     def floor_s(self, busy_s: float, passes: float, *, in_series: bool = False) -> float:
         """Seconds of a layer whose GPU is busy for `busy_s` while the host starts `passes` times its operations.

@@ -21,6 +21,7 @@ _CAUSES = {
     "dp_s": "gradients and gathers",
     "optimizer_s": "optimizer",
     "straggling_s": "stragglers",
+    "offload_s": "copies to the host",
 }
 _MOST_TIMES = 64  # as many GPUs, or as short sequences, as are tried
 _SHORTEST = 128

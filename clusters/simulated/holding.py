@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshwright.clusters.simulated.alive import Walk
+from meshwright.clusters.simulated.hosting import inputs_away
 from meshwright.clusters.simulated.keeping import States
 from meshwright.clusters.simulated.paper import Paper
 
@@ -23,6 +24,7 @@ class Held:
         working: at once inside of one block, beyond what it keeps.
         fragmentation: held by the allocator beyond activations and working memory.
         overhead: context of the GPU's driver, buffers of collectives and of the framework.
+        host: in the host's memory, which is no part of the whole; the most of a step.
     """
 
     parameters: float
@@ -33,11 +35,17 @@ class Held:
     working: float
     fragmentation: float
     overhead: float
+    host: float = 0.0
+
+    @property
+    def causes(self) -> dict[str, float]:
+        """What the rank's own memory is for."""
+        return {name: float(each) for name, each in vars(self).items() if name != "host"}
 
     @property
     def total_bytes(self) -> float:
         """All together."""
-        return sum(map(float, vars(self).values()))
+        return sum(self.causes.values())
 
     @property
     def tensor_bytes(self) -> float:
@@ -60,14 +68,16 @@ def fullest(paper: Paper, states: Sequence[States]) -> tuple[int, Held]:
 def held_by(paper: Paper, rank: int, states: States) -> Held:
     """What one rank of the pipeline needs at most."""
     reserves = paper.machine.efficiency.reserves
-    most = Walk(paper, rank, states).fullest()
+    walk = Walk(paper, rank, states)
+    most, away = walk.fullest(), walk.shards_on_host
     return Held(
-        parameters=states.parameters,
+        parameters=0.0 if away else states.parameters,
         gradients=most.gradients,
-        optimizer=states.optimizer,
+        optimizer=0.0 if away else states.optimizer,
         gathered=most.gathered,
         activations=most.activations,
         working=most.working,
         fragmentation=reserves.fragmentation * (most.activations + most.working),
         overhead=reserves.overhead_bytes,
+        host=inputs_away(paper, rank) + (states.parameters + states.gradients + states.optimizer if away else 0.0),
     )

@@ -242,7 +242,10 @@ class _Modules(Keeper):
         walk.gathered += share.trained
         walk.moment(0.0 if is_first else share.shard)
         walk.gradients -= self._piles.pop(unit, 0)
-        walk.gradients += share.shard if is_first else 0.0
+        if walk.shards_on_host:
+            walk.moment(share.shard)  # until it is copied
+        else:
+            walk.gradients += share.shard if is_first else 0.0
         self._sum = share.trained
         if not unit:  # the end of backward
             walk.gathered -= self._sum
@@ -254,7 +257,7 @@ class _Modules(Keeper):
     def _gather(self, unit: str, size: float) -> None:
         walk = self._walk
         walk.gathered += size
-        walk.moment()
+        walk.moment(self._states.shares[unit].shard if walk.shards_on_host else 0.0)  # copied here to be sent
         self._drop()
         walk.gathered += size
         walk.moment()

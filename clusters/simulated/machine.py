@@ -69,6 +69,11 @@ class Machine:
                 f"the mesh ({self.mesh}) has {self.mesh.world_size} ranks; the cluster has {self.cluster.num_gpus} GPUs"
             )
 
+    @property
+    def is_host(self) -> bool:
+        """Whether ranks compute on CPUs, in the host's memory."""
+        return self.cluster.gpu.generation == "cpu"
+
     def group(self, axis: str, *, consecutive: int = 0) -> Group:
         """The ranks that share a collective along an axis, all or so many side by side, and their links."""
         if axis not in FOLDS and axis not in AXES:
@@ -116,8 +121,7 @@ class Machine:
         )
         if not found.total_s and not work.operations:
             return found
-        is_host = self.cluster.gpu.generation == "cpu"
-        floor_s = self.efficiency.floor_s(found.total_s, work.operations / _LAYER_OPERATIONS, in_series=is_host)
+        floor_s = self.efficiency.floor_s(found.total_s, work.operations / _LAYER_OPERATIONS, in_series=self.is_host)
         return found + Priced(compute_s=floor_s - found.total_s)
 
     def both(self, passes: Passes) -> tuple[Priced, Priced]:

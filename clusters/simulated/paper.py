@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log2
 
+from meshwright.clusters.simulated.hosting import inputs_moved_s, moves_s, shards_moved_s, updated_s
 from meshwright.clusters.simulated.machine import Machine, Priced
 from meshwright.clusters.simulated.meetings import StageBytes, closing_s, copied_bytes, meetings
 from meshwright.clusters.simulated.step import Step
@@ -34,6 +35,7 @@ class Paper:
         sent: collectives of `dp` and `fsdp` of a step that the schedule does not show.
         closing: sums along `tp` and `cp` that end a step on one rank.
         optimizer_bytes: read and written by the update.
+        shards_on_host: whether shards rest in the host's memory, and are updated there.
     """
 
     machine: Machine
@@ -47,6 +49,7 @@ class Paper:
     sent: tuple[Sent, ...] = ()
     closing: tuple[Sent, ...] = ()
     optimizer_bytes: float = 0.0
+    shards_on_host: bool = False
 
     def blocks(self, stage: int) -> dict[str, Passes]:
         """Of one stage."""
@@ -83,7 +86,7 @@ class Paper:
         ahead = sum((self.priced(stage)[Kind.FORWARD] for stage in stages), Priced())
         again = sum((self.priced(stage)[Kind.RECOMPUTE] for stage in stages), Priced())
         both, head = ahead + back, self._around(stages)
-        passed_s = self._passing_s(rank) * 2 * len(stages) * count
+        passed_s, inputs_s = self._passing_s(rank) * 2 * len(stages) * count, inputs_moved_s(self, rank)
         found = Step(
             compute_s=count * (both.compute_s - head.compute_s),
             recompute_s=count * again.total_s,
@@ -91,10 +94,11 @@ class Paper:
             tp_s=count * both.tp_s + closing_s(self, "tp"),
             cp_s=count * both.cp_s + closing_s(self, "cp"),
             ep_s=count * both.ep_s,
-            pp_bubble_s=quiet.makespan - quiet.busy[rank],
+            pp_bubble_s=max(0.0, quiet.makespan - quiet.busy[rank] - inputs_s),
             pp_transfer_s=passed_s,
             dp_s=self._data_s(quiet, rank),
-            optimizer_s=self.machine.efficiency.memory_s(self.optimizer_bytes, self.machine.cluster.gpu),
+            optimizer_s=updated_s(self),
+            offload_s=inputs_s + shards_moved_s(self, quiet.busy[rank]),
         )
         share = self.machine.efficiency.links.straggling * log2(self.machine.cluster.nodes)
         waits_s = self.machine.efficiency.waits_s(quiet.busy[rank], meetings(self, rank))
@@ -159,6 +163,7 @@ class Paper:
                 (stage, Kind.WEIGHT_GRADIENT): back_s / 2,
                 (stage, Kind.RECOMPUTE): priced[Kind.RECOMPUTE].total_s,
             }
+            found |= {(stage, kind): each for kind, each in moves_s(self, stage).items()}
         return found
 
     def _passing_s(self, rank: int) -> float:

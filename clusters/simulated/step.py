@@ -34,6 +34,7 @@ class Step:
         dp_s: gradients and gathers of weights.
         optimizer_s: the update.
         straggling_s: waiting for the slowest of many nodes.
+        offload_s: copies to the host's memory and back.
     """
 
     compute_s: float
@@ -47,6 +48,7 @@ class Step:
     dp_s: float
     optimizer_s: float
     straggling_s: float = 0.0
+    offload_s: float = 0.0
 
     @property
     def total_s(self) -> float:

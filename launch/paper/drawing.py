@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from meshwright.clusters.simulated.forecast import Forecast
+from meshwright.clusters.simulated.hosting import check_link
 from meshwright.clusters.simulated.machine import Machine
 from meshwright.clusters.simulated.paper import Paper, StageBytes
 from meshwright.launch.load import LoadedJob
@@ -21,7 +22,7 @@ from meshwright.moe.on_paper import deal_on_shapes
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
-from meshwright.parallel.plan import Plans, make_context_plan, make_expert_plan, make_plan
+from meshwright.parallel.plan import Plans, make_context_plan, make_expert_plan, make_plan, make_span_plan
 from meshwright.parallel.predicted import first_shares
 from meshwright.parallel.stages import Stages, stages_of
 from meshwright.parallel.tracing import Tracer, trace
@@ -59,9 +60,12 @@ class Drawing:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was not done exactly."""
-        if self.is_proved:
-            return ()
-        return ("blocks are too large to be proved here; how they are dealt was judged by shapes alone",)
+        found = []
+        if not self.is_proved:
+            found.append("blocks are too large to be proved here; how they are dealt was judged by shapes alone")
+        if self.options.offload == "cpu":
+            found.append("shards are updated on the host, at the rate of its link to the GPU as far as anybody knows")
+        return tuple(found)
 
 
 def deal_on_paper(loaded: LoadedJob, model: nn.Module) -> Drawing:
@@ -79,10 +83,13 @@ def deal_on_paper(loaded: LoadedJob, model: nn.Module) -> Drawing:
     experts = make_expert_plan(model, mesh, options)
     sizes = [sum(each.numel() for each in block.parameters()) for block in find_blocks(model, options.blocks).values()]
     work = max(sizes, default=0) * options.example["input_ids"].numel()
-    proved = work <= _MOST_PROVED or mesh.tp == mesh.cp == 1
+    sizes_of = options.sizes
+    by_spans = sizes_of is not None and sizes_of.layer_block is not None
+    proved = work <= _MOST_PROVED or (mesh.tp == mesh.cp == 1 and not by_spans)
     tensor = make_plan(model, mesh, options, experts=experts, shapes=not proved)
     context = make_context_plan(model, mesh, options, plan=tensor, experts=experts) if proved else None
-    plans = Plans(tensor=tensor, context=context, experts=experts)
+    spans = make_span_plan(model, options, shapes=not proved)
+    plans = Plans(tensor=tensor, context=context, experts=experts, spans=spans)
     return Drawing(model=model, mine=first_shares(model, tensor), options=options, plans=plans, is_proved=proved)
 
 
@@ -95,10 +102,9 @@ def run_on_paper(loaded: LoadedJob, dealt: Drawing, hardware: Hardware) -> Drawi
     job, options = loaded.job, dealt.options
     precision = _PRECISIONS.get(job.train.precision) if job.train else None
     on_cpu = hardware.cluster.gpu.generation == "cpu"
-    run = partial(trace, dealt.model, precision=precision)
-    mine = partial(
-        run, plan=dealt.plans.tensor, prepare=partial(_spread, mesh=job.mesh, options=options), on_cpu=on_cpu
-    )
+    run, plans = partial(trace, dealt.model, precision=precision), dealt.plans
+    spread = partial(_spread, mesh=job.mesh, options=options)
+    mine = partial(run, plan=plans.tensor, spans=plans.spans, prepare=spread, on_cpu=on_cpu)
     traced = mine(options)
     if job.mesh.cp > 1:
         part = replace(options, example=_first_positions(options.example, job.mesh.cp))
@@ -106,8 +112,9 @@ def run_on_paper(loaded: LoadedJob, dealt: Drawing, hardware: Hardware) -> Drawi
         blocks = mine(part, num_positions=job.mesh.cp, fetched=fetched).blocks
         traced = replace(traced, blocks=blocks, after=_beyond(traced.after, dealt))
     flops = traced.forward_flops
-    if on_cpu or job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:  # of the model, whatever kernels and ranks do
-        flops = run(options, backward=False, prepare=partial(_spread, mesh=Mesh(), options=options)).forward_flops
+    if on_cpu or plans.spans or job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:  # the model's, whoever runs it
+        whole = replace(options, blockwise=None)
+        flops = run(whole, backward=False, prepare=partial(_spread, mesh=Mesh(), options=options)).forward_flops
     return replace(dealt, traced=traced, forward_flops=flops)
 
 
@@ -151,7 +158,7 @@ def _paper(drawing: Drawing, job: Job, hardware: Hardware, *, options: Options, 
         of_stages, rest, sent = stage_bytes(mine, job.mesh, stages=stages, experts=experts)
     elif job.mesh.data_degree > 1:
         sent = data_calls(mine, job.mesh, options, experts=experts)
-    return Paper(
+    paper = Paper(
         machine=Machine(mesh=job.mesh, cluster=hardware.cluster, efficiency=hardware.efficiency),
         schedule=stages.schedule,
         traced=traced,
@@ -162,7 +169,10 @@ def _paper(drawing: Drawing, job: Job, hardware: Hardware, *, options: Options, 
         rest=rest,
         sent=sent,
         closing=summed_at_end(mine, job.mesh, options, plans=drawing.plans),
+        shards_on_host=options.offload == "cpu",
     )
+    check_link(paper)
+    return paper
 
 
 def _beyond(after: Passes, dealt: Drawing) -> Passes:

@@ -23,6 +23,7 @@ _TIMES = {
     "ep_s": "#CC79A7",
     "pp_bubble_s": "#B0B0B0",
     "pp_transfer_s": "#8A8A8A",
+    "offload_s": "#B07AA1",
     "dp_s": "#009E73",
     "optimizer_s": "#7A5195",
     "straggling_s": "#444444",
@@ -86,7 +87,7 @@ def _times(axis: Any, found: "Forecast") -> None:
 
 
 def _memory(axis: Any, found: "Forecast") -> None:
-    parts = {name: value / 1e9 for name, value in vars(found.memory).items()}
+    parts = {name: value / 1e9 for name, value in found.memory.causes.items()}
     capacity, total = found.capacity_bytes / 1e9, found.memory.total_bytes / 1e9
     bottom = 0.0
     for name, value in _merged(parts, _SHOWN * max(total, capacity)).items():

@@ -20,6 +20,7 @@ TIMES: Mapping[str, str] = {
     "dp_s": "gradients and gathers",
     "optimizer_s": "optimizer",
     "straggling_s": "slowest node",
+    "offload_s": "to the host and back",
 }
 """Causes of `Step`, in words."""
 
@@ -54,7 +55,9 @@ def forecast_lines(found: "Forecast") -> Iterator[str]:
     yield "  where the time goes"
     yield from _bars({TIMES[name]: value for name, value in vars(found.step).items()}, _seconds)
     yield "  what needs memory"
-    yield from _bars(dict(vars(memory)), _gigabytes)
+    yield from _bars(memory.causes, _gigabytes)
+    if memory.host:
+        yield f"  in the host's memory     {_gigabytes(memory.host)} of each rank"
 
 
 def _bars(parts: Mapping[str, float], shown: Callable[[float], str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from meshwright.parallel.blockwise.partial import Gradients, partial_backward, p
 from meshwright.parallel.blockwise.positions import Pieces, Positions, pieces_of
 from meshwright.parallel.blockwise.scoring import BiasFunction, Scoring, ScoringKeywords
 from meshwright.parallel.errors import WrapError, nearest
+from meshwright.parallel.meta import is_shape
 
 __all__ = ["AttendKeywords", "attend", "cast_tensors", "check_sinks", "check_tensors", "draw_seed", "without_autocast"]
 
@@ -80,8 +81,9 @@ def attend(
 
 
 def draw_seed() -> int:
-    """A seed for one call's dropout, from torch's generator."""
-    return int(torch.rand((), dtype=torch.float64) * (1 << 53))  # rand: what re-keys random bits knows it
+    """A seed for one call's dropout, from torch's generator; any where numbers have no values."""
+    drawn = torch.rand((), dtype=torch.float64)  # rand: what re-keys random bits knows it
+    return 0 if is_shape(drawn) else int(drawn * (1 << 53))
 
 
 @dataclass(frozen=True)

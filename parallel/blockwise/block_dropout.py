@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from meshwright.parallel.errors import WrapError
 
@@ -16,7 +16,8 @@ class BlockDropout(TorchFunctionMode):
     """A context in which a call that is repeated block by block drops what one call on all positions would.
 
     The first block of each dropout draws the mask of all positions (one byte for each element). Where another mode
-    decides what is drawn, it is asked, and what it said is kept, since it may say something else next time.
+    decides what is drawn, it is asked, and what it said is kept, since it may say something else next time; a mode
+    that never does says `may_draw = False`.
 
     Args:
         length: all positions, dim -2 of what drops.
@@ -73,7 +74,7 @@ class BlockDropout(TorchFunctionMode):
 
     def _drawn(self, input: Tensor, p: float) -> Tensor:
         shape = (*input.shape[:-2], self._length, input.shape[-1])
-        if torch._C._len_torch_function_stack():
+        if any(getattr(each, "may_draw", True) for each in _get_current_function_mode_stack()):
             self.kept = True
             return functional.dropout(torch.ones(shape, dtype=input.dtype, device=input.device), p) != 0
         return torch.empty(shape, dtype=torch.bool, device=input.device).bernoulli_(1 - p)

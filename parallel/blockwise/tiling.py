@@ -2,8 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 
 from meshwright.parallel.blockwise.feed_forward import tile_feed_forward
 from meshwright.parallel.blockwise.loss import tile_loss
@@ -12,7 +16,29 @@ from meshwright.parallel.errors import WrapError
 from meshwright.parallel.exchange import Axis
 from meshwright.parallel.tensor_plan import starred
 
-__all__ = ["tile_heads", "tile_networks"]
+__all__ = ["coarser", "tile_heads", "tile_networks"]
+
+
+def coarser(sizes: Blockwise | None, example: Any, *, most: int) -> Blockwise | None:
+    """Sizes that leave few enough blocks to go through one by one, in Python.
+
+    Args:
+        sizes: as asked for.
+        example: one micro-batch, [samples, positions, ...].
+        most: blocks.
+
+    >>> import torch
+    >>> coarser(Blockwise(layer_block=8, loss_block=64), torch.zeros(4, 100), most=10)
+    Blockwise(query_block=1024, kv_block=1024, ffn_block=None, layer_block=10, loss_block=64, loss_in_advance=False)
+    """
+    if sizes is None:
+        return None
+    leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    tokens = max((leaf.numel() for leaf in leaves), default=0)
+    positions = max((leaf.shape[1] for leaf in leaves if leaf.dim() > 1), default=0)
+    at_once = {"ffn_block": tokens, "loss_block": tokens, "layer_block": positions}
+    given = {name: size for name in at_once if (size := getattr(sizes, name)) is not None}
+    return replace(sizes, **{name: max(size, -(-at_once[name] // most)) for name, size in given.items()})
 
 
 def tile_networks(model: nn.Module, sizes: Blockwise | None) -> list[str]:
@@ -23,7 +49,8 @@ def tile_networks(model: nn.Module, sizes: Blockwise | None) -> list[str]:
     """
     if sizes is None or sizes.ffn_block is None:
         return []
-    paths = tile_feed_forward(model, sizes.ffn_block)
+    with unset_fake_temporarily():  # it tries a few numbers
+        paths = tile_feed_forward(model, sizes.ffn_block)
     if not paths:
         raise WrapError(
             "blockwise: ffn_block needs feed-forward networks that are modules of their own in the model's blocks; "
@@ -45,7 +72,8 @@ def tile_heads(model: nn.Module, sizes: Blockwise | None, rows: Axis | None = No
     """
     if sizes is None or sizes.loss_block is None:
         return []
-    paths = list(tile_loss(model, sizes.loss_block, in_advance=sizes.loss_in_advance, rows=rows))
+    with unset_fake_temporarily():  # it tries a few numbers
+        paths = list(tile_loss(model, sizes.loss_block, in_advance=sizes.loss_in_advance, rows=rows))
     if not paths:
         raise WrapError(
             "blockwise: loss_block needs a head, one matrix from the stream to scores; none is found, so leave it out"

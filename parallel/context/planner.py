@@ -86,13 +86,16 @@ def plan_context(model: nn.Module, run: Callable[[], Any], degree: int) -> Conte
     return replace(_with_streams(plan, calls, settled), decisions=decisions)
 
 
-def settle_blocks(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) -> dict[str, Settled]:
+def settle_blocks(
+    model: nn.Module, calls: Mapping[str, UnitCall], degree: int, *, shapes: bool = False
+) -> dict[str, Settled]:
     """Finds out of each block of a model whether it works on some positions of a sequence; equal ones are tried once.
 
     Args:
         model: unwrapped, on any device, meta included; it is not changed.
         calls: of its blocks in one forward pass.
         degree: ranks whose collectives are counted.
+        shapes: compare shapes alone; a module that looks at other positions is not found then.
     """
     known: dict[Any, Settled] = {}
     settled: dict[str, Settled] = {}
@@ -100,7 +103,7 @@ def settle_blocks(model: nn.Module, calls: Mapping[str, UnitCall], degree: int) 
         unit = model.get_submodule(path)
         key = signature_of(unit, call)
         if key not in known:
-            known[key] = _settle(unit, call, degree)
+            known[key] = _settle(unit, call, degree, shapes=shapes)
         settled[path] = known[key]
     return settled
 
@@ -147,7 +150,7 @@ def _padded(elements: int, length: int, degree: int) -> int:
     return elements // length * -(-length // degree) * degree
 
 
-def _settle(unit: nn.Module, call: UnitCall, degree: int) -> Settled:
+def _settle(unit: nn.Module, call: UnitCall, degree: int, *, shapes: bool) -> Settled:
     """Finds the first variant of a block that is proved."""
     asked: list[str] = []
 
@@ -155,13 +158,13 @@ def _settle(unit: nn.Module, call: UnitCall, degree: int) -> Settled:
         return plugged(copy, lambda call: _noted(call, asked))
 
     try:
-        plain = run_plain(unit, call, plainly)
+        plain = run_plain(unit, call, plainly, shapes=shapes)
     except Exception as error:  # whatever a block raises outside its model, it cannot be proved
         return Settled(None, None, f"it cannot be run alone: {type(error).__name__}: {error}")
     if plain.stream is None:
         return Settled(None, None, "it takes no [samples, positions, features]")
     reasons: list[str] = []
-    mixing = mixing_modules(plain, asked)
+    mixing = {} if shapes else mixing_modules(plain, asked)
     for variant in _variants(plain, list(dict.fromkeys(asked)), mixing):
         attends: dict[str, Attends] = {}
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from meshwright.parallel.blockwise.aliases import Places
 from meshwright.parallel.blockwise.answer import keywords_of
@@ -83,13 +84,13 @@ class Visit:
         Raises:
             WrapError: for a block that draws random bits that are no dropout.
         """
-        first: Tensor | None = None
+        first: tuple[bytes, ...] | None = None
         for span in self.call.spans:
             self._dropout.at(span)
             self._mode = self._dropout if first is None or self._dropout.masks else nullcontext()
             yield span, self.call.arguments.at(span, self.tensors, self.learned)
             state = _random_state()
-            if first is not None and not torch.equal(first, state):
+            if first is not None and first != state:
                 raise WrapError(
                     f"{self.call.name} draws random bits beside dropout, which would differ from span to span; leave "
                     "out layer_block"
@@ -121,8 +122,10 @@ class Visit:
         return options
 
 
-def _random_state() -> Tensor:
-    states = [torch.default_generator.get_state()]
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return torch.cat(states)
+def _random_state() -> tuple[bytes, ...]:
+    """Of the generators, which have one where tensors have no values, too."""
+    with unset_fake_temporarily():
+        states = [torch.default_generator.get_state()]
+        if torch.cuda.is_initialized():
+            states.append(torch.cuda.get_rng_state())
+        return tuple(each.numpy().tobytes() for each in states)

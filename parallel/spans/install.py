@@ -41,17 +41,18 @@ class Spanned:
         return found + [f"not in spans: {_named([path])}: {reason}" for path, reason in self.whole.items()]
 
 
-def plan_spans(model: nn.Module, run: Callable[[], Any]) -> Spanned:
+def plan_spans(model: nn.Module, run: Callable[[], Any], *, shapes: bool = False) -> Spanned:
     """Finds out which blocks may run by spans.
 
     Args:
         model: whole; it is not changed.
         run: one forward pass of it on an example.
+        shapes: try them on shapes alone, which is fast and proves no numbers: for what is not going to be trained.
 
     Raises:
         WrapError: where none may.
     """
-    settled = settle_blocks(model, calls_of(model, run, list(find_blocks(model))), degree=2)
+    settled = settle_blocks(model, calls_of(model, run, list(find_blocks(model))), degree=2, shapes=shapes)
     whole = {path: reason for path, each in settled.items() if (reason := _why_not(each)) is not None}
     if len(whole) == len(settled):
         first = next((f" ({path}: {reason})" for path, reason in whole.items()), ": it has no list of blocks")

@@ -52,18 +52,20 @@ class _BySpans(Function):
         visit = Visit(call, tensors, [False] * len(tensors), dropout=dropout)
         with aliases(call.places, []):
             kept = run_forward(visit, output)
-        ctx.call = replace(call, masks=dropout.masks if dropout.kept else None, heads=visit.drops.heads)
+        masks = dropout.masks if dropout.kept else []
+        ctx.call, ctx.num_masks = replace(call, heads=visit.drops.heads), len(masks)
         ctx.state, ctx.versions = state, versions_of(call.places)
-        ctx.save_for_backward(*tensors, *(each for pair in kept for each in pair))
+        ctx.save_for_backward(*tensors, *(each for pair in kept for each in pair), *masks)
         ctx.set_materialize_grads(False)
         return output.taken()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        call: SpanCall = ctx.call
-        check_versions(call.name, ctx.versions, "leave out layer_block")
-        number, saved = len(call.arguments.dims), ctx.saved_tensors
-        kept = [Kept(*saved[at : at + 2]) for at in range(number, len(saved), 2)]
+        check_versions(ctx.call.name, ctx.versions, "leave out layer_block")
+        saved = ctx.saved_tensors
+        number, end = len(ctx.call.arguments.dims), len(saved) - ctx.num_masks
+        call: SpanCall = replace(ctx.call, masks=list(saved[end:]))
+        kept = [Kept(*saved[at : at + 2]) for at in range(number, end, 2)]
         asked = wanted(ctx, [False, *[True] * (number + len(call.trained))])[1:]
         numbers = [each for each, need in zip(call.trained, asked[number:], strict=True) if need]
         wish = Wish(asked[:number], numbers)

@@ -10,6 +10,8 @@ TESTS = sorted(path for folder in FOLDERS for path in (ROOT / "tests" / folder).
 
 # tests about more than one module
 THEMES = {
+    "tests/launch/paper/test_hosted.py": "memory of spans and of the host, forecast and run",
+    "tests/parallel/test_traced_spans.py": "tracing of blocks by spans",
     "tests/parallel/test_layered.py": "micro-batches layer-major: capture, pieces and runtime together",
     "tests/parallel/spans/test_trajectories.py": "a long sequence trained within a given memory",
     "tests/launch/test_commands.py": "the commands verify, show and simulate",

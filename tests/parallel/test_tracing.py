@@ -154,15 +154,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert "forward" not in vars(model)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"data_engine": "deepspeed"}, "ask for data_engine='torch'"),
-        ({"blockwise": {"layer_block": 8}}, "layer_block=8 is proved on values"),
-        ({"offload": "cpu"}, "offload='cpu' moves tensors to the host's memory"),
-        ({"offload_inputs": True, "recompute": "blocks", "schedule": "layered"}, "offload_inputs moves tensors"),
-    ],
-)
-def test_what_is_not_traced_is_refused_by_name(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(WrapError, match=said):
-        trace(FAMILIES["gpt2"][0](), Options.of(example=words(2, 8), **options))
+def test_what_is_not_traced_is_refused_by_name() -> None:
+    with pytest.raises(WrapError, match="ask for data_engine='torch'"):
+        trace(FAMILIES["gpt2"][0](), Options.of(example=words(2, 8), data_engine="deepspeed"))

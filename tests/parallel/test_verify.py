@@ -37,6 +37,11 @@ MODELS = {
 }
 
 
+def test_shards_that_rest_in_the_host_s_memory_equal_the_plain_run() -> None:
+    report = mw.verify(regressor(), pairs(), mw.Mesh(fsdp=2), num_microbatches=2, offload="cpu")
+    assert report.ok, str(report)
+
+
 @pytest.mark.parametrize(("name", "layout"), tiered(product(MODELS, LAYOUTS)), ids=str)
 def test_a_parallel_step_is_the_plain_step(name: str, layout: tuple[dict[str, int], dict[str, Any]]) -> None:
     degrees, options = layout

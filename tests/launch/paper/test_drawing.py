@@ -61,6 +61,8 @@ def _predicted(path: Path, **how: Any) -> Prediction:
         "{tp: 2, pp: 2, dp: 2, schedule: interleaved, num_microbatches: 4, sequence_parallel: true}",
         "{cp: 4, dp: 2}",
         "{dp: 8, blockwise: {loss_block: 16, ffn_block: 16}}",
+        "{dp: 4, tp: 2, blockwise: {layer_block: 16}}",
+        "{dp: 8, schedule: layered, num_microbatches: 4, recompute: blocks, offload_inputs: true}",
     ],
 )
 def test_every_axis_and_schedule_has_a_forecast(tmp_path: Path, parallel: str) -> None:
@@ -72,6 +74,31 @@ def test_every_axis_and_schedule_has_a_forecast(tmp_path: Path, parallel: str) -
     assert min(vars(step).values()) >= 0
     assert found.forecast.memory.parameters == found.parameter_bytes or "pp" in found.mesh
     assert found.notes == ()
+
+
+def test_states_in_the_host_s_memory_are_said_and_priced(tmp_path: Path) -> None:
+    found = _predicted(_written(tmp_path, "{fsdp: 8, offload: cpu}"))
+    said = "shards are updated on the host, at the rate of its link to the GPU as far as anybody knows"
+    assert found.notes == (said,)
+    forecast = found.forecast
+    assert forecast is not None
+    assert forecast.step.offload_s > 0
+    assert forecast.memory.parameters == 0.0
+    assert forecast.memory.host >= found.parameter_bytes + found.gradient_bytes + found.optimizer_bytes
+    assert "in the host's memory" in str(found)
+    assert forecast.as_dict()["host_memory_bytes"] == forecast.memory.host
+
+
+def test_blocks_too_large_to_be_proved_run_by_spans_that_shapes_allow(tmp_path: Path) -> None:
+    path = _written(tmp_path, "{fsdp: 8, blockwise: {layer_block: 512}}", config=LARGE, length=2048, batch=8)
+    whole, spans = (_predicted(path, overrides=each) for each in (["parallel.blockwise=null"], []))
+    assert "judged by shapes alone" in spans.notes[0]
+    assert whole.forecast is not None
+    assert spans.forecast is not None
+    assert spans.forecast.memory.activations < 0.4 * whole.forecast.memory.activations
+    assert spans.forecast.step.compute_s > whole.forecast.step.compute_s
+    assert spans.forecast.flops == whole.forecast.flops
+    assert spans.collectives == whole.collectives is not None
 
 
 @pytest.mark.parametrize("parallel", ["{dp: 8}", "{dp: 8, ep: 4}", "{dp: 8, ep: 8}"])

@@ -1,0 +1,51 @@
+"""Blocks by spans, and inputs and shards in the host's memory: the memory of a rank, forecast and run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import meshwright as mw
+from benchmarks import fake_ranks
+from benchmarks.predicted import VOCABULARY
+from benchmarks.predicted_jobs import Small
+from meshwright.clusters.calibrate import written
+from meshwright.launch.load import load_job
+from tests.clusters.test_calibration import made, of
+
+GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256}
+HOSTED = {"schedule": "layered", "num_microbatches": 4, "recompute": "blocks", "offload_inputs": True}
+JOBS = {
+    "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}),
+    "spans that drop": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, architecture="gpt2", config=GPT2),
+    "inputs": Small(parallel={"dp": 2, **HOSTED}),
+    "inputs of a pipeline": Small(parallel={"pp": 2, **HOSTED, "schedule": "1f1b"}),
+    "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}),
+    "inputs of spans": Small(parallel={"dp": 2, **HOSTED, "blockwise": {"layer_block": 64}}),
+}
+
+
+def _drawn_up(small: Small, folder: Path) -> tuple[Path, fake_ranks.Job]:
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(small.file(steps=1)))
+    job = load_job(path).job
+    return path, fake_ranks.Job(
+        job.mesh.degrees(), job.options, small.build, samples=small.batch_size // job.mesh.data_degree,
+        length=small.length, vocabulary=VOCABULARY,
+    )  # fmt: skip
+
+
+def _tensor_bytes(path: Path, kind: Path | str) -> float:
+    found = mw.simulate(path, gpu=kind).forecast
+    assert found is not None
+    return found.memory.tensor_bytes - found.memory.optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_memory_on_paper_is_that_of_a_run_here(name: str, tmp_path: Path) -> None:
+    path, job = _drawn_up(JOBS[name], tmp_path)
+    entry = tmp_path / "machine.yaml"
+    entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
+    most = max(peak_bytes for _, peak_bytes in fake_ranks.real_ranks(job))
+    assert _tensor_bytes(path, entry) == pytest.approx(most, rel=0.05)
