@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.lab.faults import ABSENT
+from tests.lab.faults import ABSENT, FAULTS
 from tests.lab.launches import ROOT
 
-__all__ = ["PAGE", "RESULTS", "is_good", "page"]
+__all__ = ["PAGE", "RESULTS", "is_good", "page", "read_trials"]
 
 RESULTS = ROOT / "benchmarks/results/reliability.jsonl"
 PAGE = ROOT / "docs/reliability.md"
@@ -21,7 +21,7 @@ _HEAD = """\
 
 Each row is a fault that was made to happen to a small training on two hosts, with a third one to spare, at a random
 moment after its first checkpoint. The hosts are pretended: each has its own network, processes and sshd, on one machine
-with two cores, which runs three trials at once; Slurm is real. Seconds are from the blow to the line of the launcher
+with two cores, which runs several trials at once; Slurm is real. Seconds are from the blow to the line of the launcher
 that names who and why.
 
 - **good**: trials in which all of the following was as it must be, of all trials.
@@ -43,11 +43,17 @@ queued again. A first node that is only cut off keeps one process of the run, wi
 """
 
 
+def read_trials(results: Path) -> list[dict[str, Any]]:
+    """All trials of a file, of faults that there still are."""
+    tried = {(fault.name, kind) for fault in FAULTS for kind in fault.kinds}
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [each for each in map(json.loads, lines) if (each["fault"], each["kind"]) in tried]
+
+
 def page(results: Path) -> str:
     """The page as text."""
-    trials = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for each in trials:
+    for each in read_trials(results):
         groups.setdefault((each["fault"], each["kind"]), []).append(each)
     lines = [
         "| fault | cluster | good | named | median s | slowest s | limit s | lost | left | same | load |",
