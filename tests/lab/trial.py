@@ -33,7 +33,7 @@ class Trial:
         wall_s: of the whole trial.
         note: what was wrong, in words.
         load: of the machine at the end, in processes that would run: its two cores have other work too.
-        said: those words.
+        said: the line of those words.
         resumed: the earliest step that was resumed from; None where nothing was.
         version: commit of what was tried; with a + where files differed from it.
     """
@@ -120,8 +120,8 @@ def broken(fault: Fault, bench: Bench, error: BaseException) -> Trial:
 
 
 def _words(fault: Fault, bench: Bench) -> str:
-    """The words that named who and why; what lies in the lab's folder, wherever that is."""
-    said = bench.said(fault.culprit) if fault.culprit else ""
+    """The line that named who and why; what lies in the lab's folder, wherever that is."""
+    said = bench.said(f".*(?:{fault.culprit}).*") if fault.culprit else ""
     return said.replace(f"{bench.folder}/", "").replace(str(bench.folder.parent), "..")[:_SAID_CHARS]
 
 
