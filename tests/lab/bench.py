@@ -30,10 +30,11 @@ EVERY = 6
 """Steps from one checkpoint to the next."""
 
 _PAUSE_S = 0.15
-_DAEMONS = (b"/usr/sbin/sshd\0", b"sshd: ", b"slurmd\0", b"unshare\0", b"bash\0-c\0\nset -e")
+_DAEMONS = (b"/usr/sbin/sshd\0", b"sshd: ", b"slurmd\0", b"slurmstepd: ", b"unshare\0", b"bash\0-c\0\nset -e")
 """How the command lines begin of what a host has of its own; a process without one has ended.
 
-A session of sshd, whose link was cut, ends when TCP finds out; what it had started is seen by itself.
+A session of sshd, whose link was cut, ends when TCP finds out, and a slurmstepd when it gets through to Slurm's
+controller, which it tries once a minute; what they had started is seen by itself.
 """
 
 _FAILURE = {

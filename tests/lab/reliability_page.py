@@ -1,6 +1,7 @@
 """The page of reliability, made of the trials that were run."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,8 @@ that names who and why.
 **Does not hold:** Slurm itself takes a node for lost, and queues its job again, only after `SlurmdTimeout` (30 s here,
 5 minutes by default). That the first node of a job is gone, with the launcher on it, is said by a `meshwright launch`
 or `attach` that looks at the run; without one the job also waits for the two minutes for which Slurm holds what it
-queued again. A first node that is only cut off keeps one process of the run, without ranks, until it is reached again.
+queued again. A first node that is only cut off keeps one process of the run, without ranks, until it is reached again,
+and Slurm's own slurmstepd of the step, which is not counted, for up to a minute more, as it tells Slurm only then.
 
 `make faults` runs every trial that is missing until there are 20 of each.
 
@@ -62,10 +64,11 @@ def page(results: Path) -> str:
     rows = {key: _row(*key, found) for key, found in groups.items()}
     rows |= {key: f"| {' | '.join(key)} | {' | '.join(['-'] * 9)} |" for key in ABSENT}
     lines += [row for _, row in sorted(rows.items())]
+    versions = Counter(each.get("version") or "an earlier one" for found in groups.values() for each in found)
+    tried = ", ".join(f"{version} ({number})" for version, number in versions.items())
     absent = [f"- {fault}, on {kind}: {why}." for (fault, kind), why in sorted(ABSENT.items())]
-    return _HEAD + "\n".join(
-        [*lines, "", "Rows without numbers are faults that a cluster cannot have:", "", *absent, ""]
-    )
+    lines += ["", f"Trials by the commit that was tried: {tried}.", ""]
+    return _HEAD + "\n".join([*lines, "Rows without numbers are faults that a cluster cannot have:", "", *absent, ""])
 
 
 def is_good(trial: Mapping[str, Any]) -> bool:
