@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 
-from tests.lab.bench import STEPS, Bench, Kind, write_faulted
+from tests.lab.bench import SMALL, STEPS, Bench, Kind, write_faulted
 from tests.lab.faults import BOTH, Fault
 from tests.lab.hosts import Hosts, missing_for_hosts, run
 from tests.lab.kept import drop, still_due, version
@@ -51,8 +51,8 @@ def lab(kind: Kind, number: int = 0) -> Iterator[tuple[Path, Hosts, Slurm | None
     """
     folder = Path(tempfile.mkdtemp(prefix="meshwright-faults-"))
     folder.chmod(0o755)
-    (folder / "small").mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={_SMALL_BYTES}", "tmpfs", str(folder / "small"))
+    (folder / SMALL).mkdir()
+    run("mount", "-t", "tmpfs", "-o", f"size={_SMALL_BYTES}", "tmpfs", str(folder / SMALL))
     hosts = Hosts(folder, number=3, token=os.getpid() + 101 * number)
     slurm = Slurm(hosts) if kind == "slurm" else None
     try:
@@ -65,7 +65,7 @@ def lab(kind: Kind, number: int = 0) -> Iterator[tuple[Path, Hosts, Slurm | None
         if slurm is not None:
             slurm.down()
         hosts.down()
-        run("umount", "-l", str(folder / "small"), check=False)
+        run("umount", "-l", str(folder / SMALL), check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
