@@ -71,7 +71,7 @@ def lab(kind: Kind, number: int = 0) -> Iterator[tuple[Path, Hosts, Slurm | None
 
 def undisturbed(kind: Kind, folder: Path, hosts: Hosts, slurm: Slurm | None) -> dict[int, float]:
     """Losses of a run that nothing befalls."""
-    bench = Bench(kind, folder / f"f{os.getpid()}-undisturbed", hosts, slurm, variables={}, cluster={})
+    bench = Bench(kind, folder / f"f{os.getpid()}-{kind}-undisturbed", hosts, slurm, variables={}, cluster={})
     try:
         bench.start(write_faulted(bench.folder))
         code = bench.end()
