@@ -130,6 +130,7 @@ class _Agent:
             self.sender = Sender(run_dir, self.channel.tell)
         _open_log(run_dir, self.node["name"])
         self.channel.tell("joined", host=socket.gethostname(), shared=shared)
+        self.joining.hold()
 
     def run(self) -> str:
         """Sets the node up and runs its ranks; tells how that ended."""
@@ -208,9 +209,15 @@ def _open_log(run_dir: Path, name: str) -> None:
     os.close(log)
 
 
-def _told(agent: _Agent) -> None:
+def _load() -> None:
+    with suppress(Exception):  # who needs it then is told why
+        import meshwright.clusters.elastic  # noqa: F401
+
+
+def _told(agent: _Agent, loading: Thread) -> None:
     try:
         agent.prepare()
+        loading.join()
         state, message = agent.run(), ""
     except SetupError as error:
         state, message = "setup_failed", str(error)
@@ -234,21 +241,24 @@ def _line(words: Sequence[str]) -> Line:
 
 
 def main() -> None:
-    """Runs one node; imports torch while the launcher is still reading the job."""
+    """Runs one node; imports torch meanwhile, so that it heeds the launcher and says what is wrong before."""
     line = _line(sys.argv[1:])
-    import meshwright.clusters.elastic  # noqa: F401
-
+    loading = Thread(target=_load, name="torch", daemon=True)
+    if not isinstance(line, FileLine):  # the launcher is still reading the job
+        loading.start()
     messages = line.messages()
     first = next(messages, None)
     if first is None:
+        loading.join()
         return
     agent = _Agent(line, first)
     if isinstance(line, FileLine):  # what started us signals us; by default that would end ranks without grace
+        loading.start()
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()
-    _told(agent)
+    _told(agent, loading)
     sys.stderr.flush()
     os._exit(0)  # torch's own threads and atexit hooks have nothing left to do
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.lease import keep, watch
-from meshwright.clusters.network import interface_of, own_address, way_to
+from meshwright.clusters.network import bind_free, interface_of, own_address, way_to
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous.api import RendezvousHandler
@@ -31,6 +31,7 @@ class Joining:
         self._message, self._tell, self._cut_off = message, tell, cut_off
         self._plan: Mapping[str, Any] = message["plan"]
         self._node: Mapping[str, Any] = self._plan["nodes"][message["node"]]
+        self._held: tuple[str, socket.socket] | None = None
         self.told: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
         """Where the first node listens, once the launcher says it."""
 
@@ -39,11 +40,23 @@ class Joining:
         """Whether all nodes are on this machine."""
         return self._plan["meeting"]["host"] is None
 
+    def hold(self) -> None:
+        """Takes the port of the first node, which needs no torch: that none can be had is said before torch is there.
+
+        Raises:
+            RendezvousError: when it has no address to listen on, or no port of it can be taken.
+        """
+        meeting = self._plan["meeting"]
+        if self._node["index"] == 0 and not self.near:
+            address = own_address(meeting["interface"], self._names())
+            bound = "" if meeting["everywhere"] else address
+            self._held = address, bind_free(bound, meeting["port"], tuple(meeting["ports"]))
+
     def meet(self) -> "RendezvousHandler":
         """torch's rendezvous of this run.
 
         Raises:
-            RendezvousError: when the first node has no address to listen on, or cannot be reached.
+            RendezvousError: when the first node cannot be reached.
         """
         if self.near:
             from meshwright.clusters.rendezvous import meet_by_file
@@ -57,8 +70,10 @@ class Joining:
         meeting = self._plan["meeting"]
         ports, everywhere = tuple(meeting["ports"]), meeting["everywhere"]
         if self._node["index"] == 0:
-            place = Place(own_address(meeting["interface"], self._names()), ports, everywhere=everywhere)
-            store = place.listen(meeting["port"])
+            assert self._held is not None, "hold comes before meet"
+            address, held = self._held
+            place = Place(address, ports, everywhere=everywhere)
+            store = place.listen(held=held)
             self._tell("meeting", address=place.address, port=store.port)
         else:
             found = self._where()

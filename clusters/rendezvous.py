@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
@@ -44,9 +45,9 @@ class Place:
         self.address, self._ports = address, ports
         self._bound = "" if everywhere else address
 
-    def listen(self, port: int | None = None) -> TCPStore:
-        """A store on this node, at a port or any free one."""
-        held = bind_free(self._bound, port, self._ports)
+    def listen(self, port: int | None = None, *, held: socket | None = None) -> TCPStore:
+        """A store on this node, at a socket that is held already, at a port, or at any free one."""
+        held = held or bind_free(self._bound, port, self._ports)
         number = held.getsockname()[1]
         return TCPStore(
             self.address,

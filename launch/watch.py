@@ -23,6 +23,7 @@ LAST_LINE = "run directory: "
 _LOOK_S = 0.2
 _ASK_S = 2.0
 _LAST_WORDS_S = 3.0
+_HELD_S = 120.0  # as long as Slurm holds what it queued again
 _LOST_LOOKS = 3  # a job that is just being queued again is nowhere for a moment
 
 
@@ -103,14 +104,21 @@ class _Queued:
 
     def __init__(self, known: Known) -> None:
         self._known, self._state = known, ""
+        self._until_s: float | None = None
         self._beats = Beats(Path(known.run_dir))
 
     def stands(self, state: str) -> None:
-        """Takes how the run stands; one that its queue took up again is not to wait."""
-        known, before, self._state = self._known, self._state, state
-        if known.job is None or not (state == "pending" != before):
+        """Takes how the run stands; one that its queue took up again is not to wait.
+
+        A queue is asked until it does: a job that it just took up again does not say yet why it waits.
+        """
+        known, self._state, now_s = self._known, state, time.monotonic()
+        if known.job is None or state != "pending":
+            self._until_s = None
             return
-        if queue_of(known.cluster, known.job).start_again_soon(known.job):
+        self._until_s = now_s + _HELD_S if self._until_s is None else self._until_s
+        if now_s < self._until_s and queue_of(known.cluster, known.job).start_again_soon(known.job):
+            self._until_s = now_s
             sys.stderr.write(f"meshwright: job {known.job} is queued again, and was asked to start soon\n")
 
     def look(self) -> None:

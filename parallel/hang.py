@@ -80,9 +80,18 @@ class Sight:
         """How long the rank is not known to have moved."""
         return self.note.age_s + self.quiet_s
 
-    def patient(self, limit_s: float) -> bool:
-        """Whether it may take long; of a rank that has fallen silent, the last word is no excuse."""
-        return self.note.patient and (self.quiet_s < limit_s or not self.heard)
+    def silent(self, limit_s: float) -> bool:
+        """Whether it has said nothing for so long, though it had said something before."""
+        return self.heard and self.quiet_s >= limit_s
+
+    def patient(self, limit_s: float, *, others_silent: bool) -> bool:
+        """Whether it may take long: not who has fallen silent, whatever it said last, nor who waits where another has.
+
+        Args:
+            limit_s: how long a job may stand still.
+            others_silent: whether any rank has fallen silent.
+        """
+        return self.note.patient and not self.silent(limit_s) and not (others_silent and self.note.waits)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def find_hang(sights: Mapping[int, Sight], limit_s: float) -> Hang | None:
     True
     """
     present = {rank: sight for rank, sight in sights.items() if not sight.note.left}
-    patient = any(sight.patient(limit_s) for sight in present.values())
+    others_silent = any(sight.silent(limit_s) for sight in present.values())
+    patient = any(sight.patient(limit_s, others_silent=others_silent) for sight in present.values())
     limit = max(limit_s, PATIENCE_S) if patient else limit_s
     if not present or min(sight.still_s for sight in present.values()) < limit:
         return None

@@ -1,11 +1,21 @@
-"""Words of a command reach a rank as they were written."""
+"""Words of a command reach a rank as they were written; what cannot be is said soon."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.clusters.agent import escape
+from meshwright.clusters.base import Program
+from meshwright.clusters.files import StepHandle, step_folder
+from meshwright.clusters.slurm import plan_slurm
+from tests.clusters.test_slurm import OPTIONS, REQUEST
 
 WORD = st.text(st.characters(exclude_characters="\0"), max_size=40)
 
@@ -22,3 +32,24 @@ def test_unescaped_words_would_not() -> None:
     from torch.distributed.elastic.utils import macros
 
     assert macros.substitute(["$$ ${local_rank}"], "1") == ["$ 1"]
+
+
+def test_a_port_that_is_taken_is_said_before_torch_is_there(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was loaded')\n")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "logs").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = replace(REQUEST.meeting, interface="lo", port=taken.getsockname()[1])
+        program = Program(argv=("true",), workdir=tmp_path, inherit=("*",))
+        request = replace(REQUEST, run_dir=tmp_path, program=program, meeting=meeting)
+        handle = StepHandle(plan_slurm(request, OPTIONS), {}, words=["sleep", "600"], warning=lambda: None)
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        words = [sys.executable, "-m", "meshwright.clusters.agent", str(tmp_path), "NODE"]
+        try:
+            subprocess.run(words, env={**os.environ, "PYTHONPATH": path, "NODE": "0"}, timeout=60, check=False)
+        finally:
+            handle.kill()
+    lines = (step_folder(tmp_path) / "node-0.jsonl").read_text().splitlines()
+    told = json.loads(lines[-1])
+    assert told["state"] == "rendezvous_failed", told
+    assert f"port {meeting.port} of 127.0.0.1" in told["message"]

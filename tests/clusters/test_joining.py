@@ -30,6 +30,8 @@ def test_the_first_node_says_where_it_listens_and_the_others_come_there() -> Non
     told: dict[str, Any] = {}
     first = Joining(message(0), lambda event, **fields: told.update(fields, event=event))
     other = Joining(message(1), lambda *_, **__: None)
+    first.hold()
+    other.hold()
     nodes: dict[int, Any] = {0: first.meet()}
     assert (told["event"], told["address"]) == ("meeting", "127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,18 +23,22 @@ from tests.lab.slurm import Slurm
 from tests.lab.test_ssh import cluster as cluster_keys
 from tests.launch.waiting import eventually, kill_all
 
-__all__ = ["EVERY", "STEPS", "Bench", "Kind", "write_faulted"]
+__all__ = ["EVERY", "SMALL", "STEPS", "Bench", "Kind", "write_faulted"]
 
 Kind = Literal["ssh", "slurm"]
 STEPS = 24
 EVERY = 6
 """Steps from one checkpoint to the next."""
 
+SMALL = "small"
+"""Name of the small disk of a lab, beside the folders of its trainings."""
+
 _PAUSE_S = 0.15
-_DAEMONS = (b"/usr/sbin/sshd\0", b"sshd: ", b"slurmd\0", b"unshare\0", b"bash\0-c\0\nset -e")
+_DAEMONS = (b"/usr/sbin/sshd\0", b"sshd: ", b"slurmd\0", b"slurmstepd: ", b"unshare\0", b"bash\0-c\0\nset -e")
 """How the command lines begin of what a host has of its own; a process without one has ended.
 
-A session of sshd, whose link was cut, ends when TCP finds out; what it had started is seen by itself.
+A session of sshd, whose link was cut, ends when TCP finds out, and a slurmstepd when it gets through to Slurm's
+controller, which it tries once a minute; what they had started is seen by itself.
 """
 
 _FAILURE = {
@@ -228,6 +233,7 @@ class Bench:
             self._launcher.wait()
         for index in range(1, self._tries + 1):
             kill_all(carriers(f"{self.folder.name}-{index}"))
+        shutil.rmtree(self.folder.parent / SMALL / "checkpoints", ignore_errors=True)  # not for the next to resume from
         self._output.close()
 
 

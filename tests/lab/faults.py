@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.lab.bench import EVERY, Bench, Kind
+from tests.lab.bench import EVERY, SMALL, Bench, Kind
 
 __all__ = ["ABSENT", "AGAIN", "BOTH", "FAULTS", "GOES_ON", "LOOK", "REFUSED", "UNHARMED", "Fault"]
 
@@ -117,7 +117,7 @@ def _kill_batch(bench: Bench) -> None:
 
 
 def _small(bench: Bench) -> Path:
-    return bench.folder.parent / "small"
+    return bench.folder.parent / SMALL
 
 
 def _fill(bench: Bench) -> None:
@@ -206,7 +206,7 @@ FAULTS = (
         _empty,
         limit_s=30.0,
         follows=AGAIN,
-        keys={"checkpoint": {"every_steps": EVERY, "keep": 10, "dir": "../small/checkpoints"}},
+        keys={"checkpoint": {"every_steps": EVERY, "keep": 10, "dir": f"../{SMALL}/checkpoints"}},
     ),
     Fault("disk is slow", "", follows=UNHARMED, variables={"LAB_FLUSH_S": "0.3"}),
     Fault(

@@ -111,12 +111,17 @@ class Slurm:
             time.sleep(0.2)
 
     def mend(self) -> None:
-        """Starts nodes anew that Slurm has given up, and would take back much later by itself, and waits for all."""
+        """Starts nodes anew that Slurm has given up, and would take back much later by itself, and waits for all.
+
+        It drains one whose slurmstepd could not tell it the end of a step (see `UnkillableStepTimeout`).
+        """
         states = dict(line.split() for line in self.type("sinfo", "-h", "-N", "-o", "%N %T").splitlines())
         for host in self._hosts.hosts:
             if states.get(host.name, "").startswith("down"):
                 host.end()
                 host.boot()
+            elif states.get(host.name, "").startswith("drain"):
+                self.type("scontrol", "update", f"NodeName={host.name}", "State=RESUME")
         self.idle()
 
     def _munge(self) -> None:

@@ -40,6 +40,17 @@ def test_a_run_that_its_queue_took_up_again_is_asked_once_to_start_soon(
     assert capsys.readouterr().err == "meshwright: job 42 is queued again, and was asked to start soon\n"
 
 
+def test_a_queue_that_does_not_say_yet_why_a_run_waits_is_asked_again(slurm: Path) -> None:
+    watch(told(slurm, "RUNNING|None", *["PENDING|None"] * 6, *["PENDING|BeginTime"] * 6), screen=io.StringIO())
+    assert asked(slurm).count("scontrol update JobId=42 StartTime=now+15") == 1
+
+
+def test_a_queue_is_not_asked_for_longer_than_it_would_hold_a_run(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshwright.launch.watch._HELD_S", 0.0)
+    watch(told(slurm, *["PENDING|BeginTime"] * 6), screen=io.StringIO())
+    assert [each for each in asked(slurm) if each.startswith("scontrol")] == []
+
+
 def test_a_run_that_is_queued_again_twice_is_asked_twice(slurm: Path) -> None:
     waits = ["PENDING|BeginTime"] * 3
     watch(told(slurm, *waits, "RUNNING|None", *waits), screen=io.StringIO())

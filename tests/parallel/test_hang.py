@@ -107,6 +107,18 @@ def test_a_rank_that_fell_silent_as_it_saved_gives_nobody_time_but_one_that_was_
     assert find_hang({0: reduce(0, 99.0, ranks=2), 1: Sight(saving, 98.0, heard=False)}, LIMIT_S) is None
 
 
+def test_a_rank_that_saves_and_waits_for_one_that_fell_silent_gives_nobody_time() -> None:
+    saving = Sight(Note("saving", 30.0, None, inside="gather", patient=True))
+    stopped = Sight(Note("forward", 0.1, 12), 30.0, "its process is stopped by a signal")
+    hang = found(saving, stopped)
+    assert hang.suspects == (1,)
+    assert hang.line.startswith("hang: rank 1 has not answered for 30 s (its process is stopped by a signal); ")
+    writing = Sight(Note("saving", 30.0, None, patient=True))
+    assert find_hang({0: writing, 1: stopped}, LIMIT_S) is None, "it gets on by itself, and the other may yet come"
+    answering = Sight(Note("saving", 30.0, None, inside="gather", patient=True), 1.0)
+    assert find_hang({0: saving, 1: answering}, LIMIT_S) is None, "a gather of much may take long"
+
+
 def test_a_job_whose_ranks_have_all_left_does_not_hang() -> None:
     assert find_hang({0: Sight(Note("own code", 99.0, left=True), 99.0)}, LIMIT_S) is None
 
