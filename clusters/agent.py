@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
@@ -211,7 +212,7 @@ def _open_log(run_dir: Path, name: str) -> None:
 
 def _load() -> None:
     with suppress(Exception):  # who needs it then is told why
-        import meshwright.clusters.elastic  # noqa: F401
+        import_module("meshwright.clusters.elastic")
 
 
 def _told(agent: _Agent, loading: Thread) -> None:

@@ -205,9 +205,11 @@ def host_link(name: str) -> float | None:
     (63000000000.0, None)
     """
     try:
-        return _told()["host_bytes_per_s"].get(gpu(name).name)  # type: ignore[no-any-return]
+        known = gpu(name).name
     except ValueError:
         return None
+    rates: dict[str, float] = _told()["host_bytes_per_s"]
+    return rates.get(known)
 
 
 @cache

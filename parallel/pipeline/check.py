@@ -9,13 +9,25 @@ from typing import Literal
 from meshwright.parallel.errors import ScheduleError
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 
-__all__ = ["SENDS", "Facts", "Transport", "check", "halves_of", "needs_in", "needs_of", "other_end", "stuck_at", "walk"]
+__all__ = [
+    "RECEIVES",
+    "SENDS",
+    "Facts",
+    "Transport",
+    "check",
+    "halves_of",
+    "needs_in",
+    "needs_of",
+    "other_end",
+    "stuck_at",
+    "walk",
+]
 
 Transport = Literal["posted", "blocking"]
 """How a send ends: "posted" at once (the receiver finds it by its name), "blocking" when the receiver takes it."""
 
 SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
-_RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
+RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
 _OTHER_ENDS = {
     Kind.SEND_ACTIVATION: (1, Kind.RECEIVE_ACTIVATION),
     Kind.RECEIVE_ACTIVATION: (-1, Kind.SEND_ACTIVATION),
@@ -123,7 +135,7 @@ def needs_of(homes: Sequence[int], action: Action, *, travels: bool = False) -> 
             return Action(action.stage, received, action.microbatch)
         return made
 
-    if action.kind in _RECEIVES:
+    if action.kind in RECEIVES:
         yield other_end(action)
     if action.kind in _MADE_BY:
         yield Action(action.stage, _MADE_BY[action.kind], action.microbatch)

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from time import monotonic
 
-from meshwright.parallel.pipeline.actions import Action, Kind
-from meshwright.parallel.pipeline.check import other_end
+from meshwright.parallel.pipeline.actions import Action
+from meshwright.parallel.pipeline.check import RECEIVES, other_end
 from meshwright.parallel.pipeline.runtime import Phase, Watch
 from meshwright.parallel.progress import Doing, Progress
 
 __all__ = ["InSchedule", "both", "watch_progress"]
-
-_RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
 
 
 class InSchedule:
@@ -35,7 +33,7 @@ class InSchedule:
         microbatch = "" if action.microbatch is None else f", micro-batch {action.microbatch}"
         done = "behind " if phase is Phase.DONE else ""
         words = f"{done}{action} ({kind}, stage {action.stage}{microbatch})"
-        if action.kind in _RECEIVES and phase is Phase.WAITS:
+        if action.kind in RECEIVES and phase is Phase.WAITS:
             return Doing(words, (self._ranks[self._homes[other_end(action).stage]],))
         return Doing(words)
 

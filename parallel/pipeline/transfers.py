@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
-from meshwright.parallel.pipeline.check import other_end
+from meshwright.parallel.pipeline.check import RECEIVES, SENDS, other_end
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Route, Shape
 from meshwright.parallel.pipeline.timeline import in_order
@@ -15,8 +15,6 @@ from meshwright.parallel.pipeline.wire import Tag, Wire
 
 __all__ = ["Timetable", "Transfers"]
 
-_SENDS = (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
-_RECEIVES = (Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT)
 _FORWARD = (Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION)
 
 
@@ -59,7 +57,7 @@ class Timetable:
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self._homes = schedule.homes
-        mine = [action for action in schedule.ranks[rank] if action.kind in (*_SENDS, *_RECEIVES)]
+        mine = [action for action in schedule.ranks[rank] if action.kind in (*SENDS, *RECEIVES)]
         self.messages = [self._message(action) for action in mine]
         self.due: list[list[_Message | None]] = [[] for _ in range(len(mine) + 1)]
         unforwarded = sum(action.kind is Kind.FORWARD for actions in schedule.ranks for action in actions)
@@ -68,9 +66,9 @@ class Timetable:
             if action.kind is Kind.FORWARD:
                 unforwarded -= 1
                 self.due[done] += [] if unforwarded else [None]
-            elif action.kind in _SENDS and self._homes[other_end(action).stage] == rank:
+            elif action.kind in SENDS and self._homes[other_end(action).stage] == rank:
                 self.due[done].append(self._message(other_end(action)))
-            done += home == rank and action.kind in (*_SENDS, *_RECEIVES)
+            done += home == rank and action.kind in (*SENDS, *RECEIVES)
 
     def _message(self, action: Action) -> _Message:
         assert action.microbatch is not None, action
@@ -109,7 +107,7 @@ class Transfers:
         """One send or receive; they come in the order of the timetable."""
         message = next(self._messages)
         assert message.action is action, (message.action, action)
-        if action.kind in _SENDS:
+        if action.kind in SENDS:
             values = each.outgoing(action.stage) if message.forward else each.returned(action.stage)
             self._wire.send(values, message.peer, message.tag)
         else:
