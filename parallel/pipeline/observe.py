@@ -18,6 +18,7 @@ class InSchedule:
         homes: stage -> rank of the pipeline.
         ranks: rank of the pipeline -> rank.
 
+    >>> from meshwright.parallel.pipeline.actions import Kind
     >>> InSchedule((0, 1), (0, 2)).tell((Action(1, Kind.RECEIVE_ACTIVATION, 0), Phase.WAITS))
     Doing(words='1RECV_F0 (receive activation, stage 1, micro-batch 0)', waits_for=(0,), call='')
     """
