@@ -3,9 +3,8 @@
     launcher --(plan; then meet, alive, leave, stop, kill)--> agent --(fork)--> ranks
              <--(joined, meeting, started, exit, data, result)--
 
-
 The end of its input means that the launcher is gone, and then nothing of the run may stay: the thread that reads kills
-all ranks itself, whatever the main thread is doing. The main thread forks the ranks (see `bootstrap`).
+all ranks itself, whatever the main thread is doing. The main thread forks the ranks (see `prefork`, `bootstrap`).
 """
 
 import os
@@ -15,18 +14,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
+from meshwright.clusters.carrying import make_room
 from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.files import FileLine, step_folder
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
+from meshwright.clusters.prefork import Imports, begin
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
@@ -39,8 +39,8 @@ _HEED_S = 3.0
 class _Agent:
     """One node's run: the plan, the line to the launcher, and torch's agent once it is made."""
 
-    def __init__(self, channel: Line, message: Mapping[str, Any]) -> None:
-        self.channel = channel
+    def __init__(self, channel: Line, message: Mapping[str, Any], imports: Imports) -> None:
+        self.channel, self.imports = channel, imports
         self.message = message
         self.plan: Mapping[str, Any] = message["plan"]
         self.node: Mapping[str, Any] = self.plan["nodes"][message["node"]]
@@ -133,10 +133,13 @@ class _Agent:
         self.channel.tell("joined", host=socket.gethostname(), shared=shared)
         self.joining.hold()
 
-    def run(self) -> str:
-        """Sets the node up and runs its ranks; tells how that ended."""
+    def adopt(self) -> None:
+        """Takes on the variables of this node's ranks."""
         own = rank_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
         _adopt({**self.message.get("passed", {}), **own})
+
+    def run(self) -> str:
+        """Sets the node up and runs its ranks; tells how that ended."""
         if self.plan["setup"] is not None:
             log = Path(self.plan["run_dir"], "logs", f"setup-{self.node['name']}.log")
             _adopt(run_setup(self.plan["setup"], cwd=self.node["cwd"], env=os.environ, log=log))
@@ -148,7 +151,8 @@ class _Agent:
         from meshwright.clusters.elastic import NodeAgent, StoppedError
 
         spec = self._spec()
-        self.torch_agent = NodeAgent(spec, plan=self.plan, node=self.node["index"], tell=self.channel.tell)
+        ready = self.imports.await_all if spec.entrypoint is begin else None
+        self.torch_agent = NodeAgent(spec, plan=self.plan, node=self.node["index"], tell=self.channel.tell, ready=ready)
         if self.stopped:
             return "stopped"
         try:
@@ -170,17 +174,27 @@ class _Agent:
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
         if not near:
             _share_cores(len(self.node["ranks"]))
+        entrypoint, program = _entrypoint(self.imports, self.node["argv"])
         return WorkerSpec(
             role="rank",
             local_world_size=len(self.node["ranks"]),
             rdzv_handler=self.joining.meet(),
-            entrypoint=sys.executable,
-            args=("-I", "-S", str(bootstrap.__file__), *map(escape, words)),
+            entrypoint=entrypoint,
+            args=(*program, *map(escape, words)),
             max_restarts=self.plan["limits"]["max_restarts"],
             monitor_interval=0.1,
             master_addr="127.0.0.1" if near else None,
             master_port=self.plan["meeting"]["port"] if near else None,
         )
+
+
+def _entrypoint(imports: Imports, argv: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """What torch's agent starts for each rank: a function in a fork, or a program."""
+    why = imports.why_not(argv)
+    if not why:
+        return begin, ()
+    sys.stderr.write(f"ranks are executed, not forked: {why}\n")
+    return sys.executable, ("-I", "-S", str(bootstrap.__file__))
 
 
 def _share_cores(num_ranks: int) -> None:
@@ -210,15 +224,10 @@ def _open_log(run_dir: Path, name: str) -> None:
     os.close(log)
 
 
-def _load() -> None:
-    with suppress(Exception):  # who needs it then is told why
-        import_module("meshwright.clusters.elastic")
-
-
-def _told(agent: _Agent, loading: Thread) -> None:
+def _told(agent: _Agent) -> None:
     try:
         agent.prepare()
-        loading.join()
+        agent.imports.await_torch()
         state, message = agent.run(), ""
     except SetupError as error:
         state, message = "setup_failed", str(error)
@@ -242,24 +251,25 @@ def _line(words: Sequence[str]) -> Line:
 
 
 def main() -> None:
-    """Runs one node; imports torch meanwhile, so that it heeds the launcher and says what is wrong before."""
-    line = _line(sys.argv[1:])
-    loading = Thread(target=_load, name="torch", daemon=True)
-    if not isinstance(line, FileLine):  # the launcher is still reading the job
-        loading.start()
+    """Runs one node; imports meanwhile, so that it heeds the launcher and says what is wrong before."""
+    make_room()
+    imports, line = Imports(), _line(sys.argv[1:])
+    if not line.has_words(_HEED_S / 10):  # the launcher is still reading the job
+        imports.begin()
     messages = line.messages()
     first = next(messages, None)
     if first is None:
-        loading.join()
-        return
-    agent = _Agent(line, first)
+        os._exit(0)
+    agent = _Agent(line, first, imports)
     if isinstance(line, FileLine):  # what started us signals us; by default that would end ranks without grace
-        loading.start()
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()
-    _told(agent, loading)
+    agent.adopt()
+    imports.begin()
+    imports.go_on(agent.node["argv"])
+    _told(agent)
     sys.stderr.flush()
     os._exit(0)  # torch's own threads and atexit hooks have nothing left to do
 

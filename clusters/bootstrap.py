@@ -7,8 +7,9 @@ when the *thread* that forked a process ends: the agent forks ranks on its main 
 import os
 import signal
 import sys
+from typing import NoReturn
 
-__all__ = ["die_with", "main"]
+__all__ = ["become", "die_with", "main", "settle"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -42,31 +43,55 @@ def _open_log(run_dir: str, rank: str, attempt: str) -> None:
     os.close(log)
 
 
+def _end(what: str, error: OSError) -> NoReturn:
+    sys.stderr.write(f"meshwright: cannot start {what}: {error.strerror}\n")
+    sys.stderr.flush()
+    os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def settle(agent: int, *, run_dir: str, workdir: str, command: list[str]) -> None:
+    """Ties this process to its agent, in its own log and directory.
+
+    Args:
+        agent: process id.
+        run_dir: of the run.
+        workdir: working directory.
+        command: what will run, for what is said if it cannot.
+    """
+    if sys.platform == "linux":
+        die_with(agent)
+    rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    os.environ["MESHWRIGHT_ATTEMPT"] = attempt
+    os.environ["MESHWRIGHT_RANK_DIR"] = os.path.join(run_dir, "ranks", rank)
+    _open_log(run_dir, rank, attempt)
+    try:
+        os.makedirs(os.environ["MESHWRIGHT_RANK_DIR"], mode=0o700, exist_ok=True)
+        os.chdir(workdir)
+    except OSError as error:
+        _end(repr(command[0]) + (f" in {workdir}" if error.filename == workdir else ""), error)
+
+
+def become(command: list[str]) -> NoReturn:
+    """Executes a command in place of this process."""
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
+        signal.signal(ignored, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        _end(repr(command[0]), error)
+
+
 def main(words: list[str]) -> None:
     """Becomes `words[3:]` after tying this process to the agent `words[0]`, in the directory `words[2]`.
 
     Args:
         words: process id of the agent, run directory, working directory, then the command.
     """
+    command = words[3:]
+    settle(int(words[0]), run_dir=words[1], workdir=words[2], command=command)
     if sys.platform == "linux":
-        die_with(int(words[0]))
         _as_given("LC_CTYPE")
-    run_dir, workdir, command = words[1], words[2], words[3:]
-    rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    os.environ["MESHWRIGHT_ATTEMPT"] = attempt
-    os.environ["MESHWRIGHT_RANK_DIR"] = os.path.join(run_dir, "ranks", rank)
-    _open_log(run_dir, rank, attempt)
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
-        signal.signal(ignored, signal.SIG_DFL)
-    try:
-        os.makedirs(os.environ["MESHWRIGHT_RANK_DIR"], mode=0o700, exist_ok=True)
-        os.chdir(workdir)
-        os.execvp(command[0], command)
-    except OSError as error:
-        where = f" in {workdir}" if error.filename == workdir else ""
-        sys.stderr.write(f"meshwright: cannot start {command[0]!r}{where}: {error.strerror}\n")
-        sys.stderr.flush()
-        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+    become(command)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The agent takes both streams for itself and leaves its children /dev/null and it
 
 import json
 import os
+import select
 import sys
 from collections.abc import Iterator
 from threading import Lock
@@ -15,6 +16,9 @@ __all__ = ["Channel", "Line"]
 
 class Line(Protocol):
     """An agent's end of some line to its launcher."""
+
+    def has_words(self, timeout_s: float) -> bool:
+        """Whether the launcher says something before so long."""
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What the launcher says, until it is gone."""
@@ -38,6 +42,18 @@ class Channel:
         os.dup2(null, 0)
         os.close(null)
         os.dup2(2, 1)
+        os.register_at_fork(after_in_child=self._leave)
+
+    def _leave(self) -> None:
+        """Gives the line up, in a fork: the launcher sees it end with the agent."""
+        null = os.open(os.devnull, os.O_RDWR)
+        for each in (self._input.fileno(), self._output):
+            os.dup2(null, each, inheritable=False)
+        os.close(null)
+
+    def has_words(self, timeout_s: float) -> bool:
+        """Whether there is a line, or the end, before so long."""
+        return bool(select.select([self._input], [], [], timeout_s)[0])
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What the launcher says, until it closes its end or dies."""

@@ -91,8 +91,8 @@ class Deaths:
             self._asked.update(living)
         for rank in living:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pids[rank], number)
-                os.killpg(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
+                _signal_group(self.pids[rank], number)
+                _signal_group(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
 
     def warn(self, number: signal.Signals) -> list[int]:
         """Signals the ranks that have a handler for it, which would kill the others; tells which."""
@@ -107,15 +107,24 @@ class Deaths:
     def kill_groups(self) -> None:
         """Kills what is left of every rank's process group; call before anything reaps them."""
         with self._changed:
-            self._asked.update(rank for rank in self.pids if rank not in self._dead)
-        for pid in self.pids.values():
+            living = [rank for rank in self.pids if rank not in self._dead]
+            self._asked.update(living)
+        for rank, pid in self.pids.items():
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
+                (_signal_group if rank in living else os.killpg)(pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until all are dead; tells whether they are."""
         with self._changed:
             return self._changed.wait_for(lambda: self.all_dead, timeout_s)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    """Signals the group of a rank that lives; one that has only just been forked is not yet in a group of its own."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        os.kill(pid, number)
 
 
 def oom_kills() -> int:

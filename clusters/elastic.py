@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from threading import Event as Flag
 from typing import Any
 
@@ -63,14 +64,24 @@ class NodeAgent(LocalElasticAgent):
         plan: of the run, as a dictionary.
         node: index of this node.
         tell: sends an event to the launcher.
+        ready: waits until ranks may be started, or as soon as what it is given says that this node is stopped.
     """
 
-    def __init__(self, spec: WorkerSpec, *, plan: Mapping[str, Any], node: int, tell: Tell) -> None:
-        super().__init__(spec, _OwnLogs(), exit_barrier_timeout=300)
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        plan: Mapping[str, Any],
+        node: int,
+        tell: Tell,
+        ready: Callable[[Callable[[], bool]], None] | None = None,
+    ) -> None:
+        super().__init__(spec, _OwnLogs(), start_method="fork", exit_barrier_timeout=300)
+        self._ready = ready
         self.stop, self.heeded = Flag(), Flag()
         self.deaths: Deaths | None = None
         self._attempt = len(plan["limits"]["past"]) - 1
-        self._run_id, self._node, self._tell = plan["run_id"], node, tell
+        self._sweep, self._tell = partial(sweep, plan["run_id"], node), tell
         self._limits: Mapping[str, Any] = plan["limits"]
         self._leaving = False
         self._health = _watch_of(plan, node, tell)
@@ -79,6 +90,8 @@ class NodeAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
         self._remaining_restarts = worker_group.spec.max_restarts - self._attempt
+        if self._ready is not None:
+            self._ready(self.stop.is_set)
         if self.stop.is_set():
             raise self._stopped()
         now = time.time()
@@ -111,10 +124,11 @@ class NodeAgent(LocalElasticAgent):
         self.end_ranks()
         if (failed or not ended) and self._rounds.left > 0:
             self._decide(failed=failed)
-        if not (failed or ended):
+        if failed or not ended:
             return RunResult(state=WorkerState.FAILED)
-        result: RunResult = super()._monitor_workers(worker_group)
-        return result
+        return RunResult(
+            WorkerState.SUCCEEDED, return_values={worker.global_rank: 0 for worker in worker_group.workers}
+        )
 
     def _is_over(self, *, ended: bool, failed: bool) -> bool:
         """Whether the attempt is over on this node, which then says so, or on another."""
@@ -172,7 +186,7 @@ class NodeAgent(LocalElasticAgent):
         if self.deaths is not None:
             self.deaths.kill_groups()
             self.deaths.wait(5.0)
-        sweep(self._run_id, self._node)
+        self._sweep()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self.end_ranks()

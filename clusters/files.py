@@ -79,6 +79,10 @@ class FileLine:
     def __init__(self, folder: Path, node: int) -> None:
         self._folder, self._node = folder, node
 
+    def has_words(self, timeout_s: float) -> bool:
+        """Always: the plan is there before the agent."""
+        return True
+
     def messages(self) -> Iterator[dict[str, Any]]:
         """The plan, then what the launcher says, for ever."""
         try:

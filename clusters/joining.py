@@ -31,6 +31,7 @@ class Joining:
         self._message, self._tell, self._cut_off = message, tell, cut_off
         self._plan: Mapping[str, Any] = message["plan"]
         self._node: Mapping[str, Any] = self._plan["nodes"][message["node"]]
+        self._reached = os.environ.get("SSH_CONNECTION", "").split()[2:3]
         self._held: tuple[str, socket.socket] | None = None
         self.told: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
         """Where the first node listens, once the launcher says it."""
@@ -102,8 +103,7 @@ class Joining:
 
     def _names(self) -> list[str]:
         """What others may call this node: as planned, its name, as the launcher reached it, its own idea."""
-        reached = os.environ.get("SSH_CONNECTION", "").split()[2:3]
-        return [self._plan["meeting"]["host"], self._node["name"], *reached, socket.gethostname()]
+        return [self._plan["meeting"]["host"], self._node["name"], *self._reached, socket.gethostname()]
 
 
 def _use_interface(interface: str, address: str) -> None:

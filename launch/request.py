@@ -8,6 +8,7 @@ from pathlib import Path
 
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
+from meshwright.clusters.prefork import IMPORTS
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.clusters.watching import Watch
 from meshwright.launch.errors import JobError, Problem
@@ -15,9 +16,10 @@ from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import size_lines, sized
 from meshwright.launch.spares import can_shrink, fewest_of, range_of
 from meshwright.launch.spec.conduct import Secret as SecretSource
+from meshwright.launch.spec.job import Job
 from meshwright.launch.values import fill
 
-__all__ = ["WORKER_ARGV", "job_argv", "limits_of", "request_of", "resolved_job", "run_dir_of"]
+__all__ = ["WORKER_ARGV", "imports_of", "job_argv", "limits_of", "request_of", "resolved_job", "run_dir_of"]
 
 WORKER_ARGV = (sys.executable, "-u", "-m", "meshwright.launch.worker")
 """The built-in training program, which a job without `command` runs."""
@@ -55,6 +57,17 @@ def job_argv(loaded: LoadedJob, run_id: str) -> tuple[str, ...]:
     if filled[0] in {"python", "python3"} and job.setup is None:
         return (sys.executable, *filled[1:])
     return filled
+
+
+def imports_of(job: Job) -> dict[str, str]:
+    """The variable that names what ranks of the built-in program import, as far as it is known before."""
+    if job.command is not None or job.model is None:
+        return {}
+    names = ["meshwright.launch.spec.job", "meshwright.launch.worker.train"]
+    if job.model.architecture is not None:
+        module = job.model.architecture.replace("-", "_")
+        names += ["transformers.models.auto", f"transformers.models.{module}.modeling_{module}"]
+    return {IMPORTS: " ".join(names)}
 
 
 def request_of(
@@ -141,7 +154,7 @@ def _program(loaded: LoadedJob, run_id: str, environment: Mapping[str, str] | No
         argv=job_argv(loaded, run_id),
         workdir=workdir,
         setup=job.setup,
-        env=tuple(sorted(job.env.items())),
+        env=tuple(sorted((imports_of(job) | job.env).items())),
         inherit=("*",) if "env_pass" not in loaded.keys else tuple(sorted({*BASE, *job.env_pass})),
         secrets=tuple(_secret(loaded, name, source, environment=environment) for name, source in sources),
     )

@@ -1,0 +1,204 @@
+"""A rank that is forked from its agent is like one that is executed, and dies with it as surely."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.clusters import bootstrap
+from meshwright.clusters.prefork import differing, module_of
+from meshwright.clusters.sweep import carriers, sweep
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux alone")
+
+NAME = st.sampled_from(["A", "HF_HOME", "LD_PRELOAD", "PYTHONPATH", "NCCL_DEBUG", "LC_ALL", "MESHWRIGHT_RUN_ID"])
+SOME = st.dictionaries(NAME, st.sampled_from(["", "1", "2"]))
+
+# holds a socket, handlers and threads like an agent; then ranks, which say what they see
+_AGENT = """
+import os, signal, socket, sys, threading, time
+from meshwright.clusters.carrying import make_room
+from meshwright.clusters.prefork import Imports, begin
+make_room()
+imports = Imports()
+imports.begin()
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGUSR2, lambda *_: None)
+held = socket.create_server(("127.0.0.1", 0)), *socket.socketpair()
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+threads, run_dir, workdir, *command = sys.argv[1:]
+os.environ.update(OMP_NUM_THREADS=threads, MESHWRIGHT_RUN_ID=os.path.basename(run_dir), MESHWRIGHT_NODE="0")
+os.environ["MESHWRIGHT_IMPORTS"] = "json no.such.module"
+imports.go_on(command)
+imports.await_torch()
+imports.await_all(lambda: False)
+assert imports.why_not(command) == "", imports.why_not(command)
+if not (child := os.fork()):
+    os.environ["RANK"] = "1"
+    begin(str(os.getppid()), run_dir, workdir, *command)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+_EXECUTING = """
+import os, subprocess, sys
+threads, run_dir = sys.argv[2:4]
+os.environ.update(RANK="1", OMP_NUM_THREADS=threads, MESHWRIGHT_RUN_ID=os.path.basename(run_dir), MESHWRIGHT_NODE="0")
+words = [sys.executable, "-I", "-S", sys.argv[1], str(os.getpid()), *sys.argv[3:]]
+print(subprocess.run(words, start_new_session=True).returncode)
+"""
+
+_RANK = """
+import json, os, signal, stat, sys
+shown = open("/proc/self/environ").read().split("\\0")
+CARRIED = ("MESHWRIGHT_RUN_ID", "MESHWRIGHT_NODE", "RANK")
+opened = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+seen = {
+    "argv": sys.argv,
+    "name": __name__,
+    "main": sys.modules["__main__"].__dict__ is globals(),
+    "cwd": os.getcwd(),
+    "path": sys.path[0],
+    "neighbour": __import__("neighbour").VALUE,
+    "leads": os.getpid() == os.getsid(0) == os.getpgid(0),
+    "sockets": [each for each in opened if stat.S_ISSOCK(os.fstat(each).st_mode)],
+    "stdin": os.fstat(0).st_rdev,
+    "handlers": {str(each): str(signal.getsignal(each)) for each in signal.valid_signals()},
+    "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+    "threads": __import__("torch").get_num_threads() if "threads" in sys.argv else 0,
+    "variables": {name: value for name, value in os.environ.items() if name not in ("LC_CTYPE", "MESHWRIGHT_IMPORTS")},
+    "carried": sorted({f"{name}={os.environ[name]}" for name in CARRIED} & {*shown}),
+}
+json.dump(seen, open("seen.json", "w"))
+print("to the log")
+exec(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    run_dir, workdir = tmp_path / f"run-{os.getpid()}-{time.time_ns()}", tmp_path / "work dir"
+    (run_dir / "logs").mkdir(parents=True)
+    workdir.mkdir()
+    (workdir / "ranked.py").write_text(_RANK)
+    (workdir / "neighbour.py").write_text("VALUE = 7\n")
+    return run_dir, workdir
+
+
+def _start(way: str, folders: tuple[Path, Path], *words: str, threads: int = 1) -> subprocess.Popen[str]:
+    run_dir, workdir = folders
+    head = [_AGENT] if way == "fork" else [_EXECUTING, str(bootstrap.__file__)]
+    command = [sys.executable, "-u", "-m", "ranked", *words]
+    path = os.pathsep.join(str(Path(each).absolute()) for each in sys.path if each)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", *head, str(threads), str(run_dir), str(workdir), *command],
+        env={**environment, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _seen(way: str, folders: tuple[Path, Path], *words: str, threads: int = 1) -> dict[str, Any]:
+    agent = _start(way, folders, *words, threads=threads)
+    told, _ = agent.communicate(timeout=120)
+    assert agent.returncode == 0
+    run_dir, workdir = folders
+    seen: dict[str, Any] = json.loads((workdir / "seen.json").read_text())
+    log = (run_dir / "logs" / "rank-1.log").read_text()
+    return {**seen, "code": int(told), "log": log.splitlines()[:1], "last": log.splitlines()[-1:]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 3, 2000])
+def test_a_forked_rank_sees_what_an_executed_one_sees(folders: tuple[Path, Path], threads: int) -> None:
+    words = ("raise SystemExit(7)", "a b", "$local_rank ${x}", "ü\n", "threads")
+    forked, executed = (_seen(way, folders, *words, threads=threads) for way in ("fork", "exec"))
+    for each in (forked, executed):
+        each["variables"].pop("MESHWRIGHT_ROOM", None)
+    assert forked == executed
+    assert forked["code"] == 7
+    assert forked["threads"] >= 1
+    assert forked["sockets"] == []
+    assert len(forked["carried"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [
+        ("raise ValueError('broken')", 1, "ValueError: broken"),
+        ("sys.exit('in words')", 1, "in words"),
+        ("sys.exit(300)", 300 & 0xFF, "to the log"),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM, "to the log"),
+        ("pass", 0, "to the log"),
+    ],
+)
+def test_a_forked_rank_ends_like_an_executed_one(folders: tuple[Path, Path], end: str, code: int, last: str) -> None:
+    end = f"import time; {end}"
+    forked, executed = (_seen(way, folders, end) for way in ("fork", "exec"))
+    assert (forked["code"], forked["last"]) == (executed["code"], executed["last"]) == (code, [last])
+
+
+@pytest.mark.slow
+def test_a_forked_rank_dies_with_its_agent_and_a_sweep_finds_its_children(folders: tuple[Path, Path]) -> None:
+    child = "import time; os.fork() or os.setsid(); open(f'pid-{os.getpid()}', 'w').close(); time.sleep(600)"
+    agent = _start("fork", folders, child)
+    run_dir, workdir = folders
+    end_s = time.monotonic() + 60
+    while len(list(workdir.glob("pid-*"))) < 2 and time.monotonic() < end_s:
+        time.sleep(0.05)
+    pids = {int(path.name.removeprefix("pid-")) for path in workdir.glob("pid-*")}
+    assert len(pids) == 2
+    assert set(carriers(run_dir.name, 0)) == pids
+    agent.kill()
+    agent.wait()
+    while len(set(carriers(run_dir.name, 0))) > 1 and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert sweep(run_dir.name, 0) == 1  # the child of the rank; the rank went with its agent
+    assert set(carriers(run_dir.name)) == set()
+    assert agent.stdout is not None
+    agent.stdout.close()
+
+
+@given(SOME, SOME, SOME)
+def test_what_differs_at_the_start_or_at_the_imports_is_named(
+    wanted: dict[str, str], born: dict[str, str], under: dict[str, str]
+) -> None:
+    found = differing(wanted, born=born, under=under)
+    for name in ("LD_PRELOAD", "PYTHONPATH", "LC_ALL"):
+        assert (name in found) == (wanted.get(name) != born.get(name))
+    for name in ("A", "HF_HOME"):
+        assert (name in found) == (wanted.get(name) != under.get(name))
+    assert not {"NCCL_DEBUG", "MESHWRIGHT_RUN_ID"} & {*found}
+
+
+@pytest.mark.parametrize(
+    ("born", "wanted", "late"), [("", "4", False), ("4", "4", False), ("4", "2", True), ("", "4,2", True)]
+)
+def test_a_number_of_threads_is_heeded_or_named(born: str, wanted: str, late: bool) -> None:
+    had = {"OMP_NUM_THREADS": born} if born else {}
+    assert differing({"OMP_NUM_THREADS": wanted}, born=had, under=had) == ["OMP_NUM_THREADS"] * late
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["python", "-u", "-m", "train"],
+        [sys.executable, "-m", "train"],
+        [sys.executable, "-u", "train.py"],
+        [sys.executable, "-u", "-m"],
+        [],
+    ],
+)
+def test_other_commands_are_not_taken_for_modules_of_this_interpreter(argv: list[str]) -> None:
+    assert module_of(argv) is None
