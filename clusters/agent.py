@@ -26,7 +26,7 @@ from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.files import FileLine, step_folder
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
-from meshwright.clusters.prefork import Imports, begin
+from meshwright.clusters.prefork import IMPORTS, Imports, begin
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
@@ -193,7 +193,8 @@ def _entrypoint(imports: Imports, argv: Sequence[str]) -> tuple[Any, tuple[str, 
     why = imports.why_not(argv)
     if not why:
         return begin, ()
-    sys.stderr.write(f"ranks are executed, not forked: {why}\n")
+    if os.environ.get(IMPORTS):
+        sys.stderr.write(f"ranks are executed, not forked: {why}\n")
     return sys.executable, ("-I", "-S", str(bootstrap.__file__))
 
 
