@@ -119,7 +119,7 @@ def test_the_input_of_a_block_is_let_go_once_the_block_has_gone_back(recompute: 
         lambda _: alive.append(len({each()._cdata for each in inputs if each() is not None}))
     )
     model.step({"x": torch.randn(6, 8)})
-    assert alive == [6, 5, 4]  # of blocks 0 and 1, of three micro-batches, then of two
+    assert alive == [4, 3, 2]  # the batch, of which block 0 gets parts, and what block 1 gets of each micro-batch
 
 
 def test_what_a_model_keeps_of_a_second_run_does_not_hold_what_it_made() -> None:
