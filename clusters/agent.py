@@ -24,9 +24,10 @@ from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.files import FileLine, step_folder
+from meshwright.clusters.imports import IMPORTS, Imports
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
-from meshwright.clusters.prefork import IMPORTS, Imports, begin
+from meshwright.clusters.prefork import Forks
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
@@ -150,9 +151,9 @@ class _Agent:
 
         from meshwright.clusters.elastic import NodeAgent, StoppedError
 
-        spec = self._spec()
-        ready = self.imports.await_all if spec.entrypoint is begin else None
-        self.torch_agent = NodeAgent(spec, plan=self.plan, node=self.node["index"], tell=self.channel.tell, ready=ready)
+        forks = _forks(self)
+        spec = self._spec(forks)
+        self.torch_agent = NodeAgent(spec, plan=self.plan, node=self.node["index"], tell=self.channel.tell, forks=forks)
         if self.stopped:
             return "stopped"
         try:
@@ -165,7 +166,7 @@ class _Agent:
             spec.rdzv_handler.shutdown()
         return "failed" if result.is_failed() else "succeeded"
 
-    def _spec(self) -> Any:
+    def _spec(self, forks: Forks | None) -> Any:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
 
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
@@ -174,12 +175,12 @@ class _Agent:
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
         if not near:
             _share_cores(len(self.node["ranks"]))
-        entrypoint, program = _entrypoint(self.imports, self.node["argv"])
+        program = () if forks else ("-I", "-S", str(bootstrap.__file__))
         return WorkerSpec(
             role="rank",
             local_world_size=len(self.node["ranks"]),
             rdzv_handler=self.joining.meet(),
-            entrypoint=entrypoint,
+            entrypoint=forks.begin if forks else sys.executable,
             args=(*program, *map(escape, words)),
             max_restarts=self.plan["limits"]["max_restarts"],
             monitor_interval=0.1,
@@ -188,14 +189,15 @@ class _Agent:
         )
 
 
-def _entrypoint(imports: Imports, argv: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
-    """What torch's agent starts for each rank: a function in a fork, or a program."""
-    why = imports.why_not(argv)
+def _forks(agent: _Agent) -> Forks | None:
+    """What ranks begin with where they are forked; None where they are executed, and the log says why."""
+    why = "the node was set up while it imported" if agent.plan["setup"] is not None else ""
+    why = why or agent.imports.why_not(agent.node["argv"], Path(agent.node["cwd"]))
     if not why:
-        return begin, ()
+        return Forks(agent.imports)
     if os.environ.get(IMPORTS):
         sys.stderr.write(f"ranks are executed, not forked: {why}\n")
-    return sys.executable, ("-I", "-S", str(bootstrap.__file__))
+    return None
 
 
 def _share_cores(num_ranks: int) -> None:
@@ -226,9 +228,18 @@ def _open_log(run_dir: Path, name: str) -> None:
 
 
 def _told(agent: _Agent) -> None:
+    imports = agent.imports
     try:
+        early = imports.begun
+        if not early:
+            agent.adopt()
+            imports.begin()
         agent.prepare()
-        agent.imports.await_torch()
+        imports.await_torch()
+        if early:  # who imports may be reading all variables
+            agent.adopt()
+        if agent.plan["setup"] is None:
+            imports.go_on(agent.node["argv"], Path(agent.node["cwd"]))
         state, message = agent.run(), ""
     except SetupError as error:
         state, message = "setup_failed", str(error)
@@ -267,9 +278,6 @@ def main() -> None:
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()
-    agent.adopt()
-    imports.begin()
-    imports.go_on(agent.node["argv"])
     _told(agent)
     sys.stderr.flush()
     os._exit(0)  # torch's own threads and atexit hooks have nothing left to do

@@ -8,21 +8,25 @@ there by what a sweep will know it. No variable points to the room by then: the 
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["make_room", "show"]
 
 _ROOM = "MESHWRIGHT_ROOM"
 _ROOM_BYTES = 1024
+_AGAIN = "meshwright_room"  # a word of the interpreter's: what starts it may drop variables
 _ENV_START = 47  # of the fields of /proc/PID/stat behind the name, see proc(5)
 _ENVIRON = Path("/proc/self/environ")
 
 
 def make_room() -> None:
     """Executes this program once more, with room, unless it has some; nothing may have been read or started yet."""
-    if os.environ.pop(_ROOM, None) is None and _ENVIRON.exists():
-        room = {_ROOM: " " * _ROOM_BYTES}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **room})
+    if os.environ.pop(_ROOM, None) is not None or _AGAIN in sys._xoptions or not _ENVIRON.exists():
+        return
+    words = [sys.executable, "-X", _AGAIN, *sys.orig_argv[1:]]
+    with suppress(OSError):  # such as a list of variables that is as long as can be
+        os.execve(sys.executable, words, {**os.environ, _ROOM: " " * _ROOM_BYTES})
 
 
 def show(variables: Mapping[str, str]) -> bool:

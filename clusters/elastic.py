@@ -6,7 +6,8 @@ A group restart counts once on every node, because every node starts its ranks o
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Event as Flag
@@ -19,6 +20,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from meshwright.clusters.deaths import Death, Deaths
 from meshwright.clusters.nvml import read_gpus
+from meshwright.clusters.prefork import Forks
 from meshwright.clusters.rounds import Rounds
 from meshwright.clusters.sweep import sweep
 from meshwright.clusters.watching import GpuWatch, shown_gpus, watch_from
@@ -64,7 +66,7 @@ class NodeAgent(LocalElasticAgent):
         plan: of the run, as a dictionary.
         node: index of this node.
         tell: sends an event to the launcher.
-        ready: waits until ranks may be started, or as soon as what it is given says that this node is stopped.
+        forks: where ranks are forked.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class NodeAgent(LocalElasticAgent):
         plan: Mapping[str, Any],
         node: int,
         tell: Tell,
-        ready: Callable[[Callable[[], bool]], None] | None = None,
+        forks: Forks | None = None,
     ) -> None:
         super().__init__(spec, _OwnLogs(), start_method="fork", exit_barrier_timeout=300)
-        self._ready = ready
+        self._forks = forks
         self.stop, self.heeded = Flag(), Flag()
         self.deaths: Deaths | None = None
         self._attempt = len(plan["limits"]["past"]) - 1
@@ -90,29 +92,38 @@ class NodeAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
         self._remaining_restarts = worker_group.spec.max_restarts - self._attempt
-        if self._ready is not None:
-            self._ready(self.stop.is_set)
+        if self._forks is not None:
+            self._forks.await_imports(self.stop.is_set)
         if self.stop.is_set():
             raise self._stopped()
         now = time.time()
         self._rounds.begin(self._store, self._attempt)
-        local: dict[int, Any] = super()._start_workers(worker_group)
-        pids = {worker_group.workers[rank].global_rank: pid for rank, pid in local.items()}
-        self._tell("started", attempt=self._attempt, pids=pids, time_unix_s=now)
-        attempt = self._attempt
-
-        def report(death: Death) -> None:
-            self._tell(
-                "exit",
-                attempt=attempt,
-                rank=death.rank,
-                code=death.code,
-                time_unix_s=death.time_unix_s,
-                ended_by_us=death.ended_by_us,
-            )
-
-        self.deaths = Deaths(pids, report)
+        with self._holding():
+            local: dict[int, Any] = super()._start_workers(worker_group)
+            pids = {worker_group.workers[rank].global_rank: pid for rank, pid in local.items()}
+            self._tell("started", attempt=self._attempt, pids=pids, time_unix_s=now)
+            self.deaths = Deaths(pids, partial(self._report, self._attempt))
         return local
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """While ranks are forked: none runs before its death would be seen, and nobody is at work in a driver."""
+        with ExitStack() as held:
+            if self._forks is not None:
+                held.enter_context(self._forks.together())
+                if self._health is not None:
+                    held.enter_context(self._health.still)
+            yield
+
+    def _report(self, attempt: int, death: Death) -> None:
+        self._tell(
+            "exit",
+            attempt=attempt,
+            rank=death.rank,
+            code=death.code,
+            time_unix_s=death.time_unix_s,
+            ended_by_us=death.ended_by_us,
+        )
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self.deaths is not None, "ranks are watched from their start"

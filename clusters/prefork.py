@@ -1,148 +1,104 @@
 """Ranks as forks of their agent: what they need is imported once per node, not once per rank and start.
 
-It is done where nobody can tell the difference: the command is `python -m MODULE` of the agent's own interpreter, and
-the variables of ranks are those under which the agent started and imported, but for some that are read later. CUDA
-does not survive a fork: a rank that finds it begun executes its command like any other.
-
-Whoever plans the command names the modules in a variable of its own; without it, every rank is executed.
+CUDA does not survive a fork: a rank that finds it begun executes its command like any other.
 """
 
-import gc
 import os
 import runpy
 import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib import import_module, invalidate_caches
-from threading import Thread
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import invalidate_caches
+from multiprocessing import current_process
+from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
 from meshwright.clusters.carrying import show
+from meshwright.clusters.imports import Imports, module_of
 
-__all__ = ["IMPORTS", "Imports", "begin", "differing", "module_of"]
+__all__ = ["Forks"]
 
-IMPORTS = "MESHWRIGHT_IMPORTS"
-"""Variable of ranks: the modules, divided by spaces."""
-
-_AT_START = ("GLIBC_", "LANG", "LC_", "LD_", "MALLOC_", "PYTHON")
-_COMMUNICATION = ("GLOO_", "MASTER_", "NCCL_", "TORCH_NCCL_")
-_THREADS = "OMP_NUM_THREADS"
-_LATER = ("CUDA_VISIBLE_DEVICES", "MESHWRIGHT_", _THREADS, "TORCHELASTIC_", *_COMMUNICATION)
-_LOOK_S = 0.05
 _SHOWN = ("MESHWRIGHT_RUN_ID", "MESHWRIGHT_NODE", "RANK")
+_THREADS = "OMP_NUM_THREADS"
 
 
-def module_of(argv: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
-    """The module that a command runs with this interpreter, and its arguments; None for other commands.
-
-    >>> module_of([sys.executable, "-u", "-m", "train", "--fast"]), module_of(["sh", "-c", "ls"])
-    (('train', ('--fast',)), None)
-    """
-    if list(argv[:3]) != [sys.executable, "-u", "-m"] or len(argv) < 4:
-        return None
-    return argv[3], tuple(argv[4:])
-
-
-def differing(wanted: Mapping[str, str], *, born: Mapping[str, str], under: Mapping[str, str]) -> list[str]:
-    """Variables of a rank that a fork would not heed; pure.
+class Forks:
+    """The ranks of one node.
 
     Args:
-        wanted: of the rank.
-        born: those with which the agent was executed: the loader, C and Python read some before anything else.
-        under: those under which it imported.
-
-    >>> differing({"LD_PRELOAD": "x", "NCCL_DEBUG": "INFO", "HF_HOME": "a"}, born={}, under={"HF_HOME": "a"})
-    ['LD_PRELOAD']
+        imports: of the agent, which were begun.
     """
-    names = {*wanted, *born, *under}
-    early = {name for name in names if name.startswith(_AT_START) and wanted.get(name) != born.get(name)}
-    if not _can_have_threads(wanted.get(_THREADS), born.get(_THREADS)):
-        early.add(_THREADS)
-    others = {name for name in names if not name.startswith((*_AT_START, *_LATER))}
-    return sorted(early | {name for name in others if wanted.get(name) != under.get(name)})
 
+    def __init__(self, imports: Imports) -> None:
+        self._imports = imports
+        self._main = current_process()
+        self._gate: tuple[int, int] | None = None
+        self._blocked: Iterable[int] = ()
 
-def _can_have_threads(wanted: str | None, born: str | None) -> bool:
-    """OpenMP has read its number long ago; a process that started without one can still be given fewer threads."""
-    return wanted == born or (born is None and wanted is not None and wanted.isdecimal())
+    def await_imports(self, stopped: Callable[[], bool]) -> None:
+        """Until ranks can be forked, or this node is told to stop."""
+        self._imports.await_all(stopped)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around the forks of one set of ranks: none runs before the end.
 
-class Imports:
-    """Modules that are imported in a thread meanwhile: torch's agent first, then what ranks will need."""
+        Whoever starts a process of multiprocessing reaps those that have ended, whose codes would be lost; and a
+        handler of the agent must not run in a fork.
+        """
+        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._gate = os.pipe()
+        try:
+            yield
+        finally:
+            for each in self._gate:
+                os.close(each)
+            self._gate = None
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
-    def __init__(self) -> None:
-        self._born = dict(os.environ)
-        self._under: Mapping[str, str] = {}
-        self._first: Thread | None = None
-        self._rest: Thread | None = None
+    def begin(self, agent: str, run_dir: str, workdir: str, *command: str) -> NoReturn:
+        """Becomes a rank, in the fork.
 
-    def begin(self) -> None:
-        """Starts with torch, under the variables that there are now; a second call does nothing."""
-        if self._first is None:
-            self._under = dict(os.environ)
-            self._first = Thread(target=_import, args=(["meshwright.clusters.elastic"],), name="torch", daemon=True)
-            self._first.start()
+        Args:
+            agent: process id of the parent.
+            run_dir: of the run.
+            workdir: working directory.
+            command: of the rank, see `module_of`.
+        """
+        code = 1
+        try:
+            os.setsid()
+            _drop_handlers()
+            self._join()
+            _drop_sockets()
+            bootstrap.settle(int(agent), run_dir=run_dir, workdir=workdir, command=list(command))
+            if not show({name: os.environ[name] for name in _SHOWN if name in os.environ}) or self._is_unfit():
+                bootstrap.become(list(command))
+            _be_a_main_program(self._main)
+            code = _run(command)
+        except BaseException:
+            traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
 
-    def go_on(self, argv: Sequence[str]) -> None:
-        """Imports what ranks of a command need after that; what cannot be imported is theirs to report."""
-        if not self.why_not(argv):
-            self._rest = Thread(target=self._go_on, args=(os.environ[IMPORTS].split(),), name="imports", daemon=True)
-            self._rest.start()
+    def _join(self) -> None:
+        """Waits until all have been forked, or the agent has died; signals come again."""
+        if self._gate is not None:
+            reading, writing = self._gate
+            os.close(writing)
+            os.read(reading, 1)
+            os.close(reading)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
-    def _go_on(self, modules: Sequence[str]) -> None:
-        self.await_torch()
-        _import(modules)
-
-    def await_torch(self) -> None:
-        """Until torch's agent is there, or cannot be imported."""
-        assert self._first is not None, "begin comes first"
-        self._first.join()
-
-    def await_all(self, stopped: Callable[[], bool]) -> None:
-        """Until all is there, or this node is told to stop."""
-        while self._rest is not None and self._rest.is_alive() and not stopped():
-            self._rest.join(_LOOK_S)
-        gc.freeze()  # pages that a collection writes to would not stay shared
-
-    def why_not(self, argv: Sequence[str]) -> str:
-        """Why ranks of a command cannot be forked, in words; empty if they can."""
-        if sys.platform != "linux" or module_of(argv) is None or not os.environ.get(IMPORTS):
-            return f"nothing is imported for {' '.join(argv[:4])}"
-        names = differing(os.environ, born=self._born, under=self._under)
-        return f"{', '.join(names)} would come too late" if names else ""
-
-
-def _import(modules: Sequence[str]) -> None:
-    for name in modules:
-        with suppress(Exception):  # who needs it then is told why
-            import_module(name)
-
-
-def begin(agent: str, run_dir: str, workdir: str, *command: str) -> NoReturn:
-    """Becomes a rank, in the fork.
-
-    Args:
-        agent: process id of the parent.
-        run_dir: of the run.
-        workdir: working directory.
-        command: of the rank, see `module_of`.
-    """
-    os.setsid()
-    _drop_handlers()
-    _drop_sockets()
-    bootstrap.settle(int(agent), run_dir=run_dir, workdir=workdir, command=list(command))
-    shown = show({name: os.environ[name] for name in _SHOWN if name in os.environ})
-    if not shown or _cuda_is_lost():
-        bootstrap.become(list(command))
-    code = _run(command)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(code)
+    def _is_unfit(self) -> bool:
+        """Whether CUDA was begun before, or an import was broken off that may go well elsewhere."""
+        torch = sys.modules.get("torch")
+        return bool(self._imports.failed) or (torch is not None and torch.cuda._is_in_bad_fork())
 
 
 def _drop_handlers() -> None:
@@ -162,16 +118,37 @@ def _drop_sockets() -> None:
     os.close(null)
 
 
-def _cuda_is_lost() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda._is_in_bad_fork()
+def _be_a_main_program(main: object) -> None:
+    """Forgets what a process of multiprocessing is told, and draws random numbers of its own, as at a start.
+
+    Args:
+        main: what multiprocessing holds for a main program.
+    """
+    import tempfile
+    from multiprocessing import context, process
+
+    contexts: Any = context
+    processes: Any = process
+    contexts._default_context._actual_context = None
+    processes._parent_process, processes._current_process = None, main
+    tempfile.tempdir = None
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    _limit_threads()
+
+
+def _limit_threads() -> None:
+    """MKL reads the number at its first use, so in the rank; other libraries have read it in the agent."""
+    torch, wanted = sys.modules.get("torch"), os.environ.get(_THREADS, "")
+    if torch is not None and wanted.isdecimal() and 0 < int(wanted) < torch.get_num_threads():
+        torch.set_num_threads(int(wanted))
 
 
 def _run(command: Sequence[str]) -> int:
     found = module_of(command)
     assert found is not None, command
     module, arguments = found
-    _limit_threads()
     if not sys.flags.safe_path:
         sys.path[0] = os.getcwd()
         invalidate_caches()
@@ -180,17 +157,7 @@ def _run(command: Sequence[str]) -> int:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as error:
         return _code_of(error)
-    except BaseException:
-        traceback.print_exc()
-        return 1
     return 0
-
-
-def _limit_threads() -> None:
-    """MKL reads the number at its first use, so in the rank; other libraries have read it in the agent."""
-    torch, wanted = sys.modules.get("torch"), os.environ.get(_THREADS)
-    if torch is not None and wanted is not None and torch.get_num_threads() > int(wanted):
-        torch.set_num_threads(int(wanted))
 
 
 def _code_of(error: SystemExit) -> int:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from meshwright.clusters.gpus import NO_DRIVER, NO_GPU, NO_LIBRARY, Gpu, GpuReport, Xid
@@ -107,6 +107,8 @@ class GpuWatch:
     ) -> None:
         self._watch, self._gpus, self._tell, self._read = watch, gpus, tell, read
         self._before: Collection[Xid] | None = None
+        self.still = Lock()
+        """Held by who forks: a fork in the middle of a question to the driver could never ask one."""
         self._known: dict[str, float] = {}
 
     def start(self) -> None:
@@ -119,7 +121,8 @@ class GpuWatch:
 
     def look(self) -> bool:
         """Looks once and tells what is new; tells whether there is anything to look at."""
-        report, now = self._read(), round(time.time(), 3)
+        with self.still:
+            report, now = self._read(), round(time.time(), 3)
         if self._before is None:
             self._before = report.xids or ()
             if report.state in (NO_LIBRARY, NO_DRIVER, NO_GPU):

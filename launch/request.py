@@ -8,7 +8,7 @@ from pathlib import Path
 
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
 from meshwright.clusters.environment import BASE
-from meshwright.clusters.prefork import IMPORTS
+from meshwright.clusters.imports import IMPORTS
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.clusters.watching import Watch
 from meshwright.launch.errors import JobError, Problem

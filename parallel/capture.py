@@ -130,11 +130,14 @@ class Flow:
         if self._coroutine is not None and not self.ended:
             self._enter(self._coroutine.throw)
 
-    def forget(self) -> None:
-        """Lets go of the graph, after backward."""
-        self.arguments = ((), {})
+    def detach(self) -> None:
+        """Lets go of the graph of the result, once it has been gone through: every earlier stage's hangs on it."""
         if self.result is not None:
             self.result = tuple(map(_detached, self.result))
+
+    def forget(self) -> None:
+        """Lets go of the rest, after backward."""
+        self.arguments = ((), {})
         self.frames.clear()
         self.cuts.forget()
 

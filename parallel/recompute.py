@@ -158,6 +158,8 @@ class Frame:
 
     def forget(self) -> None:
         """Lets go of everything, after backward."""
+        if self._found is not None:
+            self._found.clear()  # a cache of the model's may hold the second run's graph, and that this list
         self._found, self._given, self._leaves, self._hosted = [], None, [], []
         self._versions, self._buffers = [], []
 

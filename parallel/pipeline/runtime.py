@@ -145,6 +145,7 @@ class _Run:
         self._of_pass[kind](each, stage)
         if kind in _DONE_WITH:
             _all(each.frames(stage), Frame.forget)
+            each.flow.detach()
             if each.back.is_done:
                 each.flow.forget()
         elif kind is Kind.FORWARD:

@@ -95,6 +95,52 @@ def test_only_named_blocks_run_twice_and_keep_nothing() -> None:
     assert _counted(recompute="blocks")[1] <= 2
 
 
+class _Row(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("recompute", [None, "blocks"])
+def test_the_input_of_a_block_is_let_go_once_the_block_has_gone_back(recompute: str | None) -> None:
+    module, inputs, alive = _Row(), list[Any](), list[int]()
+    for block in module.blocks:
+        block.register_forward_pre_hook(lambda _, given: inputs.append(ref(given[0].untyped_storage())))
+    model = mw.parallelize(module, mw.Mesh(), **{**_LAYERED, "recompute": recompute})
+    weight = next(each for name, each in module.named_parameters() if name == "blocks.1.weight")
+    weight.register_post_accumulate_grad_hook(
+        lambda _: alive.append(len({each()._cdata for each in inputs if each() is not None}))
+    )
+    model.step({"x": torch.randn(6, 8)})
+    assert alive == [4, 3, 2]  # the batch, of which block 0 gets parts, and what block 1 gets of each micro-batch
+
+
+def test_what_a_model_keeps_of_a_second_run_does_not_hold_what_it_made() -> None:
+    cache, made = list[Tensor](), list[Any]()
+
+    def work(value: Tensor) -> Tensor:
+        inner = value.exp()
+        made.append(ref(inner.untyped_storage()))
+        cache.append(inner.sum())
+        return inner * inner
+
+    leaf = torch.randn(4, requires_grad=True)
+    frame = Frame("square", work, ((leaf,), {}), leaves={id(leaf): leaf})
+    output = frame.run()
+    frame.recompute()
+    output.sum().backward()
+    frame.forget()
+    assert len(cache) == 2
+    assert [each() for each in made] == [None, None]
+
+
 def test_nothing_holds_a_model_that_is_let_go() -> None:
     build_model, build_batch = FAMILIES["llama"]
     model = build_model()
