@@ -31,29 +31,39 @@ class Kernels(TorchFunctionMode):
         num_keys: how many times as many keys as it is given attention meets.
         fetched: what is sent for an attention of given query, key and value, forward and backward.
         on_cpu: whether a CPU runs it, where torch fuses no attention that drops and dropout keeps what it drew.
+        plugged: whether attention goes to this library's kernels, which keep no scores anywhere.
     """
 
     may_draw = False
 
     def __init__(
-        self, tracer: Any, num_keys: int = 1, fetched: "Fetched | None" = None, *, on_cpu: bool = False
+        self,
+        tracer: Any,
+        num_keys: int = 1,
+        fetched: "Fetched | None" = None,
+        *,
+        on_cpu: bool = False,
+        plugged: bool = False,
     ) -> None:
         super().__init__()
         self._tracer = tracer
         self._num_keys = num_keys
         self._fetched = fetched
-        self._on_cpu = on_cpu
+        self._on_cpu, self._plugged = on_cpu, plugged
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces the three, and passes every other call on."""
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and not (self._on_cpu and _dropped(*args, **kwargs)):
+        if func is functional.scaled_dot_product_attention and self._is_fused(*args, **kwargs):
             return self._attend(*args, **kwargs)
         if func is functional.dropout and not self._on_cpu:
             return _drop(*args, **kwargs)
         if func is torch._grouped_mm and (args[0].dim(), args[1].dim()) == (2, 3):
             return grouped_on_shapes(args[0], args[1], told=partial(self._count, args[0], args[1]))
         return func(*args, **kwargs)
+
+    def _is_fused(self, *args: Any, **kwargs: Any) -> bool:
+        return self._plugged or not (self._on_cpu and _dropped(*args, **kwargs))
 
     def _count(self, rows: Tensor, matrices: Tensor) -> None:
         """One product of rows that are spread evenly."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -12,6 +13,14 @@ from meshwright.parallel.operations import Tally, storage_of
 from meshwright.parallel.work import Passes, Work
 
 __all__ = ["Books"]
+
+
+@dataclass
+class _Since:
+    """What happened since the start of a block: bytes of gradients, and of what was kept and let go."""
+
+    made_bytes: int = 0
+    left_bytes: int = 0
 
 
 class Books:
@@ -25,8 +34,8 @@ class Books:
         self._users: dict[int, dict[str, None]] = {}  # and who used them, in order
         self._known: set[int] = set()
         self._start_bytes = 0
-        self._made_bytes = self._grown_bytes = 0  # gradients since the start, and the peak if they all stayed
-        self._left_bytes = self._held_bytes = 0  # of what was kept, let go since the start; the peak if it stayed
+        self._since = _Since()
+        self._grown_bytes = self._held_bytes = 0  # the peaks, if all gradients stayed, and all that was kept
         self._refs: list[Any] = []
 
     def open(self, constant: Iterable[Tensor], trained: Iterable[Tensor]) -> None:
@@ -43,8 +52,8 @@ class Books:
         """Told of what an operation made."""
         for each in made:
             self._live.note(each.untyped_storage())
-        self._grown_bytes = max(self._grown_bytes, self._live.now_bytes + self._made_bytes)
-        self._held_bytes = max(self._held_bytes, self._live.now_bytes + self._left_bytes)
+        self._grown_bytes = max(self._grown_bytes, self._live.now_bytes + self._since.made_bytes)
+        self._held_bytes = max(self._held_bytes, self._live.now_bytes + self._since.left_bytes)
 
     def use(self, name: str, given: Iterable[Tensor]) -> None:
         """Told of what an operation of a block's forward reads."""
@@ -67,17 +76,23 @@ class Books:
         if storage in self._known:
             return
         self._known.add(storage)
+        since, reread_bytes = self._since, size_bytes if storage in self._given.get(name, ()) else 0
         tally.saved_bytes += size_bytes
+        self._reread[name] += reread_bytes
 
         def gone(_: Any) -> None:
-            self._left_bytes += size_bytes
+            self._known.discard(storage)  # another may come to lie there
+            if since is self._since:  # the history was dropped while the block still ran
+                tally.saved_bytes -= size_bytes
+                self._reread[name] -= reread_bytes
+            else:
+                self._since.left_bytes += size_bytes
 
         self._refs.append(ref(tensor.untyped_storage(), gone))
-        self._reread[name] += size_bytes if storage in self._given.get(name, ()) else 0
 
     def take(self, parameter: Tensor) -> None:
         """Told of a gradient, which is let go."""
-        self._made_bytes += 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
+        self._since.made_bytes += 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
 
     def turn(self, tally: Tally | None, *, was_backward: bool) -> None:
@@ -89,7 +104,7 @@ class Books:
             tally.growing_bytes = max(tally.growing_bytes, self._grown_bytes - base)
             tally.holding_bytes = max(tally.holding_bytes, self._held_bytes - base)
         self._start_bytes = live.peak_bytes = self._grown_bytes = self._held_bytes = live.now_bytes
-        self._made_bytes = self._left_bytes = 0
+        self._since = _Since()
 
     def of(self, name: str, *, forward: Work, backward: Work) -> Passes:
         """A block in both directions."""

@@ -83,9 +83,8 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     streams = () if plan is None else plan.streams
     ends = {name for stream in streams for name in (stream.blocks[0], stream.blocks[-1])}  # which deal and join it
     tracer = Tracer(alike_blocks(find_blocks(model, options.blocks), ends))
-    kernels = Kernels(tracer, how.get("num_positions", 1), how.get("fetched"), on_cpu=how.get("on_cpu", False))
     try:
-        with shapes_only(), kernels:
+        with shapes_only(), _kernels(tracer, options, how):
             mine, attends = _prepared(tracer, model, options, how=how)
             blocks = find_blocks(mine, options.blocks)
             with attends:
@@ -95,6 +94,12 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
             f"the model cannot be run on shapes: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     return tracer.traced(blocks)
+
+
+def _kernels(tracer: "Tracer", options: Options, how: TraceKeywords) -> Kernels:
+    fetched = how.get("fetched")
+    plugs = options.sizes is not None or fetched is not None
+    return Kernels(tracer, how.get("num_positions", 1), fetched, on_cpu=how.get("on_cpu", False), plugged=plugs)
 
 
 def _prepared(

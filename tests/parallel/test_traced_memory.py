@@ -79,6 +79,13 @@ def test_inputs_that_a_block_keeps_itself_are_not_kept_twice() -> None:
     assert block.input_bytes == block.reread_bytes == block.forward.saved_bytes == STREAM
 
 
+def test_attention_that_goes_to_own_kernels_keeps_no_scores_on_a_cpu_either() -> None:
+    options = Options.of(example=torch.zeros(2, 4, 8), blockwise={"query_block": 2})
+    found, gpu = trace(_Tied(0.1), options, on_cpu=True).after.forward, _traced(0.1).after.forward
+    assert len(found.attentions) == 1
+    assert found.saved_bytes == gpu.saved_bytes + (4 - 1) * 2 * 4 * 8  # a mask of dropout, in whole numbers there
+
+
 def test_what_was_recomputed_is_held_to_the_end_of_backward() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

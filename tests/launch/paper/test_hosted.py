@@ -21,6 +21,8 @@ JOBS = {
     "inputs": Small(parallel={"dp": 2, **HOSTED}),
     "inputs of a pipeline": Small(parallel={"pp": 2, **HOSTED, "schedule": "1f1b"}),
     "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}),
+    "feed-forward and loss by blocks": Small(parallel={"dp": 2, "blockwise": {"ffn_block": 64, "loss_block": 64}}),
+    "shards and spans": Small(parallel={"fsdp": 2, **HOSTED, "blockwise": {"layer_block": 64, "loss_block": 64}}),
     "inputs of spans": Small(parallel={"dp": 2, **HOSTED, "blockwise": {"layer_block": 64}}),
 }
 
