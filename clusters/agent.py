@@ -35,6 +35,7 @@ from meshwright.clusters.sweep import sweep
 __all__ = ["main"]
 
 _HEED_S = 3.0
+_AT_ONCE_S = 0.05  # who is started with a plan finds it there
 
 
 class _Agent:
@@ -189,10 +190,16 @@ class _Agent:
         )
 
 
+def _why_executed(agent: _Agent) -> str:
+    """Why ranks are not forked, in words; empty if they are."""
+    if agent.plan["setup"] is not None:
+        return "the node was set up while it imported"
+    return agent.imports.why_not(agent.node["argv"], Path(agent.node["cwd"]))
+
+
 def _forks(agent: _Agent) -> Forks | None:
     """What ranks begin with where they are forked; None where they are executed, and the log says why."""
-    why = "the node was set up while it imported" if agent.plan["setup"] is not None else ""
-    why = why or agent.imports.why_not(agent.node["argv"], Path(agent.node["cwd"]))
+    why = _why_executed(agent)
     if not why:
         return Forks(agent.imports)
     if os.environ.get(IMPORTS):
@@ -238,8 +245,8 @@ def _told(agent: _Agent) -> None:
         imports.await_torch()
         if early:  # who imports may be reading all variables
             agent.adopt()
-        if agent.plan["setup"] is None:
-            imports.go_on(agent.node["argv"], Path(agent.node["cwd"]))
+        if not _why_executed(agent):
+            imports.go_on(Path(agent.node["cwd"]))
         state, message = agent.run(), ""
     except SetupError as error:
         state, message = "setup_failed", str(error)
@@ -266,7 +273,7 @@ def main() -> None:
     """Runs one node; imports meanwhile, so that it heeds the launcher and says what is wrong before."""
     make_room()
     imports, line = Imports(), _line(sys.argv[1:])
-    if not line.has_words(_HEED_S / 10):  # the launcher is still reading the job
+    if not line.has_words(_AT_ONCE_S):  # the launcher is still reading the job
         imports.begin()
     messages = line.messages()
     first = next(messages, None)

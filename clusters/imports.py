@@ -97,15 +97,13 @@ class Imports:
         assert self._first is not None, "begin comes first"
         self._first.join()
 
-    def go_on(self, argv: Sequence[str], workdir: Path) -> None:
-        """Imports what ranks of a command need, as from their directory, once torch is there."""
-        if not self.why_not(argv, workdir):
-            if not sys.flags.safe_path:
-                sys.path[0] = str(workdir)
-                invalidate_caches()
-            wanted = os.environ[IMPORTS].split()
-            self._rest = Thread(target=self._import, args=(wanted,), name="imports", daemon=True)
-            self._rest.start()
+    def go_on(self, workdir: Path) -> None:
+        """Imports what ranks need, as from their directory; see `why_not`, and await torch, before."""
+        if not sys.flags.safe_path:
+            sys.path[0] = str(workdir)
+            invalidate_caches()
+        self._rest = Thread(target=self._import, args=(os.environ[IMPORTS].split(),), name="imports", daemon=True)
+        self._rest.start()
 
     def _import(self, modules: Sequence[str]) -> None:
         for name in modules:

@@ -86,7 +86,7 @@ def test_modules_are_looked_for_where_ranks_look(begin: Begin, tmp_path: Path, m
     name = f"module_{time.time_ns()}"
     (tmp_path / f"{name}.py").write_text("VALUE = 1\n")
     begun = begin(name)
-    begun.go_on(COMMAND, tmp_path)
+    begun.go_on(tmp_path)
     begun.await_all(lambda: False)
     assert sys.modules[name].VALUE == 1
     assert begun.failed == []
@@ -99,7 +99,7 @@ def test_an_import_that_breaks_off_is_remembered_and_one_of_nothing_is_not(
     name = f"module_{time.time_ns()}"
     (tmp_path / f"{name}.py").write_text("import no_such_thing\n")
     begun = begin(f"{name} no_such_package.inner json.no_such_part")
-    begun.go_on(COMMAND, tmp_path)
+    begun.go_on(tmp_path)
     begun.await_all(lambda: False)
     assert begun.failed == [f"{name}: No module named 'no_such_thing'"]
 

@@ -35,7 +35,7 @@ threads, run_dir, workdir, *command = sys.argv[1:]
 os.environ.update(OMP_NUM_THREADS=threads, MESHWRIGHT_RUN_ID=os.path.basename(run_dir), MESHWRIGHT_NODE="0")
 os.environ["MESHWRIGHT_IMPORTS"] = "json numpy no.such.module"
 imports.await_torch()
-imports.go_on(command, Path(workdir))
+imports.go_on(Path(workdir))
 forks = Forks(imports)
 forks.await_imports(lambda: False)
 assert imports.why_not(command, Path(workdir)) == "", imports.why_not(command, Path(workdir))
