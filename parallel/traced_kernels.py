@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from meshwright.parallel.blockwise.attention import attend
+from meshwright.parallel.blockwise.masks import causal
+from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.meta import MetaAnswers, grouped_on_shapes, unnoticed
 from meshwright.parallel.operations import precision_of
 from meshwright.parallel.work import FUSED_BACKWARD, Attention, Product, Sent
@@ -23,6 +26,9 @@ Fetched = Callable[[Tensor, Tensor, Tensor], tuple[Sequence[Sent], Sequence[Sent
 """What a rank sends for one attention, from its query, key and value [..., heads, positions, width]."""
 
 
+_MOST_BLOCKS = 16  # of queries, and of keys, that are gone through one by one
+
+
 class Kernels(TorchFunctionMode):
     """Inside, attention keeps its inputs, its output and one number a query, and dropout a mask of one byte.
 
@@ -31,7 +37,7 @@ class Kernels(TorchFunctionMode):
         num_keys: how many times as many keys as it is given attention meets.
         fetched: what is sent for an attention of given query, key and value, forward and backward.
         on_cpu: whether a CPU runs it, where torch fuses no attention that drops and dropout keeps what it drew.
-        plugged: whether attention goes to this library's kernels, which keep no scores anywhere.
+        sizes: of blocks, where attention goes to this library's kernels, which keep no scores anywhere.
     """
 
     may_draw = False
@@ -43,13 +49,13 @@ class Kernels(TorchFunctionMode):
         fetched: "Fetched | None" = None,
         *,
         on_cpu: bool = False,
-        plugged: bool = False,
+        sizes: Blockwise | None = None,
     ) -> None:
         super().__init__()
         self._tracer = tracer
         self._num_keys = num_keys
         self._fetched = fetched
-        self._on_cpu, self._plugged = on_cpu, plugged
+        self._on_cpu, self._sizes = on_cpu, sizes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces the three, and passes every other call on."""
@@ -63,7 +69,12 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_fused(self, *args: Any, **kwargs: Any) -> bool:
-        return self._plugged or not (self._on_cpu and _dropped(*args, **kwargs))
+        return self._is_own or not (self._on_cpu and _dropped(*args, **kwargs))
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether this library's kernels attend."""
+        return self._sizes is not None or self._fetched is not None
 
     def _count(self, rows: Tensor, matrices: Tensor) -> None:
         """One product of rows that are spread evenly."""
@@ -78,15 +89,35 @@ class Kernels(TorchFunctionMode):
         """Attention [..., heads, queries, width]; a mask that is given has all scores computed."""
         given = _given(others, named)
         mask, is_causal = given.get("attn_mask"), given.get("is_causal", False)
+        if self._sizes is not None and self._fetched is None and given.get("dropout_p", 0.0) > 0 and query.dim() == 4:
+            return self._by_blocks(query, key, value, given)
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
         seen = query[..., 0].numel() * key.shape[-2] * self._num_keys * (0.5 if is_causal else 1.0)
         flops = 2 * seen * (query.shape[-1] + value.shape[-1])
         mask_bytes = 0 if mask is None else mask.numel() * mask.itemsize
+        masks = [] if mask is None or self._is_own else [_as_scores(mask, query.dtype)]
         sent = self._fetched(query, key, value) if self._fetched is not None else ((), ())
         asked = _Asked(self._tracer, Attention(flops, seen, precision_of(query)), mask_bytes, sent)
-        found: Tensor = _Attend.apply(asked, query, key, value)  # type: ignore[no-untyped-call]
+        found: Tensor = _Attend.apply(asked, query, key, value, *masks)  # type: ignore[no-untyped-call]
         return found
+
+    def _by_blocks(self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+        """Attention that drops, which no fused kernel computes as this library's own do: run itself, on shapes."""
+        assert self._sizes is not None, "goes to torch's kernels"
+        mask, tally = given.get("attn_mask"), self._tracer.tally()
+        if tally is not None and mask is not None:
+            tally.moved_bytes += mask.numel() * mask.itemsize
+        return attend(
+            query,
+            key,
+            value,
+            mask=causal() if given.get("is_causal") else None,
+            scale=given.get("scale"),
+            dropout_p=given["dropout_p"],
+            query_block=max(self._sizes.query_block, -(-query.shape[-2] // _MOST_BLOCKS)),
+            kv_block=max(self._sizes.kv_block, -(-key.shape[-2] // _MOST_BLOCKS)),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,10 +144,10 @@ class _Asked:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, asked: _Asked, *given: Tensor) -> Tensor:
-        query, _, value = given
+        query, _, value, *_ = given
         output = _positions_first(query, value.shape[-1])
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(*given, output, sums)
+        ctx.save_for_backward(*given[:3], output, sums, *given[3:])
         ctx.asked = asked
         asked.count()
         return output
@@ -124,7 +155,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ctx.asked.count(backward=True)
-        return None, *(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+        made = [torch.empty_like(each) for each in ctx.saved_tensors[:3]]
+        return None, *made, *(None for _ in ctx.saved_tensors[5:])
 
 
 def _positions_first(query: Tensor, width: int) -> Tensor:
@@ -133,6 +165,11 @@ def _positions_first(query: Tensor, width: int) -> Tensor:
         return query.new_empty((*query.shape[:-1], width))
     *outer, heads, queries, _ = query.shape
     return query.new_empty((*outer, queries, heads, width)).transpose(-3, -2)
+
+
+def _as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as torch's kernels take and keep it: one that says yes or no is made into what is added to scores."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, 0.0) if mask.dtype is torch.bool else mask
 
 
 def _dropped(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> bool:

@@ -32,6 +32,8 @@ class Books:
         self._reread: Counter[str] = Counter()
         self._trained: dict[int, int] = {}  # storages of parameters -> bytes
         self._users: dict[int, dict[str, None]] = {}  # and who used them, in order
+        self._of_weights: set[int] = set()  # storages of parameters, and of what is made of nothing else
+        self._waiting: Counter[str] = Counter()
         self._known: set[int] = set()
         self._start_bytes = 0
         self._since = _Since()
@@ -47,6 +49,7 @@ class Books:
         """
         self._known = {storage_of(each) for each in constant}
         self._trained = {storage_of(each): each.untyped_storage().nbytes() for each in trained}
+        self._of_weights = set(self._trained)
 
     def note(self, made: Iterable[Tensor]) -> None:
         """Told of what an operation made."""
@@ -55,13 +58,27 @@ class Books:
         self._grown_bytes = max(self._grown_bytes, self._live.now_bytes + self._since.made_bytes)
         self._held_bytes = max(self._held_bytes, self._live.now_bytes + self._since.left_bytes)
 
-    def use(self, name: str, given: Iterable[Tensor]) -> None:
-        """Told of what an operation of a block's forward reads."""
-        for storage in map(storage_of, given):
+    def use(self, name: str, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
+        """Told of what an operation of a block's forward reads and makes."""
+        read = [*map(storage_of, given)]
+        for storage in read:
             if storage in self._trained:
                 users = self._users.setdefault(storage, {})
                 users.pop(name, None)
                 users[name] = None
+        of_weights = [storage in self._of_weights for storage in read]
+        if any(of_weights):
+            for each in made:
+                self._go_on(name, each, only=all(of_weights))
+
+    def _go_on(self, name: str, made: Tensor, *, only: bool) -> None:
+        """What is made of weights only is as they are; where others meet them, backward turns off to weights."""
+        storage = storage_of(made)
+        if not only:
+            self._waiting[name] += made.numel() * made.itemsize  # the gradient that arrives there
+        elif storage not in self._of_weights:
+            self._of_weights.add(storage)
+            self._refs.append(ref(made.untyped_storage(), lambda _: self._of_weights.discard(storage)))
 
     def give(self, name: str, inputs: Iterable[Tensor]) -> None:
         """Told of a block's inputs when it is first called."""
@@ -114,6 +131,7 @@ class Books:
             backward=backward,
             input_bytes=float(sum(self._given.get(name, {}).values())),
             reread_bytes=float(self._reread[name]),
+            waiting_bytes=float(self._waiting[name]),
             made_bytes=float(sum(self._trained[storage] for storage in last)),
             is_tied=any(name in users and len(users) > 1 for users in self._users.values()),
         )

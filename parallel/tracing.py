@@ -97,9 +97,8 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
 
 
 def _kernels(tracer: "Tracer", options: Options, how: TraceKeywords) -> Kernels:
-    fetched = how.get("fetched")
-    plugs = options.sizes is not None or fetched is not None
-    return Kernels(tracer, how.get("num_positions", 1), fetched, on_cpu=how.get("on_cpu", False), plugged=plugs)
+    num_keys, on_cpu, sizes = how.get("num_positions", 1), how.get("on_cpu", False), options.sizes
+    return Kernels(tracer, num_keys, how.get("fetched"), on_cpu=on_cpu, sizes=sizes)
 
 
 def _prepared(
@@ -177,7 +176,7 @@ class Tracer(TorchDispatchMode):
             self._books.note(tensors_of(made))
             name, is_backward = self._at
             if name is not None and not is_backward:
-                self._books.use(name, tensors_of((args, kwargs)))
+                self._books.use(name, tensors_of((args, kwargs)), tensors_of(made))
             tally.note(func, args, kwargs or {}, made=made)
         return made
 

@@ -154,6 +154,7 @@ class Passes:
         backward: of the same.
         input_bytes: of what it is given and gradients go back to: all that is kept of a block that is recomputed.
         reread_bytes: the part of what forward keeps that is such an input itself.
+        waiting_bytes: of gradients that wait between the halves of a backward, where paths to weights turn off.
         made_bytes: of gradients of parameters that nothing before it in backward has used.
         is_tied: whether it uses a parameter that others use, too.
     """
@@ -162,6 +163,7 @@ class Passes:
     backward: Work
     input_bytes: float = 0.0
     reread_bytes: float = 0.0
+    waiting_bytes: float = 0.0
     made_bytes: float = 0.0
     is_tied: bool = False
 

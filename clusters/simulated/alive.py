@@ -117,6 +117,8 @@ class Walk:
         if action.kind is Kind.RECOMPUTE:
             self._again(action)
             return
+        if action.kind is Kind.WEIGHT_GRADIENT:  # of all that a stage makes before any is added
+            self.moment(sum(each.made_bytes for each in pieces.values()))
         for name, each in reversed(pieces.items()):
             self._backward(name, each, action)
         if action.kind in _MAKES:
@@ -171,7 +173,10 @@ class Walk:
         self._gone_back[name] += makes
         first, last = self._gone_back[name] == 1, self._gone_back[name] == self._paper.schedule.num_microbatches
         piles = (first and self._engine.grows(is_last=last)) or self._at_once(name, action.stage)
-        self.moment(_working(each.backward, grows=makes and piles, holds=recomputed))
+        if action.kind is not Kind.WEIGHT_GRADIENT:
+            self.moment(_working(each.backward, grows=makes and piles, holds=recomputed))
+        if action.kind is not Kind.BACKWARD:
+            self.kept += -each.waiting_bytes if makes else each.waiting_bytes
         if makes:
             self.kept -= each.input_bytes if recomputed else each.forward.saved_bytes
             self.kept -= self._border(name) + (_remade(each) if recomputed and key in self._remade else 0.0)

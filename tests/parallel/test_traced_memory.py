@@ -79,11 +79,43 @@ def test_inputs_that_a_block_keeps_itself_are_not_kept_twice() -> None:
     assert block.input_bytes == block.reread_bytes == block.forward.saved_bytes == STREAM
 
 
-def test_attention_that_goes_to_own_kernels_keeps_no_scores_on_a_cpu_either() -> None:
+def test_attention_that_drops_by_own_kernels_is_what_these_compute_and_keeps_no_scores() -> None:
     options = Options.of(example=torch.zeros(2, 4, 8), blockwise={"query_block": 2})
     found, gpu = trace(_Tied(0.1), options, on_cpu=True).after.forward, _traced(0.1).after.forward
-    assert len(found.attentions) == 1
+    assert len(found.attentions) == 0
+    assert len(found.products) == len(gpu.products) + 2 * 2  # two for each block of queries
+    assert found.drawn > gpu.drawn  # the seed
     assert found.saved_bytes == gpu.saved_bytes + (4 - 1) * 2 * 4 * 8  # a mask of dropout, in whole numbers there
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_a_mask_that_says_yes_or_no_is_kept_as_scores_by_torch_alone(by_blocks: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self, masked: bool) -> None:
+            super().__init__()
+            self.masked = masked
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool) if self.masked else None
+            return functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    example, sizes = torch.zeros(2, 8, 4), {"query_block": 4} if by_blocks else None
+    options = Options.of(example=example, blockwise=sizes)
+    both = [trace(_Summed(lambda masked=each: Block(masked), 4), options) for each in (True, False)]
+    more = both[0].blocks["layers.0"].forward.saved_bytes - both[1].blocks["layers.0"].forward.saved_bytes
+    assert more == (0 if by_blocks else 4 * 8 * 8)
+
+
+def test_gradients_wait_between_halves_where_weights_meet_what_goes_on() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.scale = nn.Linear(8, 32), nn.Linear(32, 8, bias=False), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).exp()) * (self.scale * self.scale)
+
+    assert _block(Block, torch.zeros(64, 8)).waiting_bytes == 4 * 64 * (32 + 8 + 8)
 
 
 def test_what_was_recomputed_is_held_to_the_end_of_backward() -> None:

@@ -1,4 +1,4 @@
-"""Blocks by spans, and inputs and shards in the host's memory: the memory of a rank, forecast and run."""
+"""Spans, masks, dropped scores, halves of backwards, memory of the host: that of a rank, forecast and run."""
 
 from pathlib import Path
 
@@ -15,6 +15,11 @@ from tests.clusters.test_calibration import made, of
 
 GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256}
 HOSTED = {"schedule": "layered", "num_microbatches": 4, "recompute": "blocks", "offload_inputs": True}
+REMADE = {"schedule": "layered", "num_microbatches": 2, "recompute": "blocks"}
+GEMMA3 = {
+    "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 128, "max_position_embeddings": 384,
+}  # fmt: skip
 JOBS = {
     "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}),
     "spans that drop": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, architecture="gpt2", config=GPT2),
@@ -23,6 +28,13 @@ JOBS = {
     "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}),
     "feed-forward and loss by blocks": Small(parallel={"dp": 2, "blockwise": {"ffn_block": 64, "loss_block": 64}}),
     "shards and spans": Small(parallel={"fsdp": 2, **HOSTED, "blockwise": {"layer_block": 64, "loss_block": 64}}),
+    "attention that drops, by blocks": Small(
+        parallel={"dp": 2, **REMADE, "blockwise": {"ffn_block": 32}}, architecture="gpt2", config=GPT2
+    ),
+    "attention under masks": Small(
+        parallel={"fsdp": 2, **REMADE}, architecture="gemma3_text", config=GEMMA3, length=320
+    ),
+    "halves of backwards": Small(parallel={"pp": 2, "schedule": "zb-h1", "num_microbatches": 4}),
     "inputs of spans": Small(parallel={"dp": 2, **HOSTED, "blockwise": {"layer_block": 64}}),
 }
 
