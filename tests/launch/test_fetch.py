@@ -27,7 +27,8 @@ SLEEP = "import os, time; print('up', os.environ['RANK'], os.environ['TOKEN'], f
 FAIL = """\
 import os, sys, time
 print('here is', os.environ['RANK'], flush=True)
-time.sleep(1)
+while not os.path.exists('GO'):
+    time.sleep(0.05)
 if os.environ['RANK'] == '1':
     raise SystemExit(7) from ValueError('bad token ' + os.environ['TOKEN'])
 time.sleep(60)
@@ -75,6 +76,12 @@ def lines(run_id: str, *said: str) -> list[str]:
     return [f"j-{run_id}-node-0-{index}:{index} | {text}" for index, text in enumerate(said)]
 
 
+def here(folder: Path, run_id: str) -> set[str]:
+    """Lines that somebody who looks has fetched."""
+    merged = folder / "runs/j" / run_id / "merged.log"
+    return set(merged.read_text().splitlines()) if merged.exists() else set()
+
+
 @pytest.mark.slow
 def test_a_run_in_another_than_the_current_context_is_found_looked_at_and_ended(tmp_path: Path, clusters: Path) -> None:
     run_id = own("k8s")
@@ -82,13 +89,14 @@ def test_a_run_in_another_than_the_current_context_is_found_looked_at_and_ended(
         done = meshwright(tmp_path, "launch", str(job(tmp_path, SLEEP)), "--run-id", run_id, "--detach")
         assert done.returncode == 0, done.stderr
         wanted = set(lines(run_id, "up 0 ***", "up 1 ***"))
-        assert eventually(lambda: wanted <= set(meshwright(tmp_path, "logs", run_id).stdout.splitlines()), 60)
+        followed = begin(tmp_path, "logs", "-f", run_id)
+        assert eventually(lambda: wanted <= here(tmp_path, run_id), 60)
         (run,) = json.loads(meshwright(tmp_path, "ps", "--json").stdout)["runs"]
         assert (run["run_id"], run["state"]) == (run_id, "running")
         assert run["job"] == f"arn:aws:eks:eu:1:cluster/prod/train/jobset/j-{run_id}"
         only = meshwright(tmp_path, "logs", run_id, "--rank", "1").stdout.splitlines()
         assert only == lines(run_id, "", "up 1 ***")[1:]
-        attached, followed = begin(tmp_path, "attach", run_id), begin(tmp_path, "logs", "-f", run_id)
+        attached = begin(tmp_path, "attach", run_id)
         cancelled = meshwright(tmp_path, "cancel", run_id)
         assert (cancelled.returncode, "was cancelled" in cancelled.stdout) == (0, True), cancelled.stderr
         assert eventually(lambda: not list(carriers(run_id)), 60), "pods go on"
@@ -111,21 +119,24 @@ def test_a_launch_shows_lines_of_pods_and_ends_with_code_and_reason_of_the_rank_
     tmp_path: Path, clusters: Path, kind: str
 ) -> None:
     run_id = own(f"k8s-{kind}")
-    path = job(tmp_path, FAIL)
+    path = job(tmp_path, FAIL.replace("GO", str(tmp_path / "go")))
     try:
-        override = f"cluster.kind={kind}"
-        launched = meshwright(tmp_path, "launch", str(path), "--run-id", run_id, "--set", override)
+        watching = begin(tmp_path, "launch", str(path), "--run-id", run_id, "--set", f"cluster.kind={kind}")
+        wanted = set(lines(run_id, "here is 0", "here is 1"))
+        assert eventually(lambda: wanted <= here(tmp_path, run_id), 60), "lines come while the run goes on"
+        (tmp_path / "go").touch()
+        out, err = watching.communicate(timeout=120)
     finally:
         kill_all(carriers(run_id))
-    assert launched.returncode == 7, launched.stderr
-    assert set(lines(run_id, "here is 0", "here is 1")) <= set(launched.stdout.splitlines())
+    assert watching.returncode == 7, err
+    assert wanted <= set(out.splitlines())
     run_dir = tmp_path / "runs/j" / run_id
-    assert launched.stdout.endswith(f"run directory: {run_dir}\n")
+    assert out.endswith(f"run directory: {run_dir}\n")
     record = json.loads((run_dir / "exit.json").read_text())
     assert (record["state"], record["exit_code"], record["first_failure"]["rank"]) == ("failed", 7, 1)
     assert record["reason"] == f"rank 1 on j-{run_id}-node-0-1 failed first"
     attached = meshwright(tmp_path, "attach", run_id)
-    assert (attached.returncode, attached.stdout.splitlines()) == (7, launched.stdout.splitlines())
+    assert (attached.returncode, attached.stdout.splitlines()) == (7, out.splitlines())
     assert record["reason"] in attached.stdout + attached.stderr
 
 
@@ -135,7 +146,7 @@ def test_the_end_of_a_run_that_nobody_watched_is_found_by_whoever_asks_with_its_
 ) -> None:
     run_id = own("k8s-alone")
     try:
-        meshwright(tmp_path, "launch", str(job(tmp_path, RAISE)), "--run-id", run_id, "--detach")
+        meshwright(tmp_path, "launch", str(job(tmp_path, RAISE.replace("GO", "/"))), "--run-id", run_id, "--detach")
         status = clusters / f"arn:aws:eks:eu:1:cluster/prod/train/status-j-{run_id}"
         assert eventually(lambda: status.exists() and "Failed" in status.read_text(), 60)
     finally:
@@ -281,6 +292,18 @@ def test_a_pod_that_was_evicted_is_why_the_run_ended_whatever_its_ranks_said_las
     found = ended(run, queue, 69)
     assert (found["exit_code"], found["first_failure"]) == (69, None)
     assert found["reason"] == f"{why}; a lost node ends such a run: launch again to go on from the newest checkpoint"
+
+
+def test_a_traceback_of_a_later_attempt_is_found_in_the_one_log_that_a_rank_has_here(run: Known) -> None:
+    second = {"event": "started", "attempt": 1, "pids": {}, "time_unix_s": 5.0}
+    queue = Cluster(
+        from_rank(0, 1, "Traceback (most recent call last):"),
+        from_rank(0, 2, "KeyError: 'late'"),
+        record(0, 3, second, died(0, 1, 6.0, attempt=1), result("failed")),
+        record(1, 4, second, died(1, -15, 7.0, attempt=1, ended_by_us=True), result("failed")),
+    )
+    found = ended(run, queue, 1)
+    assert (found["attempts"], found["first_failure"]["traceback"][-16:]) == (2, "KeyError: 'late'")
 
 
 def test_a_container_that_was_killed_says_so_and_one_of_which_nothing_is_known_does_too(run: Known) -> None:
