@@ -1,7 +1,8 @@
 """What a launcher asks of every cluster.
 
 There are two kinds. On a `Cluster` (local, ssh) the launcher starts the agents and follows them itself. A `Queue`
-(Slurm) takes a whole run and starts it later, without the launcher; the run then has a launcher with it.
+(Slurm) takes a whole run and starts it later, without the launcher; the run then has a launcher with it. In a
+`DistantQueue` (Kubernetes) it has none, and whoever looks at the run fetches what its nodes said.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from meshwright.clusters.base import StartPlan, StartRequest
 
-__all__ = ["Cluster", "Handle", "Job", "Queue"]
+__all__ = ["Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
 
 
 class Handle(Protocol):
@@ -82,3 +83,48 @@ class Queue(Protocol):
 
     def cancel(self, job: str) -> None:
         """Takes a run out of the queue, and ends it if it runs."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One line that a node of a run printed.
+
+    Args:
+        node: its name in the plan.
+        at: place of the line among all that this node printed; grows.
+        text: without its end.
+    """
+
+    node: str
+    at: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A node of a run that ended badly, as its queue saw it.
+
+    Args:
+        exit_code: what it ended with, or what a lost node counts as.
+        why: in words, with the machine.
+        disrupted: whether the queue ended it for what happened to its machine, whatever it said last.
+    """
+
+    exit_code: int
+    why: str
+    disrupted: bool = False
+
+
+@runtime_checkable
+class DistantQueue(Queue, Protocol):
+    """A queue whose nodes share no directory with us: what they print is asked for, and kept by whoever asks."""
+
+    def said(self, job: str, since_s: float | None = None) -> list[Said]:
+        """What nodes printed in the last so many seconds, or ever, each in its order.
+
+        Raises:
+            UnavailableError: when the queue does not answer.
+        """
+
+    def lost(self, job: str) -> dict[str, Lost]:
+        """Nodes that ended badly, as far as the queue still knows of them."""

@@ -1,29 +1,37 @@
 """Kubernetes as a queue: a run becomes a JobSet or TrainJob with one pod per node, handed over by kubectl.
 
 Every pod runs `meshwright.clusters.pod`, which starts the agent of its node. kubectl is the only way to the cluster;
-its words are lists, and whatever is secret goes through its standard input.
+its words are lists, and whatever is secret goes through its standard input. The id of a run is
+context/namespace/kind/name: it says which cluster has the run, whatever context is current when somebody asks.
 """
 
 import json
+import math
+import re
 import secrets as tokens
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submission, identity, log_name
-from meshwright.clusters.contract import Job
+from meshwright.clusters.contract import Job, Lost, Said
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions, manifest, object_name, pod_run_dir, written
-from meshwright.clusters.lost import LOST_CODE, lost_pods
+from meshwright.clusters.lost import pods_ended
 from meshwright.clusters.spawn import words_for
 
 __all__ = ["KubernetesQueue", "plan_kubernetes"]
 
 _TIMEOUT_S = 60.0
+_LOGS_TIMEOUT_S = 600.0
+_LINE = re.compile(r"\[pod/([^/\]]+)-[^-/\]]*/[^\]]*\] ([0-9T:-]+)(?:\.([0-9]{1,9}))?(Z|[+-][0-9:]+) (.*)")
+"""What `kubectl logs --prefix --timestamps` prints; a pod has the name of its host and five letters more."""
 
 
 def plan_kubernetes(request: StartRequest, options: KubernetesOptions) -> StartPlan:
@@ -94,14 +102,25 @@ class KubernetesQueue:
         if shutil.which("kubectl") is None:
             raise UnavailableError("kubectl is not here; install it, or hand over what --dry-run prints yourself")
 
+    @classmethod
+    def of(cls, job: str) -> "KubernetesQueue":
+        """The one that has a run.
+
+        Args:
+            job: the run's id.
+        """
+        *context, namespace, _, _ = job.rsplit("/", 3)  # a context may have any name, such as that of EKS with a slash
+        return cls(KubernetesOptions(image="", namespace=namespace, context="".join(context) or None))
+
     def submit(self, plan: StartPlan, secrets: Mapping[str, str]) -> str:
-        """Creates the key of the run's meeting, then its objects; returns the run's id, namespace/kind/name.
+        """Creates the key of the run's meeting, then its objects; returns the run's id, context/namespace/kind/name.
 
         The values of secrets stay here: pods take theirs from the Secret that the job names.
         """
         name = object_name(plan.name, plan.run_id)
         assert plan.submission is not None, "plan() made it"
-        job = f"{self._options.namespace}/{self._options.kind.lower()}/{name}"
+        context = self._options.context or self._current_context()
+        job = "/".join([*([context] if context else []), self._options.namespace, self._options.kind.lower(), name])
         key = ("create", "secret", "generic", f"{name}-key", "--from-file=key=/dev/stdin")
         self._run(*key, text=tokens.token_hex(32))
         try:
@@ -111,32 +130,59 @@ class KubernetesQueue:
             raise
         return job
 
+    def _current_context(self) -> str:
+        """What it is now, so that it is known later; nothing in a pod, which has no kubeconfig."""
+        with suppress(UnavailableError):
+            return self._run("config", "current-context").strip()
+        return ""
+
     def status(self, job: str) -> Job:
         """What the cluster says of an id."""
-        _, kind, name = job.split("/")
+        kind, name = job.split("/")[-2:]
         try:
             told = json.loads(self._run("get", kind, name, "--ignore-not-found", "-o", "json") or "{}")
         except UnavailableError as error:
             return Job("unknown", str(error))
+        if not told:
+            return Job("gone", self._absent(job))
         found = _state(told)
-        return self._blamed(found, name) if found.exit_code else found
+        return self._blamed(found, job) if found.exit_code else found
 
-    def _blamed(self, found: Job, name: str) -> Job:
+    def _absent(self, job: str) -> str:
+        kind, name = job.split("/")[-2:]
+        context = self._options.context
+        return f"there is no {kind} {name} in namespace {self._options.namespace}" + (
+            f" of context {context}" if context else ""
+        )
+
+    def _blamed(self, found: Job, job: str) -> Job:
         """A run that failed, with its pods that went with their nodes, as far as the cluster still has them."""
-        selector = f"jobset.sigs.k8s.io/jobset-name={name}"
-        try:
-            pods = json.loads(self._run("get", "pods", "--selector", selector, "-o", "json") or "{}")
-        except (UnavailableError, ValueError):
-            return found
-        lost = lost_pods(pods.get("items", []))
-        return replace(found, detail="; ".join([found.detail, *lost]), exit_code=LOST_CODE) if lost else found
+        lost = [each for each in self.lost(job).values() if each.disrupted]
+        words = "; ".join([found.detail, *(each.why for each in lost)])
+        return replace(found, detail=words, exit_code=lost[0].exit_code) if lost else found
 
-    def logs(self, job: str, *, follow: bool = False) -> tuple[str, ...]:
-        """The words that print the output of a run's pods, each line with its pod."""
-        selector = f"jobset.sigs.k8s.io/jobset-name={job.split('/')[2]}"
-        more = ("--follow",) if follow else ()
-        words = ("logs", "--selector", selector, "--prefix", "--tail", "-1", "--max-log-requests", "1000")
-        return (*_kubectl(self._options), *words, *more)
+    def lost(self, job: str) -> dict[str, Lost]:
+        """Pods that ended badly, by their nodes in the plan, as far as the cluster still has them."""
+        try:
+            pods = json.loads(self._run("get", "pods", "--selector", _selector(job), "-o", "json") or "{}")
+        except (UnavailableError, ValueError):
+            return {}
+        return {name.rpartition("-")[0]: lost for name, lost in pods_ended(pods.get("items", []))}
+
+    def said(self, job: str, since_s: float | None = None) -> list[Said]:
+        """What pods printed in the last so many seconds by the clocks of their machines, or ever; each in its order.
+
+        Raises:
+            UnavailableError: when the cluster does not answer.
+        """
+        words = ("logs", "--selector", _selector(job), "--prefix", "--timestamps", "--ignore-errors", "--tail=-1")
+        since = () if since_s is None else (f"--since={math.ceil(since_s)}s",)
+        text = self._run(*words, *since, timeout_s=_LOGS_TIMEOUT_S)
+        return [
+            Said(found[1], _ns(*found.group(2, 3, 4)), found[5])
+            for found in map(_LINE.fullmatch, text.split("\n"))
+            if found
+        ]
 
     def start_again_soon(self, job: str) -> bool:
         """Nothing: here no run is queued again."""
@@ -147,25 +193,47 @@ class KubernetesQueue:
         """Deletes a run's objects, and with them its pods.
 
         Raises:
-            UnavailableError: when the cluster does not let us.
+            UnavailableError: when the cluster does not let us, or does not have the run.
         """
-        self._delete(job)
+        if not self._delete(job):
+            raise UnavailableError(f"nothing was cancelled: {self._absent(job)}")
 
-    def _delete(self, job: str) -> None:
-        _, kind, name = job.split("/")
-        objects = (f"{kind}/{name}", f"configmap/{name}", f"secret/{name}-key")
-        self._run("delete", "--ignore-not-found", "--wait=false", *objects)
+    def _delete(self, job: str) -> bool:
+        """Deletes what there is of a run; tells whether the run itself was there."""
+        kind, name = job.split("/")[-2:]
+        words = ("delete", "--ignore-not-found", "--wait=false", "--output=name")
+        told = self._run(*words, f"{kind}/{name}")
+        self._run(*words, f"configmap/{name}", f"secret/{name}-key")
+        return bool(told.strip())
 
-    def _run(self, *words: str, text: str = "") -> str:
+    def _run(self, *words: str, text: str = "", timeout_s: float = _TIMEOUT_S) -> str:
+        """What kubectl prints.
+
+        Raises:
+            UnavailableError: when it does not get through, or is refused.
+        """
         argv = (*_kubectl(self._options), *words)
         try:
-            done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            done = subprocess.run(argv, input=text.encode(), capture_output=True, timeout=timeout_s, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UnavailableError(f"kubectl {words[0]}: {error}") from error
         if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UnavailableError(f"kubectl {words[0]}: {said[-1]}; see kubectl config current-context")
-        return done.stdout
+            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UnavailableError(f"kubectl {words[0]}: {said[-1]}; see kubectl config get-contexts")
+        return done.stdout.decode(errors="replace")
+
+
+def _selector(job: str) -> str:
+    return f"jobset.sigs.k8s.io/jobset-name={job.rpartition('/')[2]}"
+
+
+def _ns(seconds: str, fraction: str | None, zone: str) -> int:
+    """Nanoseconds since 1970.
+
+    >>> _ns("2026-11-27T20:12:52", "5", "Z")
+    1795810372500000000
+    """
+    return int(datetime.fromisoformat(seconds + zone).timestamp()) * 10**9 + int((fraction or "0").ljust(9, "0"))
 
 
 def _state(told: Mapping[str, Any]) -> Job:
@@ -174,8 +242,6 @@ def _state(told: Mapping[str, Any]) -> Job:
     >>> _state({"status": {"conditions": [{"type": "Failed", "status": "True", "message": "a pod failed"}]}})
     Job(state='gone', detail='Failed: a pod failed', exit_code=1)
     """
-    if not told:
-        return Job("gone", "there is no such object")
     conditions = told.get("status", {}).get("conditions", [])
     ended = [
         each for each in conditions if each["status"] == "True" and each["type"] in ("Completed", "Complete", "Failed")

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["LOST_CODE", "lost_in_mpi", "lost_in_ray", "lost_pods"]
+from meshwright.clusters.contract import Lost
+
+__all__ = ["LOST_CODE", "lost_in_mpi", "lost_in_ray", "pods_ended"]
 
 LOST_CODE = 69
 """Exit code of a run that ends so."""
@@ -61,22 +63,27 @@ def lost_in_ray(name: str, address: str, error: str) -> str:
     return f"{name}{f' at {where}' if where else ''} was lost{f': {first[:300]}' if first else ''}"
 
 
-def lost_pods(pods: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Pods that Kubernetes ended for what happened to their nodes, with the names of these.
+def pods_ended(pods: Iterable[Mapping[str, Any]]) -> list[tuple[str, Lost]]:
+    """Names of pods that ended badly, each with why; first those that went for what happened to their nodes.
 
     Args:
         pods: objects as kubectl prints them.
     """
-    return [words for pod in pods if (words := _of_pod(pod))]
+    found = [(pod["metadata"]["name"], lost) for pod in pods if (lost := _of_pod(pod)) is not None]
+    return sorted(found, key=lambda each: not each[1].disrupted)
 
 
-def _of_pod(pod: Mapping[str, Any]) -> str:
+def _of_pod(pod: Mapping[str, Any]) -> Lost | None:
     name, node = pod["metadata"]["name"], pod.get("spec", {}).get("nodeName", "no node")
-    status = pod.get("status", {})
+    status, where = pod.get("status", {}), f"pod {name} on node {node}"
     for each in status.get("conditions", []):
         if each["type"] == "DisruptionTarget" and each["status"] == "True":
             why = _NODE_REASONS.get(each.get("reason", ""), each.get("message") or each.get("reason", "no reason"))
-            return f"pod {name} on node {node}: {why}"
+            return Lost(LOST_CODE, f"{where}: {why}", disrupted=True)
     if status.get("reason") in ("NodeLost", "NodeShutdown", "Shutdown", "Evicted", "NodeAffinity"):
-        return f"pod {name} on node {node}: {status['reason']}"
-    return ""
+        return Lost(LOST_CODE, f"{where}: {status['reason']}", disrupted=True)
+    for each in status.get("containerStatuses", []):
+        ended = each.get("state", {}).get("terminated") or {}
+        if ended.get("exitCode"):
+            return Lost(ended["exitCode"], f"{where} ended with code {ended['exitCode']} ({ended.get('reason', '')})")
+    return None

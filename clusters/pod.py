@@ -8,29 +8,35 @@ plan has and whose port is fixed; a pod that comes before the name is known wait
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
+from meshwright.clusters.masking import Mask
+from meshwright.clusters.records import clean_line
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
 
 __all__ = ["code_of", "main"]
 
 _RETRY_S = 0.5
+_RECORD = re.compile(r"errors/[^/]+\.json|ranks/[0-9]+/error\.json")
+_OF_RANK = re.compile(r"(?:logs/rank-|errors/rank-|ranks/)([0-9]+)")
+_KEPT = ("started", "exit", "decided", "health", "result")
 _CODES = {"setup_failed": 70, "rendezvous_failed": 76, "error": 70, "stopped": 143, "abandoned": 143}
 Event = Mapping[str, Any]
 
 
-def code_of(events: list[Event], status: int) -> int:
+def code_of(events: Sequence[Event], status: int) -> int:
     """A pod's exit code from the events of its agent: that of the first rank that failed by itself, else the agent's.
 
     >>> exits = [{"event": "exit", "rank": 0, "code": -15, "ended_by_us": True, "time_unix_s": 1.0, "attempt": 0}]
@@ -51,21 +57,47 @@ def code_of(events: list[Event], status: int) -> int:
     return _CODES.get(results[-1]["state"], 1)
 
 
-def _printed(host: str) -> Any:
-    """Prints what grows in the logs of ranks, a line at a time, each with its host and rank."""
-    rest: dict[str, str] = {}
+class _Printer:
+    """Prints what grows in the logs of ranks, a line at a time, each with its host and rank, without secrets.
 
-    def tell(event: str, **part: Any) -> None:
-        name = str(part["path"])
-        if event != "data" or not name.startswith("logs/rank-"):
+    Args:
+        host: of this pod.
+        ranks: of this pod; on a volume that pods share, logs of others lie beside theirs.
+        mask: takes secrets out.
+    """
+
+    def __init__(self, host: str, ranks: Collection[int], mask: Mask) -> None:
+        self._host, self._ranks, self._mask = host, ranks, mask
+        self._rest: dict[str, bytes] = {}
+        self.records: dict[str, str] = {}
+
+    def __call__(self, event: str, **part: Any) -> None:
+        """Takes what was written to a file; error records are kept until the end."""
+        name, data = str(part["path"]), base64.b64decode(part["data"])
+        found = _OF_RANK.match(name)
+        if found and int(found[1]) not in self._ranks:
             return
+        if name.startswith("logs/rank-"):
+            *lines, self._rest[name] = (self._rest.get(name, b"") + data).split(b"\n")
+            self._print(name, lines)
+        elif _RECORD.fullmatch(name):
+            self.records[name] = (self.records[name] if part["at"] else "") + data.decode(errors="replace")
+
+    def _print(self, name: str, lines: list[bytes]) -> None:
         rank = name.split("-")[1].partition(".")[0]
-        text = rest.get(name, "") + base64.b64decode(part["data"]).decode(errors="replace")
-        *lines, rest[name] = text.split("\n")
-        sys.stdout.write("".join(f"{host}:{rank} {line}\n" for line in lines))
+        sys.stdout.write("".join(f"{self._host}:{rank} {self._mask(clean_line(line))}\n" for line in lines))
         sys.stdout.flush()
 
-    return tell
+    def finish(self, code: int, events: Sequence[Event]) -> None:
+        """Prints lines that were not ended, and the record by which who looks from outside tells what happened."""
+        for name, line in self._rest.items():
+            self._print(name, [line] if line else [])
+        files = {}
+        for name, text in self.records.items():
+            with suppress(ValueError):  # a rank that was killed while it wrote
+                files[name] = json.loads(text)
+        told = {"node": self._host, "exit_code": code, "events": events, "files": files}
+        sys.stdout.write(json.dumps({"meshwright": self._mask.inside(told)}) + "\n")
 
 
 def _first_pod(meeting: Mapping[str, Any], timeout_s: float) -> str | None:
@@ -103,19 +135,18 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     _say(agent, {"plan": plan, "node": index, "secrets": secrets, "key": told["KEY"], "lost_after_s": None})
-    sender = Sender(run_dir, _printed(node["name"]))
+    printer = _Printer(node["name"], node["ranks"], Mask(secrets.values()))
+    sender = Sender(run_dir, printer)
     if index:
         address = _first_pod(plan["meeting"], plan["limits"]["join_timeout_s"])
         if address is not None:
             _say(agent, {"command": "meet", "address": address, "port": plan["meeting"]["port"]})
-    events = [json.loads(line) for line in agent.stdout]
+    events = [{"told_unix_s": time.time(), **json.loads(line)} for line in agent.stdout]
     status = agent.wait()
     sender.finish()
     end_agent(agent)
     code = code_of(events, status)
-    kept = [each for each in events if each["event"] in ("exit", "decided")]
-    record = {"node": node["name"], "exit_code": code, "events": kept}
-    sys.stdout.write(json.dumps({"meshwright": record}) + "\n")
+    printer.finish(code, [each for each in events if each["event"] in _KEPT])
     return code
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from meshwright.launch.relaunch import Relaunch
     from meshwright.launch.spec.job import Job
 
-__all__ = ["Run", "follow", "report"]
+__all__ = ["Run", "conclude", "follow", "places", "report"]
 
 _SHOWN = (("loss curve", "loss.png"), ("page", PAGE))
 
@@ -88,7 +88,7 @@ def follow(
             raise RunDirError(f"{why}; free some space, or set logs.dir") from error
         finally:
             stream.close()
-        outcome = _conclude(run, state, interrupts.numbers)
+        outcome = conclude(run, state, interrupts.numbers)
         if keep(outcome, state):
             write_json(run.directory / "exit.json", outcome.as_dict())
         _say_apart(state.apart)
@@ -150,8 +150,17 @@ class _Output:
             self._bar.close()
 
 
-def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
-    tails = {rank: log_end(run.directory / log_name(rank, state.attempt)) for rank in state.ends}
+def conclude(run: Run, state: RunState, interrupts: Sequence[int], *, one_log: bool = False) -> Outcome:
+    """How a run ended, from what agents said and ranks left behind.
+
+    Args:
+        run: that ended.
+        state: what agents said.
+        interrupts: signals to the launcher.
+        one_log: whether a rank's first log has lines of all attempts.
+    """
+    attempt = 0 if one_log else state.attempt
+    tails = {rank: log_end(run.directory / log_name(rank, attempt)) for rank in state.ends}
     records = error_records(run.directory, state.attempt_unix_s)
     verdict = judge(state.ends.values(), records, tails, hang=hang_record(run.directory, state.attempt_unix_s))
     first = None if verdict.first is None else _masked(verdict.first, run.mask)
@@ -184,7 +193,7 @@ def report(run: Run, outcome: Outcome) -> None:
         sys.stderr.write("".join(f"meshwright: {line_of(each)}\n" for each in outcome.restarts))
     if run.job.train is not None:
         try_to_write_page(run.directory)
-    told = _places(run.directory)
+    told = places(run.directory)
     if run.as_json:
         told = json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n"
     try:
@@ -194,6 +203,7 @@ def report(run: Run, outcome: Outcome) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _places(run_dir: Path) -> str:
+def places(run_dir: Path) -> str:
+    """Where to look, as the last words of a launcher."""
     found = (f"{what}: {run_dir / name}\n" for what, name in _SHOWN if (run_dir / name).exists())
     return f"run directory: {run_dir}\n" + "".join(found)

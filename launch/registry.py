@@ -5,7 +5,6 @@ import subprocess
 from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.kubernetes import KubernetesQueue
-from meshwright.clusters.kubernetes_manifest import KubernetesOptions
 from meshwright.clusters.local import LocalCluster
 from meshwright.clusters.slurm import SlurmQueue
 from meshwright.launch.engines import kubernetes_queue, mpi_cluster, ray_cluster, slurm_queue, ssh_cluster
@@ -46,7 +45,7 @@ def queue_of(kind: str, job: str) -> Queue:
         UnavailableError: for a kind that this version does not have.
     """
     if kind == "kubernetes":
-        return KubernetesQueue(KubernetesOptions(image="", namespace=job.partition("/")[0]))
+        return KubernetesQueue.of(job)
     if kind != "slurm":
         raise UnavailableError(f"the run lies in a queue of type {kind!r}, which this version does not have")
     return SlurmQueue()

@@ -19,7 +19,7 @@ _NODE_WORDS = {
     "error": "the agent failed on",
 }
 
-_RIGID = ("mpi", "ray")
+_RIGID = ("mpi", "ray", "kubernetes")
 _RIGID_WORDS = "a lost node ends such a run: launch again to go on from the newest checkpoint"
 
 

@@ -14,13 +14,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from meshwright.clusters.contract import DistantQueue
 from meshwright.launch.exits import Exit
 from meshwright.launch.home import user_folder
 from meshwright.launch.registry import queue_of
 from meshwright.launch.rundir import EXCLUDED_FILE, write_json
 from meshwright.parallel.errors import MeshwrightError, nearest
 
-__all__ = ["Known", "RunError", "Standing", "all_runs", "cancel", "find_run", "read_run", "remember", "standing"]
+__all__ = [
+    "Known",
+    "RunError",
+    "Standing",
+    "all_runs",
+    "cancel",
+    "fetch",
+    "find_run",
+    "read_run",
+    "remember",
+    "standing",
+]
 
 LAUNCH_FILE = "launch.json"
 
@@ -196,9 +208,14 @@ def _array(known: Known, job: str) -> Standing:
 
 def _in_queue(known: Known, record: dict[str, Any] | None) -> Standing:
     assert known.job is not None, "a run of a queue"
-    job = queue_of(known.cluster, known.job).status(known.job)
+    queue = queue_of(known.cluster, known.job)
+    job = queue.status(known.job)
     if job.state != "gone":
         return Standing(job.state, f"job {known.job}: {job.detail}")
+    if isinstance(queue, DistantQueue) and job.exit_code is not None:
+        from meshwright.launch.fetch import end_of
+
+        end_of(known, queue, job)
     record = record or _record(known.run_dir)  # it may have been written meanwhile
     if record is not None:
         return Standing(record["state"], record["reason"], record["exit_code"])
@@ -221,17 +238,35 @@ def _lost(detail: str = "its launcher is gone") -> Standing:
     return Standing("lost", f"{detail}, and there is no exit record", int(Exit.UNAVAILABLE))
 
 
+def fetch(known: Known) -> None:
+    """Brings what a run said since somebody last looked, where its nodes do not share its directory with us."""
+    if known.job is None:
+        return
+    queue = queue_of(known.cluster, known.job)
+    if isinstance(queue, DistantQueue):
+        from meshwright.launch.fetch import fetch as bring
+
+        bring(known, queue)
+
+
 def cancel(known: Known) -> str:
     """Ends a run, with the grace of its plan; says how it was asked.
 
     Raises:
         RunError: when it is over, or its launcher is elsewhere.
+        UnavailableError: when its queue cannot, or does not have it.
     """
     now = standing(known)
     if now.over:
         raise RunError(f"run {known.run_id} is over: {now.state}")
     if known.job is not None:
-        queue_of(known.cluster, known.job).cancel(known.job)
+        fetch(known)  # a queue may forget with the run what it said
+        queue = queue_of(known.cluster, known.job)
+        queue.cancel(known.job)
+        if isinstance(queue, DistantQueue):
+            from meshwright.launch.fetch import note_cancelled
+
+            note_cancelled(known)
         _forget_secrets(known, never_runs=now.state == "pending")
         return f"job {known.job} was cancelled"
     if now.state != "running":

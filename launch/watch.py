@@ -13,7 +13,7 @@ from meshwright.clusters.records import clean_line
 from meshwright.launch.beats import Beats
 from meshwright.launch.logs import LogTail
 from meshwright.launch.registry import queue_of
-from meshwright.launch.runs import Known, Standing, standing
+from meshwright.launch.runs import Known, Standing, fetch, standing
 
 __all__ = ["LAST_LINE", "watch"]
 
@@ -82,6 +82,7 @@ def _until_over(known: Known, tail: LogTail, show: _Screen, *, pressed: Callable
         pressed()
         tail.read()
         if record.exists() or time.monotonic() >= next_s:
+            fetch(known)
             now = standing(known)
             lost = lost + 1 if now.state == "lost" else 0
             if now.over and lost in (0, _LOST_LOOKS):

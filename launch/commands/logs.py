@@ -12,7 +12,7 @@ import typer
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
 from meshwright.launch.logs import LogTail
-from meshwright.launch.runs import RunError, find_run, standing
+from meshwright.launch.runs import Known, RunError, fetch, find_run, standing
 from meshwright.launch.values import fill
 
 __all__ = ["logs"]
@@ -30,7 +30,13 @@ def logs(
     known = find_run(run)
     folders = [Path(each) for each in known.runs] or [Path(known.run_dir)]
     tails = [_tail(folder, f"{folder.name} " if known.runs else "", rank) for folder in folders]
-    _print(tails, over=(lambda: standing(known).over) if follow else None)
+    fetch(known)
+    _print(tails, over=(lambda: _over(known)) if follow else None)
+
+
+def _over(known: Known) -> bool:
+    fetch(known)
+    return standing(known).over
 
 
 def _tail(run_dir: Path, prefix: str, rank: int | None) -> LogTail:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequest
+from meshwright.clusters.contract import Said
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.kubernetes import KubernetesQueue, plan_kubernetes
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions
@@ -120,7 +121,7 @@ def test_a_run_is_handed_over_with_its_key_on_standard_input(kubectl: Path) -> N
     queue.check(plan)
     assert _words(kubectl) == []
     job = queue.submit(plan, {"HF_TOKEN": "hf_verysecret"})
-    assert job == "train/jobset/llama-20261126t090000z-a1b2c3"
+    assert job == "prod/train/jobset/llama-20261126t090000z-a1b2c3"
     start = "--context prod --namespace train create"
     key = f"{start} secret generic llama-20261126t090000z-a1b2c3-key --from-file=key=/dev/stdin"
     assert _words(kubectl) == [key, f"{start} -f -"]
@@ -141,7 +142,7 @@ def test_a_run_that_is_refused_leaves_nothing_behind_and_says_why(kubectl: Path)
 @pytest.mark.parametrize(
     ("answer", "state", "detail"),
     [
-        ("", "gone", "no such object"),
+        ("", "gone", "there is no jobset x in namespace train"),
         ('{"status": {}}', "pending", ""),
         ('{"status": {"replicatedJobsStatus": [{"name": "node", "active": 1, "ready": 0}]}}', "running", "1 jobs"),
         ('{"status": {"conditions": [{"type": "Completed", "status": "True"}]}}', "gone", "Completed"),
@@ -159,10 +160,49 @@ def test_a_cluster_that_does_not_answer_leaves_the_state_unknown(kubectl: Path) 
     assert KubernetesQueue(OPTIONS).status("train/jobset/x").state == "unknown"
 
 
-def test_logs_are_words_and_cancelling_deletes_every_object(kubectl: Path) -> None:
+def test_the_context_that_is_current_at_submission_is_the_one_that_is_asked_ever_after(kubectl: Path) -> None:
+    kubectl.with_name("kubectl.answer").write_text("arn:aws:eks:eu:1:cluster/prod\n")
     queue = KubernetesQueue(OPTIONS)
-    words = queue.logs("train/jobset/x", follow=True)
-    assert words[:4] == ("kubectl", "--namespace", "train", "logs")
-    assert {"jobset.sigs.k8s.io/jobset-name=x", "--prefix", "--follow"} < set(words)
+    job = queue.submit(queue.plan(REQUEST), {})
+    assert job == "arn:aws:eks:eu:1:cluster/prod/train/jobset/llama-20261126t090000z-a1b2c3"
+    later = KubernetesQueue.of(job)
+    later.cancel(job)
+    assert _words(kubectl)[-1].startswith("--context arn:aws:eks:eu:1:cluster/prod --namespace train delete ")
+    kubectl.with_name("kubectl.answer").write_text("")
+    assert later.status(job).detail.endswith("in namespace train of context arn:aws:eks:eu:1:cluster/prod")
+    alone = KubernetesQueue.of("train/jobset/x")
+    alone.status("train/jobset/x")
+    assert _words(kubectl)[-1] == "--namespace train get jobset x --ignore-not-found -o json"
+
+
+def test_cancelling_deletes_every_object_and_tells_a_run_that_is_not_there_from_one_that_it_ended(
+    kubectl: Path,
+) -> None:
+    queue = KubernetesQueue(OPTIONS)
+    kubectl.with_name("kubectl.answer").write_text("jobset.jobset.x-k8s.io/x\n")
     queue.cancel("train/jobset/x")
-    assert _words(kubectl)[-1].endswith("jobset/x configmap/x secret/x-key")
+    deleted = [line.partition("--output=name ")[2] for line in _words(kubectl)]
+    assert deleted == ["jobset/x", "configmap/x secret/x-key"]
+    kubectl.with_name("kubectl.answer").write_text("")
+    with pytest.raises(UnavailableError, match="nothing was cancelled: there is no jobset x in namespace train"):
+        queue.cancel("train/jobset/x")
+
+
+def test_lines_of_pods_are_read_with_their_nodes_and_times_and_other_words_are_passed_over(kubectl: Path) -> None:
+    said = """\
+[pod/x-node-0-1-x7k2p/node] 2026-11-27T20:12:52.5Z x-node-0-1:1 [pod/a-b/node] \u00e9
+error: container "node" in pod "x-node-0-2-abcde" is waiting to start: ContainerCreating
+[pod/x-node-0-0-qqqqq/node] 2026-11-27T21:12:52.000000001+01:00 x-node-0-0:0 \u0020
+[pod/x-node-0-0-qqqqq/node] 2026-11-27T20:12:53Z \u0020
+"""
+    kubectl.with_name("kubectl.answer").write_text(said)
+    first = 1795810372 * 10**9
+    assert KubernetesQueue(OPTIONS).said("train/jobset/x", 2.5) == [
+        Said("x-node-0-1", first + 500_000_000, "x-node-0-1:1 [pod/a-b/node] \u00e9"),
+        Said("x-node-0-0", first + 1, "x-node-0-0:0  "),
+        Said("x-node-0-0", first + 10**9, " "),
+    ]
+    assert _words(kubectl)[-1] == (
+        "--namespace train logs --selector jobset.sigs.k8s.io/jobset-name=x --prefix --timestamps --ignore-errors "
+        "--tail=-1 --since=3s"
+    )

@@ -11,7 +11,7 @@ import pytest
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.kubernetes import KubernetesQueue
-from meshwright.clusters.lost import lost_in_mpi, lost_in_ray, lost_pods
+from meshwright.clusters.lost import lost_in_mpi, lost_in_ray, pods_ended
 from meshwright.clusters.mpi import MpiHandle, MpiOptions, plan_mpi
 from meshwright.clusters.ray import RayOptions, plan_ray
 from meshwright.clusters.ray_line import RayLine
@@ -136,9 +136,12 @@ def test_pods_that_went_with_their_nodes_are_told_from_pods_that_failed() -> Non
         pod("a-2", "n3", phase="Failed", reason="NodeLost"),
         {"metadata": {"name": "a-3"}},
     ]
-    assert lost_pods(pods) == [
-        "pod a-0 on node n1: its node does not answer, or was taken out of use",
-        "pod a-2 on node n3: NodeLost",
+    killed = {"state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+    told = pods_ended([pod("a-4", "n4", containerStatuses=[killed, {"state": {"running": {}}}]), *pods])
+    assert [(name, lost.exit_code, lost.disrupted, lost.why) for name, lost in told] == [
+        ("a-0", 69, True, "pod a-0 on node n1: its node does not answer, or was taken out of use"),
+        ("a-2", 69, True, "pod a-2 on node n3: NodeLost"),
+        ("a-4", 137, False, "pod a-4 on node n4 ended with code 137 (OOMKilled)"),
     ]
 
 

@@ -36,8 +36,10 @@ def _address() -> str:
     return found[0]
 
 
-def _pods(folder: Path, code: str, max_restarts: int = 0) -> list["subprocess.Popen[str]"]:
-    """Starts what Kubernetes would, from the objects it would get; each pod has a disk of its own."""
+def _pods(
+    folder: Path, code: str, max_restarts: int = 0, *, token: str = "tok-123", shared: bool = False
+) -> list["subprocess.Popen[str]"]:
+    """Starts what Kubernetes would, from the objects it would get; each pod has its own disk unless they share one."""
     address = _address()
     with bind_free(address, None, (29400, 29999)) as free:
         port = free.getsockname()[1]
@@ -57,13 +59,13 @@ def _pods(folder: Path, code: str, max_restarts: int = 0) -> list["subprocess.Po
     plan["meeting"]["host"] = address  # there is no DNS of a cluster here
     pods = []
     for index in range(2):
-        plan["run_dir"] = str(folder / f"pod{index}" / "run")
+        plan["run_dir"] = str(folder / ("shared" if shared else f"pod{index}") / "run")
         told = {
             "MESHWRIGHT_PLAN": json.dumps(plan),
             "MESHWRIGHT_FILES": config["data"]["files"],
             "MESHWRIGHT_KEY": "ab" * 32,
             "JOB_COMPLETION_INDEX": str(index),
-            "TOKEN": "tok-123",
+            "TOKEN": token,
         }
         pods.append(
             subprocess.Popen(
@@ -78,7 +80,7 @@ def test_pods_meet_at_the_first_one_and_their_ranks_talk(tmp_path: Path) -> None
     said = [pod.communicate(timeout=120)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     for index, text in enumerate(said):
-        assert f"pods-r{os.getpid()}-node-0-{index}:{index} sum 3.0 of 2 tok-123" in text
+        assert f"pods-r{os.getpid()}-node-0-{index}:{index} sum 3.0 of 2 ***" in text
 
 
 def test_the_pod_whose_rank_fails_ends_with_its_code_and_the_other_does_not_stay(tmp_path: Path) -> None:
@@ -106,6 +108,34 @@ def test_pods_agree_what_follows_a_failure_that_only_one_of_them_can_explain(tmp
         events = json.loads(text.splitlines()[-1])["meshwright"]["events"]
         told = [(each["kind"], each["rank"], each["again"]) for each in events if each["event"] == "decided"]
         assert told == [("signal", 1, True), ("import_error", 0, False)]
+
+
+def test_no_secret_leaves_a_pod_not_in_a_line_that_was_never_ended_and_not_in_its_record(tmp_path: Path) -> None:
+    code = (
+        "import json, os, sys, time\n"
+        f"rank, run_dir = os.environ['RANK'], {str(tmp_path)!r} + '/pod' + os.environ['RANK'] + '/run'\n"
+        "why = {'rank': int(rank), 'time_unix_s': time.time(), 'traceback': 'refused ' + os.environ['TOKEN']}\n"
+        "open(run_dir + f'/errors/rank-{rank}.json', 'w').write(json.dumps(why))\n"
+        "sys.stdout.write(chr(27) + '[31m' + os.environ['TOKEN'] + ' \u00e9'); sys.exit(3)\n"
+    )
+    pods = _pods(tmp_path, code, token='to"k\u00e9n')
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    assert "k\u00e9n" not in "".join(said).encode().decode("unicode-escape"), said
+    assert "k\u00e9n" not in "".join(said), said
+    for index, text in enumerate(said):
+        if pods[index].returncode == 3:
+            line, record = text.splitlines()
+            assert line == f"pods-r{os.getpid()}-node-0-{index}:{index} *** \u00e9"
+            files = json.loads(record)["meshwright"]["files"]
+            assert files[f"errors/rank-{index}.json"]["traceback"] == "refused ***"
+    assert 3 in [pod.returncode for pod in pods]
+
+
+def test_a_pod_prints_its_own_ranks_only_where_pods_share_their_directory(tmp_path: Path) -> None:
+    pods = _pods(tmp_path, SUM, shared=True)
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], said
+    assert [text.count(" sum 3.0") for text in said] == [1, 1]
 
 
 def test_an_agent_that_dies_without_a_word_is_a_failure() -> None:

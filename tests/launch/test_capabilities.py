@@ -77,3 +77,9 @@ def test_the_fewest_nodes_must_be_able_to_run_the_job(tmp_path: Path) -> None:
 def test_what_restarts_need_is_refused_where_there_are_none(tmp_path: Path, key: str) -> None:
     with pytest.raises(JobError, match="an MPI job has no restarts"):
         check_capabilities(load(tmp_path, f"cluster: {{type: mpi}}\nfailure: {{{key}}}\n"))
+
+
+@pytest.mark.parametrize("key", ["signal: TERM", "lead: 30s"])
+def test_a_warning_on_kubernetes_is_refused_with_what_an_evicted_pod_gets_instead(tmp_path: Path, key: str) -> None:
+    with pytest.raises(JobError, match="ranks of a pod that is evicted get SIGTERM at once, and SIGKILL after failure"):
+        check_capabilities(load(tmp_path, f"cluster: {{type: kubernetes, image: i}}\ncheckpoint: {{{key}}}\n"))

@@ -1,0 +1,212 @@
+"""Runs without a launcher, whose nodes share no directory with us: who looks at one does what a launcher would.
+
+What nodes printed since the last look goes into the run's logs, merged.log and launcher.log; its end becomes exit.json.
+One looks at a time, whoever it is, and private/fetched.json says how far that came: nothing is kept twice or lost.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.clusters.base import StartPlan, log_name
+from meshwright.clusters.blame import Verdict
+from meshwright.clusters.contract import DistantQueue, Job, Lost, Said
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.records import clean_line
+from meshwright.clusters.saved import plan_from
+from meshwright.clusters.sending import Keeper
+from meshwright.launch.exits import Exit
+from meshwright.launch.follow import Run, conclude, places
+from meshwright.launch.logs import Mask
+from meshwright.launch.report import Outcome
+from meshwright.launch.rundir import write_json
+from meshwright.launch.supervise import RunState
+from meshwright.launch.values import fill
+
+if TYPE_CHECKING:
+    from meshwright.launch.runs import Known
+
+__all__ = ["Fetched", "end_of", "fetch", "note_cancelled"]
+
+FETCHED_FILE = "private/fetched.json"
+"""How far what nodes printed is here, and their last words."""
+
+_EVERY_S = 2.0
+_OVERLAP_S = 10.0  # lines show up a moment after they are printed, and each machine counts seconds by its own clock
+_RECORD = '{"meshwright": '
+
+
+class Fetched:
+    """What is here of a run's output.
+
+    Args:
+        run_dir: of the run, here.
+        shown: ranks whose lines are for people; None is all.
+    """
+
+    def __init__(self, run_dir: Path, shown: tuple[int, ...] | None) -> None:
+        self._run_dir, self._shown = run_dir, shown
+        self.plan = plan_from(json.loads((run_dir / "plan.json").read_text()))
+        self.job = json.loads((run_dir / "job.json").read_text())
+        self._asked_unix_s: float | None = None
+        self._last: dict[str, int] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        with suppress(OSError, ValueError):
+            told = json.loads((run_dir / FETCHED_FILE).read_text())
+            self._asked_unix_s, self._last, self.records = told["asked_unix_s"], told["last"], told["records"]
+
+    @property
+    def recent(self) -> bool:
+        """Whether somebody has just looked."""
+        return self._asked_unix_s is not None and 0 <= time.time() - self._asked_unix_s < _EVERY_S
+
+    def ask(self, queue: DistantQueue, job: str) -> None:
+        """Takes what nodes printed since the last time.
+
+        Raises:
+            UnavailableError: when the queue does not answer.
+        """
+        now_s, before_s = time.time(), self._asked_unix_s
+        said = queue.said(job, None if before_s is None else max(0.0, now_s - before_s) + _OVERLAP_S)
+        new = [each for each in said if each.at > self._last.get(each.node, 0)]
+        self._keep(sorted(new, key=lambda each: each.at))
+        self._last |= {each.node: each.at for each in new}
+        self._asked_unix_s = now_s
+        told = {"asked_unix_s": now_s, "last": self._last, "records": self.records}
+        write_json(self._run_dir / FETCHED_FILE, told)
+
+    def _keep(self, new: Iterable[Said]) -> None:
+        ranks = {f"{node.name}:{rank}": (node.name, rank) for node in self.plan.nodes for rank in node.ranks}
+        for each in new:
+            who, _, text = each.text.partition(" ")
+            if who in ranks:
+                self._keep_line(*ranks[who], clean_line(text.encode()))
+            elif each.text.startswith(_RECORD):
+                self._keep_record(each)
+            else:  # the pod's own words, such as that there is no meshwright in its image
+                self._append(f"logs/agent-{each.node}.log", each.text)
+                self._append("launcher.log", f"{each.node} | {clean_line(each.text.encode())}")
+
+    def _keep_line(self, host: str, rank: int, text: str) -> None:
+        line = f"{fill(self.job['logs']['prefix'], host=host, rank=str(rank))} | {text}"
+        self._append(log_name(rank), text)
+        self._append("merged.log", line)
+        if self._shown is None or rank in self._shown:
+            self._append("launcher.log", line)
+
+    def _keep_record(self, said: Said) -> None:
+        try:
+            record = json.loads(said.text)["meshwright"]
+            self.records[said.node] = {"events": record["events"]}
+            files: Mapping[str, Any] = record["files"]
+        except (ValueError, KeyError, TypeError):
+            return  # of another version in the image
+        for name, value in files.items():
+            data = base64.b64encode(json.dumps(value).encode()).decode()
+            Keeper(self._run_dir)({"path": name, "at": 0, "data": data})
+
+    def _append(self, name: str, line: str) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(self._run_dir / name, flags, 0o600), "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    def end(self, outcome: Outcome) -> None:
+        """Writes the exit record, and says what a launcher would."""
+        if outcome.exit_code:
+            self._append("launcher.log", f"meshwright: {outcome}")
+        self._append("launcher.log", places(self._run_dir).rstrip("\n"))
+        write_json(self._run_dir / "exit.json", outcome.as_dict())
+
+
+@contextmanager
+def _alone(run_dir: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether nobody else looks at this run; from then on nobody else does."""
+    held = os.open(run_dir / "private" / "fetching", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(held)
+
+
+def fetch(known: "Known", queue: DistantQueue) -> None:
+    """Brings what nodes said since somebody last looked; a queue that does not answer is asked again later.
+
+    Args:
+        known: the run.
+        queue: that has it.
+    """
+    assert known.job is not None, "a run of a queue"
+    run_dir = Path(known.run_dir)
+    with _alone(run_dir, wait=False) as alone, suppress(UnavailableError):
+        if alone and not (run_dir / "exit.json").exists() and not (found := Fetched(run_dir, known.shown)).recent:
+            found.ask(queue, known.job)
+
+
+def end_of(known: "Known", queue: DistantQueue, ended: Job) -> None:
+    """Writes down how a run ended, unless somebody else has done it meanwhile.
+
+    Args:
+        known: the run.
+        queue: that has it.
+        ended: what the queue says of its end.
+    """
+    from meshwright.launch.spec.job import Job as Spec
+
+    assert known.job is not None, "a run of a queue"
+    run_dir = Path(known.run_dir)
+    with _alone(run_dir, wait=True):
+        if (run_dir / "exit.json").exists():
+            return
+        found = Fetched(run_dir, known.shown)
+        with suppress(UnavailableError):
+            found.ask(queue, known.job)
+        state = RunState.of(found.plan)
+        for event in _events(found.plan, found.records, lost=queue.lost(known.job), ended=ended):
+            state.observe(event)
+        run = Run(Spec.model_validate(found.job), found.plan, known.shown, Mask(()), known.started_unix_s)
+        found.end(conclude(run, state, [], one_log=True))
+
+
+def _events(
+    plan: StartPlan, records: Mapping[str, Mapping[str, Any]], *, lost: Mapping[str, Lost], ended: Job
+) -> list[dict[str, Any]]:
+    """What agents said, in its order; of nodes that were lost or said nothing, what the queue says of them."""
+    disrupted = {node for node, each in lost.items() if each.disrupted}
+    told = [
+        {**event, "node": node}
+        for node, record in records.items()
+        for event in record["events"]
+        if not (node in disrupted and event["event"] == "result")
+    ]
+    told.sort(key=lambda event: float(event.pop("told_unix_s", 0.0)))
+    silent = [node.name for node in plan.nodes if node.name in disrupted or node.name not in records]
+    silent.sort(key=lambda node: (node not in disrupted, node not in lost))
+    return told + [_of_silent(node, lost.get(node), ended) for node in silent]
+
+
+def _of_silent(node: str, lost: Lost | None, ended: Job) -> dict[str, Any]:
+    if lost is None and not ended.exit_code:
+        return {"event": "result", "node": node, "state": "succeeded"}
+    lost = lost or Lost(ended.exit_code or int(Exit.UNAVAILABLE), f"{node} ended without a word; {ended.detail}")
+    return {"event": "gone", "node": node, "code": lost.exit_code, "exit_code": lost.exit_code, "message": lost.why}
+
+
+def note_cancelled(known: "Known") -> None:
+    """Writes down that a run was cancelled, which nothing else would tell once its queue has forgotten it."""
+    with _alone(Path(known.run_dir), wait=True):
+        times_s = (known.started_unix_s, round(time.time(), 3))
+        why, code = f"job {known.job} was cancelled", 128 + signal.SIGINT
+        outcome = Outcome(known.run_id, "cancelled", code, Verdict(None), why, 1, *times_s)
+        Fetched(Path(known.run_dir), known.shown).end(outcome)
