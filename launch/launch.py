@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
-from meshwright.clusters.contract import Handle, Queue
+from meshwright.clusters.contract import Cluster, Handle, Queue
 from meshwright.clusters.spawn import end_warm, warm_agent
 from meshwright.launch.after import after_others, wait_for_others
-from meshwright.launch.background import in_background
+from meshwright.launch.background import check_apart, in_background
 from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.claim import check_free, claimed
 from meshwright.launch.follow import Run, follow, report
@@ -87,7 +87,9 @@ def _launch(options: LaunchOptions, base: Path) -> int:
     if options.dry_run:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))
         return 0
-    cluster.check(plan)
+    refused = _refused(cluster, plan, detach=options.detach)
+    if refused:
+        return refused
     secrets = {secret.name: secret.value for secret in request.program.secrets}
     write_inputs(loaded, plan, resolved_job(loaded, run_id, base))
     known = Known(run_id, plan.name, plan.cluster, plan.run_dir, started_unix_s, shown_ranks(loaded))
@@ -107,6 +109,18 @@ def _act(known: Known, options: LaunchOptions, act: Callable[[], int]) -> int:
     while read_run(Path(known.run_dir)) is None and time.monotonic() < end_s:
         time.sleep(_LOOK_S)  # until others can find it by its id
     say_detached(known, options)
+    return 0
+
+
+def _refused(cluster: Cluster | Queue, plan: StartPlan, *, detach: bool) -> int:
+    """Looks whether a plan could be executed here and now.
+
+    Returns:
+        0, or the exit code of what was said; what is to be said by this process is raised.
+    """
+    if detach and not isinstance(cluster, Queue):  # which is followed by a fork of this process
+        return check_apart([(cluster, plan)])
+    cluster.check(plan)
     return 0
 
 

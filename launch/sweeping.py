@@ -16,7 +16,7 @@ from pathlib import Path
 from meshwright.clusters.contract import Queue
 from meshwright.clusters.slurm import SlurmQueue
 from meshwright.clusters.spawn import end_warm
-from meshwright.launch.background import apart, beside, in_background
+from meshwright.launch.background import beside, check_apart, in_background
 from meshwright.launch.follow import Run
 from meshwright.launch.launch import LaunchOptions, follow_run, say_detached, shown_ranks, write_inputs
 from meshwright.launch.load import OpenJob
@@ -70,7 +70,7 @@ def launch_sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> i
 
 
 def _check(series: Series) -> int:
-    """Looks whether all could start here and now, in a process of its own, since a fork of what it attaches to is none.
+    """Looks whether all could start here and now.
 
     Returns:
         0, or the exit code of what was said.
@@ -82,13 +82,7 @@ def _check(series: Series) -> int:
         first = series.members[0]
         first.cluster.check(replace(first.plan, submission=series.array))
         return 0
-
-    def check_all() -> int:
-        for each in series.members:
-            each.cluster.check(each.plan)
-        return 0
-
-    return apart(check_all)
+    return check_apart((each.cluster, each.plan) for each in series.members)
 
 
 def _write(series: Series, opened: OpenJob, base: Path) -> None:

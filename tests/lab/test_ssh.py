@@ -14,9 +14,8 @@ import yaml
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
 from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job
+from tests.launch.aside import SLEEP, check_left_alone
 from tests.launch.waiting import eventually
-
-SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
 def cluster(lab: Hosts, source: dict[str, str], **keys: Any) -> dict[str, Any]:
@@ -152,6 +151,12 @@ def test_a_host_that_refuses_is_named_and_the_others_are_ended(launch: Callable[
     assert done.returncode == 69, done.stderr
     assert "host h9: it cannot be reached" in done.stderr
     assert not list(carriers(far.run_id))
+
+
+def test_a_run_over_ssh_is_left_alone_and_found_again(launch: Callable[..., Launch]) -> None:
+    far = launch()
+    job = write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "2s"})
+    check_left_alone(far.run_dir, far.env, str(job), ranks=2)
 
 
 def test_a_failing_rank_keeps_its_code_and_host(launch: Callable[..., Launch]) -> None:
