@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
+from meshwright.clusters.masking import Mask
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
 
@@ -51,8 +52,8 @@ def code_of(events: list[Event], status: int) -> int:
     return _CODES.get(results[-1]["state"], 1)
 
 
-def _printed(host: str) -> Any:
-    """Prints what grows in the logs of ranks, a line at a time, each with its host and rank."""
+def _printed(host: str, mask: Mask) -> Any:
+    """Prints what grows in the logs of ranks without its secrets, a line at a time, each with its host and rank."""
     rest: dict[str, str] = {}
 
     def tell(event: str, **part: Any) -> None:
@@ -62,7 +63,7 @@ def _printed(host: str) -> Any:
         rank = name.split("-")[1].partition(".")[0]
         text = rest.get(name, "") + base64.b64decode(part["data"]).decode(errors="replace")
         *lines, rest[name] = text.split("\n")
-        sys.stdout.write("".join(f"{host}:{rank} {line}\n" for line in lines))
+        sys.stdout.write("".join(f"{host}:{rank} {mask(line)}\n" for line in lines))
         sys.stdout.flush()
 
     return tell
@@ -103,7 +104,7 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     _say(agent, {"plan": plan, "node": index, "secrets": secrets, "key": told["KEY"], "lost_after_s": None})
-    sender = Sender(run_dir, _printed(node["name"]))
+    sender = Sender(run_dir, _printed(node["name"], Mask(secrets.values())))
     if index:
         address = _first_pod(plan["meeting"], plan["limits"]["join_timeout_s"])
         if address is not None:

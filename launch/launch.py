@@ -17,7 +17,6 @@ from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.claim import check_free, claimed
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.load import LoadedJob, OpenJob, check_job, open_job
-from meshwright.launch.logs import Mask
 from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.relaunch import Relaunch
@@ -29,7 +28,7 @@ from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
 
-__all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "write_inputs"]
+__all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "warn_of", "write_inputs"]
 
 _KNOWN_S, _LOOK_S = 5.0, 0.02
 
@@ -90,12 +89,13 @@ def _launch(options: LaunchOptions, base: Path) -> int:
     refused = _refused(cluster, plan, detach=options.detach)
     if refused:
         return refused
+    warn_of(plan)
     secrets = {secret.name: secret.value for secret in request.program.secrets}
     write_inputs(loaded, plan, resolved_job(loaded, run_id, base))
     known = Known(run_id, plan.name, plan.cluster, plan.run_dir, started_unix_s, shown_ranks(loaded))
     if isinstance(cluster, Queue):
         return _hand_over(known, cluster.submit(plan, secrets), options)
-    run = Run(loaded.job, plan, known.shown, Mask(secrets.values()), started_unix_s, options.as_json)
+    run = Run(loaded.job, plan, known.shown, tuple(secrets.values()), started_unix_s, options.as_json)
     relaunch = Relaunch(loaded, base, request, started_unix_s)
     return _act(known, options, lambda: follow_run(known, run, lambda: cluster.start(plan, secrets), relaunch=relaunch))
 
@@ -122,6 +122,12 @@ def _refused(cluster: Cluster | Queue, plan: StartPlan, *, detach: bool) -> int:
         return check_apart([(cluster, plan)])
     cluster.check(plan)
     return 0
+
+
+def warn_of(plan: StartPlan) -> None:
+    """Says at a launch what is dangerous about its plan."""
+    if plan.meeting.warning:
+        sys.stderr.write(f"meshwright: rendezvous.bind: the first node listens on {plan.meeting.warning}\n")
 
 
 def _check_run_id(run_id: str | None) -> None:

@@ -1,37 +1,15 @@
 """Output of ranks: each writes its own file, and the launcher follows them all into one stream of clean lines.
 
-A line is whole, without control sequences, of a progress bar only the last state, with secrets masked by value.
+A line is whole, without control sequences, of a progress bar only the last state.
 """
 
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["LogTail", "Mask"]
+__all__ = ["LogTail"]
 
 _MAX_LINE_BYTES = 1 << 20
-_MASK = "***"
-
-
-class Mask:
-    """Replaces secrets in what is shown.
-
-    Args:
-        values: the secrets; of several lines, each line is one.
-
-    >>> Mask(["hunter22"])("password=hunter22")
-    'password=***'
-    """
-
-    def __init__(self, values: Iterable[str]) -> None:
-        parts = {line.strip() for value in values for line in value.splitlines()} - {""}
-        words = sorted(parts, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
-
-    def __call__(self, text: str) -> str:
-        """The text without secrets."""
-        return self._pattern.sub(_MASK, text) if self._pattern else text
 
 
 class LogTail:
