@@ -7,7 +7,7 @@ EXTRAS := hf,plots,deepspeed,test
 LAB    := ray,mpi
 LAB_PACKAGES := slurm-wlm munge openssh-server openssh-client iproute2 util-linux openmpi-bin mpich
 LAB_TOOLS    := slurmctld munged sshd ip unshare mpiexec.openmpi mpiexec.mpich
-LAB_TESTS = $(BIN)/python -m pytest -q -rs -m lab tests/lab
+LAB_AGAIN := --last-failed --last-failed-no-failures none
 JOB    ?= examples/quickstart.yaml
 REPEAT ?= 20
 
@@ -65,7 +65,8 @@ lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, 
 	@which $(LAB_TOOLS) >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
 	@# hosts are pretended on a machine that others share: what failed gets one more try, alone, and that decides
-	$(LAB_TESTS) -n 3 --dist loadfile || { test $$? = 1 && $(LAB_TESTS) --last-failed --last-failed-no-failures none; }
+	$(BIN)/python -m pytest -q -rs -n 3 --dist loadfile -m lab tests/lab || { test $$? = 1 && \
+	  $(BIN)/python -m pytest -q -rs $(LAB_AGAIN) -m lab tests/lab; }
 
 matrix: $(STAMP) ## every cell of the three parity matrices; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix
