@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
@@ -27,6 +27,7 @@ from meshwright.clusters.files import FileLine, step_folder
 from meshwright.clusters.imports import IMPORTS, Imports
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
+from meshwright.clusters.masking import Concealer, conceal_while
 from meshwright.clusters.prefork import Forks
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
@@ -49,6 +50,7 @@ class _Agent:
         self.stopped = False
         self.torch_agent: Any = None
         self.sender: Sender | None = None
+        self.concealer = Concealer(Path(self.plan["run_dir"]), message["secrets"].values())
         self.joining = Joining(message, channel.tell, self._cut_off)
         self._heard_s = time.monotonic()
 
@@ -122,6 +124,8 @@ class _Agent:
         """The last word, after everything that ranks wrote."""
         if self.sender is not None:
             self.sender.finish()
+        if self.sender is not None or state == "abandoned":  # otherwise the launcher does, when it has read them
+            self.concealer.finish()
         self.channel.tell("result", state=state, message=message)
 
     def prepare(self) -> None:
@@ -131,6 +135,7 @@ class _Agent:
         if not shared:
             make_run_dir(run_dir, self.message["files"])
             self.sender = Sender(run_dir, self.channel.tell)
+            conceal_while(self.concealer, Event())
         _open_log(run_dir, self.node["name"])
         self.channel.tell("joined", host=socket.gethostname(), shared=shared)
         self.joining.hold()
@@ -154,7 +159,8 @@ class _Agent:
 
         forks = _forks(self)
         spec = self._spec(forks)
-        self.torch_agent = NodeAgent(spec, plan=self.plan, node=self.node["index"], tell=self.channel.tell, forks=forks)
+        where, mask = self.node["index"], self.concealer.mask
+        self.torch_agent = NodeAgent(spec, plan=self.plan, node=where, tell=self.channel.tell, forks=forks, mask=mask)
         if self.stopped:
             return "stopped"
         try:

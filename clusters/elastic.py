@@ -67,6 +67,7 @@ class NodeAgent(LocalElasticAgent):
         node: index of this node.
         tell: sends an event to the launcher.
         forks: where ranks are forked.
+        mask: replaces secrets in what is told of failures.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class NodeAgent(LocalElasticAgent):
         node: int,
         tell: Tell,
         forks: Forks | None = None,
+        mask: Callable[[str], str] = str,
     ) -> None:
         super().__init__(spec, _OwnLogs(), start_method="fork", exit_barrier_timeout=300)
         self._forks = forks
@@ -87,7 +89,10 @@ class NodeAgent(LocalElasticAgent):
         self._limits: Mapping[str, Any] = plan["limits"]
         self._leaving = False
         self._health = _watch_of(plan, node, tell)
-        self._rounds = Rounds(plan, node, self.stop.is_set, sick=lambda: self._health.fault if self._health else None)
+        self._rounds = Rounds(plan, node, self.stop.is_set, sick=self._fault, mask=mask)
+
+    def _fault(self) -> tuple[str, float] | None:
+        return self._health.fault if self._health else None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1

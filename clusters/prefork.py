@@ -3,12 +3,13 @@
 CUDA does not survive a fork: a rank that finds it begun executes its command like any other.
 """
 
+import atexit
 import os
 import runpy
 import signal
 import stat
 import sys
-import traceback
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import invalidate_caches
@@ -23,6 +24,8 @@ __all__ = ["Forks"]
 
 _SHOWN = ("MESHWRIGHT_RUN_ID", "MESHWRIGHT_NODE", "RANK")
 _THREADS = "OMP_NUM_THREADS"
+_EXITS = (("logging", "shutdown"), ("multiprocessing.util", "_exit_function"))
+"""What modules of Python register when they are imported, the first first."""
 
 
 class Forks:
@@ -71,6 +74,7 @@ class Forks:
         code = 1
         try:
             os.setsid()
+            _forget_exits()
             _drop_handlers()
             self._join()
             _drop_sockets()
@@ -79,12 +83,11 @@ class Forks:
                 bootstrap.become(list(command))
             _be_a_main_program(self._main)
             code = _run(command)
-        except BaseException:
-            traceback.print_exc()
-        for stream in (sys.stdout, sys.stderr):
+        except BaseException as error:
+            code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else code
             with suppress(Exception):
-                stream.flush()
-        os._exit(code)
+                sys.excepthook(type(error), error, error.__traceback__)
+        _end(code)
 
     def _join(self) -> None:
         """Waits until all have been forked, or the agent has died; signals come again."""
@@ -143,6 +146,26 @@ def _limit_threads() -> None:
     torch, wanted = sys.modules.get("torch"), os.environ.get(_THREADS, "")
     if torch is not None and wanted.isdecimal() and 0 < int(wanted) < torch.get_num_threads():
         torch.set_num_threads(int(wanted))
+
+
+def _forget_exits() -> None:
+    """What the agent registered for its end is no part of the rank, but for what every program has of Python itself."""
+    atexit._clear()
+    for module, name in _EXITS:
+        if module in sys.modules:
+            atexit.register(getattr(sys.modules[module], name))
+
+
+def _end(code: int) -> NoReturn:
+    """Ends as an interpreter does: threads are waited for, what was registered is called, streams are flushed."""
+    threads: Any = threading
+    for act in (threads._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+        with suppress(BaseException):
+            act()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def _run(command: Sequence[str]) -> int:

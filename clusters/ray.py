@@ -4,14 +4,11 @@ Ray finds the nodes and gives each actor its CPUs and GPUs; from there on a run 
 lines go through the actors' calls, and ranks meet by themselves.
 """
 
-import logging
-import os
 import secrets as tokens
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +18,7 @@ from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Far, PipeHandle
+from meshwright.clusters.ray_access import attached, is_open
 from meshwright.clusters.ray_line import RayLine, agent_class
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_ARGV
@@ -28,7 +26,6 @@ from meshwright.clusters.spawn import AGENT_ARGV
 __all__ = ["RayCluster", "RayOptions", "plan_ray", "why_infeasible"]
 
 _LOST_AFTER_S = 30.0
-_DIAL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -125,8 +122,9 @@ class RayCluster:
         Raises:
             UnavailableError: when there is no such cluster, or it is too small.
         """
-        ray = _attached(self._options)
-        if os.environ.get("RAY_AUTH_MODE") != "token":
+        lets_anybody_in = is_open(self._options.address)
+        ray = attached(self._options.address)
+        if lets_anybody_in:
             sys.stderr.write(
                 "meshwright: this Ray cluster asks for no token: whoever reaches its ports can run programs there; "
                 "start it with RAY_AUTH_MODE=token\n"
@@ -142,10 +140,14 @@ class RayCluster:
         Raises:
             UnavailableError: when Ray has not placed the nodes in time.
         """
-        actors = self._placed(len(plan.nodes))
+        group, actors = self._placed(len(plan.nodes))
         lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
-        first = next(iter(lines.values()))
-        plan = replace(plan, meeting=replace(plan.meeting, host=first.address()))
+        try:
+            host = next(iter(lines.values())).address()
+        except BaseException:
+            _give_back(group)
+            raise
+        plan = replace(plan, meeting=replace(plan.meeting, host=host))
         run_dir = Path(plan.run_dir)
         probe = f"private/probe-{tokens.token_hex(8)}"
         (run_dir / probe).touch(mode=0o600)
@@ -160,16 +162,18 @@ class RayCluster:
 
         far = Far({"probe": probe, "passed": {}, "files": files}, _LOST_AFTER_S, explain, Keeper(run_dir))
         # a line is as much of a process as a handle needs
-        return PipeHandle(plan, cast("Mapping[str, subprocess.Popen[bytes]]", lines), secrets, far=far)
+        agents = cast("Mapping[str, subprocess.Popen[bytes]]", lines)
+        return _RayHandle(plan, agents, secrets, far=far, group=group)
 
-    def _placed(self, count: int) -> list[Any]:
-        ray = _attached(self._options)
-        from ray.util.placement_group import placement_group, remove_placement_group
+    def _placed(self, count: int) -> tuple[Any, list[Any]]:
+        """The placement group, and an actor in each of its bundles."""
+        ray = attached(self._options.address)
+        from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD")
         if not group.wait(timeout_seconds=self._options.ready_timeout_s):
-            remove_placement_group(group)
+            _give_back(group)
             free = ray.available_resources()
             left = ", ".join(f"{name} {free[name]:g}" for name in ("CPU", "GPU") if name in free)
             asked = f"{count} nodes with {_words(self._bundle)}"
@@ -178,7 +182,7 @@ class RayCluster:
                 f"together: {left or 'nothing'}; wait for other jobs, or ask for less"
             )
         made = ray.remote(agent_class())
-        return [
+        return group, [
             made.options(
                 num_cpus=self._bundle["CPU"],
                 num_gpus=self._bundle.get("GPU", 0),
@@ -189,30 +193,32 @@ class RayCluster:
         ]
 
 
-def _dial(address: str) -> None:
-    """Makes sure that somebody listens at HOST:PORT: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and "/" not in address and port.isdecimal():
-        socket.create_connection((host, int(port)), _DIAL_S).close()
+class _RayHandle(PipeHandle):
+    """A run whose agents are in actors of a placement group, which goes back as soon as nothing of the run is left."""
+
+    def __init__(
+        self,
+        plan: StartPlan,
+        agents: "Mapping[str, subprocess.Popen[bytes]]",
+        secrets: Mapping[str, str],
+        *,
+        far: Far,
+        group: Any,
+    ) -> None:
+        self._group = group
+        super().__init__(plan, agents, secrets, far=far)
+
+    def kill(self) -> None:
+        """Kills everything of this run at once; what was kept free for it is given back."""
+        try:
+            super().kill()
+        finally:
+            _give_back(self._group)
 
 
-def _attached(options: RayOptions) -> Any:
-    """The module `ray`, attached once; it takes SIGTERM for itself, which the launcher needs."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UnavailableError("ray is not installed; pip install 'meshwright[ray]'") from error
-    if ray.is_initialized():
-        return ray
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        _dial(options.address)
-        ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnavailableError(
-            f"cluster.address: no Ray cluster at {options.address!r}: {first}; start one by ray start"
-        ) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return ray
+def _give_back(group: Any) -> None:
+    """Ends the actors of a placement group, and lets others have what it held; a head that is gone has done so."""
+    from ray.util.placement_group import remove_placement_group
+
+    with suppress(Exception):
+        remove_placement_group(group)

@@ -126,8 +126,13 @@ class Meeting:
             return f"{f'port {self.port}' if self.port else 'any free port'} on the loopback interface"
         port = f"port {self.port}" if self.port else f"a free port of {self.ports[0]}-{self.ports[1]}"
         where = f"interface {self.interface}" if self.interface != "auto" else "the interface with that address"
-        warned = "every interface (whoever reaches the port can join)" if self.everywhere else where
-        return f"{port} on {'the first node' if self.host == 'first' else self.host}, {warned}"
+        return f"{port} on {'the first node' if self.host == 'first' else self.host}, {self.warning or where}"
+
+    @property
+    def warning(self) -> str:
+        """What is dangerous about it, in words; empty where nothing is."""
+        anybody = self.host is not None and self.everywhere
+        return "every interface (whoever reaches the port can join)" if anybody else ""
 
 
 @dataclass(frozen=True)

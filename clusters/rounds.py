@@ -38,6 +38,7 @@ class Rounds:
         node: index of this node.
         stopped: whether the run is being ended, so that nothing is waited for.
         sick: what is wrong with this machine and since when, as far as it was seen while ranks ran.
+        mask: replaces secrets in what other nodes are told.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Rounds:
         stopped: Callable[[], bool] = lambda: False,
         *,
         sick: Callable[[], tuple[str, float] | None] = lambda: None,
+        mask: Callable[[str], str] = str,
     ) -> None:
         self._plan, self._node, self._stopped, self._sick = plan, node, stopped, sick
+        self._mask = mask
         self._name: str = plan["nodes"][node]["name"]
         self._limits: Mapping[str, Any] = plan["limits"]
-        self._policy = policy_from(self._limits["retry"])
         self._began_s = self._attempt_s = time.time()
         self._killed = oom_kills()
         self._store: Any = None
@@ -96,6 +98,7 @@ class Rounds:
             leaving: whether the node is about to be taken away.
         """
         own = replace(_with_machine(self._look(deaths), self._sick()), leaving=leaving)
+        own = replace(own, evidence=self._mask(own.evidence))
         decision = self._agreed(own) if self._shared else self._decide([own])
         self.history.append(decision)
         return decision
@@ -122,7 +125,7 @@ class Rounds:
 
     def _decide(self, failures: Sequence[Failure]) -> Decision:
         return decide(
-            self._policy,
+            policy_from(self._limits["retry"]),
             self.history,
             failures,
             run_id=self._plan["run_id"],

@@ -3,13 +3,15 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from meshwright.clusters.base import StartPlan
+from meshwright.clusters.contract import Cluster, Queue
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["apart", "beside", "in_background"]
+__all__ = ["beside", "check_apart", "in_background"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -52,10 +54,23 @@ def beside(run_dir: Path, act: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def apart(act: Callable[[], int]) -> int:
-    """The code of `act`, which runs in a process of its own and leaves nothing in this one."""
-    _, status = os.waitpid(_forked(lambda: _end(act)), 0)
-    return os.waitstatus_to_exitcode(status)
+def check_apart(starts: Iterable[tuple[Cluster | Queue, StartPlan]]) -> int:
+    """Looks whether plans could be executed here and now, in a process of its own.
+
+    What a check attaches to has threads, and a fork of this process would have none of them.
+
+    Returns:
+        0, or the exit code of what was said.
+    """
+
+    def check_all() -> int:
+        for cluster, plan in starts:
+            cluster.check(plan)
+        return 0
+
+    _, status = os.waitpid(_forked(lambda: _end(check_all)), 0)
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
 
 
 def _forked(act: Callable[[], None]) -> int:

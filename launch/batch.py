@@ -25,7 +25,6 @@ from meshwright.clusters.slurm import SECRETS_FILE, named, on_first
 from meshwright.clusters.slurm_commands import controller_answers, hasten, node_names, requeue, times_queued_again
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
-from meshwright.launch.logs import Mask
 from meshwright.launch.relaunch import decision_on_loss, history_of
 from meshwright.launch.report import Outcome
 from meshwright.launch.rundir import ASKED_FILE, EXCLUDED_FILE, write_json
@@ -186,7 +185,7 @@ def _run(run_dir: Path, times: int) -> int:
         job=Job.model_validate(job),
         plan=plan,
         shown=None if known is None else known.shown,
-        mask=Mask(secrets.values()),
+        secrets=tuple(secrets.values()),
         started_unix_s=now_unix_s() if known is None or known.sweep else known.started_unix_s,
     )
 

@@ -19,12 +19,12 @@ from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import DistantQueue, Job, Lost, Said
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.sending import Keeper
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, conclude, places
-from meshwright.launch.logs import Mask
 from meshwright.launch.report import Outcome
 from meshwright.launch.rundir import write_json
 from meshwright.launch.supervise import RunState

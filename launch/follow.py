@@ -6,15 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, TextIO
 
 from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
+from meshwright.clusters.masking import Concealer, Mask, conceal_while
 from meshwright.clusters.records import error_records, hang_record, log_end
 from meshwright.launch.health_lines import HealthLines
-from meshwright.launch.logs import Mask
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.restarts import RestartLines, line_of
@@ -40,7 +42,7 @@ class Run:
         job: what it is of.
         plan: what is started.
         shown: ranks whose lines are for people; None is all.
-        mask: replaces secrets.
+        secrets: their values.
         started_unix_s: when the launch began.
         as_json: lines of ranks go to standard error.
     """
@@ -48,9 +50,14 @@ class Run:
     job: "Job"
     plan: StartPlan
     shown: Sequence[int] | None
-    mask: Mask
+    secrets: tuple[str, ...]
     started_unix_s: float
     as_json: bool = False
+
+    @cached_property
+    def mask(self) -> Mask:
+        """Replaces its secrets."""
+        return Mask(self.secrets)
 
     @property
     def directory(self) -> Path:
@@ -81,7 +88,7 @@ def follow(
         try:
             handle: Handle | None = start()
             while handle is not None:
-                supervise(handle, state, interrupts, watchers=stream.watchers)
+                supervise(handle, state, interrupts, watchers=stream.watchers, mask=run.mask)
                 handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
         except OSError as error:
             why = f"{run.directory}: the run was ended, since its logs cannot be written: {error.strerror}"
@@ -142,10 +149,15 @@ class _Output:
         self.said = RestartLines(run.mask, write, range(len(run.plan.limits.past)))
         bar = [self._bar] if self._bar else []
         self._health = HealthLines(run.directory, run.mask, write)
+        self._concealer, self._ended = Concealer(run.directory, run.secrets), Event()
+        self._thread = conceal_while(self._concealer, self._ended)
         self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, self._health, *bar]
 
     def close(self) -> None:
         self._stream.close()
+        self._ended.set()
+        self._thread.join()
+        self._concealer.finish()
         if self._bar:
             self._bar.close()
 
@@ -166,12 +178,6 @@ def conclude(run: Run, state: RunState, interrupts: Sequence[int], *, one_log: b
     first = None if verdict.first is None else _masked(verdict.first, run.mask)
     victims = tuple(_masked(victim, run.mask) for victim in verdict.victims)
     verdict = Verdict(first, victims, run.mask(verdict.hang), verdict.only_lost)
-    for told in state.decisions.values():
-        told.update({name: run.mask(told[name]) for name in ("evidence", "reason")})
-    for each in state.losses.excluded:
-        each["why"] = run.mask(each["why"])
-    for each in state.health:
-        each["fault"] = each["fault"] and run.mask(each["fault"])
     times_s = (run.started_unix_s, round(time.time(), 3))
     return outcome_of(state, verdict, interrupts, times_s=times_s)
 

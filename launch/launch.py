@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
-from meshwright.clusters.contract import Handle, Queue
+from meshwright.clusters.contract import Cluster, Handle, Queue
 from meshwright.clusters.spawn import end_warm, warm_agent
 from meshwright.launch.after import after_others, wait_for_others
-from meshwright.launch.background import in_background
+from meshwright.launch.background import check_apart, in_background
 from meshwright.launch.capabilities import check_capabilities
 from meshwright.launch.claim import check_free, claimed
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.load import LoadedJob, OpenJob, check_job, open_job
-from meshwright.launch.logs import Mask
 from meshwright.launch.preflight import on_fit_nodes
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.relaunch import Relaunch
@@ -29,7 +28,7 @@ from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
 
-__all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "write_inputs"]
+__all__ = ["LaunchOptions", "follow_run", "launch", "say_detached", "shown_ranks", "warn_of", "write_inputs"]
 
 _KNOWN_S, _LOOK_S = 5.0, 0.02
 
@@ -87,13 +86,16 @@ def _launch(options: LaunchOptions, base: Path) -> int:
     if options.dry_run:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))
         return 0
-    cluster.check(plan)
+    refused = _refused(cluster, plan, detach=options.detach)
+    if refused:
+        return refused
+    warn_of(plan)
     secrets = {secret.name: secret.value for secret in request.program.secrets}
     write_inputs(loaded, plan, resolved_job(loaded, run_id, base))
     known = Known(run_id, plan.name, plan.cluster, plan.run_dir, started_unix_s, shown_ranks(loaded))
     if isinstance(cluster, Queue):
         return _hand_over(known, cluster.submit(plan, secrets), options)
-    run = Run(loaded.job, plan, known.shown, Mask(secrets.values()), started_unix_s, options.as_json)
+    run = Run(loaded.job, plan, known.shown, tuple(secrets.values()), started_unix_s, options.as_json)
     relaunch = Relaunch(loaded, base, request, started_unix_s)
     return _act(known, options, lambda: follow_run(known, run, lambda: cluster.start(plan, secrets), relaunch=relaunch))
 
@@ -108,6 +110,24 @@ def _act(known: Known, options: LaunchOptions, act: Callable[[], int]) -> int:
         time.sleep(_LOOK_S)  # until others can find it by its id
     say_detached(known, options)
     return 0
+
+
+def _refused(cluster: Cluster | Queue, plan: StartPlan, *, detach: bool) -> int:
+    """Looks whether a plan could be executed here and now.
+
+    Returns:
+        0, or the exit code of what was said; what is to be said by this process is raised.
+    """
+    if detach and not isinstance(cluster, Queue):  # which is followed by a fork of this process
+        return check_apart([(cluster, plan)])
+    cluster.check(plan)
+    return 0
+
+
+def warn_of(plan: StartPlan) -> None:
+    """Says at a launch what is dangerous about its plan."""
+    if plan.meeting.warning:
+        sys.stderr.write(f"meshwright: rendezvous.bind: the first node listens on {plan.meeting.warning}\n")
 
 
 def _check_run_id(run_id: str | None) -> None:

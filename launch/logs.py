@@ -1,16 +1,13 @@
 """Output of ranks: each writes its own file, and the launcher follows them all into one stream of clean lines.
 
-A line is whole, without control sequences, of a progress bar only the last state, with secrets masked by value (see
-`meshwright.clusters.masking`).
+A line is whole, without control sequences, of a progress bar only the last state.
 """
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from meshwright.clusters.masking import Mask
-
-__all__ = ["LogTail", "Mask"]
+__all__ = ["LogTail"]
 
 _MAX_LINE_BYTES = 1 << 20
 

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from meshwright.clusters.base import StartPlan, log_name
+from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import clean_line
-from meshwright.launch.logs import LogTail, Mask
+from meshwright.launch.logs import LogTail
 from meshwright.launch.supervise import RunState
 from meshwright.launch.values import fill
 

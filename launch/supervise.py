@@ -24,6 +24,7 @@ _TICK_S = 0.1
 _CLOCKS_S = 5.0
 _IMPATIENT = 2
 _ENVELOPE = ("event", "node")
+_FREE = ("evidence", "reason", "message", "fault", "found")
 
 
 class Interrupts:
@@ -190,8 +191,12 @@ class RunState:
         return hung and limits.hang_s is not None and limits.hang_action == "dump_and_stop"
 
 
+_Watchers = Iterable[Callable[[RunState], None]]
+_Words = Callable[[str], str]
+
+
 def supervise(
-    handle: Handle, state: RunState, interrupts: Interrupts, *, watchers: Iterable[Callable[[RunState], None]] = ()
+    handle: Handle, state: RunState, interrupts: Interrupts, *, watchers: _Watchers = (), mask: _Words = str
 ) -> None:
     """Follows a run until nothing of it is left; `state` tells how it went.
 
@@ -202,13 +207,14 @@ def supervise(
         state: is kept up to date.
         interrupts: signals to the launcher.
         watchers: called with the state several times a second.
+        mask: replaces secrets in what agents say in words, before anything is made of it.
     """
     stopping, hooks = False, list(watchers)
     state.begin()
     try:
         while not handle.done and len(interrupts.numbers) < _IMPATIENT:
             for event in handle.poll(_TICK_S):
-                state.observe(event)
+                state.observe(_masked(event, mask))
             for hook in hooks:
                 hook(state)
             if not stopping and (interrupts.numbers or state.over):
@@ -217,9 +223,13 @@ def supervise(
     finally:
         handle.kill()
     for event in handle.poll(0.0):
-        state.observe(event)
+        state.observe(_masked(event, mask))
     for hook in hooks:
         hook(state)
+
+
+def _masked(event: Mapping[str, Any], mask: _Words) -> dict[str, Any]:
+    return {name: mask(value) if name in _FREE and value else value for name, value in event.items()}
 
 
 def now_unix_s() -> float:

@@ -16,11 +16,10 @@ from pathlib import Path
 from meshwright.clusters.contract import Queue
 from meshwright.clusters.slurm import SlurmQueue
 from meshwright.clusters.spawn import end_warm
-from meshwright.launch.background import apart, beside, in_background
+from meshwright.launch.background import beside, check_apart, in_background
 from meshwright.launch.follow import Run
-from meshwright.launch.launch import LaunchOptions, follow_run, say_detached, shown_ranks, write_inputs
+from meshwright.launch.launch import LaunchOptions, follow_run, say_detached, shown_ranks, warn_of, write_inputs
 from meshwright.launch.load import OpenJob
-from meshwright.launch.logs import Mask
 from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.request import resolved_job
 from meshwright.launch.rundir import RunDirError, create_run_dir, make_run_id, write_json, write_text
@@ -56,6 +55,7 @@ def launch_sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> i
     refused = _check(series)
     if refused:
         return refused
+    warn_of(series.members[0].plan)
     _write(series, opened, base)
     runs = tuple(each.plan.run_dir for each in series.members)
     kind = series.members[0].plan.cluster
@@ -70,7 +70,7 @@ def launch_sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> i
 
 
 def _check(series: Series) -> int:
-    """Looks whether all could start here and now, in a process of its own, since a fork of what it attaches to is none.
+    """Looks whether all could start here and now.
 
     Returns:
         0, or the exit code of what was said.
@@ -82,13 +82,7 @@ def _check(series: Series) -> int:
         first = series.members[0]
         first.cluster.check(replace(first.plan, submission=series.array))
         return 0
-
-    def check_all() -> int:
-        for each in series.members:
-            each.cluster.check(each.plan)
-        return 0
-
-    return apart(check_all)
+    return check_apart((each.cluster, each.plan) for each in series.members)
 
 
 def _write(series: Series, opened: OpenJob, base: Path) -> None:
@@ -113,8 +107,7 @@ def _run(series: Series, member: Member) -> int:
     """One run, in a process of its own."""
     known, cluster = _known(series, member), member.cluster
     assert not isinstance(cluster, Queue), "that one takes all at once"
-    mask = Mask(member.secrets.values())
-    run = Run(member.loaded.job, member.plan, known.shown, mask, known.started_unix_s)
+    run = Run(member.loaded.job, member.plan, known.shown, tuple(member.secrets.values()), known.started_unix_s)
     relaunch = Relaunch(member.loaded, series.base, member.request, known.started_unix_s)
     return follow_run(known, run, lambda: cluster.start(member.plan, member.secrets), relaunch=relaunch)
 

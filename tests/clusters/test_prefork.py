@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forke
 
 # holds a socket, handlers and threads like an agent; then ranks, which say what they see
 _AGENT = """
-import multiprocessing, os, signal, socket, sys, threading, time
+import atexit, multiprocessing, os, signal, socket, sys, threading, time
 from pathlib import Path
 from meshwright.clusters.carrying import make_room
 from meshwright.clusters.imports import Imports
@@ -27,6 +27,7 @@ from meshwright.clusters.prefork import Forks
 make_room()
 imports = Imports()
 imports.begin()
+atexit.register(print, "of the agent", flush=True)
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.signal(signal.SIGUSR2, lambda *_: None)
 held = socket.create_server(("127.0.0.1", 0)), *socket.socketpair()
@@ -121,7 +122,13 @@ def _seen(way: str, folders: tuple[Path, Path], *words: str, threads: int = 1) -
     run_dir, workdir = folders
     seen: dict[str, Any] = json.loads((workdir / "seen.json").read_text())
     log = (run_dir / "logs" / "rank-1.log").read_text()
-    return {**seen, "code": int(told), "log": log.splitlines()[:1], "last": log.splitlines()[-1:]}
+    return {
+        **seen,
+        "code": int(told.split()[0]),
+        "log": log.splitlines()[:1],
+        "last": log.splitlines()[-1:],
+        "lines": log.count("\n"),
+    }
 
 
 @pytest.mark.slow
@@ -147,12 +154,22 @@ def test_a_forked_rank_sees_what_an_executed_one_sees(folders: tuple[Path, Path]
         ("sys.exit(300)", 300 & 0xFF, "to the log"),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM, "to the log"),
         ("pass", 0, "to the log"),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt"),
+        ("import atexit; atexit.register(print, 'at exit')", 0, "at exit"),
+        ("import atexit; atexit.register(print, 'once'); atexit.register(print, 'first')", 0, "once"),
+        ("import atexit; atexit.register(print, 'at exit', flush=True); raise SystemExit(5)", 5, "at exit"),
+        ("import threading; threading.Thread(target=lambda: (time.sleep(1), print('joined'))).start()", 0, "joined"),
+        ("sys.excepthook = lambda *_: print('hooked'); raise ValueError", 1, "hooked"),
+        ("sys.stdout.write('unfinished')", 0, "unfinished"),
     ],
 )
 def test_a_forked_rank_ends_like_an_executed_one(folders: tuple[Path, Path], end: str, code: int, last: str) -> None:
     end = f"import time; {end}"
     forked, executed = (_seen(way, folders, end) for way in ("fork", "exec"))
     assert (forked["code"], forked["last"]) == (executed["code"], executed["last"]) == (code, [last])
+    if "atexit" in end:
+        assert executed["lines"] == 2 * forked["lines"], "in one log: each is called once, none of the agent's"
 
 
 @pytest.mark.slow
@@ -188,5 +205,5 @@ def test_a_start_that_fails_is_told_where_people_look(folders: tuple[Path, Path]
         text=True,
     )
     told, said = agent.communicate(timeout=120)
-    assert told.split() == ["1"], said
+    assert told.split() == ["1", "of", "the", "agent"], said
     assert "No such file or directory" in said

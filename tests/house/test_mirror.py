@@ -29,6 +29,7 @@ THEMES = {
     "tests/clusters/test_carried.py": "any words and variables on the line of every cluster",
     "tests/launch/test_fuzz.py": "ten thousand damaged inputs of the command line",
     "tests/launch/test_dry_run.py": "what 512 nodes cost on paper, and where their ranks are",
+    "tests/launch/test_secrets.py": "a secret that a rank prints and dies of, in every file and on every screen",
     "tests/moe/test_compared.py": "layers that benchmarks compare compute the same",
 }
 

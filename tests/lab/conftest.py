@@ -4,9 +4,8 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,6 @@ def _or_say(lacking: str) -> None:
         pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
 
 
-def _or_skip(*starts: Callable[[], None]) -> None:
-    """Starts what the lab is made of; a machine that cannot is no fault of what is tested."""
-    try:
-        for start in starts:
-            start()
-    except (RuntimeError, OSError, AssertionError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"THE LAB IS NOT RUN: {error}")
-
-
 @pytest.fixture(scope="session")
 def lab_folder() -> Iterator[Path]:
     """A folder that every pretended host, and the user of munge, sees at the same place."""
@@ -68,7 +58,8 @@ def hosts(lab_folder: Path, apart: Path) -> Iterator[Hosts]:
     _or_say(missing_for_hosts())
     found = Hosts(lab_folder)
     try:
-        _or_skip(lambda: found.up(private=apart), found.wait)
+        found.up(private=apart)
+        found.wait()
         yield found
     finally:
         found.down()
@@ -86,7 +77,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
     _or_say(missing_for_slurm())
     found = Slurm(hosts)
     try:
-        _or_skip(found.up)
+        found.up()
         yield found
     finally:
         found.down()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.sweep import carriers
-from tests.lab.launches import QUICKSTART, Launch, losses
+from tests.lab.launches import QUICKSTART, Launch, losses, write_job
+from tests.launch.aside import SLEEP, check_left_alone
 from tests.launch.own import own
 
 PROGRAM = """
@@ -107,6 +108,13 @@ def test_a_launcher_that_is_killed_leaves_no_rank(tmp_path: Path, mpiexec: str) 
     launcher.kill()
     launcher.wait()
     _until(lambda: not list(carriers(own("killed"))), 30)
+
+
+@pytest.mark.parametrize("mpiexec", ["openmpi"], indirect=True)  # it is about the launcher
+def test_a_run_under_mpiexec_is_left_alone_and_found_again(tmp_path: Path, mpiexec: str) -> None:
+    far = Launch(tmp_path, {"far": {"type": "mpi", "mpiexec": mpiexec}}, own("mpi-alone"))
+    job = write_job(far.folder, SLEEP, cluster="far", nproc_per_node=2, failure={"shutdown_grace": "2s"})
+    check_left_alone(far.run_dir, far.env, str(job), ranks=2)
 
 
 def _until(true: Callable[[], bool], timeout_s: float) -> None:

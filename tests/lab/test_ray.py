@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from meshwright.clusters.network import bind_free, interfaces
 from meshwright.clusters.sweep import carriers
-from tests.lab.launches import QUICKSTART, Launch, finish, losses
+from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job
+from tests.launch.aside import SLEEP, check_left_alone
 from tests.launch.own import own
 from tests.launch.waiting import eventually
 
@@ -28,9 +30,34 @@ sys.exit(7) if rank == "3" else time.sleep(120)
 """
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two nodes of two CPUs each; `--block` keeps a node's processes below ours, so that they end with it."""
+HOLDS_AND_ENDS = """
+import sys
+from collections import Counter
+from pathlib import Path
+from meshwright.clusters.base import Program, StartRequest
+from meshwright.clusters.ray import RayCluster, RayOptions
+from ray.util import placement_group_table
+folder, run_id = Path.cwd(), sys.argv[2]
+for name in ("job.json", "job.yaml"):
+    (folder / name).write_text("{}")
+for name in ("logs", "errors", "ranks", "private"):
+    (folder / name).mkdir()
+program = Program(("sleep", "600"), folder, inherit=("*",))
+cluster = RayCluster(RayOptions(sys.argv[1]))
+plan = cluster.plan(StartRequest("j", run_id, folder, program, 2, 1))
+cluster.check(plan)
+handle = cluster.start(plan, {})
+held = Counter(each["state"] for each in placement_group_table().values())
+handle.poll(5.0)
+handle.kill()
+left = Counter(each["state"] for each in placement_group_table().values())
+print(held["CREATED"], left["CREATED"], held["REMOVED"] - left["REMOVED"])
+"""
+
+
+@contextmanager
+def started(folders: pytest.TempPathFactory, number: int) -> Iterator[str]:
+    """The address of so many nodes of two CPUs; `--block` keeps their processes below ours, so they end with us."""
     pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
     addresses = [each for each in interfaces().values() if not each.startswith("127.")]
     if not addresses:
@@ -39,21 +66,28 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
     ray.append(f"--node-ip-address={addresses[0]}")
-    folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}"  # Ray's sockets need a short path
+    folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}-{number}"  # Ray's sockets need a short path
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
     nodes: list[subprocess.Popen[bytes]] = []
     try:
-        for words in (head, [f"--address={addresses[0]}:{port}"]):
-            log = tmp_path_factory.mktemp("ray") / "log"
+        for words in (head, [f"--address={addresses[0]}:{port}"])[:number]:
+            log = folders.mktemp("ray") / "log"
             with log.open("wb") as file:
                 nodes.append(subprocess.Popen([*ray, *words], stdout=file, stderr=file, start_new_session=True))
-            if not eventually(lambda: "Ray runtime started" in log.read_text(), 120):  # noqa: B023
-                pytest.skip(f"THE LAB IS NOT RUN: Ray does not start: {log.read_text()[-500:]}")
+            up = eventually(lambda: "Ray runtime started" in log.read_text(), 120)  # noqa: B023
+            assert up, f"Ray does not start: {log.read_text()[-500:]}"
         yield f"{addresses[0]}:{port}"
     finally:
         for node in reversed(nodes):
             node.terminate()
             node.wait(60)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of two nodes."""
+    with started(tmp_path_factory, 2) as found:
+        yield found
 
 
 def _launch(folder: Path, address: str, *words: str) -> Any:
@@ -86,10 +120,46 @@ def test_a_failing_rank_ends_all_nodes_with_its_code(tmp_path: Path, address: st
     assert list(carriers(own("ray"))) == []
 
 
+def test_a_run_on_ray_is_left_alone_and_found_again(tmp_path: Path, address: str) -> None:
+    far = Launch(tmp_path, {"far": {"type": "ray", "address": address, "nodes": 2}}, own("ray-alone"))
+    job = write_job(far.folder, SLEEP, cluster="far", nproc_per_node=1, failure={"shutdown_grace": "2s"})
+    check_left_alone(far.run_dir, far.env, str(job), ranks=2)
+
+
+def test_what_a_run_held_is_given_back_before_its_launcher_ends(tmp_path: Path, address: str) -> None:
+    words = [sys.executable, "-c", HOLDS_AND_ENDS, address, own("ray-held")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.split() == ["1", "0", "-1"], done.stderr
+
+
 def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:
     done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
     assert done.returncode == 69
     assert "asked for 2 nodes with {CPU: 64}; of 2 nodes 0 has that much: {CPU: 2}, {CPU: 2}" in done.stderr
+
+
+def test_who_could_come_in_is_asked_of_the_cluster_not_of_the_launchers_variables(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
+    done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
+    assert "asks for no token" in done.stderr
+
+
+def test_a_cluster_that_asks_for_a_token_is_not_warned_about_and_says_so_to_who_has_none(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
+    with started(tmp_path_factory, 1) as guarded:
+        done = _launch(tmp_path, guarded, "--set", "cluster.cpus_per_node=64")
+        assert "asked for 2 nodes with {CPU: 64}" in done.stderr
+        assert "token" not in done.stderr
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "u" * 40)
+        done = _launch(tmp_path, guarded)
+    assert done.returncode == 69
+    assert f"the Ray cluster at '{guarded}' asks for a token; set RAY_AUTH_MODE=token" in done.stderr
 
 
 def test_no_cluster_is_one_line(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ import yaml
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
 from tests.lab.launches import QUICKSTART, Launch, finish, losses, write_job
+from tests.launch.aside import SLEEP, check_left_alone
 from tests.launch.waiting import eventually
-
-SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 
 def cluster(lab: Hosts, source: dict[str, str], **keys: Any) -> dict[str, Any]:
@@ -123,8 +122,7 @@ def test_words_and_secrets_arrive_as_they_are_and_secrets_stay_out_of_sight(laun
     assert output.count(f"{odd!a} *** a b,c") == 2
     assert not [each for each in seen if secret.encode() in each]
     written = [path for path in far.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-    assert {path.parent.name for path in written} <= {"logs"}, "the ranks' own words, in files of mode 0600"
-    assert all(path.name.startswith("rank-") and path.stat().st_mode & 0o077 == 0 for path in written)
+    assert written == []
 
 
 @pytest.mark.parametrize("known", ["another", "none"])
@@ -152,6 +150,12 @@ def test_a_host_that_refuses_is_named_and_the_others_are_ended(launch: Callable[
     assert done.returncode == 69, done.stderr
     assert "host h9: it cannot be reached" in done.stderr
     assert not list(carriers(far.run_id))
+
+
+def test_a_run_over_ssh_is_left_alone_and_found_again(launch: Callable[..., Launch]) -> None:
+    far = launch()
+    job = write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "2s"})
+    check_left_alone(far.run_dir, far.env, str(job), ranks=2)
 
 
 def test_a_failing_rank_keeps_its_code_and_host(launch: Callable[..., Launch]) -> None:

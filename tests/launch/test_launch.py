@@ -301,3 +301,18 @@ def test_a_port_in_use_and_an_unwritable_directory_have_their_own_codes(tmp_path
     assert done.returncode == 74
     assert "cannot be made" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("sweep", [{}, {"sweep": {"grid": {"env.A": ["1", "2"]}}}])
+def test_a_store_that_everybody_could_join_is_warned_about_at_the_launch(
+    tmp_path: Path, sweep: dict[str, object]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ssh").write_text("#!/bin/sh\nexit 255\n")
+    (tmp_path / "bin/ssh").chmod(0o755)
+    hosts = {"type": "ssh", "hosts": [{"name": "h1"}, {"name": "h2"}]}
+    job = write_job(tmp_path, "", nproc_per_node=1, cluster=hosts, rendezvous={"bind": "any"}, env={"A": "0"}, **sweep)
+    done = run(job, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    warned = "rendezvous.bind: the first node listens on every interface (whoever reaches the port can join)"
+    assert done.returncode == 69, done.stderr
+    assert done.stderr.count(warned) == 1

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import clean_line, log_end
-from meshwright.launch.logs import LogTail, Mask
+from meshwright.launch.logs import LogTail
 
 
 @pytest.mark.parametrize(

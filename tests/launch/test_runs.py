@@ -3,20 +3,17 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from meshwright.clusters.sweep import carriers
 from meshwright.launch.runs import Known, RunError, all_runs, cancel, find_run, remember, standing
+from tests.launch.aside import SLEEP, check_left_alone
+from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
-from tests.launch.waiting import eventually, kill_all
-
-SLEEP = "import os, time; print('up', os.environ['RANK'], flush=True); time.sleep(600)"
-
+from tests.launch.waiting import kill_all
 
 pytestmark = pytest.mark.usefixtures("own_state")
 
@@ -26,17 +23,6 @@ def known(folder: Path, run_id: str = "r1", **fields: object) -> Known:
     run_dir.mkdir(parents=True)
     found = Known(run_id, "j", "local", str(run_dir), 1.0)
     return Known(**{**found.__dict__, **fields})  # type: ignore[arg-type]
-
-
-def meshwright(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "meshwright.launch.cli", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def test_a_launch_that_was_written_down_is_found_by_id_and_by_directory(tmp_path: Path) -> None:
@@ -121,27 +107,6 @@ def test_cancel_takes_the_secrets_away_that_no_start_of_a_run_will(
 
 @pytest.mark.slow
 def test_a_run_is_left_alone_listed_looked_at_and_ended(tmp_path: Path) -> None:
-    run_id = f"detached-{os.getpid()}"
     job = {"name": "j", "command": ["python", "-c", SLEEP], "nproc_per_node": 2, "failure": {"shutdown_grace": "2s"}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    try:
-        done = meshwright(tmp_path, "launch", "job.yaml", "--run-id", run_id, "--detach")
-        assert done.returncode == 0, done.stderr
-        assert f"meshwright attach {run_id}" in done.stdout
-        merged = tmp_path / "runs/j" / run_id / "merged.log"
-        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
-        (run,) = json.loads(meshwright(tmp_path, "ps", "--json").stdout)["runs"]
-        assert (run["run_id"], run["state"]) == (run_id, "running")
-        assert run_id in meshwright(tmp_path, "ps").stdout
-        assert meshwright(tmp_path, "logs", run_id, "--rank", "1").stdout.endswith(":1 | up 1\n")
-        assert "it has" not in (wrong := meshwright(tmp_path, "logs", run_id, "--rank", "9")).stdout
-        assert (wrong.returncode, "the run has ranks 0 to 1" in wrong.stderr) == (64, True)
-        assert "was asked to end" in meshwright(tmp_path, "cancel", run_id).stdout
-        attached = meshwright(tmp_path, "attach", run_id)
-    finally:
-        kill_all(carriers(run_id))
-    assert attached.returncode == 143, attached.stdout + attached.stderr
-    assert "up 0" in attached.stdout
-    assert f"run directory: {tmp_path}/runs/j/{run_id}" in attached.stdout
-    assert json.loads(meshwright(tmp_path, "ps", "--json").stdout) == {"runs": []}
-    assert run_id in meshwright(tmp_path, "ps", "--all").stdout
+    check_left_alone(tmp_path / "runs/j" / own("detached"), os.environ, "job.yaml", ranks=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 from meshwright.clusters.base import Program, StartPlan, StartRequest
 from meshwright.clusters.failure import Failure
 from meshwright.clusters.local import Machine, plan_local
+from meshwright.clusters.masking import Mask
 from meshwright.clusters.retry import Decision
-from meshwright.launch.logs import Mask
 from meshwright.launch.rundir import create_run_dir
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import RunState
