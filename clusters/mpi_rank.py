@@ -192,14 +192,7 @@ class _Process:
         return Deaths({self.seat.rank: child.pid}, self._died)
 
     def _died(self, death: Death) -> None:
-        self.tell(
-            "exit",
-            attempt=0,
-            rank=death.rank,
-            code=death.code,
-            time_unix_s=death.time_unix_s,
-            ended_by_us=death.ended_by_us,
-        )
+        self.tell("exit", **death.as_event(0))
         self.deaths.append(death)
 
     def follow(self, deaths: Deaths) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
-from meshwright.clusters.records import error_records, hang_record, log_end
+from meshwright.clusters.records import error_records, hang_record, last_words, log_end
 from meshwright.launch.health_lines import HealthLines
 from meshwright.launch.logs import Mask
 from meshwright.launch.page.write import PAGE, try_to_write_page
@@ -153,7 +153,8 @@ class _Output:
 def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
     tails = {rank: log_end(run.directory / log_name(rank, state.attempt)) for rank in state.ends}
     records = error_records(run.directory, state.attempt_unix_s)
-    verdict = judge(state.ends.values(), records, tails, hang=hang_record(run.directory, state.attempt_unix_s))
+    hang, last = hang_record(run.directory, state.attempt_unix_s), last_words(run.directory, state.attempt)
+    verdict = judge(state.ends.values(), records, tails, hang=hang, last=last)
     first = None if verdict.first is None else _masked(verdict.first, run.mask)
     victims = tuple(_masked(victim, run.mask) for victim in verdict.victims)
     verdict = Verdict(first, victims, run.mask(verdict.hang), verdict.only_lost)
@@ -168,7 +169,7 @@ def _conclude(run: Run, state: RunState, interrupts: list[int]) -> Outcome:
 
 
 def _masked(blame: Blame, mask: Mask) -> Blame:
-    return replace(blame, traceback=mask(blame.traceback))
+    return replace(blame, traceback=mask(blame.traceback), evidence=mask(blame.evidence))
 
 
 def report(run: Run, outcome: Outcome) -> None:
