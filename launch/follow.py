@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "follow", "report"]
 
+_HANGS = (
+    "meshwright: failure.hang sees a rank from its call of start_ranks (meshwright.parallel.collectives) on; "
+    "hangs of a program that does not call it are not seen"
+)
 _SHOWN = (("loss curve", "loss.png"), ("page", PAGE))
 
 
@@ -139,6 +143,8 @@ class _Output:
         )
         self._stream = MergedStream(run.directory, shown)
         write = self._bar.write if self._bar else _LinePrinter(sys.stderr)
+        if run.plan.limits.hang_s is not None and job.train is None:
+            write(_HANGS)
         self.said = RestartLines(run.mask, write, range(len(run.plan.limits.past)))
         bar = [self._bar] if self._bar else []
         self._health = HealthLines(run.directory, run.mask, write)
