@@ -177,10 +177,9 @@ class _Agent:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
 
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
-        near = self.joining.near
         if isinstance(self.channel, FileLine):
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
-        if not near:
+        if not self.joining.near:
             _share_cores(len(self.node["ranks"]))
         program = () if forks else ("-I", "-S", str(bootstrap.__file__))
         return WorkerSpec(
@@ -191,8 +190,6 @@ class _Agent:
             args=(*program, *map(escape, words)),
             max_restarts=self.plan["limits"]["max_restarts"],
             monitor_interval=0.1,
-            master_addr="127.0.0.1" if near else None,
-            master_port=self.plan["meeting"]["port"] if near else None,
         )
 
 

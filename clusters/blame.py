@@ -7,7 +7,7 @@ the connection they lost. So times of error records, times of deaths, and lost c
 import re
 import signal
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
@@ -35,6 +35,7 @@ class RankEnd:
         code: exit code, or minus the signal that killed it.
         time_unix_s: when it died.
         ended_by_us: whether it had been asked to end.
+        kernel: what the kernel of its node says of it, in words.
     """
 
     rank: int
@@ -42,16 +43,26 @@ class RankEnd:
     code: int
     time_unix_s: float
     ended_by_us: bool = False
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """What a rank wrote down about the exception that ended it, at the moment it was raised."""
+    """What a rank wrote down about the exception that ended it, at the moment it was raised.
+
+    Args:
+        rank: that one.
+        time_unix_s: when.
+        traceback: of the exception.
+        exit_code: that it meant to end with.
+        last: what it was at, where it knew.
+    """
 
     rank: int
     time_unix_s: float
     traceback: str
     exit_code: int = 1
+    last: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ def judge(
     tails: Mapping[int, str] | None = None,
     *,
     hang: HangRecord | None = None,
+    last: Mapping[int, str] | None = None,
 ) -> Verdict:
     """Decides which rank failed first and who fell with it.
 
@@ -154,9 +166,11 @@ def judge(
         records: rank -> its error record.
         tails: rank -> the end of its log.
         hang: what was found, if ranks stood still; outweighed by a rank that failed before.
+        last: rank -> what it was last known to be at.
     """
     known = {end.rank: end for end in ends}
-    cases = [_Case.of(end, (records or {}).get(end.rank), (tails or {}).get(end.rank, "")) for end in known.values()]
+    told, logs, at = records or {}, tails or {}, last or {}
+    cases = [_Case.of(end, told.get(rank), logs.get(rank, ""), last=at.get(rank, "")) for rank, end in known.items()]
     bad = [case for case in cases if case.end.code or case.end.ended_by_us]
     first = _first(bad)
     if hang is not None and not _before(first, hang):
@@ -200,11 +214,13 @@ class _Case:
     traceback: str
     tail: str
     lost: bool
+    last: str
 
     @classmethod
-    def of(cls, end: RankEnd, record: ErrorRecord | None, tail: str) -> "_Case":
+    def of(cls, end: RankEnd, record: ErrorRecord | None, tail: str, *, last: str) -> "_Case":
         traceback = record.traceback if record is not None else traceback_in(tail)
-        return cls(end, record, traceback, tail, lost_connection(traceback))
+        exact = record.last if record is not None else ""
+        return cls(end, record, traceback, tail, lost_connection(traceback), exact or last)
 
     @property
     def failed_by_itself(self) -> bool:
@@ -233,6 +249,12 @@ class _Case:
         return Blame(self.end.rank, self.end.host, exit_code, killed, evidence, shown)
 
     def culprit(self) -> Blame:
+        """With all that is known besides."""
+        found = self._failed()
+        known = (found.evidence, self.end.kernel, f"last: {self.last}" if self.last else "")
+        return replace(found, evidence="; ".join(each for each in known if each))
+
+    def _failed(self) -> Blame:
         if not self.end.ended_by_us:
             when = "its error record is the earliest" if self.record else "no rank died before it by itself"
             return self._blame(exit_code_of(self.end.code), f"{self._how()}; {when}")

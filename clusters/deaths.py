@@ -9,11 +9,14 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Condition, Thread
+from typing import Any
 
-__all__ = ["Death", "Deaths", "exit_code_of", "oom_kills"]
+from meshwright.clusters.kernel import Kernel
+
+__all__ = ["Death", "Deaths", "exit_code_of"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,18 @@ class Death:
         code: exit code, or minus the signal that killed it.
         time_unix_s: when.
         ended_by_us: whether it was asked to end before it died.
+        kernel: what the kernel says of it, in words.
     """
 
     rank: int
     code: int
     time_unix_s: float
     ended_by_us: bool
+    kernel: str = ""
+
+    def as_event(self, attempt: int) -> dict[str, Any]:
+        """What a launcher is told of it."""
+        return {"attempt": attempt, **asdict(self)}
 
 
 def exit_code_of(code: int) -> int:
@@ -56,6 +65,7 @@ class Deaths:
         self._dead: dict[int, Death] = {}
         self._asked: set[int] = set()
         self._changed = Condition()
+        self._kernel = Kernel()
         for rank in self.pids:
             Thread(target=self._watch, args=(rank,), name=f"rank-{rank}", daemon=True).start()
 
@@ -63,7 +73,8 @@ class Deaths:
         code = _wait(self.pids[rank])
         now = time.time()
         with self._changed:
-            death = Death(rank, code, now, rank in self._asked)
+            asked = rank in self._asked
+        death = Death(rank, code, now, asked, "" if asked or not code else self._kernel.why(self.pids[rank]))
         self._report(death)  # first, so that who waits for all deaths knows that all are reported
         with self._changed:
             self._dead[rank] = death
@@ -125,16 +136,6 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
     except ProcessLookupError:
         os.kill(pid, number)
-
-
-def oom_kills() -> int:
-    """Processes of this one's control group that the kernel has killed for want of memory; 0 where it does not say."""
-    with suppress(OSError, StopIteration, ValueError, IndexError):
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next(line[3:] for line in groups if line.startswith("0::")).lstrip("/")
-        told = Path("/sys/fs/cgroup", own, "memory.events").read_text().splitlines()
-        return int(next(line for line in told if line.startswith("oom_kill ")).split()[1])
-    return 0
 
 
 def _catches(pid: int, number: signal.Signals) -> bool:

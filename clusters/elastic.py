@@ -121,14 +121,7 @@ class NodeAgent(LocalElasticAgent):
             yield
 
     def _report(self, attempt: int, death: Death) -> None:
-        self._tell(
-            "exit",
-            attempt=attempt,
-            rank=death.rank,
-            code=death.code,
-            time_unix_s=death.time_unix_s,
-            ended_by_us=death.ended_by_us,
-        )
+        self._tell("exit", **death.as_event(attempt))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self.deaths is not None, "ranks are watched from their start"

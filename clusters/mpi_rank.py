@@ -15,62 +15,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from signal import SIGTERM
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
+from meshwright.clusters import sweep as sweeping
 from meshwright.clusters.deaths import Death, Deaths, exit_code_of
 from meshwright.clusters.environment import rank_environment
+from meshwright.clusters.errors import RendezvousError
+from meshwright.clusters.mpi_seat import seat_of
+from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
 from meshwright.clusters.setup import SetupError, run_setup
-from meshwright.clusters.sweep import sweep
 
-__all__ = ["Seat", "main", "own_environment", "seat_of"]
+__all__ = ["main", "own_environment"]
 
 _STOP_TAG = 7
 _TICK_S = 0.02
-_SETUP_FAILED = 70
+_SETUP_FAILED, _NOT_MET = 70, 76
 _OF_MPI = ("OMPI_", "PMI", "PRTE_", "HYDRA")
 """Starts of variables that tie a process to its mpiexec, which a rank is not to take itself for a part of."""
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Where a process sits.
-
-    Args:
-        node: index of its node.
-        local_rank: among the ranks of its node.
-        local_size: number of them.
-        rank: of all, counted node by node.
-        sizes: ranks of every node.
-    """
-
-    node: int
-    local_rank: int
-    local_size: int
-    rank: int
-    sizes: tuple[int, ...]
-
-
-def seat_of(leader: int, local_rank: int, leaders: list[int]) -> Seat:
-    """The seat of a process from what MPI says of shared memory; pure.
-
-    Args:
-        leader: lowest rank of the world that shares memory with this process.
-        local_rank: among those.
-        leaders: of every process of the world.
-
-    >>> seat_of(1, 1, [0, 1, 0, 1])  # dealt in turn to two nodes
-    Seat(node=1, local_rank=1, local_size=2, rank=3, sizes=(2, 2))
-    """
-    nodes = sorted(set(leaders))
-    node, sizes = nodes.index(leader), tuple(leaders.count(each) for each in nodes)
-    return Seat(node, local_rank, sizes[node], sum(sizes[:node]) + local_rank, sizes)
 
 
 def own_environment(
@@ -90,14 +57,15 @@ class _Process:
         self.mpi = MPI
         self.world = MPI.COMM_WORLD
         self.local = self.world.Split_type(MPI.COMM_TYPE_SHARED)
-        leader = self.local.bcast(self.world.rank)
-        self.seat = seat_of(leader, self.local.rank, self.world.allgather(leader))
+        leader = spread(self.world.rank, self.local)
+        self.seat = seat_of(leader, self.local.rank, gathered(leader, self.world))
         self.orders: SimpleQueue[str] = SimpleQueue()
         first = self._read() if self.world.rank == 0 else None
-        self.message: Mapping[str, Any] = self.world.bcast(first)
+        self.message: Mapping[str, Any] = spread(first, self.world)
         self.plan: Mapping[str, Any] = self.message["plan"]
         self.store: Any = None
         self.deaths: list[Death] = []
+        self.broom: subprocess.Popen[bytes] | None = None
 
     def _read(self) -> Mapping[str, Any]:
         """The launcher's first message; further ones are orders, and the end of input is one too."""
@@ -130,19 +98,32 @@ class _Process:
         return f"{found}; see cluster.hostfile and cluster.extra"
 
     def meet(self) -> tuple[str, int]:
-        """Where the ranks' store listens: on one address of the first node, held by its first process."""
-        told = None
-        if self.seat.rank == 0:
-            from meshwright.clusters.rendezvous import Place
+        """Where the ranks' store listens: on one address of the first node, held by its first process.
 
-            meeting, alone = self.plan["meeting"], len(self.seat.sizes) == 1
-            own = own_address(meeting["interface"], [socket.gethostname()]) if not alone else "127.0.0.1"
-            place = Place(own, tuple(meeting["ports"]), everywhere=meeting["everywhere"])
-            self.store = place.listen(meeting["port"])
-            told = (own, self.store.port)
+        Raises:
+            RendezvousError: when it cannot listen there; on all processes.
+        """
+        told: Any = None
+        if self.seat.rank == 0:
+            try:
+                told = self._listen()
+            except RendezvousError as error:
+                told = str(error)
         _wait_for(self.world)
-        found: tuple[str, int] = next(each for each in self.world.allgather(told) if each is not None)
-        return found
+        found = next(each for each in gathered(told, self.world) if each is not None)
+        if isinstance(found, str):
+            raise RendezvousError(found)
+        address, port = found
+        return address, port
+
+    def _listen(self) -> tuple[str, int]:
+        from meshwright.clusters.rendezvous import Place
+
+        meeting, alone = self.plan["meeting"], len(self.seat.sizes) == 1
+        own = own_address(meeting["interface"], [socket.gethostname()]) if not alone else "127.0.0.1"
+        place = Place(own, tuple(meeting["ports"]), everywhere=meeting["everywhere"])
+        self.store = place.listen(meeting["port"])
+        return own, self.store.port
 
     def environment(self, address: str, port: int) -> dict[str, str]:
         """All variables of the rank, after the setup script.
@@ -153,8 +134,9 @@ class _Process:
         own = own_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
         if self.plan["setup"] is not None:
             own = self._set_up(own)
+        told = self.seat.as_torchrun(address, port, self.plan["run_id"])
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **own, **self._place(address, port)}
+        return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **own, **told}
 
     def _set_up(self, own: dict[str, str]) -> dict[str, str]:
         """The environment after the setup script, which the first process of each node runs."""
@@ -166,25 +148,16 @@ class _Process:
             except SetupError as error:
                 left = str(error)
         _wait_for(self.local)
-        left = self.local.bcast(left)
+        left = spread(left, self.local)
         if isinstance(left, str):
             raise SetupFailedError(left)
         return left
 
-    def _place(self, address: str, port: int) -> dict[str, str]:
-        """What torchrun would tell a rank."""
-        seat = self.seat
-        counts = {"RANK": seat.rank, "LOCAL_RANK": seat.local_rank, "WORLD_SIZE": sum(seat.sizes)}
-        counts |= {"LOCAL_WORLD_SIZE": seat.local_size, "GROUP_RANK": seat.node, "GROUP_WORLD_SIZE": len(seat.sizes)}
-        counts |= {"ROLE_RANK": seat.rank, "ROLE_WORLD_SIZE": sum(seat.sizes), "MASTER_PORT": port}
-        counts |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
-        words = {"MASTER_ADDR": address, "TORCHELASTIC_RUN_ID": self.plan["run_id"]}
-        agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # ranks connect to the store, rank 0 starts none
-        return {**{name: str(value) for name, value in counts.items()}, **words, **agent}
-
     def start(self) -> Deaths:
         """Starts the rank, tied to this process."""
         environment = self.environment(*self.meet())
+        if self.local.rank == 0:
+            self.broom = _sweep_after(self.plan["run_id"], self.seat.node)
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
@@ -192,14 +165,7 @@ class _Process:
         return Deaths({self.seat.rank: child.pid}, self._died)
 
     def _died(self, death: Death) -> None:
-        self.tell(
-            "exit",
-            attempt=0,
-            rank=death.rank,
-            code=death.code,
-            time_unix_s=death.time_unix_s,
-            ended_by_us=death.ended_by_us,
-        )
+        self.tell("exit", **death.as_event(0))
         self.deaths.append(death)
 
     def follow(self, deaths: Deaths) -> None:
@@ -223,14 +189,16 @@ class _Process:
         if ordered == "kill":
             self.world.Abort(143)
         if ordered == "stop" or any(death.code and not death.ended_by_us for death in self.deaths):
-            return self._tell_all()
-        return bool(self.world.iprobe(tag=_STOP_TAG))
+            return _tell_all(self.world)
+        return bool(self.world.Iprobe(tag=_STOP_TAG))
 
-    def _tell_all(self) -> bool:
-        for other in range(self.world.size):
-            if other != self.world.rank:
-                self.world.isend(None, dest=other, tag=_STOP_TAG)
-        return True
+    def leave(self, why: str) -> NoReturn:
+        """Ends with all others, who know it too: in peace, since what was said may be lost where MPI aborts."""
+        if self.seat.rank == 0:
+            self.tell("result", state="rendezvous_failed", message=why)
+        self.world.Barrier()
+        self.mpi.Finalize()
+        os._exit(_NOT_MET)
 
     def end(self) -> None:
         """Says how this node's ranks ended; ends the job with the code of the first that failed by itself."""
@@ -239,14 +207,32 @@ class _Process:
             for death in self.deaths
             if death.code and not death.ended_by_us
         ]
-        failures = sorted(each for part in self.world.allgather(own) for each in part)
-        stopped = any(self.world.allgather(any(death.ended_by_us for death in self.deaths)))
+        failures = sorted(each for part in gathered(own, self.world) for each in part)
+        stopped = any(gathered(any(death.ended_by_us for death in self.deaths), self.world))
         if self.local.rank == 0:
-            sweep(self.plan["run_id"], self.seat.node)
+            sweeping.sweep(self.plan["run_id"], self.seat.node)
             self.tell("result", state="failed" if failures else "stopped" if stopped else "succeeded", message="")
         self.world.Barrier()
         if failures:
             self.world.Abort(failures[0][1])
+
+
+def _sweep_after(run_id: str, node: int) -> "subprocess.Popen[bytes]":
+    """Sweeps a node when this process is gone: MPI kills it with its rank, and knows nothing of the rank's children."""
+    return subprocess.Popen(
+        (sys.executable, "-I", "-S", str(sweeping.__file__), run_id, str(node)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,  # mpiexec waits for the end of what its processes write
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _tell_all(world: Any) -> bool:
+    for other in range(world.size):
+        if other != world.rank:
+            world.Isend(b"", dest=other, tag=_STOP_TAG)
+    return True
 
 
 def _wait_for(others: Any) -> None:
@@ -265,14 +251,13 @@ def main() -> None:
     process = _Process()
     why = process.misplaced()
     if why is not None:
-        if process.seat.rank == 0:
-            process.tell("result", state="rendezvous_failed", message=why)
-        process.world.Barrier()
-        process.world.Abort(76)
+        process.leave(why)
     try:
         deaths = process.start()
         process.follow(deaths)
         process.end()
+    except RendezvousError as error:
+        process.leave(str(error))
     except SetupFailedError as error:
         process.tell("result", state="setup_failed", message=str(error))
         process.world.Abort(_SETUP_FAILED)

@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from meshwright.clusters.blame import ErrorRecord, HangRecord
+from meshwright.parallel.progress import at_step
 
-__all__ = ["clean_line", "error_records", "hang_record", "log_end", "newest_step"]
+__all__ = ["clean_line", "error_records", "hang_record", "last_words", "log_end", "newest_step"]
 
 _SEQUENCES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
@@ -17,6 +18,7 @@ _SEQUENCES = re.compile(
     r"|\x1b[ -/]*[0-~]"  # two-character sequences
 )
 _NUMBERED = re.compile(r"(?<!\.)([0-9]{1,15})(?:\.(?:pt|pth|ckpt|safetensors))?$")
+_MOST_WORDS = 300
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -53,7 +55,8 @@ def error_records(run_dir: Path, since_unix_s: float = 0.0) -> dict[int, ErrorRe
             told = json.loads(path.read_text())
             rank = int(told["rank"])
             text = str(told.get("traceback") or f"{told.get('type', 'error')}: {told.get('message', '')}")
-            record = ErrorRecord(rank, float(told["time_unix_s"]), text.rstrip(), int(told.get("exit_code") or 1))
+            code, last = int(told.get("exit_code") or 1), _safe(told.get("at", ""))
+            record = ErrorRecord(rank, float(told["time_unix_s"]), text.rstrip(), code, last)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a rank that was killed while it wrote
         if record.time_unix_s >= since_unix_s:
@@ -80,6 +83,22 @@ def hang_record(run_dir: Path, since_unix_s: float = 0.0) -> HangRecord | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # a rank that was killed while it wrote
     return next((each for each in found if each.time_unix_s >= since_unix_s), None)
+
+
+def last_words(run_dir: Path, attempt: int) -> dict[int, str]:
+    """Rank -> what it last said that it was at, of one attempt: ranks/N/progress.json."""
+    found = {}
+    for path in run_dir.glob("ranks/*/progress.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text())
+            if told["life"] == str(attempt):
+                found[int(path.parent.name)] = _safe(at_step(str(told["words"]), told["step"]))
+    return found
+
+
+def _safe(words: object) -> str:
+    """What a rank wrote, as one short line."""
+    return clean_line(str(words).replace("\n", " ").encode())[:_MOST_WORDS]
 
 
 def newest_step(run_dir: Path, since_unix_s: float) -> int | None:

@@ -30,6 +30,7 @@ _KEY_OF_RANKS = "meshwright_store_of_ranks"
 _STORE_TIMEOUT = timedelta(seconds=60)
 _DIAL_S = 10.0
 _MAC_BYTES = 32
+_ANY = (0, 0)  # ports: whichever the kernel gives
 
 
 class Place:
@@ -110,10 +111,11 @@ class NodeMeeting(RendezvousHandler):
     Args:
         inner: torch's handler of the nodes.
         place: where stores listen.
+        port: of the stores of ranks, one after the other; None takes any.
     """
 
-    def __init__(self, inner: RendezvousHandler, place: Place) -> None:
-        self._inner, self._place = inner, place
+    def __init__(self, inner: RendezvousHandler, place: Place, port: int | None = None) -> None:
+        self._inner, self._place, self._port = inner, place, port
         self._store: TCPStore | None = None
 
     @property
@@ -125,7 +127,9 @@ class NodeMeeting(RendezvousHandler):
         """Meets the other nodes again."""
         found = self._inner.next_rendezvous()
         if found.rank == 0:
-            self._store = self._place.listen()
+            if self._port is not None:
+                self._store = None  # lets go of the port
+            self._store = self._place.listen(self._port)
             found.store.set(_KEY_OF_RANKS, str(self._store.port))
         port = int(found.store.get(_KEY_OF_RANKS).decode())
         told = RendezvousStoreInfo(self._place.address, port)
@@ -171,14 +175,15 @@ def _parameters(plan: Mapping[str, Any], node: int, endpoint: str) -> Rendezvous
     )
 
 
-def meet_by_file(plan: Mapping[str, Any], node: int) -> RendezvousHandler:
-    """A meeting of nodes that are all on this machine: a file of the run directory, no port."""
+def meet_by_file(plan: Mapping[str, Any], node: int) -> NodeMeeting:
+    """A meeting of nodes that are all on this machine: a file of the run directory; ranks' stores are on loopback."""
     if len(plan["nodes"]) == 1:  # torch waits up to 0.3 s so that nodes do not all come at once
         setattr(dynamic_rendezvous, "_delay", lambda seconds: None)  # noqa: B010 (torch keeps it to itself)
     name = f"rendezvous-{len(plan['limits']['past'])}"  # other nodes have met in this directory before
     parameters = _parameters(plan, node, str(Path(plan["run_dir"], "private", name)))
     backend, store = create_backend(parameters)
-    return dynamic_rendezvous.create_handler(store, backend, parameters)
+    handler = dynamic_rendezvous.create_handler(store, backend, parameters)
+    return NodeMeeting(handler, Place("127.0.0.1", _ANY, everywhere=False), plan["meeting"]["port"])
 
 
 def meet_by_store(plan: Mapping[str, Any], node: int, *, place: Place, store: TCPStore, key: bytes) -> NodeMeeting:

@@ -15,9 +15,9 @@ from typing import Any
 
 from meshwright.clusters.base import log_name
 from meshwright.clusters.blame import RankEnd, judge
-from meshwright.clusters.deaths import Death, oom_kills
+from meshwright.clusters.deaths import Death
 from meshwright.clusters.failure import Failure, failure_of
-from meshwright.clusters.records import error_records, hang_record, log_end, newest_step
+from meshwright.clusters.records import error_records, hang_record, last_words, log_end, newest_step
 from meshwright.clusters.retry import Decision, decide, decision_from, policy_from
 
 __all__ = ["Rounds"]
@@ -26,7 +26,6 @@ _LOOK_S = 0.05
 _LATE_S = 5.0
 _CALLED = "meshwright/failed"
 _DECIDED = "meshwright/decided"
-_KILLED = 137
 _SICK = 78  # of a doctor who found a node unfit
 
 
@@ -55,7 +54,6 @@ class Rounds:
         self._name: str = plan["nodes"][node]["name"]
         self._limits: Mapping[str, Any] = plan["limits"]
         self._began_s = self._attempt_s = time.time()
-        self._killed = oom_kills()
         self._store: Any = None
         self.history: list[Decision] = [decision_from(each) for each in self._limits["past"]]
 
@@ -66,7 +64,7 @@ class Rounds:
             store: of its nodes.
             attempt: from 0.
         """
-        self._store, self._attempt_s, self._killed = store, time.time(), oom_kills()
+        self._store, self._attempt_s = store, time.time()
         while len(self.history) < attempt:  # this node started again without having heard why
             self.history.append(Decision(True, "", 0.0, len(self.history), Failure("")))
 
@@ -110,18 +108,16 @@ class Rounds:
     def _look(self, deaths: Sequence[Death]) -> Failure:
         """What this node knows of the attempt."""
         run_dir, attempt = Path(self._plan["run_dir"]), len(self.history)
-        ends = [RankEnd(each.rank, self._name, each.code, each.time_unix_s, each.ended_by_us) for each in deaths]
+        ends = [RankEnd(host=self._name, **asdict(each)) for each in deaths]
         records = error_records(run_dir, self._attempt_s)
         tails = {end.rank: log_end(run_dir / log_name(end.rank, attempt)) for end in ends}
-        verdict = judge(ends, records, tails, hang=hang_record(run_dir, self._attempt_s))
+        hang, last = hang_record(run_dir, self._attempt_s), last_words(run_dir, attempt)
+        verdict = judge(ends, records, tails, hang=hang, last=last)
         times_s = {end.rank: end.time_unix_s for end in ends} | {
             each.rank: each.time_unix_s for each in records.values()
         }
         first_s = 0.0 if verdict.first is None else times_s[verdict.first.rank]
-        found = failure_of(self._name, verdict, time_unix_s=first_s, step=newest_step(run_dir, self._began_s))
-        if found.exit_code == _KILLED and oom_kills() > self._killed:
-            return replace(found, evidence=f"{found.evidence}; the kernel killed a process for want of memory")
-        return found
+        return failure_of(self._name, verdict, time_unix_s=first_s, step=newest_step(run_dir, self._began_s))
 
     def _decide(self, failures: Sequence[Failure]) -> Decision:
         return decide(

@@ -2,16 +2,19 @@
 
 Process groups miss what called setsid; names and patterns hit strangers. A run id in /proc/PID/environ does neither.
 Each process is held by a pidfd while its environment is read, so that a reused process id is never hit.
+
+Run by path (`python -I -S sweep.py RUN_ID NODE`) it waits for the end of its input, which ends with whoever started it.
 """
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["carriers", "sweep"]
+__all__ = ["carriers", "main", "sweep"]
 
 _PROC = Path("/proc")
 
@@ -67,3 +70,14 @@ def _kill(pid: int, run_id: str) -> bool:
     finally:
         os.close(held)
     return True
+
+
+def main() -> None:
+    """Sweeps when the process that started this one is gone, however it went."""
+    run_id, node = sys.argv[1:]
+    sys.stdin.buffer.read()
+    sweep(run_id, int(node))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,12 +5,12 @@ The numbers follow NVIDIA's catalog "Xid errors" (docs.nvidia.com/deploy/xid-err
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from meshwright.clusters.gpus import Xid
 
-__all__ = ["CRITICAL_XIDS", "logged_xids", "parse_xids"]
+__all__ = ["CRITICAL_XIDS", "KMSG", "logged_xids", "parse_xids", "records"]
 
 CRITICAL_XIDS = {
     46: "the GPU stopped processing",
@@ -31,7 +31,9 @@ CRITICAL_XIDS = {
 """Numbers that speak of the hardware or the driver; others, such as 13, 31, 43 and 45, mostly of a program."""
 
 _LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),? ?(.*)")
-_KMSG = Path("/dev/kmsg")
+KMSG = Path("/dev/kmsg")
+"""The kernel's log."""
+
 _RECORD_BYTES = 8192
 
 
@@ -45,20 +47,24 @@ def parse_xids(lines: Iterable[str]) -> tuple[Xid, ...]:
     return tuple(Xid(int(each[2]), each[1].lower().partition(".")[0], each[3].strip()) for each in found if each)
 
 
-def logged_xids(log: Path = _KMSG) -> tuple[Xid, ...] | None:
+def logged_xids(log: Path = KMSG) -> tuple[Xid, ...] | None:
     """The Xid errors since this machine started; None where its kernel's log is not for this user."""
     try:
         file = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return None
     try:
-        return parse_xids(_records(file))
+        return parse_xids(records(file))
     finally:
         os.close(file)
 
 
-def _records(file: int) -> Iterable[str]:
-    """One record a read, until there is none; records that were overwritten meanwhile are left out."""
+def records(file: int) -> Iterator[str]:
+    """Lines of the kernel's log, one record a read, until there is none; those overwritten meanwhile are left out.
+
+    Args:
+        file: descriptor of the log, which does not block.
+    """
     while True:
         try:
             record = os.read(file, _RECORD_BYTES)

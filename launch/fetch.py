@@ -19,7 +19,6 @@ from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import DistantQueue, Job, Lost, Said
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.sending import Keeper
@@ -175,7 +174,7 @@ def end_of(known: "Known", queue: DistantQueue, ended: Job) -> None:
         state = RunState.of(found.plan)
         for event in _events(found.plan, found.records, lost=queue.lost(known.job), ended=ended):
             state.observe(event)
-        run = Run(Spec.model_validate(found.job), found.plan, known.shown, Mask(()), known.started_unix_s)
+        run = Run(Spec.model_validate(found.job), found.plan, known.shown, (), known.started_unix_s)
         found.end(conclude(run, state, [], one_log=True))
 
 

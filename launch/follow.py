@@ -15,7 +15,7 @@ from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
 from meshwright.clusters.masking import Concealer, Mask, conceal_while
-from meshwright.clusters.records import error_records, hang_record, log_end
+from meshwright.clusters.records import error_records, hang_record, last_words, log_end
 from meshwright.launch.health_lines import HealthLines
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "conclude", "follow", "places", "report"]
 
+_HANGS = (
+    "meshwright: failure.hang sees a rank from its call of start_ranks (meshwright.parallel.collectives) on; "
+    "hangs of a program that does not call it are not seen"
+)
 _SHOWN = (("loss curve", "loss.png"), ("page", PAGE))
 
 
@@ -146,6 +150,8 @@ class _Output:
         )
         self._stream = MergedStream(run.directory, shown)
         write = self._bar.write if self._bar else _LinePrinter(sys.stderr)
+        if run.plan.limits.hang_s is not None and job.train is None:
+            write(_HANGS)
         self.said = RestartLines(run.mask, write, range(len(run.plan.limits.past)))
         bar = [self._bar] if self._bar else []
         self._health = HealthLines(run.directory, run.mask, write)
@@ -174,7 +180,8 @@ def conclude(run: Run, state: RunState, interrupts: Sequence[int], *, one_log: b
     attempt = 0 if one_log else state.attempt
     tails = {rank: log_end(run.directory / log_name(rank, attempt)) for rank in state.ends}
     records = error_records(run.directory, state.attempt_unix_s)
-    verdict = judge(state.ends.values(), records, tails, hang=hang_record(run.directory, state.attempt_unix_s))
+    hang, last = hang_record(run.directory, state.attempt_unix_s), last_words(run.directory, state.attempt)
+    verdict = judge(state.ends.values(), records, tails, hang=hang, last=last)
     first = None if verdict.first is None else _masked(verdict.first, run.mask)
     victims = tuple(_masked(victim, run.mask) for victim in verdict.victims)
     verdict = Verdict(first, victims, run.mask(verdict.hang), verdict.only_lost)
@@ -183,7 +190,7 @@ def conclude(run: Run, state: RunState, interrupts: Sequence[int], *, one_log: b
 
 
 def _masked(blame: Blame, mask: Mask) -> Blame:
-    return replace(blame, traceback=mask(blame.traceback))
+    return replace(blame, traceback=mask(blame.traceback), evidence=mask(blame.evidence))
 
 
 def report(run: Run, outcome: Outcome) -> None:

@@ -141,8 +141,8 @@ class RunState:
         if event["attempt"] < self.attempt:
             return
         self._begin(event["attempt"], event["time_unix_s"])
-        rank = event["rank"]
-        self.ends[rank] = RankEnd(rank, event["node"], event["code"], event["time_unix_s"], event["ended_by_us"])
+        told = {name: event[name] for name in ("rank", "code", "time_unix_s", "ended_by_us")}
+        self.ends[event["rank"]] = RankEnd(host=event["node"], **told, kernel=event.get("kernel", ""))
 
     def _begin(self, attempt: int, time_unix_s: float) -> None:
         if attempt > self.attempt:

@@ -1,12 +1,12 @@
 """Where ranks write what they are at, so that others read it while they are stuck: a folder, or the ranks' store."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Board", "FolderBoard", "StoreBoard"]
+__all__ = ["Board", "FolderBoard", "RecordedBoard", "StoreBoard", "board_of"]
 
 
 class Board(Protocol):
@@ -76,3 +76,44 @@ class StoreBoard:
 
     def _key(self, rank: int) -> str:
         return f"meshwright/progress/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+class RecordedBoard:
+    """A board, beside which every rank keeps its last word in a folder that others need not see.
+
+    Args:
+        board: that ranks read.
+        record: that is written only, for who looks after this rank.
+    """
+
+    def __init__(self, board: Board, record: FolderBoard) -> None:
+        self._board, self._record = board, record
+
+    def put(self, rank: int, text: str) -> None:
+        """Replaces the text; a record that cannot be written silences nobody."""
+        self._board.put(rank, text)
+        with suppress(OSError):
+            self._record.put(rank, text)
+
+    def read(self, ranks: Iterable[int]) -> dict[int, str]:
+        """What the board has."""
+        return self._board.read(ranks)
+
+
+def board_of(meeting: str | None, run_dir: Path | None, store: Callable[[], Any]) -> Board:
+    """A board that all ranks of a job see for certain: the way by which they met is one.
+
+    A run directory is none: its path is alike on all hosts, what lies there need not be.
+
+    Args:
+        meeting: `init_method` of the ranks.
+        run_dir: of a launched job, for the record.
+        store: gives a connection to the ranks' store.
+    """
+    met = None
+    if meeting is not None and meeting.startswith("file://"):
+        met = Path(meeting.removeprefix("file://"))
+        if run_dir is not None and met.is_relative_to(run_dir.absolute()):
+            return FolderBoard(run_dir / "ranks")
+    board = StoreBoard(store()) if met is None else FolderBoard(Path(f"{met}-progress"))
+    return board if run_dir is None else RecordedBoard(board, FolderBoard(run_dir / "ranks"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
 
-__all__ = ["HERE", "Call", "Doing", "Progress", "Spoken", "Waiting", "Words", "doing", "patience", "told"]
+__all__ = ["HERE", "Call", "Doing", "Progress", "Spoken", "Waiting", "Words", "at_step", "doing", "patience", "told"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ class Progress:
         """Whether it may stand still for longer than others."""
         return not self._stepped or self._rooms > 0
 
+    @property
+    def words(self) -> str:
+        """What it is at, with the step; empty before anything has begun."""
+        return "" if self.at[1] is _START else at_step(told(self.at).words, self.step)
+
     def to(self, what: Spoken, detail: Any = None) -> None:
         """Moves on."""
         self.at = (time.monotonic(), what, detail, None)
@@ -182,6 +187,15 @@ def told(at: At) -> Doing:
     _, what, detail, whole = at
     found = what.tell(detail)
     return found if whole is None else replace(found, words=f"{told(whole).words}: {found.words}")
+
+
+def at_step(words: str, step: int | None) -> str:
+    """What a rank is at, with its optimizer step.
+
+    >>> at_step("all_reduce over dp (number 41)", 7), at_step("its start", None)
+    ('all_reduce over dp (number 41) in step 7', 'its start')
+    """
+    return words if step is None else f"{words} in step {step}"
 
 
 def doing(words: str) -> None:

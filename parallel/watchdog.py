@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from meshwright.parallel.board import Board, FolderBoard, StoreBoard
+from meshwright.parallel.board import Board, board_of
 from meshwright.parallel.hang import EXIT_CODE, Hang, Note, Sight, find_hang
 from meshwright.parallel.progress import HERE, Progress, told
 
@@ -205,16 +205,10 @@ def guard(
     limit_s = hang_s if hang_s is not None else float(os.environ.get("MESHWRIGHT_HANG_S") or 0)
     if limit_s <= 0:
         return None
-    run_dir = os.environ.get("MESHWRIGHT_RUN_DIR")
-    board: Board
-    if run_dir is not None:
-        board = FolderBoard(Path(run_dir, "ranks"))
-    elif meeting is not None and meeting.startswith("file://"):
-        board = FolderBoard(Path(f"{meeting.removeprefix('file://')}-progress"))
-    else:
-        board = StoreBoard(store())
-    warn = os.environ.get("MESHWRIGHT_HANG_ACTION") == "warn"
-    asked = Guard(limit_s, warn, None if run_dir is None else Path(run_dir))
+    told = os.environ.get("MESHWRIGHT_RUN_DIR")
+    run_dir = None if told is None else Path(told)
+    board = board_of(meeting, run_dir, store)
+    asked = Guard(limit_s, os.environ.get("MESHWRIGHT_HANG_ACTION") == "warn", run_dir)
     _GUARDING.append(Watchdog(rank, num_ranks, board=board, asked=asked))
     _GUARDING[-1].start()
     return _GUARDING[-1]

@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from meshwright.parallel.errors import MeshwrightError
+from meshwright.parallel.progress import HERE
 
 __all__ = ["exit_code_of", "main"]
 
@@ -87,6 +88,7 @@ def _record(run_dir: Path, error: BaseException) -> None:
         "time_unix_s": time.time(),
         "type": type(error).__name__,
         "message": str(error),
+        "at": HERE.words,
         "traceback": "".join(traceback.format_exception(error)),
         "exit_code": exit_code_of(error),
     }

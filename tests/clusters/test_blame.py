@@ -106,3 +106,21 @@ def test_where_none_is_behind_the_rank_that_found_it_speaks() -> None:
 def test_a_rank_that_failed_before_the_hang_is_its_cause() -> None:
     ends = [end(0, 125, 5.1), end(1, -15, 5.3, asked=True)]
     assert first(judge(ends, {1: ErrorRecord(1, 1.0, OWN, 65)}, hang=hang(1))) == (1, 65)
+
+
+def test_of_the_first_to_fail_it_is_told_what_it_was_last_at_and_what_the_kernel_says() -> None:
+    ends = [RankEnd(0, "node0", -9, 1.0, kernel="the kernel killed it"), end(1, 1, 2.0)]
+    found = judge(ends, last={0: "all_reduce over dp (number 41) in step 7", 1: "forward in step 7"})
+    assert found.first is not None
+    assert found.first.evidence == (
+        "was killed by SIGKILL; no rank died before it by itself; the kernel killed it; "
+        "last: all_reduce over dp (number 41) in step 7"
+    )
+    assert "last" not in found.victims[0].evidence
+
+
+def test_what_a_rank_wrote_down_as_it_failed_is_newer_than_what_it_told_before() -> None:
+    records = {0: ErrorRecord(0, 1.0, OWN, 1, "backward in step 8")}
+    found = judge([end(0, 1, 2.0)], records, last={0: "forward in step 8"})
+    assert found.first is not None
+    assert found.first.evidence.endswith("; last: backward in step 8")

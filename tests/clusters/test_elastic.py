@@ -2,33 +2,39 @@
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from meshwright.clusters.base import Limits, Program, StartRequest
+from meshwright.clusters.base import Limits, Meeting, Program, StartRequest
 from meshwright.clusters.local import LocalCluster, Machine, plan_local
 from meshwright.clusters.pipes import PipeHandle
+from meshwright.clusters.retry import RetryPolicy
 from meshwright.clusters.sweep import carriers
 from tests.launch.own import own
 
 pytestmark = pytest.mark.slow
 
 
-def started(folder: Path, name: str, script: str, limits: Limits) -> PipeHandle:
+def started(folder: Path, name: str, script: str, limits: Limits, **more: Any) -> PipeHandle:
     """The agent of a rank that runs a script."""
     for each in ("logs", "private", "ranks"):
         (folder / each).mkdir()
     program = Program((sys.executable, "-c", script), folder)
-    request = StartRequest(name="j", run_id=own(name), run_dir=folder, program=program, limits=limits)
+    request = StartRequest(name="j", run_id=own(name), run_dir=folder, program=program, limits=limits, **more)
     return LocalCluster().start(plan_local(request, Machine("box", 1)), {})
 
 
 def followed(folder: Path, name: str, code: int, limits: Limits) -> list[dict[str, Any]]:
     """What the agent of a rank that ends with a code says."""
-    handle = started(folder, name, f"raise SystemExit({code})", limits)
+    return heard(started(folder, name, f"raise SystemExit({code})", limits))
+
+
+def heard(handle: PipeHandle) -> list[dict[str, Any]]:
+    """All that is said until the end."""
     events = []
     try:
         while not handle.done:
@@ -68,3 +74,41 @@ def test_an_agent_that_a_shutdown_ends_says_nothing_and_leaves_nothing(tmp_path:
         handle.kill()
     assert [event for event in events if event["event"] in ("result", "decided")] == []
     assert (events[-1]["event"], events[-1]["code"]) == ("gone", 143), "it counts as lost"
+
+
+LISTENERS = """
+import os
+from pathlib import Path
+import torch.distributed as dist
+dist.init_process_group("gloo")
+tables = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+listening = {words[9]: words[1] for words in tables if words[3] == "0A"}
+for pid in (os.getppid(), os.getpid()):
+    for each in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            held = os.readlink(f"/proc/{pid}/fd/{each}")
+        except OSError:
+            continue
+        if held[8:-1] in listening:
+            print("listens", listening[held[8:-1]], flush=True)
+dist.barrier()
+dist.destroy_process_group()
+raise SystemExit(7 if os.environ["MESHWRIGHT_ATTEMPT"] == "0" else 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells it elsewhere")
+@pytest.mark.parametrize("fixed", [False, True], ids=["any port", "a port of the job"])
+def test_agents_and_ranks_of_one_machine_listen_on_loopback_only_also_when_they_start_again(
+    tmp_path: Path, fixed: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1] if fixed else None
+    limits = Limits(max_restarts=1, retry=RetryPolicy(initial_s=0.1))
+    more: dict[str, Any] = {"ranks_per_node": 2, "meeting": Meeting(port=port)}
+    events = heard(started(tmp_path, f"loopback-{fixed}", LISTENERS, limits, **more))
+    assert [event["state"] for event in events if event["event"] == "result"] == ["succeeded"]
+    for name in ("rank-0.log", "rank-1.log", "rank-0.attempt-1.log", "rank-1.attempt-1.log"):
+        words = [line.split()[1] for line in (tmp_path / "logs" / name).read_text().splitlines() if "listens" in line]
+        assert {word.partition(":")[0] for word in words} == {"0100007F"}, words
+        assert port is None or f"0100007F:{port:04X}" in words

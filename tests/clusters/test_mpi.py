@@ -8,7 +8,8 @@ import pytest
 from meshwright.clusters.base import Limits, Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.mpi import MpiOptions, implementation_of, plan_mpi
-from meshwright.clusters.mpi_rank import Seat, own_environment, seat_of
+from meshwright.clusters.mpi_rank import own_environment
+from meshwright.clusters.mpi_seat import Seat, seat_of
 
 REQUEST = StartRequest(
     name="j",

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from meshwright.clusters.records import error_records, hang_record, newest_step
+from meshwright.clusters.records import error_records, hang_record, last_words, newest_step
 from meshwright.launch.rundir import create_run_dir
 
 
@@ -16,6 +16,19 @@ def test_error_records_of_an_earlier_attempt_or_half_written_are_left_out(tmp_pa
     assert error_records(tmp_path / "r1", since_unix_s=6.0) == {}
     found = error_records(tmp_path / "r1", since_unix_s=4.0)
     assert (found[0].traceback, found[0].exit_code, list(found)) == ("TB", 65, [0])
+
+
+def test_what_ranks_were_last_at_is_read_of_this_attempt_as_one_safe_line(tmp_path: Path) -> None:
+    create_run_dir(tmp_path / "r1")
+    told = {"words": "all_reduce over dp (number 41)", "step": 7, "life": "1"}
+    texts = {0: told, 1: {**told, "words": "a\nb\x1b[31m", "step": None}, 2: {**told, "life": "0"}, 3: {}}
+    for rank, text in texts.items():
+        (tmp_path / f"r1/ranks/{rank}").mkdir()
+        (tmp_path / f"r1/ranks/{rank}/progress.json").write_text(json.dumps(text))
+    assert last_words(tmp_path / "r1", 1) == {0: "all_reduce over dp (number 41) in step 7", 1: "a b"}
+    record = {"rank": 0, "time_unix_s": 5.0, "traceback": "TB", "at": "backward in step 8"}
+    (tmp_path / "r1/errors/rank-0.json").write_text(json.dumps(record))
+    assert error_records(tmp_path / "r1")[0].last == "backward in step 8"
 
 
 def test_a_hang_is_read_unless_it_is_broken_or_of_an_earlier_attempt(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import FileStore
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
-from meshwright.clusters.deaths import Death, oom_kills
+from meshwright.clusters.deaths import Death
 from meshwright.clusters.local import LocalCluster, Machine, plan_local
 from meshwright.clusters.retry import Decision, RetryPolicy
 from meshwright.clusters.rounds import Rounds
@@ -95,17 +95,17 @@ def test_ranks_do_not_start_again_beside_a_node_whose_ranks_have_ended(tmp_path:
     assert not first.decide([Death(0, 3, 2.0, False)]).again
 
 
-def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert oom_kills() >= 0
-    counts = iter((4, 4, 5))  # when the run begins, when its attempt does, after the failure
-    monkeypatch.setattr("meshwright.clusters.rounds.oom_kills", lambda: next(counts))
+def test_what_a_rank_was_last_at_and_what_the_kernel_says_of_its_death_is_told(tmp_path: Path) -> None:
     found = Rounds(json.loads(json.dumps(asdict(plan(tmp_path, nodes=1)))), 0)
     found.begin(None, 0)
-    told = found.decide([Death(0, -9, 1.0, False)]).failure
+    (tmp_path / "ranks/0").mkdir()
+    words = {"life": "0", "words": "all_reduce over dp (number 41)", "step": 7}
+    (tmp_path / "ranks/0/progress.json").write_text(json.dumps(words))
+    told = found.decide([Death(0, -9, 1.0, False, "the kernel killed it for want of memory")]).failure
     assert told.kind == "signal"
-    assert told.evidence.endswith("; the kernel killed a process for want of memory")
+    assert told.evidence.endswith(
+        "; the kernel killed it for want of memory; last: all_reduce over dp (number 41) in step 7"
+    )
 
 
 def test_a_node_that_is_taken_away_starts_nothing_again(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ THROUGH_OTHERS = {
     "meshwright.clusters.bootstrap": "every launch of tests/launch starts ranks through it",
     "meshwright.clusters.channel": "every launch of tests/launch talks through it",
     "meshwright.clusters.spawn": "every launch of tests/launch starts agents through it",
+    "meshwright.clusters.mpi_seat": "tests/clusters/test_mpi.py seats processes",
+    "meshwright.clusters.mpi_words": "tests/lab/test_mpi.py: all its runs, where MPI can pickle nothing",
     "meshwright.clusters.ray_line": "tests/lab/test_ray.py runs agents through it",
     "meshwright.clusters.bandwidth": "tests/clusters/test_examine.py times real ranks",
     "meshwright.launch.commands.doctor": "tests/launch/test_doctor.py runs the command",

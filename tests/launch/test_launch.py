@@ -245,6 +245,17 @@ def test_a_hang_is_restarted_or_not_as_asked(tmp_path: Path, action: str, attemp
     assert "failure.hang had nothing to go by: no rank called meshwright's start_ranks" in done.stderr
 
 
+def test_that_hangs_of_a_program_may_not_be_seen_is_said_while_it_runs(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, time\nend = time.time() + 30\n"
+        "while not pathlib.Path('said').exists() and time.time() < end: time.sleep(0.05)"
+    )
+    job = write_job(tmp_path, script, failure={"hang": {"no_progress_for": "90s"}}, nproc_per_node=1)
+    with start(job, RUN) as running:
+        assert any("hangs of a program that does not call it are not" in line for line in running.stdout or ())
+        (tmp_path / "said").touch()
+
+
 def test_a_failed_setup_is_no_failed_rank(tmp_path: Path) -> None:
     done = run(write_job(tmp_path, "pass", setup="echo preparing; false; echo unreachable"))
     assert done.returncode == 70

@@ -1,12 +1,17 @@
 """The threads of a rank: they read the others, end a rank that hangs with the reason, and leave a moving one alone."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from threading import Event
 
 import pytest
+import torch.distributed as dist
 
 from meshwright.parallel.board import Board, FolderBoard
 from meshwright.parallel.hang import EXIT_CODE
@@ -125,3 +130,42 @@ def test_nobody_watches_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         unguard()
     told = json.loads((tmp_path / "meet-progress/0/progress.json").read_text())
     assert told["left"] is True
+
+
+APART = """
+import os, time
+import torch
+from meshwright.parallel.collectives import gather_integers, start_ranks
+from meshwright.parallel.progress import HERE, doing
+here = start_ranks()
+HERE.begin(1)
+gather_integers(0)
+HERE.end()
+doing("reading a batch")
+while here.rank == 1:
+    time.sleep(1)
+gather_integers(1)
+"""
+
+
+@pytest.mark.slow
+def test_of_ranks_whose_hosts_have_run_directories_of_their_own_the_one_that_is_behind_is_named(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    met = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = []
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+        place = {"RANK": str(rank), "WORLD_SIZE": "3", "MESHWRIGHT_RUN_DIR": str(tmp_path / str(rank))}
+        env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MESHWRIGHT_HANG_S": "4", **met, **place}
+        ranks.append(subprocess.Popen([sys.executable, "-c", APART], env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        told = [each.communicate(timeout=90)[1] for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+            each.wait()
+    assert EXIT_CODE in [each.returncode for each in ranks]
+    records = [json.loads(each.read_text()) for each in tmp_path.glob("*/errors/hang-0.json")]
+    assert {tuple(each["suspects"]) for each in records} == {(1,)}, told
+    assert all("reading a batch" in each["ranks"]["1"] for each in records)
+    assert all((tmp_path / f"{rank}/ranks/{rank}/progress.json").exists() for rank in range(3)), "each keeps its record"

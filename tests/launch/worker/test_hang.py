@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from meshwright.launch.worker import __main__ as program
+from meshwright.parallel.progress import Progress, Words
 from tests.launch.waiting import least_s
 from tests.launch.worker.runs import run_dir, start, write_job
 
@@ -99,7 +101,8 @@ def test_a_killed_rank_ends_the_job_in_five_seconds_and_is_named(tmp_path: Path)
 
     def killed_s(number: int) -> float:
         parallel = "{pp: 2, dp: 2, schedule: modular, num_microbatches: 2}"
-        taken_s, found = fall(tmp_path / str(number), signal.SIGKILL, 3, parallel=parallel)
+        asked = "failure.hang.no_progress_for=600s"
+        taken_s, found = fall(tmp_path / str(number), signal.SIGKILL, 3, asked, parallel=parallel)
         told.update(found)
         return taken_s
 
@@ -107,4 +110,15 @@ def test_a_killed_rank_ends_the_job_in_five_seconds_and_is_named(tmp_path: Path)
     assert told["exit_code"] == 137
     first = told["first_failure"]
     assert (first["rank"], first["signal"]) == (3, "SIGKILL")
+    assert re.search(r"; last: 1F[01] \(forward, stage 1, micro-batch [01]\) in step \d+$", first["evidence"]), first
     assert sorted(victim["rank"] for victim in told["victims"]) == [0, 1, 2]
+
+
+def test_an_error_record_says_what_the_rank_was_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Progress()
+    monkeypatch.setattr(program, "HERE", here)
+    for words in ("", "backward in step 8"):
+        program._record(tmp_path, ValueError("no"))
+        assert json.loads((tmp_path / "errors/rank-0.json").read_text())["at"] == words
+        here.begin(8)
+        here.to(Words("backward"))
