@@ -87,9 +87,10 @@ def ended(handle: PipeHandle) -> list[dict[str, Any]]:
 
 
 def test_a_driver_that_hangs_keeps_no_rank_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (("pynvml", "import time; time.sleep(600)\n"), ("rank", "import os; print(os.getpid())\n")):
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library/pynvml.py").write_text("import time\ndef nvmlInit():\n    time.sleep(600)\n")
+    (tmp_path / "rank.py").write_text("print('a rank')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "library"), *sys.path]))
     argv, env = (sys.executable, "-u", "-m", "rank"), ((IMPORTS, "json"),)
     more = {"argv": argv, "env": env, "inherit": ("*",)}
     handle = started(tmp_path, "driver", "", Limits(max_restarts=1, watch=Watch(interval_s=0.1)), **more)
