@@ -77,8 +77,7 @@ def follow(
         relaunch: starts a run again that lost nodes.
 
     Raises:
-        MeshwrightError: when it cannot be started, its logs cannot be written, or this machine has no more of
-            something; the run was ended, and its exit record says why.
+        MeshwrightError: when it cannot be started or followed; it was ended, and its exit record says why.
     """
     with Interrupts() as interrupts:
         state, stream = RunState.of(run.plan), _Output(run)
@@ -88,9 +87,8 @@ def follow(
                 supervise(handle, state, interrupts, watchers=stream.watchers)
                 handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
         except Exception as error:
-            told = trouble(run.directory, error) if isinstance(error, OSError) else error
-            _record(run, state, told)
-            raise told from (None if told is error else error)
+            told = _recorded(run, state, error)
+            raise told from (error.__cause__ if told is error else error)
         finally:
             stream.close()
         outcome = _conclude(run, state, interrupts.numbers)
@@ -100,8 +98,9 @@ def follow(
         return outcome
 
 
-def _record(run: Run, state: RunState, error: Exception) -> None:
-    """Writes why a run ended that could not be started or followed, as far as that can be written."""
+def _recorded(run: Run, state: RunState, raised: Exception) -> Exception:
+    """Writes why a run ended that could not be started or followed, as far as that can be written; what to raise."""
+    error = trouble(run.directory, raised) if isinstance(raised, OSError) else raised
     times_s = (run.started_unix_s, round(time.time(), 3))
     outcome = replace(
         outcome_of(state, Verdict(None), [], times_s=times_s),
@@ -112,6 +111,7 @@ def _record(run: Run, state: RunState, error: Exception) -> None:
     )
     with suppress(RunDirError):  # that it cannot be is said, and ends the launcher
         write_json(run.directory / "exit.json", outcome.as_dict())
+    return error
 
 
 def _say_apart(names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import errno
 from pathlib import Path
 
+from meshwright.clusters.descriptors import is_full
 from meshwright.clusters.errors import UnavailableError
 from meshwright.launch.rundir import RunDirError
 from meshwright.parallel.errors import MeshwrightError
@@ -32,13 +33,12 @@ def trouble(run_dir: Path, error: OSError) -> MeshwrightError:
     >>> print(trouble(Path("/r"), FileNotFoundError(errno.ENOENT, "No such file or directory", "mpiexec")))
     /r: the run was ended: mpiexec: No such file or directory; is it installed here, and on PATH?
     """
-    about, said = str(error.filename or ""), error.strerror or str(error) or type(error).__name__
-    ours = Path(about).is_absolute() and Path(about).is_relative_to(run_dir)
-    if error.errno in _DISK or (ours and error.errno not in (errno.EMFILE, errno.ENFILE)):
+    about, said = str(error.filename or ""), error.strerror or str(error)
+    ours = Path(about).is_relative_to(run_dir)
+    if error.errno in _DISK or (ours and not is_full(error)):
         where = f"{said} ({about})" if ours else said
         return RunDirError(
             f"{run_dir}: the run was ended, since its logs cannot be written: {where}; free some space, or set logs.dir"
         )
-    advice = _ADVICE.get(error.errno or 0)
-    what = f"{about}: {said}" if about and not ours else said
-    return UnavailableError(f"{run_dir}: the run was ended: {what}{f'; {advice}' if advice else ''}")
+    parts = [f"{about}: {said}" if about else said, _ADVICE.get(error.errno or 0, "")]
+    return UnavailableError(f"{run_dir}: the run was ended: {'; '.join(filter(None, parts))}")

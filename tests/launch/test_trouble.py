@@ -29,7 +29,7 @@ def failed(number: int, about: str | None = None) -> OSError:
     [
         (failed(errno.ENOSPC), RunDirError, "its logs cannot be written: No space left on device; free some space"),
         (failed(errno.ENOENT, "/r/logs/x"), RunDirError, "its logs cannot be written: No such file or directory (/r/l"),
-        (failed(errno.EMFILE, "/r/logs/x"), UnavailableError, "ended: Too many open files; .*`ulimit -n`"),
+        (failed(errno.EMFILE, "/r/logs/x"), UnavailableError, "ended: /r/logs/x: Too many open files; .*`ulimit -n`"),
         (failed(errno.ENFILE), UnavailableError, "Too many open files in system; this machine"),
         (failed(errno.ENOMEM), UnavailableError, "Cannot allocate memory; this machine has no memory"),
         (failed(errno.EAGAIN), UnavailableError, "no more processes can be started here"),
