@@ -18,7 +18,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NoReturn
 
-from meshwright.clusters import bootstrap
 from meshwright.clusters.carrying import make_room
 from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
@@ -28,7 +27,7 @@ from meshwright.clusters.imports import IMPORTS, Imports
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.masking import Concealer, conceal_while
-from meshwright.clusters.prefork import Forks
+from meshwright.clusters.prefork import Forks, executed
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
@@ -181,13 +180,16 @@ class _Agent:
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
         if not self.joining.near:
             _share_cores(len(self.node["ranks"]))
-        program = () if forks else ("-I", "-S", str(bootstrap.__file__))
+        arguments = tuple(map(escape, words))
+        program: Any = forks.begin if forks else None
+        if forks is None:
+            program, arguments = executed(arguments)
         return WorkerSpec(
             role="rank",
             local_world_size=len(self.node["ranks"]),
             rdzv_handler=self.joining.meet(),
-            entrypoint=forks.begin if forks else sys.executable,
-            args=(*program, *map(escape, words)),
+            entrypoint=program,
+            args=arguments,
             max_restarts=self.plan["limits"]["max_restarts"],
             monitor_interval=0.1,
         )
@@ -261,6 +263,7 @@ def _told(agent: _Agent) -> None:
         traceback.print_exc()
         late = type(error).__module__.startswith("torch.distributed.elastic.rendezvous")
         state, message = ("rendezvous_failed" if late else "error"), f"{type(error).__name__}: {error}"
+    sweep(agent.plan["run_id"], agent.node["index"])  # a setup may have started something, whatever failed since
     agent.say_result(state, message)
 
 

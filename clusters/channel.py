@@ -56,9 +56,10 @@ class Channel:
         return bool(select.select([self._input], [], [], timeout_s)[0])
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What the launcher says, until it closes its end or dies."""
+        """What the launcher says, until it closes its end or dies, in the middle of a line too."""
         for line in self._input:
-            yield json.loads(line)
+            if line.endswith(b"\n"):
+                yield json.loads(line)
 
     def tell(self, event: str, **fields: object) -> None:
         """Sends one event; a launcher that is gone is no error, the end of input deals with it."""

@@ -64,6 +64,7 @@ class Deaths:
         self._report = report
         self._dead: dict[int, Death] = {}
         self._asked: set[int] = set()
+        self._forgotten = False
         self._changed = Condition()
         self._kernel = Kernel()
         for rank in self.pids:
@@ -98,31 +99,39 @@ class Deaths:
     def send(self, number: signal.Signals) -> None:
         """Signals the process group of every rank that lives; their deaths count as ours from now on."""
         with self._changed:
-            living = [rank for rank in self.pids if rank not in self._dead]
+            living = self._living()
             self._asked.update(living)
-        for rank in living:
-            with suppress(ProcessLookupError, PermissionError):
-                _signal_group(self.pids[rank], number)
-                _signal_group(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
+            for rank in living:
+                with suppress(ProcessLookupError, PermissionError):
+                    _signal_group(self.pids[rank], number)
+                    _signal_group(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
 
     def warn(self, number: signal.Signals) -> list[int]:
         """Signals the ranks that have a handler for it, which would kill the others; tells which."""
         with self._changed:
-            living = [rank for rank in self.pids if rank not in self._dead]
-        able = [rank for rank in living if _catches(self.pids[rank], number)]
-        for rank in able:
-            with suppress(ProcessLookupError):
-                os.kill(self.pids[rank], number)
+            able = [rank for rank in self._living() if _catches(self.pids[rank], number)]
+            for rank in able:
+                with suppress(ProcessLookupError):
+                    os.kill(self.pids[rank], number)
         return able
 
     def kill_groups(self) -> None:
-        """Kills what is left of every rank's process group; call before anything reaps them."""
+        """Kills what is left of every rank's process group, unless they are forgotten."""
         with self._changed:
-            living = [rank for rank in self.pids if rank not in self._dead]
+            living = self._living()
             self._asked.update(living)
-        for rank, pid in self.pids.items():
-            with suppress(ProcessLookupError, PermissionError):
-                (_signal_group if rank in living else os.killpg)(pid, signal.SIGKILL)
+            for rank, pid in () if self._forgotten else self.pids.items():
+                with suppress(ProcessLookupError, PermissionError):
+                    (_signal_group if rank in living else os.killpg)(pid, signal.SIGKILL)
+
+    def forget(self) -> None:
+        """Signals nobody any more; call before anything reaps them, which gives their process ids to others."""
+        with self._changed:
+            self._forgotten = True
+
+    def _living(self) -> list[int]:
+        """Ranks that may be signalled."""
+        return [] if self._forgotten else [rank for rank in self.pids if rank not in self._dead]
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until all are dead; tells whether they are."""

@@ -5,6 +5,7 @@ A group restart counts once on every node, because every node starts its ranks o
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from meshwright.clusters.deaths import Death, Deaths
 from meshwright.clusters.nvml import read_gpus
-from meshwright.clusters.prefork import Forks
+from meshwright.clusters.prefork import Forks, executed
 from meshwright.clusters.rounds import Rounds
 from meshwright.clusters.sweep import sweep
 from meshwright.clusters.watching import GpuWatch, shown_gpus, watch_from
@@ -28,6 +29,8 @@ from meshwright.clusters.watching import GpuWatch, shown_gpus, watch_from
 __all__ = ["NodeAgent", "StoppedError"]
 
 Tell = Callable[..., None]
+
+_STILL_S = 5.0
 
 
 class StoppedError(Exception):
@@ -103,7 +106,7 @@ class NodeAgent(LocalElasticAgent):
             raise self._stopped()
         now = time.time()
         self._rounds.begin(self._store, self._attempt)
-        with self._holding():
+        with self._holding(worker_group.spec):
             local: dict[int, Any] = super()._start_workers(worker_group)
             pids = {worker_group.workers[rank].global_rank: pid for rank, pid in local.items()}
             self._tell("started", attempt=self._attempt, pids=pids, time_unix_s=now)
@@ -111,13 +114,19 @@ class NodeAgent(LocalElasticAgent):
         return local
 
     @contextmanager
-    def _holding(self) -> Iterator[None]:
-        """While ranks are forked: none runs before its death would be seen, and nobody is at work in a driver."""
+    def _holding(self, spec: WorkerSpec) -> Iterator[None]:
+        """While ranks are forked: none runs before its death would be seen, and nobody is at work in a driver.
+
+        Where a driver does not come to an end, they are executed from now on.
+        """
         with ExitStack() as held:
+            watch = self._health if self._forks is not None else None
+            if watch is not None and not held.enter_context(watch.still(_STILL_S)):
+                sys.stderr.write(f"ranks are executed, not forked: NVML has not answered for {_STILL_S:g} s\n")
+                spec.entrypoint, spec.args = executed(spec.args)
+                self._forks = None
             if self._forks is not None:
                 held.enter_context(self._forks.together())
-                if self._health is not None:
-                    held.enter_context(self._health.still)
             yield
 
     def _report(self, attempt: int, death: Death) -> None:
@@ -199,6 +208,8 @@ class NodeAgent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self.end_ranks()
+        if self.deaths is not None:
+            self.deaths.forget()
         super()._shutdown(death_sig)  # nothing is left that it could wait for
 
     def _construct_event(

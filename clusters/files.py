@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
+from meshwright.clusters.descriptors import is_full
 from meshwright.clusters.lease import LOST_AFTER_S
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.sweep import sweep
@@ -42,7 +43,7 @@ def alive_file(run_dir: Path) -> Path:
 
 
 class _Tail:
-    """Whole lines that were added to a file since the last look."""
+    """Whole lines that were added to a file since the last look; that too many files are open is no lack of lines."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at = path, 0
@@ -52,7 +53,9 @@ class _Tail:
             with self._path.open("rb") as file:
                 file.seek(self._at)
                 data = file.read()
-        except OSError:
+        except OSError as error:
+            if is_full(error):
+                raise
             return []
         whole, _, _ = data.rpartition(b"\n")
         self._at += len(whole) + 1 if whole else 0
@@ -95,7 +98,10 @@ class FileLine:
         yield {**start, "node": self._node, "lost_after_s": _LOST_AFTER_S, "lease_s": LOST_AFTER_S}
         commands, touched = _Tail(self._folder / "command.jsonl"), 0.0
         while True:
-            yield from commands.read()
+            said: list[dict[str, Any]] = []
+            with suppress(OSError):  # the next look finds them
+                said = commands.read()
+            yield from said
             with suppress(OSError):
                 now = (self._folder / "alive").stat().st_mtime
                 if now != touched:
@@ -207,18 +213,20 @@ class StepHandle:
 
     def kill(self) -> None:
         """Ends everything of this run at once, and takes what was secret away."""
+        late = []
         if not self._ended:
             self._say("kill")
             end_s = time.monotonic() + _KILL_WAIT_S
             while not self._ended and time.monotonic() < end_s and (self._left or not self._cut):
-                self._late += self.poll(0.1)
+                late += self.poll(0.1)
         for end in (self._process.terminate, self._process.kill):
             if self._process.poll() is None:
                 end()
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(_KILL_WAIT_S / 5 if self._cut else _KILL_WAIT_S)
         if not self._ended:
-            self._late += self.poll(0.1)
+            late += self.poll(0.1)
+        self._late += late
         sweep(self._plan.run_id)
         self._leave()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.errors import RendezvousError, UnavailableError
-from meshwright.clusters.pipes import PipeHandle
+from meshwright.clusters.pipes import PipeHandle, agents_of
 from meshwright.clusters.spawn import AGENT_ARGV, spawn_agent
 
 __all__ = ["LocalCluster", "Machine", "check_port", "plan_local", "this_machine"]
@@ -164,9 +164,9 @@ class LocalCluster:
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
         """Executes a plan: one agent per node, each told its part."""
-        agents = {}
-        for node in plan.nodes:
-            agent = self._warm if self._warm is not None and self._warm.poll() is None else spawn_agent()
-            self._warm = None
-            agents[node.name] = agent
-        return PipeHandle(plan, agents, secrets)
+        return PipeHandle(plan, agents_of(plan.nodes, self._agent), secrets)
+
+    def _agent(self, node: NodePlan) -> "subprocess.Popen[bytes]":
+        del node
+        warm, self._warm = self._warm, None
+        return warm if warm is not None and warm.poll() is None else spawn_agent()

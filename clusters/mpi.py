@@ -173,7 +173,7 @@ class MpiHandle:
             bufsize=0,
         )
         os.close(log)
-        self._selector = selectors.DefaultSelector()
+        self._selector, self._open = selectors.DefaultSelector(), True
         self._selector.register(self._stream(self._job.stdout), selectors.EVENT_READ)
         self._say({"plan": asdict(plan), "secrets": dict(secrets)})
 
@@ -191,12 +191,12 @@ class MpiHandle:
     @property
     def done(self) -> bool:
         """Whether mpiexec has ended."""
-        return not self._selector.get_map() and not self._late
+        return not self._open and not self._late
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
         """Events since the last call; after the end one {"event": "gone", "code": ...} for every node."""
         events, self._late = self._late, []
-        for key, _ in self._selector.select(0.0 if events else timeout_s):
+        for key, _ in self._selector.select(0.0 if events else timeout_s) if self._open else ():
             data = os.read(key.fd, 1 << 16)
             if not data:
                 events += self._gone()
@@ -206,8 +206,8 @@ class MpiHandle:
         return events
 
     def _gone(self) -> list[dict[str, Any]]:
-        out = self._stream(self._job.stdout)
-        self._selector.unregister(out)
+        out, self._open = self._stream(self._job.stdout), False
+        self._selector.close()
         code = self._job.wait()
         for pipe in (out, self._stream(self._job.stdin)):
             pipe.close()
@@ -222,15 +222,16 @@ class MpiHandle:
     def kill(self) -> None:
         """Kills everything of this run at once, and what it left behind on this machine."""
         self._say({"command": "kill"})
-        end_s = time.monotonic() + _KILL_WAIT_S
-        while self._selector.get_map() and time.monotonic() < end_s:
-            self._late += self.poll(0.1)
+        end_s, late = time.monotonic() + _KILL_WAIT_S, []
+        while self._open and time.monotonic() < end_s:
+            late += self.poll(0.1)
         if self._job.poll() is None:
             self._job.terminate()  # mpiexec ends its processes, also those of other hosts
             with suppress(subprocess.TimeoutExpired):
                 self._job.wait(_KILL_WAIT_S)
             self._job.kill()
-        if self._selector.get_map():
+        self._late += late
+        if self._open:
             self._late += self._gone()
         sweep(self._plan.run_id)
 

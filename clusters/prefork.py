@@ -20,12 +20,17 @@ from meshwright.clusters import bootstrap
 from meshwright.clusters.carrying import show
 from meshwright.clusters.imports import Imports, module_of
 
-__all__ = ["Forks"]
+__all__ = ["Forks", "executed"]
 
 _SHOWN = ("MESHWRIGHT_RUN_ID", "MESHWRIGHT_NODE", "RANK")
 _THREADS = "OMP_NUM_THREADS"
 _EXITS = (("logging", "shutdown"), ("multiprocessing.util", "_exit_function"))
 """What modules of Python register when they are imported, the first first."""
+
+
+def executed(words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Program and arguments of a rank that is executed, of those of `Forks.begin`."""
+    return sys.executable, ("-I", "-S", str(bootstrap.__file__), *words)
 
 
 class Forks:

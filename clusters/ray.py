@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.dealing import ranks_per_node
+from meshwright.clusters.descriptors import need_room
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Far, PipeHandle
@@ -138,8 +139,9 @@ class RayCluster:
         """Executes a plan: an actor per node, each with an agent that is told its part.
 
         Raises:
-            UnavailableError: when Ray has not placed the nodes in time.
+            UnavailableError: when Ray has not placed the nodes in time, or they are too many for this process.
         """
+        need_room(4 * len(plan.nodes), f"{len(plan.nodes)} nodes")
         group, actors = self._placed(len(plan.nodes))
         lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
         try:

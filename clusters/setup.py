@@ -4,12 +4,14 @@ So `source .venv/bin/activate` means what it says. The script runs under bash wh
 """
 
 import os
+import select
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = ["SetupError", "run_setup"]
 
+_LOOK_S = 0.02
 _OF_SHELL = frozenset(["_", "SHLVL", "PWD", "OLDPWD"])
 """Variables that a shell sets for itself: they stay as they were before the script."""
 
@@ -20,6 +22,21 @@ class SetupError(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"the setup script ended with exit code {code}" if code >= 0 else f"signal {-code} ended it")
         self.code = code
+
+
+def _read_until_end(child: "subprocess.Popen[bytes]", reader: int) -> bytes:
+    """What a child says; what it leaves running holds its end of the pipe, too, and is not waited for."""
+    said = b""
+    with os.fdopen(reader, "rb", buffering=0) as pipe:
+        while True:
+            over = child.poll() is not None  # before the look, so that nothing is missed
+            if select.select([pipe], [], [], 0.0 if over else _LOOK_S)[0]:
+                part = pipe.read(1 << 16)
+                if not part:
+                    return said
+                said += part
+            elif over:
+                return said
 
 
 def run_setup(script: str, *, cwd: str, env: Mapping[str, str], log: Path) -> dict[str, str]:
@@ -43,8 +60,7 @@ def run_setup(script: str, *, cwd: str, env: Mapping[str, str], log: Path) -> di
             start_new_session=True,
         )
         os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            left = pipe.read()
+        left = _read_until_end(child, reader)
         code = child.wait()
     if code:
         raise SetupError(code)

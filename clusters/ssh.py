@@ -18,7 +18,7 @@ from typing import Any
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.pipes import Far, PipeHandle
+from meshwright.clusters.pipes import Far, PipeHandle, agents_of
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
@@ -211,7 +211,7 @@ class SshCluster:
         probe = f"private/probe-{tokens.token_hex(8)}"
         (run_dir / probe).touch(mode=0o600)
         message: dict[str, Any] = {"probe": probe, "passed": self._passed, "files": _files(run_dir)}
-        agents = {node.name: _connect(node, run_dir) for node in plan.nodes}
+        agents = agents_of(plan.nodes, lambda node: _connect(node, run_dir))
 
         def explain(name: str, code: int) -> Mapping[str, Any]:
             return explain_end(name, code, _connection_log(run_dir, name))

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Any
@@ -107,8 +108,7 @@ class GpuWatch:
     ) -> None:
         self._watch, self._gpus, self._tell, self._read = watch, gpus, tell, read
         self._before: Collection[Xid] | None = None
-        self.still = Lock()
-        """Held by who forks: a fork in the middle of a question to the driver could never ask one."""
+        self._asking = Lock()
         self._known: dict[str, float] = {}
 
     def start(self) -> None:
@@ -121,7 +121,7 @@ class GpuWatch:
 
     def look(self) -> bool:
         """Looks once and tells what is new; tells whether there is anything to look at."""
-        with self.still:
+        with self._asking:
             report, now = self._read(), round(time.time(), 3)
         if self._before is None:
             self._before = report.xids or ()
@@ -135,6 +135,20 @@ class GpuWatch:
                 self._known = {**self._known, words: now}  # a new one: another thread reads it
                 self._tell("health", fault=words, found=words, time_unix_s=now)
         return True
+
+    @contextmanager
+    def still(self, timeout_s: float) -> Iterator[bool]:
+        """Asks the driver nothing, for who forks: a fork in the middle of a question could never ask one.
+
+        Args:
+            timeout_s: a driver that does not answer for so long is not waited for, and False is given.
+        """
+        held = self._asking.acquire(timeout=timeout_s)
+        try:
+            yield held
+        finally:
+            if held:
+                self._asking.release()
 
     @property
     def fault(self) -> tuple[str, float] | None:

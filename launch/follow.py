@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
 from meshwright.clusters.masking import Concealer, Mask, conceal_while
 from meshwright.clusters.records import error_records, hang_record, last_words, log_end
+from meshwright.launch.exits import Exit
 from meshwright.launch.health_lines import HealthLines
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
@@ -23,6 +25,7 @@ from meshwright.launch.restarts import RestartLines, line_of
 from meshwright.launch.rundir import RunDirError, write_json
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
+from meshwright.launch.trouble import trouble
 
 if TYPE_CHECKING:
     from meshwright.launch.progress import ProgressBar
@@ -85,7 +88,7 @@ def follow(
         relaunch: starts a run again that lost nodes.
 
     Raises:
-        RunDirError: when its logs cannot be written; the run was ended.
+        MeshwrightError: when it cannot be started or followed; it was ended, and its exit record says why.
     """
     with Interrupts() as interrupts:
         state, stream = RunState.of(run.plan), _Output(run)
@@ -94,9 +97,9 @@ def follow(
             while handle is not None:
                 supervise(handle, state, interrupts, watchers=stream.watchers, mask=run.mask)
                 handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
-        except OSError as error:
-            why = f"{run.directory}: the run was ended, since its logs cannot be written: {error.strerror}"
-            raise RunDirError(f"{why}; free some space, or set logs.dir") from error
+        except Exception as error:
+            told = _recorded(run, state, error)
+            raise told from (error.__cause__ if told is error else error)
         finally:
             stream.close()
         outcome = conclude(run, state, interrupts.numbers)
@@ -104,6 +107,22 @@ def follow(
             write_json(run.directory / "exit.json", outcome.as_dict())
         _say_apart(state.apart)
         return outcome
+
+
+def _recorded(run: Run, state: RunState, raised: Exception) -> Exception:
+    """Writes why a run ended that could not be started or followed, as far as that can be written; what to raise."""
+    error = trouble(run.directory, raised) if isinstance(raised, OSError) else raised
+    times_s = (run.started_unix_s, round(time.time(), 3))
+    outcome = replace(
+        outcome_of(state, Verdict(None), [], times_s=times_s),
+        state="failed",
+        exit_code=int(getattr(error, "exit_code", Exit.INTERNAL)),
+        reason=run.mask(str(error) or type(error).__name__),
+        attempts=state.attempt + bool(state.attempt_unix_s),
+    )
+    with suppress(RunDirError):  # that it cannot be is said, and ends the launcher
+        write_json(run.directory / "exit.json", outcome.as_dict())
+    return error
 
 
 def _say_apart(names: Sequence[str]) -> None:

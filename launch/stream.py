@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from meshwright.clusters.base import StartPlan, log_name
+from meshwright.clusters.descriptors import make_room
 from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import clean_line
 from meshwright.launch.logs import LogTail
@@ -63,10 +64,10 @@ class MergedStream:
         for tail in self._tails:
             tail.close()
         self._attempt = attempt
+        kept = make_room(plan.world_size)  # others are opened for every look
         self._tails = [
-            LogTail(self._run_dir / log_name(rank, attempt), partial(self._line, node.name, rank))
-            for node in plan.nodes
-            for rank in node.ranks
+            LogTail(self._run_dir / log_name(rank, attempt), partial(self._line, host, rank), keep=index < kept)
+            for index, (host, rank) in enumerate((node.name, rank) for node in plan.nodes for rank in node.ranks)
         ]
         old = attempt - self._shown.keep_attempts
         for rank in range(plan.world_size) if old >= 0 else ():

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from meshwright.clusters.deaths import Death, Deaths
 
 
@@ -54,3 +56,25 @@ def test_every_death_has_its_code_its_time_and_its_cause() -> None:
     }
     assert all(started_unix_s <= death.time_unix_s <= time.time() for death in seen)
     assert [process.wait() for process in processes.values()] == [7, -9, -15, 0], "nothing was reaped before"
+
+
+def test_process_ids_that_others_may_have_by_now_are_not_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = [subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True) for script in ("exit 0", "exit 1")]
+    living = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    pids = [process.pid for process in (*processes, living)]
+    deaths = Deaths(dict(enumerate(pids)), lambda death: None)
+    while len(deaths.known) < 2:
+        time.sleep(0.01)
+    hit: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, number: hit.append(pid))
+    monkeypatch.setattr(os, "kill", lambda pid, number: hit.append(pid))
+    deaths.kill_groups()
+    assert hit == pids, "their groups may have others left, while they are not reaped"
+    deaths.forget()
+    hit.clear()
+    deaths.kill_groups()
+    deaths.send(signal.SIGTERM)
+    assert deaths.warn(signal.SIGUSR2) == hit == []
+    monkeypatch.undo()
+    living.kill()
+    assert [process.wait() for process in (*processes, living)] == [0, 1, -9]

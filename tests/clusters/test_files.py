@@ -1,6 +1,8 @@
 """A launcher and agents that share a folder: what one says the other hears, also when a node is cut off."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.clusters import files
 from meshwright.clusters.files import FileLine, StepHandle, alive_file, step_folder
 from meshwright.clusters.slurm import named, plan_slurm
 from tests.clusters.test_slurm import OPTIONS, REQUEST
@@ -96,3 +99,27 @@ def test_an_agent_hears_the_plan_its_lease_and_what_is_said(handle: StepHandle, 
     assert eventually(lambda: next(messages)["command"] == "stop", 10)
     told = (step_folder(tmp_path) / "command.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in told] == [{"command": "stop"}]
+
+
+def test_what_is_said_while_a_run_is_killed_is_heard_once(
+    handle: StepHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_KILL_WAIT_S", 0.3)
+    FileLine(step_folder(tmp_path), 0).tell("result", state="stopped", message="")
+    handle.kill()
+    assert [event["event"] for event in handle.poll(0.0)] == ["result", "gone"]
+
+
+def test_a_launcher_that_can_open_no_file_does_not_take_agents_for_silent(
+    handle: StepHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FileLine(step_folder(tmp_path), 0).tell("joined", shared=True)
+
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", none_left)
+        with pytest.raises(OSError, match="Too many open files"):
+            handle.poll(0.0)
+    assert [event["event"] for event in handle.poll(1.0)] == ["joined"]

@@ -1,5 +1,6 @@
 """MPI: the plan, and where processes sit."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from meshwright.clusters.base import Limits, Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.mpi import MpiOptions, implementation_of, plan_mpi
+from meshwright.clusters.mpi import MpiHandle, MpiOptions, implementation_of, plan_mpi
 from meshwright.clusters.mpi_rank import own_environment
 from meshwright.clusters.mpi_seat import Seat, seat_of
 
@@ -71,3 +72,18 @@ def test_ranks_are_not_tied_to_mpiexec_but_keep_what_the_job_says_itself() -> No
     around = {"PATH": "/bin", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0", "OMPI_MCA_btl": "tcp"}
     found = own_environment(plan, node, secrets={"PMI_KEY": "s"}, environment=around)
     assert found == {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMI_KEY": "s"}
+
+
+def test_an_mpiexec_that_ends_is_told_once_and_leaves_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    plan = plan_mpi(replace(REQUEST, run_dir=tmp_path), MpiOptions("mpich"))
+    plan = replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", "echo no event; exit 7")),))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        handle = MpiHandle(plan, {})
+        handle.kill()
+        (gone,) = handle.poll(0.0)
+        assert (gone["event"], gone["code"]) == ("gone", 7)
+        assert handle.done
+        assert handle.poll(0.0) == []
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -114,7 +114,6 @@ THROUGH_OTHERS = {
     "meshwright.launch.commands.plan": "tests/launch/test_plan_report.py runs the command",
     "meshwright.launch.commands.verify": "tests/launch/test_commands.py runs the command",
     "meshwright.clusters.contract": "protocols only: what tests of clusters and of launch run against",
-    "meshwright.clusters.pipes": "every test of tests/launch follows agents through it",
     "meshwright.launch.follow": "tests/launch/test_launch.py and tests/lab follow every run through it",
     "meshwright.launch.commands.attach": "tests/launch/test_runs.py types the command",
     "meshwright.launch.commands.cancel": "tests/launch/test_runs.py types the command",

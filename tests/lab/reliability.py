@@ -2,9 +2,10 @@
 
 `python -m tests.lab.reliability [--repeat N] [--kind ssh|slurm] [--only WORDS] [--labs N] [--drop VERSION]
 [--results FILE] [--write]`, as root. Each trial is added to benchmarks/results/reliability.jsonl, or to another file,
-as it ends, until there are N of every fault: what was stopped goes on where it was. `--drop` first forgets those of an
-earlier version of what is tried. `--write` writes the page at the end, also of what was stopped; alone it does nothing
-else. Most of a trial is waiting, so several labs, each with hosts of its own, run trials at once, of both kinds.
+as it ends, until there are N of every fault: what was stopped goes on where it was, and nothing of it stays (see
+`sealed`). `--drop` first forgets those of an earlier version of what is tried. `--write` writes the page at the end,
+also of what was stopped; alone it does nothing else. Most of a trial is waiting, so several labs, each with hosts of
+its own, run trials at once, of both kinds.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +30,7 @@ from tests.lab.faults import BOTH, Fault
 from tests.lab.hosts import Hosts, missing_for_hosts, run
 from tests.lab.kept import drop, still_due, version
 from tests.lab.reliability_page import PAGE, RESULTS, page
+from tests.lab.sealed import SEAL, make_folder, sealed
 from tests.lab.slurm import Slurm, missing_for_slurm
 from tests.lab.trial import Trial, attempt, broken
 
@@ -49,8 +50,7 @@ def lab(kind: Kind, number: int = 0) -> Iterator[tuple[Path, Hosts, Slurm | None
         kind: of cluster.
         number: tells labs of this process apart.
     """
-    folder = Path(tempfile.mkdtemp(prefix="meshwright-faults-"))
-    folder.chmod(0o755)
+    folder = make_folder()
     (folder / SMALL).mkdir()
     run("mount", "-t", "tmpfs", "-o", f"size={_SMALL_BYTES}", "tmpfs", str(folder / SMALL))
     hosts = Hosts(folder, number=3, token=os.getpid() + 101 * number)
@@ -101,16 +101,22 @@ def main(words: list[str] | None = None) -> int:
     if asked.repeat and lacking:
         sys.stderr.write(f"no trial is run: {lacking}\n")
         return 69
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
+    if SEAL in os.environ:
+        return int(_trials(asked) > 0)
     if asked.drop:
         dropped = drop(asked.drop, kinds=asked.kind, only=asked.only, results=asked.results)
         sys.stdout.write(f"forgot {dropped} trials\n")
     try:
-        bad = _trials(asked)
+        return sealed([sys.executable, "-m", __spec__.name, *_again(asked)]) if asked.repeat else 0
     finally:
         if asked.write:
             PAGE.write_text(page(asked.results))
-    return int(bad > 0)
+
+
+def _again(asked: argparse.Namespace) -> list[str]:
+    """The words for the same trials, of what is sealed."""
+    numbers = [f"--{name}={getattr(asked, name)}" for name in ("repeat", "only", "labs", "seed", "results")]
+    return [*numbers, *(f"--kind={kind}" for kind in asked.kind)]
 
 
 def _trials(asked: argparse.Namespace) -> int:
@@ -121,11 +127,7 @@ def _trials(asked: argparse.Namespace) -> int:
         works.append(_Work(kind, asked, version(), writing, deque(enumerate(due))))
     labs = [(work, index) for index in range(asked.labs) for work in works if index < len(work.due)]
     with ThreadPoolExecutor(_MOST_LABS) as pool:
-        try:
-            return sum(pool.map(lambda each: each[1][0].run(each[0]), enumerate(labs)))
-        finally:
-            for work in works:
-                work.due.clear()  # whoever is told to end lets trials that run come to their end
+        return sum(pool.map(lambda each: each[1][0].run(each[0]), enumerate(labs)))
 
 
 @dataclass
