@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
@@ -35,6 +35,7 @@ from meshwright.clusters.sweep import sweep
 __all__ = ["main"]
 
 _HEED_S = 3.0
+_WORD_S = 8.0  # the launcher asks the queue, see `JobNow`
 _AT_ONCE_S = 0.05  # who is started with a plan finds it there
 
 
@@ -46,7 +47,7 @@ class _Agent:
         self.message = message
         self.plan: Mapping[str, Any] = message["plan"]
         self.node: Mapping[str, Any] = self.plan["nodes"][message["node"]]
-        self.stopped = False
+        self.stopped, self._told = False, Event()
         self.torch_agent: Any = None
         self.sender: Sender | None = None
         self.joining = Joining(message, channel.tell, self._cut_off)
@@ -57,6 +58,8 @@ class _Agent:
         for message in messages:
             self._heard_s = time.monotonic()
             command = message["command"]
+            if command in ("stop", "leave"):
+                self._told.set()
             if command == "stop":
                 self.stop()
             elif command == "meet":
@@ -78,6 +81,16 @@ class _Agent:
         self.stopped = True
         Thread(target=self._stop, daemon=True).start()
 
+    def ask(self) -> None:
+        """What started this agent signals it; whether that is a warning or the end, the launcher finds out."""
+        Thread(target=self._ask, daemon=True).start()
+
+    def _ask(self) -> None:
+        self._told.clear()
+        self.channel.tell("asked")
+        if not self._told.wait(_WORD_S):
+            self.stop()
+
     def _stop(self) -> None:
         """Asks the main thread; ends everything itself where that waits for something else, such as a lost node."""
         agent = self.torch_agent
@@ -92,7 +105,7 @@ class _Agent:
         self._end("stopped")
 
     def _leave(self, number: signal.Signals) -> None:
-        """Tells ranks that this node is about to be taken away, those that can be told."""
+        """Tells ranks that this node is about to be taken away, those that can be told; it is said until they left."""
         if self.torch_agent is not None:
             self.torch_agent.leave(number)
 
@@ -280,8 +293,8 @@ def main() -> None:
     if first is None:
         os._exit(0)
     agent = _Agent(line, first, imports)
-    if isinstance(line, FileLine):  # what started us signals us; by default that would end ranks without grace
-        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+    if isinstance(line, FileLine):  # by default what started us would end ranks without grace
+        signal.signal(signal.SIGTERM, lambda *_: agent.ask())
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()

@@ -64,6 +64,7 @@ def follow(
     *,
     keep: Callable[[Outcome, RunState], bool] = lambda outcome, state: True,
     relaunch: "Relaunch | None" = None,
+    signals: Interrupts | None = None,
 ) -> Outcome:
     """Starts a plan and follows it until nothing of it is left.
 
@@ -72,11 +73,12 @@ def follow(
         start: the one thing that starts it.
         keep: whether the end is the end; otherwise no exit record is written.
         relaunch: starts a run again that lost nodes.
+        signals: collects those to the launcher, unless all of them end the run.
 
     Raises:
         RunDirError: when its logs cannot be written; the run was ended.
     """
-    with Interrupts() as interrupts:
+    with signals or Interrupts() as interrupts:
         state, stream = RunState.of(run.plan), _Output(run)
         try:
             handle: Handle | None = start()

@@ -20,7 +20,18 @@ from meshwright.launch.registry import queue_of
 from meshwright.launch.rundir import EXCLUDED_FILE, write_json
 from meshwright.parallel.errors import MeshwrightError, nearest
 
-__all__ = ["Known", "RunError", "Standing", "all_runs", "cancel", "find_run", "read_run", "remember", "standing"]
+__all__ = [
+    "Known",
+    "RunError",
+    "Standing",
+    "all_runs",
+    "cancel",
+    "find_run",
+    "forget_secrets",
+    "read_run",
+    "remember",
+    "standing",
+]
 
 LAUNCH_FILE = "launch.json"
 
@@ -222,17 +233,22 @@ def _lost(detail: str = "its launcher is gone") -> Standing:
 
 
 def cancel(known: Known) -> str:
-    """Ends a run, with the grace of its plan; says how it was asked.
+    """Ends a run, with the grace of its plan; says how it was asked. One that is lost leaves no secrets.
 
     Raises:
         RunError: when it is over, or its launcher is elsewhere.
     """
+    from meshwright.launch.looks import Looks
+
     now = standing(known)
     if now.over:
-        raise RunError(f"run {known.run_id} is over: {now.state}")
+        if known.job is not None:
+            now = Looks(known).wait()
+        if now.over:
+            raise RunError(f"run {known.run_id} is over: {now.state}")
     if known.job is not None:
         queue_of(known.cluster, known.job).cancel(known.job)
-        _forget_secrets(known, never_runs=now.state == "pending")
+        forget_secrets(known, begun=now.state == "pending")
         return f"job {known.job} was cancelled"
     if now.state != "running":
         raise RunError(f"run {known.run_id}: {now.detail}; cancel it there")
@@ -240,15 +256,17 @@ def cancel(known: Known) -> str:
     return f"its launcher {known.pid} was asked to end"
 
 
-def _forget_secrets(known: Known, *, never_runs: bool) -> None:
-    """Takes away what only a start would have; runs that have started do it themselves.
+def forget_secrets(known: Known, *, begun: bool = True) -> None:
+    """Takes away what only a start would have: a run that ends does it itself, unless it is lost.
 
     Args:
-        known: was cancelled.
-        never_runs: whether it was not running.
+        known: will not start any more.
+        begun: whether also of those of its runs that have begun, which are about to end.
     """
+    from meshwright.clusters.files import step_folder
     from meshwright.clusters.slurm import SECRETS_FILE
 
     for run_dir in map(Path, (known.run_dir, *known.runs)):
-        if never_runs or not (run_dir / "launcher.log").exists():
-            (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+        if begun or not (run_dir / "launcher.log").exists():
+            for path in (run_dir / SECRETS_FILE, step_folder(run_dir) / "start.json"):
+                path.unlink(missing_ok=True)

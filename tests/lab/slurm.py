@@ -105,7 +105,7 @@ class Slurm:
             RuntimeError: when one cannot in that time.
         """
         end_s = time.monotonic() + timeout_s
-        while self.type("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * len(self._hosts.hosts):
+        while self.type("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() != ["idle"] * len(self._hosts.hosts):
             if time.monotonic() > end_s:
                 raise RuntimeError(f"a node is not idle: {self.type('sinfo', '-N', '-l')}; see {self.folder}/*.log")
             time.sleep(0.2)
