@@ -15,10 +15,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any, NoReturn
 
 from meshwright.clusters import bootstrap
+from meshwright.clusters.asking import Asking
 from meshwright.clusters.carrying import make_room
 from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
@@ -35,7 +36,6 @@ from meshwright.clusters.sweep import sweep
 __all__ = ["main"]
 
 _HEED_S = 3.0
-_WORD_S = 8.0  # the launcher asks the queue, see `JobNow`
 _AT_ONCE_S = 0.05  # who is started with a plan finds it there
 
 
@@ -47,9 +47,10 @@ class _Agent:
         self.message = message
         self.plan: Mapping[str, Any] = message["plan"]
         self.node: Mapping[str, Any] = self.plan["nodes"][message["node"]]
-        self.stopped, self._told = False, Event()
+        self.stopped = False
         self.torch_agent: Any = None
         self.sender: Sender | None = None
+        self.asking = Asking(channel.tell, self.stop)
         self.joining = Joining(message, channel.tell, self._cut_off)
         self._heard_s = time.monotonic()
 
@@ -58,8 +59,7 @@ class _Agent:
         for message in messages:
             self._heard_s = time.monotonic()
             command = message["command"]
-            if command in ("stop", "leave"):
-                self._told.set()
+            self.asking.hear(command)
             if command == "stop":
                 self.stop()
             elif command == "meet":
@@ -80,16 +80,6 @@ class _Agent:
         """Ends the ranks with grace."""
         self.stopped = True
         Thread(target=self._stop, daemon=True).start()
-
-    def ask(self) -> None:
-        """What started this agent signals it; whether that is a warning or the end, the launcher finds out."""
-        Thread(target=self._ask, daemon=True).start()
-
-    def _ask(self) -> None:
-        self._told.clear()
-        self.channel.tell("asked")
-        if not self._told.wait(_WORD_S):
-            self.stop()
 
     def _stop(self) -> None:
         """Asks the main thread; ends everything itself where that waits for something else, such as a lost node."""
@@ -294,7 +284,7 @@ def main() -> None:
         os._exit(0)
     agent = _Agent(line, first, imports)
     if isinstance(line, FileLine):  # by default what started us would end ranks without grace
-        signal.signal(signal.SIGTERM, lambda *_: agent.ask())
+        signal.signal(signal.SIGTERM, agent.asking)
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()

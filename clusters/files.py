@@ -89,6 +89,50 @@ class FileLine:
             there = self._lines.flush()
 
 
+class _Kept:
+    """What a launcher keeps in the folder besides its words: that it is there, and what starts agents."""
+
+    def __init__(self, folder: Path, start: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._start, self._alive = folder / "start.json", folder / "alive"
+        self._away, self._touched_s = set(names), 0.0
+        write_all(self._start, [json.dumps(start).encode() + b"\n"])
+
+    def touch(self) -> None:
+        """Is heard of, every two seconds."""
+        if time.monotonic() - self._touched_s > _ALIVE_S:
+            self._touched_s = time.monotonic()
+            with suppress(OSError):  # agents bear with it for a while
+                self._alive.touch(mode=0o600)
+
+    def take(self, name: str) -> None:
+        """An agent has read plan, secrets and key; once all have, nobody needs them there."""
+        self._away.discard(name)
+        if not self._away:
+            self._start.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """The key is taken away, and nobody waits to hear of this start any more."""
+        self._touched_s = math.inf
+        for path in (self._start, self._alive):
+            path.unlink(missing_ok=True)
+
+
+class _Warner:
+    """Repeats a warning: ranks that are started, or only begin to catch the signal, are to hear of it too."""
+
+    def __init__(self, warning: Callable[[bool], str | None], say: Callable[..., None]) -> None:
+        self._warning, self._say = warning, say
+        self._next_s, self.asked = 0.0, False
+
+    def warn(self) -> None:
+        """Says it, if it is time."""
+        asked, self.asked = self.asked, False
+        number = self._warning(asked)
+        if number is not None and time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + _WARN_S
+            self._say("leave", signal=number)
+
+
 class StepHandle:
     """Agents that one command starts on all nodes, such as srun.
 
@@ -110,37 +154,23 @@ class StepHandle:
         warning: Callable[[bool], str | None],
         reached: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._plan, self._warning, self._reached = plan, warning, reached
+        self._plan, self._reached = plan, reached
         self._folder = step_folder(Path(plan.run_dir))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
         start = {"plan": asdict(plan), "secrets": dict(secrets), "key": tokens.token_hex(32)}
-        write_all(self._folder / "start.json", [json.dumps(start).encode() + b"\n"])
+        self._kept = _Kept(self._folder, start, [node.name for node in plan.nodes])
         self._tails = {node.name: Tail(self._folder / f"node-{node.index}.jsonl", "event") for node in plan.nodes}
         self._commands = Lines(self._folder / "command.jsonl")
-        self._left, self._away = set(self._tails), set(self._tails)
-        self._asked, self._ended, self._cut = False, False, False
-        self._alive_s = self._warn_s = 0.0
+        self._warner = _Warner(warning, self._say)
+        self._left = set(self._tails)
+        self._ended, self._cut = False, False
         self._late: list[dict[str, Any]] = []
-        self._touch()
+        self._kept.touch()
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
-
-    def _touch(self) -> None:
-        if time.monotonic() - self._alive_s > _ALIVE_S:
-            self._alive_s = time.monotonic()
-            with suppress(OSError):  # agents bear with it for a while
-                (self._folder / "alive").touch(mode=0o600)
 
     def _say(self, command: str, **fields: object) -> None:
         self._commands.add({"command": command, **fields})
-
-    def _warn(self) -> None:
-        """Repeats a warning: ranks that are started, or only begin to catch the signal, are to hear of it too."""
-        asked, self._asked = self._asked, False
-        number = self._warning(asked)
-        if number is not None and time.monotonic() >= self._warn_s:
-            self._warn_s = time.monotonic() + _WARN_S
-            self._say("leave", signal=number)
 
     @property
     def done(self) -> bool:
@@ -149,8 +179,8 @@ class StepHandle:
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
         """Events since the last call, waiting for one at most so long."""
-        self._touch()
-        self._warn()
+        self._kept.touch()
+        self._warner.warn()
         self._commands.flush()
         end_s = time.monotonic() + timeout_s
         found, self._late = self._late, []
@@ -171,20 +201,14 @@ class StepHandle:
             if event["event"] == "meeting":
                 self._say("meet", address=event["address"], port=event["port"])
             elif event["event"] == "joined":
-                self._take_away(event["node"])
+                self._kept.take(event["node"])
             elif event["event"] == "asked":
-                self._asked = True
+                self._warner.asked = True
             elif event["event"] == "result":
                 self._left.discard(event["node"])
             elif event["event"] == "unheard":
                 found += self._lose(event["of"])
         return found
-
-    def _take_away(self, name: str) -> None:
-        """An agent has read plan, secrets and key; once all have, nobody needs them there."""
-        self._away.discard(name)
-        if not self._away:
-            (self._folder / "start.json").unlink(missing_ok=True)
 
     def _lose(self, index: int) -> list[dict[str, Any]]:
         """A node is cut off, if it had not ended before, or this one is: it is said, and counts as gone."""
@@ -220,10 +244,4 @@ class StepHandle:
         if not self._ended:
             self._late += self.poll(0.1)
         sweep(self._plan.run_id)
-        self._leave()
-
-    def _leave(self) -> None:
-        """The key is taken away, and nobody waits to hear of this start any more."""
-        self._alive_s = math.inf
-        for name in ("start.json", "alive"):
-            (self._folder / name).unlink(missing_ok=True)
+        self._kept.end()

@@ -110,15 +110,19 @@ def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int
     saved = outcome.exit_code == Exit.PREEMPTED
     preempted = (saved or preempted) and not unwanted(plan.limits.retry, _PREEMPTED)
     without = _without(state, since_unix_s)
-    if not without and not preempted:
+    if not (without or preempted):
         return False
     write_json(Path(plan.run_dir, f"exit-{times}.json"), outcome.as_dict())
+    _say_again(job, without, saved=saved)
+    return _taken_meanwhile(job, state, times) or _requeued(job, _all_excluded(plan, without))
+
+
+def _say_again(job: str, without: Sequence[str], *, saved: bool) -> None:
     why = "preempted after saving" if saved else "preempted before its ranks had saved"
     why = f"it goes on without {', '.join(without)}" if without else why
     sys.stdout.write(f"meshwright: {why}; job {job} is queued again\n")
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
-    return _taken_meanwhile(job, state, times) or _requeued(job, _all_excluded(plan, without))
 
 
 def _requeued(job: str, without: Sequence[str]) -> bool:

@@ -73,7 +73,7 @@ def follow(
         start: the one thing that starts it.
         keep: whether the end is the end; otherwise no exit record is written.
         relaunch: starts a run again that lost nodes.
-        signals: collects those to the launcher, unless all of them end the run.
+        signals: what collects them, where not all end the run.
 
     Raises:
         RunDirError: when its logs cannot be written; the run was ended.
@@ -91,10 +91,14 @@ def follow(
         finally:
             stream.close()
         outcome = _conclude(run, state, interrupts.numbers)
-        if keep(outcome, state):
-            write_json(run.directory / "exit.json", outcome.as_dict())
-        _say_apart(state.apart)
-        return outcome
+        return _kept(run, outcome, state, keep=keep)
+
+
+def _kept(run: Run, outcome: Outcome, state: RunState, *, keep: Callable[[Outcome, RunState], bool]) -> Outcome:
+    if keep(outcome, state):
+        write_json(run.directory / "exit.json", outcome.as_dict())
+    _say_apart(state.apart)
+    return outcome
 
 
 def _say_apart(names: Sequence[str]) -> None:
