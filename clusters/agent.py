@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NoReturn
 
+from meshwright.clusters.asking import Asking
 from meshwright.clusters.carrying import make_room
 from meshwright.clusters.channel import Channel, Line
 from meshwright.clusters.environment import rank_environment
@@ -50,6 +51,7 @@ class _Agent:
         self.torch_agent: Any = None
         self.sender: Sender | None = None
         self.concealer = Concealer(Path(self.plan["run_dir"]), message["secrets"].values())
+        self.asking = Asking(channel.tell, self.stop)
         self.joining = Joining(message, channel.tell, self._cut_off)
         self._heard_s = time.monotonic()
 
@@ -58,6 +60,7 @@ class _Agent:
         for message in messages:
             self._heard_s = time.monotonic()
             command = message["command"]
+            self.asking.hear(command)
             if command == "stop":
                 self.stop()
             elif command == "meet":
@@ -93,7 +96,7 @@ class _Agent:
         self._end("stopped")
 
     def _leave(self, number: signal.Signals) -> None:
-        """Tells ranks that this node is about to be taken away, those that can be told."""
+        """Tells ranks that this node is about to be taken away, those that can be told; it is said until they left."""
         if self.torch_agent is not None:
             self.torch_agent.leave(number)
 
@@ -286,8 +289,8 @@ def main() -> None:
     if first is None:
         os._exit(0)
     agent = _Agent(line, first, imports)
-    if isinstance(line, FileLine):  # what started us signals us; by default that would end ranks without grace
-        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+    if isinstance(line, FileLine):  # by default what started us would end ranks without grace
+        signal.signal(signal.SIGTERM, agent.asking)
     Thread(target=agent.listen, args=(messages,), name="launcher", daemon=True).start()
     if first["lost_after_s"] is not None:
         Thread(target=agent.watch, args=(first["lost_after_s"],), name="lease", daemon=True).start()

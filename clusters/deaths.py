@@ -65,6 +65,7 @@ class Deaths:
         self._dead: dict[int, Death] = {}
         self._asked: set[int] = set()
         self._forgotten = False
+        self._warned: set[int] = set()
         self._changed = Condition()
         self._kernel = Kernel()
         for rank in self.pids:
@@ -107,9 +108,11 @@ class Deaths:
                     _signal_group(self.pids[rank], signal.SIGCONT)  # a stopped process would not see it
 
     def warn(self, number: signal.Signals) -> list[int]:
-        """Signals the ranks that have a handler for it, which would kill the others; tells which."""
+        """Signals the ranks that have a handler for it, which would kill the others, once each; tells which."""
         with self._changed:
-            able = [rank for rank in self._living() if _catches(self.pids[rank], number)]
+            living = self._living()
+            able = [rank for rank in living if rank not in self._warned and _catches(self.pids[rank], number)]
+            self._warned.update(able)
             for rank in able:
                 with suppress(ProcessLookupError):
                     os.kill(self.pids[rank], number)
@@ -148,11 +151,16 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def _catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal, by the mask the kernel shows."""
+    """Whether a process has a handler for a signal and lets it in, by the masks the kernel shows.
+
+    A fork that has not begun yet has the handlers of its agent, and lets nothing in.
+    """
     with suppress(OSError, StopIteration, ValueError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        mask = int(next(line for line in lines if line.startswith("SigCgt:")).split()[1], 16)
-        return bool(mask >> (number - 1) & 1)
+        caught, held = (
+            int(next(line for line in lines if line.startswith(name)).split()[1], 16) for name in ("SigCgt:", "SigBlk:")
+        )
+        return bool((caught & ~held) >> (number - 1) & 1)
     return False
 
 

@@ -1,13 +1,12 @@
 """Agents that a queue starts: their line to the launcher of the run is a folder that all nodes share.
 
-start.json       plan, secrets and key; for this user only, removed at the end
+start.json       plan, secrets and key; for this user only, removed once all agents have it
 command.jsonl    what the launcher says        node-N.jsonl    what agents say
 alive            touched by the launcher; agents end when that stops, and whoever looks at the run says so much sooner
 """
 
 import json
 import math
-import os
 import secrets as tokens
 import shutil
 import subprocess
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
-from meshwright.clusters.descriptors import is_full
 from meshwright.clusters.lease import LOST_AFTER_S
+from meshwright.clusters.lines import Lines, Tail, write_all
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.sweep import sweep
 
@@ -30,6 +29,9 @@ _LOOK_S = 0.1
 _ALIVE_S = 2.0
 _LOST_AFTER_S = 120.0  # attributes of files on network file systems can be a minute old
 _KILL_WAIT_S = 5.0
+_WARN_S = 1.0
+_LAST = ("result", "unheard")
+_LAST_WORD_S = 5.0
 
 
 def step_folder(run_dir: Path) -> Path:
@@ -42,35 +44,6 @@ def alive_file(run_dir: Path) -> Path:
     return step_folder(run_dir) / "alive"
 
 
-class _Tail:
-    """Whole lines that were added to a file since the last look; that too many files are open is no lack of lines."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._at = path, 0
-
-    def read(self) -> list[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._at)
-                data = file.read()
-        except OSError as error:
-            if is_full(error):
-                raise
-            return []
-        whole, _, _ = data.rpartition(b"\n")
-        self._at += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines() if line]
-
-
-def _append(path: Path, message: Mapping[str, Any]) -> None:
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-    held = os.open(path, flags, 0o600)
-    try:
-        os.write(held, json.dumps(message).encode() + b"\n")
-    finally:
-        os.close(held)
-
-
 class FileLine:
     """An agent's end.
 
@@ -81,6 +54,7 @@ class FileLine:
 
     def __init__(self, folder: Path, node: int) -> None:
         self._folder, self._node = folder, node
+        self._lines = Lines(folder / f"node-{node}.jsonl")
 
     def has_words(self, timeout_s: float) -> bool:
         """Always: the plan is there before the agent."""
@@ -96,12 +70,13 @@ class FileLine:
                 "Slurm must lie on a file system that all nodes share: set logs.dir"
             ) from error
         yield {**start, "node": self._node, "lost_after_s": _LOST_AFTER_S, "lease_s": LOST_AFTER_S}
-        commands, touched = _Tail(self._folder / "command.jsonl"), 0.0
+        commands, touched = Tail(self._folder / "command.jsonl", "command"), 0.0
         while True:
             said: list[dict[str, Any]] = []
             with suppress(OSError):  # the next look finds them
                 said = commands.read()
             yield from said
+            self._lines.flush()
             with suppress(OSError):
                 now = (self._folder / "alive").stat().st_mtime
                 if now != touched:
@@ -110,9 +85,55 @@ class FileLine:
             time.sleep(_LOOK_S)
 
     def tell(self, event: str, **fields: object) -> None:
-        """Sends one event; a folder that is gone is no error, silence deals with it."""
-        with suppress(OSError):
-            _append(self._folder / f"node-{self._node}.jsonl", {"event": event, **fields})
+        """Sends one event, or keeps it until it finds room; a last word waits for that, since nobody comes after it."""
+        there, end_s = self._lines.add({"event": event, **fields}), time.monotonic() + _LAST_WORD_S
+        while not there and event in _LAST and self._folder.exists() and time.monotonic() < end_s:
+            time.sleep(_LOOK_S)
+            there = self._lines.flush()
+
+
+class _Kept:
+    """What a launcher keeps in the folder besides its words: that it is there, and what starts agents."""
+
+    def __init__(self, folder: Path, start: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._start, self._alive = folder / "start.json", folder / "alive"
+        self._away, self._touched_s = set(names), 0.0
+        write_all(self._start, [json.dumps(start).encode() + b"\n"])
+
+    def touch(self) -> None:
+        """Is heard of, every two seconds."""
+        if time.monotonic() - self._touched_s > _ALIVE_S:
+            self._touched_s = time.monotonic()
+            with suppress(OSError):  # agents bear with it for a while
+                self._alive.touch(mode=0o600)
+
+    def take(self, name: str) -> None:
+        """An agent has read plan, secrets and key; once all have, nobody needs them there."""
+        self._away.discard(name)
+        if not self._away:
+            self._start.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """The key is taken away, and nobody waits to hear of this start any more."""
+        self._touched_s = math.inf
+        for path in (self._start, self._alive):
+            path.unlink(missing_ok=True)
+
+
+class _Warner:
+    """Repeats a warning: ranks that are started, or only begin to catch the signal, are to hear of it too."""
+
+    def __init__(self, warning: Callable[[bool], str | None], say: Callable[..., None]) -> None:
+        self._warning, self._say = warning, say
+        self._next_s, self.asked = 0.0, False
+
+    def warn(self) -> None:
+        """Says it, if it is time."""
+        asked, self.asked = self.asked, False
+        number = self._warning(asked)
+        if number is not None and time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + _WARN_S
+            self._say("leave", signal=number)
 
 
 class StepHandle:
@@ -122,7 +143,8 @@ class StepHandle:
         plan: what is started, with the real names of nodes.
         secrets: values of the plan's secrets.
         words: the command.
-        warning: gives the name of a signal once ranks are to be warned by it.
+        warning: gives the name of a signal once ranks are to be warned by it; it is told whether an agent was asked to
+            end since it was called before.
         reached: whether anybody else than the nodes is heard of here, on the first of them.
     """
 
@@ -132,29 +154,26 @@ class StepHandle:
         secrets: Mapping[str, str],
         *,
         words: Sequence[str],
-        warning: Callable[[], str | None],
+        warning: Callable[[bool], str | None],
         reached: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._plan, self._warning, self._reached = plan, warning, reached
+        self._plan, self._reached = plan, reached
         self._folder = step_folder(Path(plan.run_dir))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
         start = {"plan": asdict(plan), "secrets": dict(secrets), "key": tokens.token_hex(32)}
-        _append(self._folder / "start.json", start)
-        self._tails = {node.name: _Tail(self._folder / f"node-{node.index}.jsonl") for node in plan.nodes}
+        self._kept = _Kept(self._folder, start, [node.name for node in plan.nodes])
+        self._tails = {node.name: Tail(self._folder / f"node-{node.index}.jsonl", "event") for node in plan.nodes}
+        self._commands = Lines(self._folder / "command.jsonl")
+        self._warner = _Warner(warning, self._say)
         self._left = set(self._tails)
-        self._warned, self._alive_s, self._ended, self._cut = False, 0.0, False, False
+        self._ended, self._cut = False, False
         self._late: list[dict[str, Any]] = []
-        self._touch()
+        self._kept.touch()
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def _touch(self) -> None:
-        if time.monotonic() - self._alive_s > _ALIVE_S:
-            self._alive_s = time.monotonic()
-            (self._folder / "alive").touch(mode=0o600)
-
     def _say(self, command: str, **fields: object) -> None:
-        _append(self._folder / "command.jsonl", {"command": command, **fields})
+        self._commands.add({"command": command, **fields})
 
     @property
     def done(self) -> bool:
@@ -163,11 +182,9 @@ class StepHandle:
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
         """Events since the last call, waiting for one at most so long."""
-        self._touch()
-        number = self._warning()
-        if number is not None and not self._warned:
-            self._warned = True
-            self._say("leave", signal=number)
+        self._kept.touch()
+        self._warner.warn()
+        self._commands.flush()
         end_s = time.monotonic() + timeout_s
         found, self._late = self._late, []
         while not self._ended:
@@ -186,6 +203,10 @@ class StepHandle:
         for event in list(found):
             if event["event"] == "meeting":
                 self._say("meet", address=event["address"], port=event["port"])
+            elif event["event"] == "joined":
+                self._kept.take(event["node"])
+            elif event["event"] == "asked":
+                self._warner.asked = True
             elif event["event"] == "result":
                 self._left.discard(event["node"])
             elif event["event"] == "unheard":
@@ -228,10 +249,4 @@ class StepHandle:
             late += self.poll(0.1)
         self._late += late
         sweep(self._plan.run_id)
-        self._leave()
-
-    def _leave(self) -> None:
-        """The key is taken away, and nobody waits to hear of this start any more."""
-        self._alive_s = math.inf
-        for name in ("start.json", "alive"):
-            (self._folder / name).unlink(missing_ok=True)
+        self._kept.end()

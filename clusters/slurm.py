@@ -18,7 +18,7 @@ from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submissi
 from meshwright.clusters.contract import Job
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.slurm_commands import hasten, run_command, said, times_queued_again
+from meshwright.clusters.slurm_commands import hasten, run_command, said, submitted, times_queued_again
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
 __all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "on_first", "plan_slurm"]
@@ -26,6 +26,7 @@ __all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "on_first", "p
 SECRETS_FILE = "private/secrets.json"
 """Values of secrets between submission and end, relative to the run directory."""
 
+_STATUS_S = 20.0
 _LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 _ORDER = ("running", "pending", "gone")  # an array is what the liveliest of its tasks is
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -204,23 +205,26 @@ class SlurmQueue:
         Raises:
             UnavailableError: when Slurm does not take it.
         """
-        for run_dir, secrets in runs:
-            path = os.open(run_dir / SECRETS_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(path, "w") as file:
-                json.dump(dict(secrets), file)
-        hidden = {value for _, secrets in runs for value in secrets.values()}
-        env = {name: value for name, value in os.environ.items() if value not in hidden}
-        done = run_command(submission.argv, text=submission.script, env=env)
-        found = re.match(r"[0-9]+", done.stdout)
-        if done.returncode or found is None:
-            for run_dir, _ in runs:
-                (run_dir / SECRETS_FILE).unlink()
-            raise UnavailableError(f"Slurm did not take this job: {said(done)}")
-        return found.group()
+        given = [run_dir / SECRETS_FILE for run_dir, _ in runs]
+        try:
+            for path, (_, secrets) in zip(given, runs, strict=True):
+                with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                    json.dump(dict(secrets), file)
+            hidden = {value for _, secrets in runs for value in secrets.values()}
+            env = {name: value for name, value in os.environ.items() if value not in hidden}
+            return submitted(submission.argv, submission.script, env)
+        except BaseException:
+            for path in given:  # a job that is there all the same cannot run without
+                path.unlink(missing_ok=True)
+            raise
 
     def status(self, job: str) -> Job:
         """What Slurm says of a job, of a task `42_3`, or of all tasks of an array; it needs no accounting."""
-        done = run_command(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r"])
+        words = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r"]
+        try:
+            done = run_command(words, timeout_s=_STATUS_S)
+        except UnavailableError as error:
+            return Job("unknown", str(error))
         if done.returncode and "Invalid job id" not in done.stderr:
             return Job("unknown", said(done))
         jobs = [_job(line) for line in done.stdout.split("\n") if line.strip()] or [_job("")]

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
@@ -25,9 +24,10 @@ from meshwright.clusters.slurm import SECRETS_FILE, named, on_first
 from meshwright.clusters.slurm_commands import controller_answers, hasten, node_names, requeue, times_queued_again
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
+from meshwright.launch.notice import Notice
 from meshwright.launch.relaunch import decision_on_loss, history_of
 from meshwright.launch.report import Outcome
-from meshwright.launch.rundir import ASKED_FILE, EXCLUDED_FILE, write_json
+from meshwright.launch.rundir import ASKED_FILE, EXCLUDED_FILE, RunDirError, write_json
 from meshwright.launch.runs import read_run
 from meshwright.launch.sizes import size_of
 from meshwright.launch.supervise import RunState, now_unix_s
@@ -41,21 +41,6 @@ _ASK_S = 5.0
 _PREEMPTED = Failure("", "preempt", Exit.PREEMPTED)
 
 
-class _Warning:
-    """Remembers that the queue will take the nodes away."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._came = name, False
-        signal.signal(signal.Signals[f"SIG{name}"], self._take)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self._came = True
-
-    def __call__(self) -> str | None:
-        return f"SIG{self._name}" if self._came else None
-
-
 def _read(run_dir: Path) -> tuple[StartPlan, dict[str, Any], dict[str, str]]:
     """Plan with the names of nodes, job, secrets."""
     names = node_names(os.environ["SLURM_JOB_NODELIST"])
@@ -66,7 +51,28 @@ def _read(run_dir: Path) -> tuple[StartPlan, dict[str, Any], dict[str, str]]:
         sys.stdout.write(f"meshwright: Slurm gave {len(names)} nodes; ranks run on {len(plan.nodes)}\n")
     plan = named(plan, names)
     write_json(run_dir / "plan.json", plan.as_dict())
-    return plan, job, _json(run_dir / SECRETS_FILE)
+    return plan, job, _secrets(run_dir / SECRETS_FILE, kept="--requeue" in _asked(plan))
+
+
+def _asked(plan: StartPlan) -> tuple[str, ...]:
+    assert plan.submission is not None, "a queue plans with one"
+    return plan.submission.argv
+
+
+def _secrets(path: Path, *, kept: bool) -> dict[str, str]:
+    """Values of secrets; a job that may be queued again needs them again.
+
+    Raises:
+        RunDirError: when they were taken away.
+    """
+    try:
+        found = _json(path)
+    except FileNotFoundError:
+        why = "the run is over, or its launch gave up before Slurm had said that it has the job"
+        raise RunDirError(f"{path} was taken away: {why}; launch it again") from None
+    if not kept:
+        path.unlink()
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -95,22 +101,27 @@ def _put_aside(run_dir: Path, times: int) -> None:
             log.rename(log.with_name(f"{log.stem}.start-{times - 1}.log"))
 
 
-def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int) -> bool:
+def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int, preempted: bool) -> bool:
     """Queues a run again that was preempted, or goes on without some of its nodes, if it may be; tells whether."""
     plan, job = state.plan, os.environ.get("SLURM_JOB_ID", "")
-    assert plan.submission is not None, "a queue plans with one"
-    if not job or outcome.state != "failed" or "--no-requeue" in plan.submission.argv:
+    if not job or outcome.state != "failed" or "--no-requeue" in _asked(plan):
         return False
-    preempted = outcome.exit_code == Exit.PREEMPTED and not unwanted(plan.limits.retry, _PREEMPTED)
+    saved = outcome.exit_code == Exit.PREEMPTED
+    preempted = (saved or preempted) and not unwanted(plan.limits.retry, _PREEMPTED)
     without = _without(state, since_unix_s)
-    if not without and not preempted:
+    if not (without or preempted):
         return False
     write_json(Path(plan.run_dir, f"exit-{times}.json"), outcome.as_dict())
-    why = f"it goes on without {', '.join(without)}" if without else "preempted after saving"
+    _say_again(job, without, saved=saved)
+    return _taken_meanwhile(job, state, times) or _requeued(job, _all_excluded(plan, without))
+
+
+def _say_again(job: str, without: Sequence[str], *, saved: bool) -> None:
+    why = "preempted after saving" if saved else "preempted before its ranks had saved"
+    why = f"it goes on without {', '.join(without)}" if without else why
     sys.stdout.write(f"meshwright: {why}; job {job} is queued again\n")
     sys.stdout.flush()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
-    return _taken_meanwhile(job, state, times) or _requeued(job, _all_excluded(plan, without))
 
 
 def _requeued(job: str, without: Sequence[str]) -> bool:
@@ -132,9 +143,10 @@ def _taken_meanwhile(job: str, state: RunState, times: int) -> bool:
 
 def _taken(outcome: Outcome, run_dir: Path, *, times: int) -> bool:
     """Whether Slurm ended the job to start it again, as after the loss of a node, and nobody cancelled it."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if not job or outcome.state != "interrupted" or (times_queued_again(job) or 0) <= times:
+    ended = outcome.state == "interrupted" or outcome.exit_code == Exit.PREEMPTED
+    if not ended or not _starts_again(times):
         return False
+    job = os.environ["SLURM_JOB_ID"]
     write_json(run_dir / f"exit-{times}.json", outcome.as_dict())
     sys.stdout.write(f"meshwright: Slurm ended job {job} to start it again\n")
     sys.stdout.flush()
@@ -157,8 +169,7 @@ def _without(state: RunState, since_unix_s: float) -> tuple[str, ...]:
 
 def _all_excluded(plan: StartPlan, without: Sequence[str]) -> list[str]:
     """What Slurm is to leave out, where that changes: it forgets what it was told before."""
-    assert plan.submission is not None, "a queue plans with one"
-    asked = [word.partition("=")[2] for word in plan.submission.argv if word.startswith("--exclude=")]
+    asked = [word.partition("=")[2] for word in _asked(plan) if word.startswith("--exclude=")]
     before = [*asked, *(name for each in plan.limits.past for name in each.excludes)]
     return [*before, *without] if without else []
 
@@ -166,21 +177,32 @@ def _all_excluded(plan: StartPlan, without: Sequence[str]) -> list[str]:
 def main(words: Sequence[str]) -> int:
     """Runs the run of a directory to its end; returns its exit code."""
     run_dir, times = Path(words[0]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    queued: list[bool] = []
     try:
-        return _run(run_dir, times)
+        return _run(run_dir, times, queued)
     except MeshwrightError as error:
         sys.stderr.write(f"meshwright: {error}\n")
         return int(getattr(error, "exit_code", Exit.INTERNAL))
+    finally:
+        if not (queued[0] if queued else _starts_again(times)):
+            (run_dir / SECRETS_FILE).unlink(missing_ok=True)
 
 
-def _run(run_dir: Path, times: int) -> int:
+def _starts_again(times: int) -> bool:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return bool(job) and (times_queued_again(job) or 0) > times
+
+
+def _run(run_dir: Path, times: int, queued: list[bool]) -> int:
+    """Runs it; `queued` takes whether it will start again, once that is known."""
     from meshwright.launch.spec.job import Job
 
     _put_aside(run_dir, times)
     plan, job, secrets = _read(run_dir)
     known = read_run(run_dir)
     assert plan.submission is not None, "a queue plans with one"
-    step, warning = plan.submission.step, _Warning(job["checkpoint"]["signal"])
+    step = plan.submission.step
+    notice = Notice(job["checkpoint"]["signal"], os.environ.get("SLURM_JOB_ID", ""), times)
     run = Run(
         job=Job.model_validate(job),
         plan=plan,
@@ -190,18 +212,15 @@ def _run(run_dir: Path, times: int) -> int:
     )
 
     def start() -> Handle:
-        return StepHandle(plan, secrets, words=step, warning=warning, reached=controller_answers)
-
-    queued: list[bool] = []
+        return StepHandle(plan, secrets, words=step, warning=notice, reached=controller_answers)
 
     def keep(outcome: Outcome, state: RunState) -> bool:
         taken = _taken(outcome, run_dir, times=times)
-        queued.append(taken or _again(outcome, state, since_unix_s=run.started_unix_s, times=times))
+        since_s, preempted = run.started_unix_s, notice.preempted
+        queued.append(taken or _again(outcome, state, since_unix_s=since_s, times=times, preempted=preempted))
         return not queued[-1]
 
-    outcome = follow(run, start, keep=keep)
-    if not queued[-1]:
-        (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+    outcome = follow(run, start, keep=keep, signals=notice)
     report(run, outcome)
     return outcome.exit_code
 

@@ -78,6 +78,7 @@ def follow(
     *,
     keep: Callable[[Outcome, RunState], bool] = lambda outcome, state: True,
     relaunch: "Relaunch | None" = None,
+    signals: Interrupts | None = None,
 ) -> Outcome:
     """Starts a plan and follows it until nothing of it is left.
 
@@ -86,11 +87,12 @@ def follow(
         start: the one thing that starts it.
         keep: whether the end is the end; otherwise no exit record is written.
         relaunch: starts a run again that lost nodes.
+        signals: what collects them, where not all end the run.
 
     Raises:
         MeshwrightError: when it cannot be started or followed; it was ended, and its exit record says why.
     """
-    with Interrupts() as interrupts:
+    with signals or Interrupts() as interrupts:
         state, stream = RunState.of(run.plan), _Output(run)
         try:
             handle: Handle | None = start()
@@ -103,10 +105,14 @@ def follow(
         finally:
             stream.close()
         outcome = conclude(run, state, interrupts.numbers)
-        if keep(outcome, state):
-            write_json(run.directory / "exit.json", outcome.as_dict())
-        _say_apart(state.apart)
-        return outcome
+        return _kept(run, outcome, state, keep=keep)
+
+
+def _kept(run: Run, outcome: Outcome, state: RunState, *, keep: Callable[[Outcome, RunState], bool]) -> Outcome:
+    if keep(outcome, state):
+        write_json(run.directory / "exit.json", outcome.as_dict())
+    _say_apart(state.apart)
+    return outcome
 
 
 def _recorded(run: Run, state: RunState, raised: Exception) -> Exception:

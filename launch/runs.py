@@ -29,6 +29,7 @@ __all__ = [
     "cancel",
     "fetch",
     "find_run",
+    "forget_secrets",
     "read_run",
     "remember",
     "standing",
@@ -250,15 +251,20 @@ def fetch(known: Known) -> None:
 
 
 def cancel(known: Known) -> str:
-    """Ends a run, with the grace of its plan; says how it was asked.
+    """Ends a run, with the grace of its plan; says how it was asked. One that is lost leaves no secrets.
 
     Raises:
         RunError: when it is over, or its launcher is elsewhere.
         UnavailableError: when its queue cannot, or does not have it.
     """
+    from meshwright.launch.looks import Looks
+
     now = standing(known)
     if now.over:
-        raise RunError(f"run {known.run_id} is over: {now.state}")
+        if known.job is not None:
+            now = Looks(known).wait()
+        if now.over:
+            raise RunError(f"run {known.run_id} is over: {now.state}")
     if known.job is not None:
         fetch(known)  # a queue may forget with the run what it said
         queue = queue_of(known.cluster, known.job)
@@ -267,7 +273,7 @@ def cancel(known: Known) -> str:
             from meshwright.launch.fetch import note_cancelled
 
             note_cancelled(known)
-        _forget_secrets(known, never_runs=now.state == "pending")
+        forget_secrets(known, begun=now.state == "pending")
         return f"job {known.job} was cancelled"
     if now.state != "running":
         raise RunError(f"run {known.run_id}: {now.detail}; cancel it there")
@@ -275,15 +281,17 @@ def cancel(known: Known) -> str:
     return f"its launcher {known.pid} was asked to end"
 
 
-def _forget_secrets(known: Known, *, never_runs: bool) -> None:
-    """Takes away what only a start would have; runs that have started do it themselves.
+def forget_secrets(known: Known, *, begun: bool = True) -> None:
+    """Takes away what only a start would have: a run that ends does it itself, unless it is lost.
 
     Args:
-        known: was cancelled.
-        never_runs: whether it was not running.
+        known: will not start any more.
+        begun: whether also of those of its runs that have begun, which are about to end.
     """
+    from meshwright.clusters.files import step_folder
     from meshwright.clusters.slurm import SECRETS_FILE
 
     for run_dir in map(Path, (known.run_dir, *known.runs)):
-        if never_runs or not (run_dir / "launcher.log").exists():
-            (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+        if begun or not (run_dir / "launcher.log").exists():
+            for path in (run_dir / SECRETS_FILE, step_folder(run_dir) / "start.json"):
+                path.unlink(missing_ok=True)

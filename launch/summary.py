@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from meshwright.clusters.records import log_end
+from meshwright.launch.looks import Looks
 from meshwright.launch.rundir import write_json
 from meshwright.launch.runs import Known, read_run, standing
 from meshwright.launch.supervise import Interrupts, now_unix_s
@@ -22,8 +23,7 @@ __all__ = ["SWEEP_FILE", "Row", "Screen", "conclude", "follow_array", "row_of", 
 SWEEP_FILE = "sweep.json"
 """What a sweep started, in its own directory."""
 
-_ASK_S = 2.0
-_GONE_LOOKS = 2  # a job that is just being queued again is nowhere for a moment
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,15 @@ def follow_array(known: Known, *, interrupted: Callable[[], object] | None = Non
     said: set[str] = set()
     with Interrupts() if interrupted else nullcontext() as interrupts:
         numbers = [] if interrupts is None else interrupts.numbers
-        gone, asked = 0, 0
-        while gone < _GONE_LOOKS:
+        asked, looks = 0, Looks(known)
+        while not looks.over:
             if len(numbers) > asked and interrupted is not None:
                 asked = len(numbers)
                 with suppress(MeshwrightError):  # it may be over by now
                     interrupted()
             _news(known, screen, said)
-            gone = gone + 1 if standing(known).over else 0
-            time.sleep(_ASK_S)
+            looks.news()
+            time.sleep(_LOOK_S)
     return _end_of(known, screen, numbers, as_json=as_json)
 
 

@@ -12,8 +12,9 @@ from typing import TextIO
 from meshwright.clusters.records import clean_line
 from meshwright.launch.beats import Beats
 from meshwright.launch.logs import LogTail
+from meshwright.launch.looks import Looks
 from meshwright.launch.registry import queue_of
-from meshwright.launch.runs import Known, Standing, fetch, standing
+from meshwright.launch.runs import Known, Standing
 
 __all__ = ["LAST_LINE", "watch"]
 
@@ -21,10 +22,8 @@ LAST_LINE = "run directory: "
 """Start of the last line that a launcher says."""
 
 _LOOK_S = 0.2
-_ASK_S = 2.0
 _LAST_WORDS_S = 3.0
 _HELD_S = 120.0  # as long as Slurm holds what it queued again
-_LOST_LOOKS = 3  # a job that is just being queued again is nowhere for a moment
 
 
 class _Screen:
@@ -76,21 +75,17 @@ def _act(asked: list[int], interrupted: Callable[[], None] | None) -> None:
 
 
 def _until_over(known: Known, tail: LogTail, show: _Screen, *, pressed: Callable[[], None]) -> Standing:
-    record, next_s, lost = Path(known.run_dir, "exit.json"), 0.0, 0
-    queued = _Queued(known)
+    record, looks, queued = Path(known.run_dir, "exit.json"), Looks(known), _Queued(known)
     while True:
         pressed()
         tail.read()
-        if record.exists() or time.monotonic() >= next_s:
-            fetch(known)
-            now = standing(known)
-            lost = lost + 1 if now.state == "lost" else 0
-            if now.over and lost in (0, _LOST_LOOKS):
+        now = looks.news()
+        if now is not None:
+            if looks.over:
                 break
             queued.stands(now.state)
-            next_s = time.monotonic() + _ASK_S
         queued.look()
-        time.sleep(_LOOK_S if not record.exists() else _ASK_S)
+        time.sleep(_LOOK_S)
     if record.exists():
         _last_words(tail, show)
     return now

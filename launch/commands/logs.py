@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,8 @@ import typer
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
 from meshwright.launch.logs import LogTail
-from meshwright.launch.runs import Known, RunError, fetch, find_run, standing
+from meshwright.launch.looks import Looks
+from meshwright.launch.runs import RunError, fetch, find_run
 from meshwright.launch.values import fill
 
 __all__ = ["logs"]
@@ -31,12 +32,7 @@ def logs(
     folders = [Path(each) for each in known.runs] or [Path(known.run_dir)]
     tails = [_tail(folder, f"{folder.name} " if known.runs else "", rank) for folder in folders]
     fetch(known)
-    _print(tails, over=(lambda: _over(known)) if follow else None)
-
-
-def _over(known: Known) -> bool:
-    fetch(known)
-    return standing(known).over
+    _print(tails, looks=Looks(known) if follow else None)
 
 
 def _tail(run_dir: Path, prefix: str, rank: int | None) -> LogTail:
@@ -50,13 +46,13 @@ def _tail(run_dir: Path, prefix: str, rank: int | None) -> LogTail:
     return LogTail(run_dir / "merged.log", show)
 
 
-def _print(tails: Sequence[LogTail], over: Callable[[], bool] | None) -> None:
-    while over is not None:
-        ended = over()
+def _print(tails: Sequence[LogTail], looks: Looks | None) -> None:
+    while looks is not None:
+        looks.news()
         for tail in tails:
             while tail.read():
                 sys.stdout.flush()
-        if ended:
+        if looks.over:
             break
         time.sleep(_LOOK_S)
     for tail in tails:

@@ -139,7 +139,8 @@ class Checkpoint(Block):
     every_steps: Count | None = Field(default=None, description="Optimizer steps between saves; none unless given.")
     keep: Count = Field(default=2, description="Checkpoints that are kept, the newest ones.")
     signal: Literal["USR2", "TERM"] = Field(
-        default="USR2", description="Signal that asks ranks to save (NCCL takes USR1)."
+        default="USR2",
+        description="Signal that asks ranks to save (NCCL takes USR1; a preemption may come as TERM).",
     )
     lead: Duration = Field(default=180.0, description="How long before the end that signal comes.")
 

@@ -42,7 +42,7 @@ def test_a_port_that_is_taken_is_said_before_torch_is_there(tmp_path: Path) -> N
         meeting = replace(REQUEST.meeting, interface="lo", port=taken.getsockname()[1])
         program = Program(argv=("true",), workdir=tmp_path, inherit=("*",))
         request = replace(REQUEST, run_dir=tmp_path, program=program, meeting=meeting)
-        handle = StepHandle(plan_slurm(request, OPTIONS), {}, words=["sleep", "600"], warning=lambda: None)
+        handle = StepHandle(plan_slurm(request, OPTIONS), {}, words=["sleep", "600"], warning=lambda asked: None)
         path = os.pathsep.join([str(tmp_path), *sys.path])
         words = [sys.executable, "-m", "meshwright.clusters.agent", str(tmp_path), "NODE"]
         try:

@@ -216,7 +216,7 @@ def _ssh_passed(place: Place, found: Given) -> None:
 def _slurm(place: Place, found: Given) -> None:
     plan = plan_slurm(place.request(*found), SlurmOptions())
     saved = plan_from(json.loads(json.dumps(plan.as_dict())))
-    handle = StepHandle(saved, found[2], words=["true"], warning=lambda: None)
+    handle = StepHandle(saved, found[2], words=["true"], warning=lambda asked: None)
     _rank(next(FileLine(step_folder(place.run_dir), 0).messages()))
     while not handle.done:
         handle.poll(0.05)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -17,6 +18,47 @@ def test_a_stopped_process_obeys_too() -> None:
     deaths.send(signal.SIGTERM)
     assert deaths.wait(5)
     assert process.wait() == -signal.SIGTERM
+
+
+def test_a_warning_reaches_each_rank_once_and_those_that_listen_later_too() -> None:
+    """A repeated one must not reach a rank that has it, whose program may be saving."""
+    late = "import signal, time\ntime.sleep(1)\n"
+    script = (
+        "n = [0]\ndef take(*_):\n    n[0] += 1; print(n[0], flush=True)\n"
+        "signal.signal(signal.SIGUSR2, take); print('listens', flush=True)\n"
+        "time.sleep(2); raise SystemExit(n[0])"
+    )
+    words = {0: late.replace("time.sleep(1)\n", "") + script, 1: late + script, 2: "import time; time.sleep(3)"}
+    processes = {
+        rank: subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, start_new_session=True)
+        for rank, text in words.items()
+    }
+    deaths = Deaths({rank: process.pid for rank, process in processes.items()}, lambda death: None)
+    told: list[int] = []
+    while not deaths.wait(0.05):
+        told += deaths.warn(signal.SIGUSR2)
+    assert sorted(told) == [0, 1]
+    assert {death.rank: death.code for death in deaths.known} == {0: 1, 1: 1, 2: 0}
+    for process in processes.values():
+        process.communicate()
+
+
+def test_a_process_that_lets_no_signal_in_is_not_warned_yet() -> None:
+    """A fork has the handlers of its agent, which must not run in it, until it has dropped them."""
+    script = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "print(flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    deaths = Deaths({0: process.pid}, lambda death: None)
+    assert deaths.warn(signal.SIGTERM) == []
+    deaths.kill_groups()
+    assert deaths.wait(5)
+    process.communicate()
 
 
 def test_a_code_counts_only_where_it_was_not_ordered() -> None:

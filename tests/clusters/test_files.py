@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +13,16 @@ import pytest
 from meshwright.clusters import files
 from meshwright.clusters.files import FileLine, StepHandle, alive_file, step_folder
 from meshwright.clusters.slurm import named, plan_slurm
+from tests.clusters.test_lines import room
 from tests.clusters.test_slurm import OPTIONS, REQUEST
 from tests.launch.waiting import eventually
 
 
-def started(run_dir: Path, *, reached: bool) -> StepHandle:
+def started(run_dir: Path, *, reached: bool, warning: Callable[[bool], str | None] = lambda asked: None) -> StepHandle:
     """Two nodes, started by a command that does not end by itself."""
     (run_dir / "private").mkdir()
     plan = named(plan_slurm(replace(REQUEST, run_dir=run_dir), OPTIONS), ["gpu7", "gpu9"])
-    return StepHandle(plan, {}, words=["sleep", "600"], warning=lambda: None, reached=lambda: reached)
+    return StepHandle(plan, {}, words=["sleep", "600"], warning=warning, reached=lambda: reached)
 
 
 @pytest.fixture
@@ -89,6 +90,55 @@ def test_a_node_that_has_ended_cannot_be_cut_off(handle: StepHandle, tmp_path: P
     FileLine(step_folder(tmp_path), 0).tell("unheard", of=1)
     assert [event["event"] for event in handle.poll(1.0)] == ["unheard"]
     assert not handle.done
+
+
+def test_a_warning_is_repeated_for_those_that_do_not_listen_yet(tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def warning(each: bool) -> str | None:
+        asked.append(each)
+        return "SIGUSR2" if len(asked) > 1 else None
+
+    handle = started(tmp_path, reached=True, warning=warning)
+    try:
+        FileLine(step_folder(tmp_path), 1).tell("asked")
+        assert [event["event"] for event in handle.poll(1.0)] == ["asked"]
+        commands = step_folder(tmp_path) / "command.jsonl"
+        assert not commands.exists()
+        words = '{"command": "leave", "signal": "SIGUSR2"}\n'
+        assert eventually(lambda: bool(handle.poll(0.0)) or commands.read_text() == words * 3, 10)
+        assert asked[:3] == [False, True, False]
+    finally:
+        handle.kill()
+
+
+def test_secrets_and_the_key_lie_there_until_every_agent_has_them(handle: StepHandle, tmp_path: Path) -> None:
+    lines = [FileLine(step_folder(tmp_path), node) for node in (0, 1)]
+    for left, line in ((True, lines[0]), (False, lines[1])):
+        assert next(line.messages())["secrets"] == {}
+        line.tell("joined", host="h", shared=True)
+        handle.poll(1.0)
+        assert (step_folder(tmp_path) / "start.json").exists() == left
+
+
+def test_a_full_disk_costs_no_event_and_keeps_nobody_from_ending(handle: StepHandle, tmp_path: Path) -> None:
+    agent = FileLine(step_folder(tmp_path), 1)
+    messages = agent.messages()
+    next(messages)
+    agent.tell("started", attempt=0)
+    handle.poll(1.0)
+    with room(10):
+        agent.tell("exit", rank=2)
+        assert handle.poll(0.1) == []
+        handle.stop()
+        handle.poll(0.1)
+    handle.poll(0.0)
+    assert eventually(lambda: next(messages)["command"] == "stop", 10)
+    agent.tell("result", state="stopped", message="")
+    assert [event["event"] for event in handle.poll(1.0)] == ["exit", "result"]
+    with room(10):
+        handle.kill()
+    assert not (step_folder(tmp_path) / "start.json").exists()
 
 
 def test_an_agent_hears_the_plan_its_lease_and_what_is_said(handle: StepHandle, tmp_path: Path) -> None:

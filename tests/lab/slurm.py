@@ -45,8 +45,11 @@ MinJobAge=600
 SchedulerParameters=sched_interval=1,sched_min_interval=100000
 UnkillableStepTimeout=30
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -105,7 +108,7 @@ class Slurm:
             RuntimeError: when one cannot in that time.
         """
         end_s = time.monotonic() + timeout_s
-        while self.type("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * len(self._hosts.hosts):
+        while self.type("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() != ["idle"] * len(self._hosts.hosts):
             if time.monotonic() > end_s:
                 raise RuntimeError(f"a node is not idle: {self.type('sinfo', '-N', '-l')}; see {self.folder}/*.log")
             time.sleep(0.2)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,55 @@ def test_a_warned_elastic_training_saves_and_goes_on_with_the_nodes_that_there_a
     assert 1 <= first < second < steps
     assert re.findall(r"Slurm gave (\d) nodes; ranks run on (\d)", output) == [("2", "2"), ("1", "1"), ("2", "2")]
     assert [step for step, name, _ in losses(run_dir) if name == "loss"] == list(range(1, steps + 1))
+
+
+def _trains(far: Launch, *words: str, steps: int = 4) -> "tuple[subprocess.Popen[str], Path, str]":
+    """A launched training that saves only when it is warned, some steps after its start; and Slurm's id of it."""
+    job_file = write_training(far.folder, steps=900, every=1000, pause_s=0.1)
+    sets = ("cluster=far", "parallel.dp=2", "nproc_per_node=1", *words)
+    launcher = far.start(job_file, *(word for each in sets for word in ("--set", each)))
+    run_dir = far.folder / "runs" / far.run_id
+    assert eventually(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= steps, 150)
+    return launcher, run_dir, json.loads((run_dir / "launch.json").read_text())["job"]
+
+
+def _goes_on(slurm: Slurm, run_dir: Path, job: str) -> tuple[int, int]:
+    """The last step of a run before it was queued again, and that from which it went on."""
+    log = run_dir / "launcher.log"
+    assert eventually((run_dir / "exit-0.json").exists, 60), log.read_text()
+    last = losses(run_dir)[-1][0]
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75, log.read_text()
+    assert eventually(lambda: _state(slurm, job) == "PENDING", 60), slurm.type("squeue")
+    assert eventually(lambda: _hurried(slurm, job) != "PENDING", 60), slurm.type("squeue")
+    assert eventually(lambda: "resumed from" in log.read_text(), 60), log.read_text()
+    return last, int(re.findall(r"resumed from .* at step (\d+)", log.read_text())[-1])
+
+
+def test_a_real_preemption_is_used_to_save_and_costs_no_step(launch: Callable[..., Launch], slurm: Slurm) -> None:
+    slurm.idle()
+    far = launch()
+    launcher, run_dir, job = _trains(far, "checkpoint.signal=TERM")
+    try:
+        slurm.type("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--chdir=/", "-o/dev/null", "--wrap=:")
+        last, first = _goes_on(slurm, run_dir, job)
+        assert (first, "preempted after saving" in (run_dir / "launcher.log").read_text()) == (last, True)
+    finally:
+        slurm.type("scancel", job)
+        finish(launcher)
+    slurm.quiet()
+
+
+def test_a_real_time_limit_is_warned_of_and_costs_no_step(launch: Callable[..., Launch], slurm: Slurm) -> None:
+    slurm.idle()
+    far = launch(time="1m")
+    launcher, run_dir, job = _trains(far, "checkpoint.lead=55s", steps=1)  # it may come a minute early
+    try:
+        last, first = _goes_on(slurm, run_dir, job)
+        assert first == last
+    finally:
+        slurm.type("scancel", job)
+        finish(launcher)
+    slurm.quiet()
 
 
 def test_secrets_are_in_nothing_that_slurm_keeps(launch: Callable[..., Launch], slurm: Slurm) -> None:

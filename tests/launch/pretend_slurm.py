@@ -75,6 +75,7 @@ def end(number, frame):
     for each in started:
         each.send_signal(number)
 signal.signal(signal.SIGTERM, end)
+open(os.path.join(os.path.dirname(__file__), "step"), "w").write(str(os.getpid()))
 sys.exit(max(abs(each.wait()) for each in started))
 """
 _SCONTROL = """\
@@ -88,7 +89,13 @@ if sys.argv[1] == "requeue":
     os.kill(int(open(f"{home}/batch{task}").read()), signal.SIGTERM)
 elif sys.argv[1:3] == ["show", "job"]:
     times = int(open(f"{home}/times").read()) + os.path.exists(f"{home}/requeue")
-    print(f"JobId={sys.argv[3]} JobName=j\\n   Requeue=1 Restarts={times} BatchFlag=1")
+    state = "COMPLETING" if os.path.exists(f"{home}/requeue") else "RUNNING"
+    preempted = "2026-11-27T20:20:33" if os.path.exists(f"{home}/preempt") else "None"
+    print(f"JobId={sys.argv[3]} JobName=j\\n   JobState={state} Reason=None")
+    print(f"   Requeue=1 Restarts={times} BatchFlag=1")
+    print(f"   PreemptEligibleTime=2026-11-27T20:20:31 PreemptTime={preempted}")
+elif sys.argv[1:3] == ["show", "config"]:
+    print("KillOnBadExit = 0\\nKillWait                = 4 sec")
 elif sys.argv[1] == "ping":
     print("Slurmctld(primary) at here is UP")
 elif sys.argv[1] == "update":

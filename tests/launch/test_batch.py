@@ -5,12 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from meshwright.clusters.slurm import plan_slurm
 from meshwright.clusters.sweep import carriers
+from meshwright.launch.batch import main
+from meshwright.launch.report import Outcome
+from meshwright.launch.rundir import RunDirError
+from meshwright.launch.spec.job import Job
+from tests.clusters.test_slurm import OPTIONS, REQUEST
 from tests.launch.own import own
 from tests.launch.pretend_slurm import write_commands
 from tests.launch.waiting import eventually, kill_all
@@ -97,6 +104,68 @@ def test_ranks_that_were_warned_and_left_are_queued_again(tmp_path: Path, comman
     assert "is queued again" in output
     assert merged.read_text().count("up") == 2
     assert (run_dir / "logs/rank-0.start-0.log").read_text() == (run_dir / "logs/rank-0.log").read_text() == "up\n"
+
+
+SAVES = (
+    "import os, signal, time\n"
+    "again = os.path.exists('left')\n"
+    "signal.signal(signal.{signal}, lambda *_: (open('left', 'w').close(), os._exit(75)))\n"
+    "print('up', flush=True)\n"
+    "time.sleep(1 if again else 600)\n"
+)
+
+
+def _warned(folder: Path, commands: Path, *words: str, **keys: object) -> "tuple[subprocess.Popen[str], Path, str]":
+    """A launch of ranks that leave when they are warned, of which something was told by `kill` or Slurm's commands."""
+    launcher = start(folder, SAVES.format(signal=words[0]), failure={"shutdown_grace": "1s"}, **keys)
+    run_dir = folder / "runs/j" / own(folder.name)
+    merged = run_dir / "merged.log"
+    assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
+    pids = {name: (commands / name).read_text() for name in ("batch", "step")}
+    subprocess.run([word.format(**pids) for word in words[1:]], check=True)
+    return launcher, run_dir, end(launcher, folder)
+
+
+def test_the_signal_that_ends_runs_warns_where_the_job_wants_it_and_slurm_goes_on(
+    tmp_path: Path, commands: Path
+) -> None:
+    words = ("SIGTERM", "kill", "-TERM", "{batch}")
+    launcher, run_dir, output = _warned(tmp_path, commands, *words, checkpoint={"signal": "TERM"})
+    assert launcher.returncode == 0, output
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
+    assert "preempted after saving; job 42 is queued again" in output
+
+
+def test_a_preemption_of_which_only_the_tasks_hear_lets_ranks_save_in_its_grace(tmp_path: Path, commands: Path) -> None:
+    (commands / "preempt").touch()
+    launcher, run_dir, output = _warned(tmp_path, commands, "SIGUSR2", "kill", "-TERM", "{step}")
+    assert launcher.returncode == 0, output
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
+    assert "preempted after saving; job 42 is queued again" in output
+
+
+def test_a_requeue_without_a_grace_lets_ranks_save_while_slurm_waits_to_kill(tmp_path: Path, commands: Path) -> None:
+    launcher, run_dir, output = _warned(tmp_path, commands, "SIGUSR2", str(commands / "scontrol"), "requeue", "42")
+    assert launcher.returncode == 0, output
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
+    assert "Slurm ended job 42 to start it again" in output
+    assert (commands / "updated").read_text() == "JobId=42 StartTime=now+15\n"
+
+
+def test_a_preemption_that_ranks_did_not_live_to_save_in_is_one_all_the_same(tmp_path: Path, commands: Path) -> None:
+    (commands / "preempt").touch()
+    script = "import os\nopen('rank-' + os.environ['RANK'], 'w').write(str(os.getpid()) + '\\n')\n"
+    launcher = start(tmp_path, script + SAVES.format(signal="SIGUSR1"), failure={"shutdown_grace": "1s"})
+    run_dir = tmp_path / "runs/j" / own(tmp_path.name)
+    merged = run_dir / "merged.log"
+    assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
+    step = (commands / "step").read_text()
+    words = ["sh", "-c", f"touch left; kill -TERM {step}; sleep 2; kill -KILL $(cat rank-*)"]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    output = end(launcher, tmp_path)
+    assert launcher.returncode == 0, output
+    assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 137
+    assert "preempted before its ranks had saved; job 42 is queued again" in output
 
 
 def test_ctrl_c_cancels_the_job_and_ranks_end_with_grace(tmp_path: Path) -> None:
@@ -261,3 +330,64 @@ def test_a_first_node_that_is_cut_off_is_named_and_the_run_goes_on_when_slurm_he
     assert (run_dir / "merged.log").read_text().count("up True") == 4
     told = (commands / "updated").read_text() if (commands / "updated").exists() else ""
     assert ("ExcNodeList=n0" in told) != quicker, "a job that Slurm has queued again is not queued once more"
+
+
+def _handed_over(folder: Path, *, word: str) -> Path:
+    """The directory of a run that Slurm has, as far as its launcher is about to read it."""
+    for name in ("private", "logs"):
+        (folder / name).mkdir()
+    plan = plan_slurm(replace(REQUEST, run_dir=folder), replace(OPTIONS, requeue=word == "--requeue"))
+    (folder / "plan.json").write_text(json.dumps(plan.as_dict()))
+    job = Job.model_validate({"name": "j", "command": ["true"], "cluster": {"type": "slurm"}})
+    (folder / "job.json").write_text(json.dumps(job.as_dict()))
+    (folder / "private/secrets.json").write_text('{"TOKEN": "s3cr3t"}')
+    return folder
+
+
+@pytest.fixture
+def queued(tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a job finds its run."""
+    (commands / "times").write_text("0")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n0,n1")
+    found = tmp_path / "run"
+    found.mkdir()
+    return found
+
+
+@pytest.mark.parametrize(("taken", "stay"), [(False, False), (True, True)])
+def test_a_launcher_that_fails_leaves_no_secrets_unless_slurm_starts_it_again(
+    queued: Path, commands: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, stay: bool
+) -> None:
+    def fail(*_: object, **__: object) -> Outcome:
+        raise RunDirError("its logs cannot be written")
+
+    monkeypatch.setattr("meshwright.launch.batch.follow", fail)
+    if taken:
+        (commands / "requeue").touch()
+    run_dir = _handed_over(queued, word="--requeue")
+    assert main([str(run_dir)]) == 74
+    assert (run_dir / "private/secrets.json").exists() == stay
+
+
+def test_a_job_that_runs_once_holds_its_secrets_on_disk_until_they_are_read(
+    queued: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def look(*_: object, **__: object) -> Outcome:
+        seen.append(path.exists())
+        sys.exit(9)
+
+    monkeypatch.setattr("meshwright.launch.batch.follow", look)
+    path = _handed_over(queued, word="--no-requeue") / "private/secrets.json"
+    with pytest.raises(SystemExit, match="9"):
+        main([str(path.parent.parent)])
+    assert seen == [False]
+
+
+def test_a_job_whose_launch_gave_up_ends_at_once_and_says_why(queued: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = _handed_over(queued, word="--requeue")
+    (run_dir / "private/secrets.json").unlink()
+    assert main([str(run_dir)]) == 74
+    assert "secrets.json was taken away: the run is over, or its launch gave up" in capsys.readouterr().err

@@ -16,7 +16,7 @@ __all__ = ["slurm"]
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshwright.launch.watch._ASK_S", 0.1)
+    monkeypatch.setattr("meshwright.launch.looks._ASK_S", 0.1)
     monkeypatch.setattr("meshwright.launch.watch._LOOK_S", 0.05)
 
 
