@@ -28,7 +28,7 @@ from meshwright.clusters.imports import IMPORTS, Imports
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.masking import Concealer, conceal_while
-from meshwright.clusters.prefork import Forks, executed
+from meshwright.clusters.prefork import Forks, escape, executed
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
@@ -224,15 +224,6 @@ def _adopt(environment: Mapping[str, str]) -> None:
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
-
-
-def escape(word: str) -> str:
-    """A word that torch's macros turn back into itself.
-
-    >>> escape("${local_rank} costs $5")
-    '$${local_rank} costs $$5'
-    """
-    return word.replace("$", "$$")
 
 
 def _open_log(run_dir: Path, name: str) -> None:

@@ -20,12 +20,21 @@ from meshwright.clusters import bootstrap
 from meshwright.clusters.carrying import show
 from meshwright.clusters.imports import Imports, module_of
 
-__all__ = ["Forks", "executed"]
+__all__ = ["Forks", "escape", "executed"]
 
 _SHOWN = ("MESHWRIGHT_RUN_ID", "MESHWRIGHT_NODE", "RANK")
 _THREADS = "OMP_NUM_THREADS"
 _EXITS = (("logging", "shutdown"), ("multiprocessing.util", "_exit_function"))
 """What modules of Python register when they are imported, the first first."""
+
+
+def escape(word: str) -> str:
+    """A word that torch's macros turn back into itself.
+
+    >>> escape("${local_rank} costs $5")
+    '$${local_rank} costs $$5'
+    """
+    return word.replace("$", "$$")
 
 
 def executed(words: Sequence[str]) -> tuple[str, tuple[str, ...]]:

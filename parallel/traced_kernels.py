@@ -60,8 +60,11 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces the three, and passes every other call on."""
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and self._is_fused(*args, **kwargs):
-            return self._attend(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            if self._is_own_by_blocks(*args, **kwargs):
+                return self._by_blocks(*args, **kwargs)
+            if self._is_fused(*args, **kwargs):
+                return self._attend(*args, **kwargs)
         if func is functional.dropout and not self._on_cpu:
             return _drop(*args, **kwargs)
         if func is torch._grouped_mm and (args[0].dim(), args[1].dim()) == (2, 3):
@@ -89,8 +92,6 @@ class Kernels(TorchFunctionMode):
         """Attention [..., heads, queries, width]; a mask that is given has all scores computed."""
         given = _given(others, named)
         mask, is_causal = given.get("attn_mask"), given.get("is_causal", False)
-        if self._sizes is not None and self._fetched is None and given.get("dropout_p", 0.0) > 0 and query.dim() == 4:
-            return self._by_blocks(query, key, value, given)
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
         seen = query[..., 0].numel() * key.shape[-2] * self._num_keys * (0.5 if is_causal else 1.0)
@@ -102,9 +103,15 @@ class Kernels(TorchFunctionMode):
         found: Tensor = _Attend.apply(asked, query, key, value, *masks)  # type: ignore[no-untyped-call]
         return found
 
-    def _by_blocks(self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
-        """Attention that drops, which no fused kernel computes as this library's own do: run itself, on shapes."""
+    def _is_own_by_blocks(self, query: Tensor, *others: Any, **named: Any) -> bool:
+        """Whether this library's kernels attend and drop, for which they have no fused one."""
+        own = self._sizes is not None and self._fetched is None
+        return own and query.dim() == 4 and _dropped(query, *others, **named)
+
+    def _by_blocks(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Attention as this library's kernels compute it block by block: run itself, on shapes."""
         assert self._sizes is not None, "goes to torch's kernels"
+        given = _given(others, named)
         mask, tally = given.get("attn_mask"), self._tracer.tally()
         if tally is not None and mask is not None:
             tally.moved_bytes += mask.numel() * mask.itemsize

@@ -17,8 +17,17 @@ __all__ = ["Books"]
 
 @dataclass
 class _Since:
-    """What happened since the start of a block: bytes of gradients, and of what was kept and let go."""
+    """What happened since the start of a block.
 
+    Attributes:
+        grown_bytes: most alive at once, if all gradients stayed.
+        held_bytes: the same, if all that was kept stayed.
+        made_bytes: of gradients.
+        left_bytes: of what was kept and let go.
+    """
+
+    grown_bytes: int = 0
+    held_bytes: int = 0
     made_bytes: int = 0
     left_bytes: int = 0
 
@@ -37,7 +46,6 @@ class Books:
         self._known: set[int] = set()
         self._start_bytes = 0
         self._since = _Since()
-        self._grown_bytes = self._held_bytes = 0  # the peaks, if all gradients stayed, and all that was kept
         self._refs: list[Any] = []
 
     def open(self, constant: Iterable[Tensor], trained: Iterable[Tensor]) -> None:
@@ -55,8 +63,9 @@ class Books:
         """Told of what an operation made."""
         for each in made:
             self._live.note(each.untyped_storage())
-        self._grown_bytes = max(self._grown_bytes, self._live.now_bytes + self._since.made_bytes)
-        self._held_bytes = max(self._held_bytes, self._live.now_bytes + self._since.left_bytes)
+        since, now_bytes = self._since, self._live.now_bytes
+        since.grown_bytes = max(since.grown_bytes, now_bytes + since.made_bytes)
+        since.held_bytes = max(since.held_bytes, now_bytes + since.left_bytes)
 
     def use(self, name: str, given: Iterable[Tensor], made: Iterable[Tensor]) -> None:
         """Told of what an operation of a block's forward reads and makes."""
@@ -118,10 +127,10 @@ class Books:
         if tally is not None:
             base = self._start_bytes if was_backward else live.now_bytes
             tally.working_bytes = max(tally.working_bytes, live.peak_bytes - base)
-            tally.growing_bytes = max(tally.growing_bytes, self._grown_bytes - base)
-            tally.holding_bytes = max(tally.holding_bytes, self._held_bytes - base)
-        self._start_bytes = live.peak_bytes = self._grown_bytes = self._held_bytes = live.now_bytes
-        self._since = _Since()
+            tally.growing_bytes = max(tally.growing_bytes, self._since.grown_bytes - base)
+            tally.holding_bytes = max(tally.holding_bytes, self._since.held_bytes - base)
+        self._start_bytes = live.peak_bytes = live.now_bytes
+        self._since = _Since(live.now_bytes, live.now_bytes)
 
     def of(self, name: str, *, forward: Work, backward: Work) -> Passes:
         """A block in both directions."""

@@ -121,6 +121,7 @@ class Walk:
             self.moment(sum(each.made_bytes for each in pieces.values()))
         for name, each in reversed(pieces.items()):
             self._backward(name, each, action)
+            self.kept += _waiting(each, action.kind)
         if action.kind in _MAKES:
             self._remade.discard((action.stage, action.microbatch))
 
@@ -175,12 +176,15 @@ class Walk:
         piles = (first and self._engine.grows(is_last=last)) or self._at_once(name, action.stage)
         if action.kind is not Kind.WEIGHT_GRADIENT:
             self.moment(_working(each.backward, grows=makes and piles, holds=recomputed))
-        if action.kind is not Kind.BACKWARD:
-            self.kept += -each.waiting_bytes if makes else each.waiting_bytes
         if makes:
             self.kept -= each.input_bytes if recomputed else each.forward.saved_bytes
             self.kept -= self._border(name) + (_remade(each) if recomputed and key in self._remade else 0.0)
             self._engine.made(name, each.made_bytes, is_first=first, is_last=last)
+
+
+def _waiting(each: Passes, kind: Kind) -> float:
+    """Gradients that the first half of a backward leaves to the second."""
+    return {Kind.INPUT_GRADIENT: each.waiting_bytes, Kind.WEIGHT_GRADIENT: -each.waiting_bytes}.get(kind, 0.0)
 
 
 def _working(work: Work, *, grows: bool, holds: bool) -> float:

@@ -11,9 +11,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.clusters.agent import escape
 from meshwright.clusters.base import Program
 from meshwright.clusters.files import StepHandle, step_folder
+from meshwright.clusters.prefork import escape
 from meshwright.clusters.slurm import plan_slurm
 from tests.clusters.test_slurm import OPTIONS, REQUEST
 

@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshwright.clusters import bootstrap
-from meshwright.clusters.agent import escape
 from meshwright.clusters.base import Program, Secret, StartPlan, StartRequest
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import UnavailableError
@@ -34,6 +33,7 @@ from meshwright.clusters.local import Machine, plan_local
 from meshwright.clusters.mpi import MpiHandle, MpiOptions, plan_mpi
 from meshwright.clusters.mpi_rank import own_environment
 from meshwright.clusters.pipes import Far, PipeHandle
+from meshwright.clusters.prefork import escape
 from meshwright.clusters.ray import RayOptions, plan_ray
 from meshwright.clusters.ray_line import agent_class
 from meshwright.clusters.saved import plan_from

@@ -21,7 +21,8 @@ from meshwright.launch.load import load_job
 from meshwright.launch.request import request_of
 from meshwright.launch.runs import Known, Standing, remember
 from tests.launch.own import own
-from tests.launch.test_runs import known, meshwright
+from tests.launch.test_runs import known
+from tests.launch.typed import meshwright
 
 pytestmark = pytest.mark.usefixtures("own_state")
 

@@ -12,7 +12,8 @@ from meshwright.clusters.sweep import carriers
 from meshwright.launch.claim import check_free, claimed
 from meshwright.launch.runs import RunError, remember
 from tests.launch.own import own
-from tests.launch.test_runs import known, meshwright
+from tests.launch.test_runs import known
+from tests.launch.typed import meshwright
 from tests.launch.waiting import eventually, kill_all
 
 pytestmark = pytest.mark.usefixtures("own_state")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from meshwright.launch.fetch import end_of, fetch
 from meshwright.launch.runs import Known
 from tests.launch.own import own
 from tests.launch.pretend_kubectl import write_kubectl
+from tests.launch.typed import begin, meshwright
 from tests.launch.waiting import eventually, kill_all
 
 pytestmark = pytest.mark.usefixtures("own_state")
@@ -59,17 +59,6 @@ def job(folder: Path, code: str, **more: object) -> Path:
     }
     (folder / "job.yaml").write_text(yaml.safe_dump({**told, **more}))
     return folder / "job.yaml"
-
-
-def begin(folder: Path, *words: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-m", "meshwright.launch.cli", *words]
-    return subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def meshwright(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    process = begin(folder, *words)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def lines(run_id: str, *said: str) -> list[str]:

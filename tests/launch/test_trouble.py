@@ -12,7 +12,6 @@ import pytest
 
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.local import Machine, plan_local
-from meshwright.clusters.masking import Mask
 from meshwright.clusters.request import Program, StartRequest
 from meshwright.launch.follow import Run, follow
 from meshwright.launch.rundir import RunDirError, create_run_dir
@@ -72,7 +71,7 @@ def run_of(folder: Path) -> Run:
     request = StartRequest("j", "r1", folder / "r1", Program(("x",), folder), num_nodes=2)
     logs = SimpleNamespace(prefix="{rank}", keep_attempts=1)
     job: Any = SimpleNamespace(train=None, logs=logs)
-    return Run(job, plan_local(request, Machine("box", 2)), None, Mask(["hunter22"]), 1.0)
+    return Run(job, plan_local(request, Machine("box", 2)), None, ("hunter22",), 1.0)
 
 
 def raising(error: Exception) -> Callable[[], Any]:
