@@ -138,6 +138,7 @@ def test_a_forked_rank_sees_what_an_executed_one_sees(folders: tuple[Path, Path]
     forked, executed = (_seen(way, folders, *words, threads=threads) for way in ("fork", "exec"))
     assert forked.pop("random") != numpy.random.RandomState(5).rand()
     executed.pop("random")
+    assert executed.pop("lines") == 2 * forked.pop("lines"), "in one log"
     assert forked == executed
     assert forked["code"] == 7
     assert forked["threads"] >= 1
