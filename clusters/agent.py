@@ -27,7 +27,7 @@ from meshwright.clusters.files import FileLine, step_folder
 from meshwright.clusters.imports import IMPORTS, Imports
 from meshwright.clusters.joining import Joining
 from meshwright.clusters.lost import LOST_CODE
-from meshwright.clusters.masking import Concealer, conceal_while
+from meshwright.clusters.masking import Concealer, conceal_while, logs_of
 from meshwright.clusters.prefork import Forks, escape, executed
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
@@ -50,7 +50,7 @@ class _Agent:
         self.stopped = False
         self.torch_agent: Any = None
         self.sender: Sender | None = None
-        self.concealer = Concealer(Path(self.plan["run_dir"]), message["secrets"].values())
+        self.concealer = Concealer(Path(self.plan["run_dir"]), message["secrets"].values(), logs=logs_of(self.node))
         self.asking = Asking(channel.tell, self.stop)
         self.joining = Joining(message, channel.tell, self._cut_off)
         self._heard_s = time.monotonic()
@@ -119,6 +119,7 @@ class _Agent:
         """Ends without a last word, since somebody else ends this node, such as a shutdown: it counts as lost."""
         if self.sender is not None:
             self.sender.finish()
+            self.concealer.finish()
         self.torch_agent.kill_ranks()
         os._exit(128 + number)
 

@@ -8,7 +8,7 @@ from threading import Event, Thread
 
 __all__ = ["Asking"]
 
-_WORD_S = 8.0  # more than the launcher waits for the queue
+_WORD_S = 12.0  # more than the launcher waits for the queue, which it asks twice, 5 s each
 
 
 class Asking:

@@ -84,7 +84,7 @@ def _counters(proc: Path) -> Iterator[Path]:
     for line in (proc / "self/mountinfo").read_text().splitlines():
         place, _, what = line.partition(" - ")
         root, mounted = place.split()[3:5]
-        kind, _, options = what.split()[:3]
+        kind, *_, options = what.split() or [""]  # a mount may have no source
         if kind == "cgroup2":
             path, name = own.get(""), "memory.events"
         elif kind == "cgroup" and "memory" in options.split(","):

@@ -7,18 +7,18 @@ bytes: nobody's place in the file moves, and nothing that is appended meanwhile 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-__all__ = ["Concealer", "Mask", "conceal_while"]
+__all__ = ["Concealer", "Mask", "conceal_while", "logs_of"]
 
 _MASK = "***"
 _FILLER = b"\x7f"  # is no text, so that it is left out where lines are shown; terminals show nothing for it
 _SHORTEST = 4  # of several lines, one that is shorter says nothing
-_GROWING = ("logs/*.log", "private/step/*.jsonl")
 _WHOLE = ("errors/*.json", "ranks/*/error.json")
 _PART_BYTES = 1 << 20
 _EVERY_S = 1.0
@@ -74,31 +74,34 @@ class Concealer:
     Args:
         run_dir: of the run.
         values: the secrets.
+        logs: patterns of files that grow.
     """
 
-    def __init__(self, run_dir: Path, values: Iterable[str]) -> None:
+    def __init__(self, run_dir: Path, values: Iterable[str], *, logs: Sequence[str] = ("logs/*.log",)) -> None:
         known = list(values)
+        self._growing = (*logs, "private/step/*.jsonl")
         words = [os.fsencode(word) for word in _words(known)]
         self._run_dir, self.mask = run_dir, Mask(known)
         self._pattern = re.compile(b"|".join(map(re.escape, words))) if words else None
         self._longest = max(map(len, words), default=0)
         self._known: dict[Path, int] = {}
-        self._done: dict[Path, int] = {}
+        self._done: dict[Path, int] = {}  # to where secrets are masked that begin before
 
     def look(self) -> None:
         """Masks what was there at the look before: whoever follows a file has read it, and sees no half of a secret."""
         if self._pattern is None:
             return
-        for path in self._files(_GROWING):
+        for path in self._files(self._growing):
             with suppress(OSError):
                 before, self._known[path] = self._known.get(path, 0), path.stat().st_size
-                self._conceal(path, before)
+                if before > self._done.get(path, 0):
+                    self._conceal(path, before)
 
     def finish(self) -> None:
         """Masks everything, once nobody writes any more."""
         if self._pattern is None:
             return
-        for path in self._files(_GROWING):
+        for path in self._files(self._growing):
             with suppress(OSError):
                 self._conceal(path, path.stat().st_size)
         for path in self._files(_WHOLE):
@@ -106,13 +109,14 @@ class Concealer:
                 self._rewrite(path)
 
     def _files(self, patterns: Iterable[str]) -> list[Path]:
-        return [path for pattern in patterns for path in self._run_dir.glob(pattern) if not path.is_symlink()]
+        found: list[Path] = []
+        with suppress(OSError):  # a file system that fails for a moment ends no run
+            found += (path for pattern in patterns for path in self._run_dir.glob(pattern) if not path.is_symlink())
+        return found
 
     def _conceal(self, path: Path, end: int) -> None:
         """Overwrites secrets that begin before `end`, from where the last look ended."""
-        at = self._done.get(path, 0)
-        if at >= end:
-            return  # nothing new since
+        at = max(0, self._done.get(path, 0) - self._longest)  # one may have begun there
         assert self._pattern is not None, "there are secrets"
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
@@ -121,23 +125,31 @@ class Concealer:
                 for found in self._pattern.finditer(data):
                     if at + found.start() >= end:
                         break
-                    fill = _MASK.encode().ljust(len(found[0]), _FILLER)
+                    fill = _MASK.encode()[: len(found[0])].ljust(len(found[0]), _FILLER)
                     os.pwrite(file, fill, at + found.start())
                 at += min(_PART_BYTES, end - at)
         finally:
             os.close(file)
-        self._done[path] = max(0, end - self._longest)
+        self._done[path] = end
 
     def _rewrite(self, path: Path) -> None:
         text = path.read_text(errors="surrogateescape")
-        masked = self.mask(text)
-        if masked == text:
+        try:
+            masked = json.dumps(self.mask.inside(json.loads(text)))
+        except ValueError:  # a rank that was killed while it wrote
+            masked = self.mask(text)
+        if self.mask(text) == text:
             return
         part = path.with_name(f".{path.name}.part")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         with os.fdopen(os.open(part, flags, 0o600), "w", errors="surrogateescape") as file:
             file.write(masked)
         os.replace(part, path)
+
+
+def logs_of(node: Mapping[str, Any]) -> list[str]:
+    """Patterns of what ranks and the agent of one node write, of all attempts."""
+    return [*(f"logs/rank-{rank}.*" for rank in node["ranks"]), f"logs/*-{escape(node['name'])}.log"]
 
 
 def conceal_while(concealer: Concealer, ended: Event) -> Thread:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
-from meshwright.clusters.masking import Mask
+from meshwright.clusters.masking import Concealer, Mask, conceal_while, logs_of
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
@@ -137,6 +138,8 @@ def main() -> int:
     _say(agent, {"plan": plan, "node": index, "secrets": secrets, "key": told["KEY"], "lost_after_s": None})
     printer = _Printer(node["name"], node["ranks"], Mask(secrets.values()))
     sender = Sender(run_dir, printer)
+    concealer = Concealer(run_dir, secrets.values(), logs=logs_of(node))  # of what stays on a volume
+    conceal_while(concealer, threading.Event())
     if index:
         address = _first_pod(plan["meeting"], plan["limits"]["join_timeout_s"])
         if address is not None:
@@ -144,6 +147,7 @@ def main() -> int:
     events = [{"told_unix_s": time.time(), **json.loads(line)} for line in agent.stdout]
     status = agent.wait()
     sender.finish()
+    concealer.finish()
     end_agent(agent)
     code = code_of(events, status)
     printer.finish(code, [each for each in events if each["event"] in _KEPT])

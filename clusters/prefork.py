@@ -10,6 +10,7 @@ import signal
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import invalidate_caches
@@ -168,6 +169,10 @@ def _forget_exits() -> None:
     for module, name in _EXITS:
         if module in sys.modules:
             atexit.register(getattr(sys.modules[module], name))
+    finals: Any = weakref.finalize
+    for each in finals._registry.values():
+        each.atexit = False  # the agent's
+    finals._registered_with_atexit = False  # whoever makes one registers them again
 
 
 def _end(code: int) -> NoReturn:
@@ -199,6 +204,6 @@ def _run(command: Sequence[str]) -> int:
 
 def _code_of(error: SystemExit) -> int:
     if error.code is None or isinstance(error.code, int):
-        return error.code or 0
+        return (error.code or 0) & 0xFF
     sys.stderr.write(f"{error.code}\n")
     return 1

@@ -96,6 +96,8 @@ def _put_aside(run_dir: Path, times: int) -> None:
     record = run_dir / "exit.json"
     if record.exists():
         record.rename(run_dir / f"exit-{times - 1}.json")
+    for last in run_dir.glob("ranks/*/progress.json"):
+        last.unlink(missing_ok=True)
     for log in run_dir.glob("logs/rank-*.log"):
         if ".start-" not in log.name:
             log.rename(log.with_name(f"{log.stem}.start-{times - 1}.log"))
@@ -184,13 +186,20 @@ def main(words: Sequence[str]) -> int:
         sys.stderr.write(f"meshwright: {error}\n")
         return int(getattr(error, "exit_code", Exit.INTERNAL))
     finally:
-        if not (queued[0] if queued else _starts_again(times)):
+        if not any(queued) and not _may_start_again(times):
             (run_dir / SECRETS_FILE).unlink(missing_ok=True)
 
 
 def _starts_again(times: int) -> bool:
     job = os.environ.get("SLURM_JOB_ID", "")
     return bool(job) and (times_queued_again(job) or 0) > times
+
+
+def _may_start_again(times: int) -> bool:
+    """Whether Slurm will start the job again, or does not say: whoever looks at the run takes secrets away later."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    found = times_queued_again(job) if job else 0
+    return found is None or found > times
 
 
 def _run(run_dir: Path, times: int, queued: list[bool]) -> int:

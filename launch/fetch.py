@@ -39,6 +39,7 @@ FETCHED_FILE = "private/fetched.json"
 
 _EVERY_S = 2.0
 _OVERLAP_S = 10.0  # lines show up a moment after they are printed, and each machine counts seconds by its own clock
+_WAIT_S, _TRY_S = 30.0, 0.1  # for another who looks
 _RECORD = '{"meshwright": '
 
 
@@ -83,22 +84,27 @@ class Fetched:
 
     def _keep(self, new: Iterable[Said]) -> None:
         ranks = {f"{node.name}:{rank}": (node.name, rank) for node in self.plan.nodes for rank in node.ranks}
+        lines: dict[str, list[str]] = {}
         for each in new:
             who, _, text = each.text.partition(" ")
             if who in ranks:
-                self._keep_line(*ranks[who], clean_line(text.encode()))
+                for name, line in self._lines(*ranks[who], clean_line(text.encode())):
+                    lines.setdefault(name, []).append(line)
             elif each.text.startswith(_RECORD):
                 self._keep_record(each)
             else:  # the pod's own words, such as that there is no meshwright in its image
-                self._append(f"logs/agent-{each.node}.log", each.text)
-                self._append("launcher.log", f"{each.node} | {clean_line(each.text.encode())}")
+                lines.setdefault(f"logs/agent-{each.node}.log", []).append(each.text)
+                lines.setdefault("launcher.log", []).append(f"{each.node} | {clean_line(each.text.encode())}")
+        for name, found in lines.items():
+            self._append(name, "\n".join(found))
 
-    def _keep_line(self, host: str, rank: int, text: str) -> None:
+    def _lines(self, host: str, rank: int, text: str) -> Iterator[tuple[str, str]]:
+        """Files that get a line of a rank, and how it reads there."""
         line = f"{fill(self.job['logs']['prefix'], host=host, rank=str(rank))} | {text}"
-        self._append(log_name(rank), text)
-        self._append("merged.log", line)
+        yield log_name(rank), text
+        yield "merged.log", line
         if self._shown is None or rank in self._shown:
-            self._append("launcher.log", line)
+            yield "launcher.log", line
 
     def _keep_record(self, said: Said) -> None:
         try:
@@ -124,17 +130,23 @@ class Fetched:
         write_json(self._run_dir / "exit.json", outcome.as_dict())
 
 
+def _taken(held: int, wait_s: float) -> bool:
+    end_s = time.monotonic() + wait_s
+    while True:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() >= end_s:
+            return False
+        time.sleep(_TRY_S)
+
+
 @contextmanager
-def _alone(run_dir: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether nobody else looks at this run; from then on nobody else does."""
+def _alone(run_dir: Path, *, wait_s: float = 0.0) -> Iterator[bool]:
+    """Whether nobody else looks at this run, or has done so in time; from then on nobody else does."""
     held = os.open(run_dir / "private" / "fetching", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        yield True
+        yield _taken(held, wait_s)
     finally:
         os.close(held)
 
@@ -148,7 +160,7 @@ def fetch(known: "Known", queue: DistantQueue) -> None:
     """
     assert known.job is not None, "a run of a queue"
     run_dir = Path(known.run_dir)
-    with _alone(run_dir, wait=False) as alone, suppress(UnavailableError):
+    with _alone(run_dir) as alone, suppress(UnavailableError):
         if alone and not (run_dir / "exit.json").exists() and not (found := Fetched(run_dir, known.shown)).recent:
             found.ask(queue, known.job)
 
@@ -165,8 +177,8 @@ def end_of(known: "Known", queue: DistantQueue, ended: Job) -> None:
 
     assert known.job is not None, "a run of a queue"
     run_dir = Path(known.run_dir)
-    with _alone(run_dir, wait=True):
-        if (run_dir / "exit.json").exists():
+    with _alone(run_dir, wait_s=_WAIT_S) as alone:
+        if not alone or (run_dir / "exit.json").exists():
             return
         found = Fetched(run_dir, known.shown)
         with suppress(UnavailableError):
@@ -204,7 +216,9 @@ def _of_silent(node: str, lost: Lost | None, ended: Job) -> dict[str, Any]:
 
 def note_cancelled(known: "Known") -> None:
     """Writes down that a run was cancelled, which nothing else would tell once its queue has forgotten it."""
-    with _alone(Path(known.run_dir), wait=True):
+    with _alone(Path(known.run_dir), wait_s=_WAIT_S):
+        if (Path(known.run_dir) / "exit.json").exists():  # it had ended by itself
+            return
         times_s = (known.started_unix_s, round(time.time(), 3))
         why, code = f"job {known.job} was cancelled", 128 + signal.SIGINT
         outcome = Outcome(known.run_id, "cancelled", code, Verdict(None), why, 1, *times_s)

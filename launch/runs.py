@@ -216,7 +216,8 @@ def _in_queue(known: Known, record: dict[str, Any] | None) -> Standing:
     if isinstance(queue, DistantQueue) and job.exit_code is not None:
         from meshwright.launch.fetch import end_of
 
-        end_of(known, queue, job)
+        with suppress(OSError, ValueError, KeyError, MeshwrightError):  # others are listed whatever this one lacks
+            end_of(known, queue, job)
     record = record or _record(known.run_dir)  # it may have been written meanwhile
     if record is not None:
         return Standing(record["state"], record["reason"], record["exit_code"])

@@ -71,7 +71,7 @@ def _train(run_dir: Path) -> int:
 
 
 def _meeting_place(run_dir: Path) -> str | None:
-    """A file where all ranks share this machine's disk (no port is opened), else torchrun's address."""
+    """A file where all ranks share this machine's disk (none of them listens), else torchrun's address."""
     if "MESHWRIGHT_RUN_ID" not in os.environ or os.environ.get("MASTER_ADDR") not in ("127.0.0.1", "localhost"):
         return None
     folder = run_dir / "private"

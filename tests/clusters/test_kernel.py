@@ -69,7 +69,9 @@ def test_kills_are_counted_where_the_group_of_either_version_is_mounted(
     told.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
     (tmp_path / "self").mkdir()
     (tmp_path / "self/cgroup").write_text(groups)
-    (tmp_path / "self/mountinfo").write_text(f"1 2 0:3 {mount.format(tmp_path / 'mounted')}\n")
+    (tmp_path / "self/mountinfo").write_text(
+        f"1 2 0:9 / /mnt rw - tmpfs  rw\n1 2 0:3 {mount.format(tmp_path / 'mounted')}\n"  # the first has no source
+    )
     assert oom_kills(tmp_path) == 3
     told.unlink()
     assert oom_kills(tmp_path) == 0

@@ -104,4 +104,4 @@ def test_whatever_the_schema_of_kubernetes_refuses_of_a_pod_ours_refuses_too() -
             if refused(job_of(damaged)):
                 wrong += 1
                 assert list(faults(damaged, schema_of("JobSet"))), (path, broken)
-    assert wrong > 100
+    assert wrong > 50, "or next to nothing was tried"

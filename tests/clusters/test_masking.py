@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.clusters.masking import Concealer, Mask
+from meshwright.clusters.masking import Concealer, Mask, logs_of
 from meshwright.clusters.records import clean_line
 
 SECRET = "s3cr3t-'\"-\\-ü-value"
@@ -99,3 +99,38 @@ def test_a_link_out_of_the_run_directory_is_left_alone(log: Path, tmp_path: Path
     os.symlink(other, log)
     Concealer(log.parents[1], [SECRET]).finish()
     assert other.read_text() == SECRET
+
+
+def test_what_is_masked_is_not_read_again_until_more_is_there(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(os, "open", lambda *given, of=os.open: (opened.append(given[0]), of(*given))[1])
+    concealer = Concealer(log.parents[1], [SECRET])
+    log.write_text(f"a {SECRET[:9]}")
+    for _ in range(4):
+        concealer.look()
+    assert len(opened) == 1
+    with log.open("a") as rank:
+        rank.write(f"{SECRET[9:]} b")
+    for _ in range(4):
+        concealer.look()
+    assert len(opened) == 2
+    assert SECRET not in log.read_text()
+
+
+def test_a_secret_that_is_short_or_looks_like_a_number_leaves_everything_else_whole(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "errors").mkdir()
+    record = tmp_path / "errors/rank-0.json"
+    record.write_text(json.dumps({"time_unix_s": 1234567890.5, "message": "pin 4567 of a"}))
+    log.write_bytes(b"ab\nab c\n")
+    Concealer(tmp_path, ["4567", " ab\n"]).finish()
+    assert json.loads(record.read_text()) == {"time_unix_s": 1234567890.5, "message": "pin *** of a"}
+    assert log.read_bytes() == b"**\n** c\n"
+
+
+def test_a_node_masks_the_logs_of_its_own_ranks(log: Path, tmp_path: Path) -> None:
+    names = ("rank-0.log", "rank-0.attempt-1.log", "rank-10.log", "rank-1.log", "agent-n[0].log", "agent-n0.log")
+    for name in names:
+        (log.parent / name).write_text(SECRET)
+    Concealer(tmp_path, [SECRET], logs=logs_of({"ranks": [0, 10], "name": "n[0]"})).finish()
+    left = [name for name in names if SECRET in (log.parent / name).read_text()]
+    assert left == ["rank-1.log", "agent-n0.log"]

@@ -25,6 +25,7 @@ from meshwright.clusters.carrying import make_room
 from meshwright.clusters.imports import Imports
 from meshwright.clusters.prefork import Forks
 make_room()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
 imports = Imports()
 imports.begin()
 atexit.register(print, "of the agent", flush=True)
@@ -53,7 +54,8 @@ print(rank.exitcode)
 """
 
 _EXECUTING = """
-import os, subprocess, sys
+import os, signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threads, run_dir = sys.argv[2:4]
 os.environ.update(RANK="1", OMP_NUM_THREADS=threads, MESHWRIGHT_RUN_ID=os.path.basename(run_dir), MESHWRIGHT_NODE="0")
 words = [sys.executable, "-I", "-S", sys.argv[1], str(os.getpid()), *sys.argv[3:]]
@@ -160,6 +162,8 @@ def test_a_forked_rank_sees_what_an_executed_one_sees(folders: tuple[Path, Path]
         ("import atexit; atexit.register(print, 'at exit')", 0, "at exit"),
         ("import atexit; atexit.register(print, 'once'); atexit.register(print, 'first')", 0, "once"),
         ("import atexit; atexit.register(print, 'at exit', flush=True); raise SystemExit(5)", 5, "at exit"),
+        ("import weakref; weakref.finalize(folder := type('F', (), {})(), print, 'at exit')", 0, "at exit"),
+        ("sys.exit(-1)", 255, "to the log"),
         ("import threading; threading.Thread(target=lambda: (time.sleep(1), print('joined'))).start()", 0, "joined"),
         ("sys.excepthook = lambda *_: print('hooked'); raise ValueError", 1, "hooked"),
         ("sys.stdout.write('unfinished')", 0, "unfinished"),

@@ -14,7 +14,7 @@ from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.network import interfaces
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.cli import main
-from meshwright.launch.fetch import end_of, fetch
+from meshwright.launch.fetch import end_of, fetch, note_cancelled
 from meshwright.launch.runs import Known
 from tests.launch.own import own
 from tests.launch.pretend_kubectl import write_kubectl
@@ -312,3 +312,13 @@ def test_a_run_that_completed_has_succeeded_though_its_lines_are_gone_and_its_en
         f"run directory: {run.run_dir}\n",
     )
     assert ended(run, Cluster(), 1)["state"] == "succeeded"
+
+
+def test_a_run_that_ended_while_it_was_cancelled_keeps_its_end(run: Known) -> None:
+    record = Path(run.run_dir, "exit.json")
+    record.write_text('{"state": "succeeded"}')
+    note_cancelled(run)
+    assert json.loads(record.read_text()) == {"state": "succeeded"}
+    record.unlink()
+    note_cancelled(run)
+    assert json.loads(record.read_text())["state"] == "cancelled"
