@@ -131,7 +131,9 @@ class _Warner:
         """Says it, if it is time."""
         asked, self.asked = self.asked, False
         number = self._warning(asked)
-        if number is not None and time.monotonic() >= self._next_s:
+        if number == "":
+            self._say("stop")
+        elif number is not None and time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _WARN_S
             self._say("leave", signal=number)
 
@@ -143,8 +145,8 @@ class StepHandle:
         plan: what is started, with the real names of nodes.
         secrets: values of the plan's secrets.
         words: the command.
-        warning: gives the name of a signal once ranks are to be warned by it; it is told whether an agent was asked to
-            end since it was called before.
+        warning: gives the name of a signal once ranks are to be warned by it, and "" where agents that were asked to
+            end are to do so; it is told whether one was since it was called before.
         reached: whether anybody else than the nodes is heard of here, on the first of them.
     """
 

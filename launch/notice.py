@@ -3,6 +3,7 @@
     SIGUSR2 to the launcher              a warning: before the time limit, or of a preemption where Slurm is set up so
     SIGTERM to the tasks, job goes on    a preemption with a grace, in which nobody tells the launcher
     SIGTERM to all, job starts again     a preemption without a grace, or a requeue: KillWait is left
+    SIGTERM to the tasks, job goes on    without a preemption: the step ends, since one of its tasks did
     SIGTERM to all                       the end
 
 Signals do not say which it is; Slurm does, when it is asked.
@@ -48,7 +49,7 @@ class Notice(Interrupts):
         self._came.append(number)
 
     def __call__(self, asked: bool) -> str | None:
-        """The name of the signal by which ranks are to be warned, once they are.
+        """The name of the signal by which ranks are to be warned, once they are; "" where their agents are to end.
 
         Args:
             asked: whether an agent was asked to end since the last call.
@@ -56,15 +57,18 @@ class Notice(Interrupts):
         came = [self._came.pop(0) for _ in self._came[:]]
         if self.numbers or any(number != signal.SIGTERM for number in came):
             self.numbers += came
-        elif came or (asked and time.monotonic() - self._weighed_s > _AGAIN_S):
-            self._weigh(came)
+        elif (came or (asked and time.monotonic() - self._weighed_s > _AGAIN_S)) and self._weigh(came):
+            return ""
         if time.monotonic() >= self._end_s:
             self._end_s = math.inf
             self.numbers.append(int(signal.SIGTERM))
         return self._number.name if self.given else None
 
-    def _weigh(self, came: list[int]) -> None:
-        """Finds out what a SIGTERM means, to us or, where there came none, to an agent."""
+    def _weigh(self, came: list[int]) -> bool:
+        """Finds out what a SIGTERM means, to us or, where there came none, to an agent; whether that of the step alone.
+
+        Slurm ends a step one of whose tasks was killed: who failed is found from what agents say, as elsewhere.
+        """
         self._weighed_s = time.monotonic()
         now = look_at(self._job) if self._job else None
         if now is not None and now.restarts > self._times:
@@ -73,8 +77,11 @@ class Notice(Interrupts):
                 self._end_s = time.monotonic() + kill_wait_s() / 2
         elif now is not None and self._is_warning(now, bool(came)):
             self.given, self.preempted = True, self.preempted or now.preempted
+        elif now is not None and now.state == "RUNNING" and not came:
+            return True
         else:
             self.numbers += came or [int(signal.SIGTERM)]
+        return False
 
     def _is_warning(self, now: JobNow, to_us: bool) -> bool:
         """Whether a job that was sent a SIGTERM goes on for a while."""

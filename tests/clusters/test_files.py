@@ -112,6 +112,18 @@ def test_a_warning_is_repeated_for_those_that_do_not_listen_yet(tmp_path: Path) 
         handle.kill()
 
 
+def test_agents_that_are_asked_to_end_without_a_warning_are_told_to(tmp_path: Path) -> None:
+    handle = started(tmp_path, reached=True, warning=lambda asked: "" if asked else None)
+    try:
+        FileLine(step_folder(tmp_path), 1).tell("asked")
+        handle.poll(1.0)
+        handle.poll(0.0)
+        handle.poll(0.0)
+        assert (step_folder(tmp_path) / "command.jsonl").read_text() == '{"command": "stop"}\n'
+    finally:
+        handle.kill()
+
+
 def test_secrets_and_the_key_lie_there_until_every_agent_has_them(handle: StepHandle, tmp_path: Path) -> None:
     lines = [FileLine(step_folder(tmp_path), node) for node in (0, 1)]
     for left, line in ((True, lines[0]), (False, lines[1])):

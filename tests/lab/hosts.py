@@ -5,6 +5,7 @@ Everything is ended by the process ids that were started here.
 """
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def missing_for_hosts() -> str:
 
 def _forbidden() -> str:
     """Why hosts cannot be pretended here, as in a container without the rights to; empty where they can."""
-    name = f"mw{os.getpid()}try"
+    name = f"mw{secrets.token_hex(3)}t"  # numbers of processes come again
     veth = ["ip", "link", "add", f"{name}v"[-15:], "type", "veth", "peer", "name", "eth0", "netns", name]
     own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private", "true"]
     try:
