@@ -72,9 +72,7 @@ class Notice(Interrupts):
         self._weighed_s = time.monotonic()
         now = look_at(self._job) if self._job else None
         if now is not None and now.restarts > self._times:
-            self.given = True
-            if self._end_s == math.inf:  # the other half is for those that do not leave
-                self._end_s = time.monotonic() + kill_wait_s() / 2
+            self._starts_again()
         elif now is not None and self._is_warning(now, bool(came)):
             self.given, self.preempted = True, self.preempted or now.preempted
         elif now is not None and now.state == "RUNNING" and not came:
@@ -82,6 +80,12 @@ class Notice(Interrupts):
         else:
             self.numbers += came or [int(signal.SIGTERM)]
         return False
+
+    def _starts_again(self) -> None:
+        """Half of the time until Slurm kills is for ranks to save, the other half for those that do not leave."""
+        self.given = True
+        if self._end_s == math.inf:
+            self._end_s = time.monotonic() + kill_wait_s() / 2
 
     def _is_warning(self, now: JobNow, to_us: bool) -> bool:
         """Whether a job that was sent a SIGTERM goes on for a while."""
