@@ -21,6 +21,8 @@ __all__ = ["Notice"]
 
 _AGAIN_S = 5.0  # within which the agents of other nodes say the same
 
+_UNKNOWN = JobNow(state="", restarts=0, preempted=False)
+
 
 class Notice(Interrupts):
     """Collects signals to the launcher, and what agents hear; only what ends the run counts as an interrupt.
@@ -70,12 +72,12 @@ class Notice(Interrupts):
         Slurm ends a step one of whose tasks was killed: who failed is found from what agents say, as elsewhere.
         """
         self._weighed_s = time.monotonic()
-        now = look_at(self._job) if self._job else None
-        if now is not None and now.restarts > self._times:
+        now = (look_at(self._job) if self._job else None) or _UNKNOWN
+        if now.restarts > self._times:
             self._starts_again()
-        elif now is not None and self._is_warning(now, bool(came)):
+        elif self._is_warning(now, bool(came)):
             self.given, self.preempted = True, self.preempted or now.preempted
-        elif now is not None and now.state == "RUNNING" and not came:
+        elif now.state == "RUNNING" and not came:
             return True
         else:
             self.numbers += came or [int(signal.SIGTERM)]
