@@ -95,7 +95,7 @@ elif sys.argv[1:3] == ["show", "job"]:
     print(f"   Requeue=1 Restarts={times} BatchFlag=1")
     print(f"   PreemptEligibleTime=2026-11-27T20:20:31 PreemptTime={preempted}")
 elif sys.argv[1:3] == ["show", "config"]:
-    print("KillOnBadExit = 0\\nKillWait                = 4 sec")
+    print("KillOnBadExit = 0\\nKillWait                = 20 sec")
 elif sys.argv[1] == "ping":
     print("Slurmctld(primary) at here is UP")
 elif sys.argv[1] == "update":
