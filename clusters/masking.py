@@ -134,12 +134,12 @@ class Concealer:
 
     def _rewrite(self, path: Path) -> None:
         text = path.read_text(errors="surrogateescape")
+        if self.mask(text) == text:
+            return
         try:
             masked = json.dumps(self.mask.inside(json.loads(text)))
         except ValueError:  # a rank that was killed while it wrote
             masked = self.mask(text)
-        if self.mask(text) == text:
-            return
         part = path.with_name(f".{path.name}.part")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         with os.fdopen(os.open(part, flags, 0o600), "w", errors="surrogateescape") as file:
