@@ -1,8 +1,8 @@
 """Runs without a launcher, whose nodes share no directory with us: who looks at one does what a launcher would.
 
 What nodes printed since the last look goes into the run's logs, merged.log and launcher.log; its end becomes exit.json.
-One looks at a time, whoever it is, and private/fetched.json says how far that came: nothing is lost, and kept twice only
-if who looks is killed between the two.
+One looks at a time, whoever it is, and private/fetched.json says how far that came: nothing is lost, and kept
+twice only if who looks is killed between the two.
 """
 
 import base64
