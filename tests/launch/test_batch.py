@@ -246,7 +246,10 @@ def test_a_job_that_is_not_to_be_queued_again_ends_with_what_happened(tmp_path: 
 
 
 def test_an_elastic_run_is_queued_for_a_range_and_runs_on_the_nodes_it_gets(tmp_path: Path, commands: Path) -> None:
-    script = "import os, time\nprint(os.environ['WORLD_SIZE'], 'ranks', flush=True)\n"
+    up = tmp_path / "up"  # rank 2 fails when rank 0 has spoken
+    script = f"import os, pathlib, time\nup = pathlib.Path({str(up)!r})\n"
+    script += "print(os.environ['WORLD_SIZE'], 'ranks', flush=True)\nif os.environ['RANK'] == '0': up.touch()\n"
+    script += "while not up.exists(): time.sleep(0.01)\n"
     script += f"if os.environ['RANK'] == '2': {ECC}\ntime.sleep(600 if os.environ['WORLD_SIZE'] == '3' else 0)"
     failure = {"max_restarts": 1, "exclude_bad_nodes": 1, "backoff": {"initial": "100ms"}, "shutdown_grace": "1s"}
     parallel = {"tp": 1, "dp": 3, "num_microbatches": 2}
