@@ -27,6 +27,8 @@ SLEEP = "import os, time; print('up', os.environ['RANK'], os.environ['TOKEN'], f
 FAIL = """\
 import os, sys, time
 print('here is', os.environ['RANK'], flush=True)
+if os.environ['RANK'] == '0':
+    open('SPOKE', 'w').close()
 while not os.path.exists('GO'):
     time.sleep(0.05)
 if os.environ['RANK'] == '1':
@@ -108,7 +110,7 @@ def test_a_launch_shows_lines_of_pods_and_ends_with_code_and_reason_of_the_rank_
     tmp_path: Path, clusters: Path, kind: str
 ) -> None:
     run_id = own(f"k8s-{kind}")
-    path = job(tmp_path, FAIL.replace("GO", str(tmp_path / "go")))
+    path = job(tmp_path, FAIL.replace("GO", str(tmp_path / "go")).replace("SPOKE", str(tmp_path / "spoke")))
     try:
         watching = begin(tmp_path, "launch", str(path), "--run-id", run_id, "--set", f"cluster.kind={kind}")
         wanted = set(lines(run_id, "here is 0", "here is 1"))
@@ -135,7 +137,9 @@ def test_the_end_of_a_run_that_nobody_watched_is_found_by_whoever_asks_with_its_
 ) -> None:
     run_id = own("k8s-alone")
     try:
-        meshwright(tmp_path, "launch", str(job(tmp_path, RAISE.replace("GO", "/"))), "--run-id", run_id, "--detach")
+        both = str(tmp_path / "spoke")  # rank 1 fails when rank 0 has spoken
+        told = job(tmp_path, RAISE.replace("GO", both).replace("SPOKE", both))
+        meshwright(tmp_path, "launch", str(told), "--run-id", run_id, "--detach")
         status = clusters / f"arn:aws:eks:eu:1:cluster/prod/train/status-j-{run_id}"
         assert eventually(lambda: status.exists() and "Failed" in status.read_text(), 60)
     finally:

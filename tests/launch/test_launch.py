@@ -102,12 +102,14 @@ def test_a_signal_is_128_plus_its_number(tmp_path: Path) -> None:
 
 def test_a_culprit_that_is_still_tearing_down_is_blamed_before_the_peer_that_lost_it(tmp_path: Path) -> None:
     script = (
-        "import os, sys, time, traceback\n"
+        "import os, pathlib, time, traceback\n"
+        "raised = pathlib.Path('raised')\n"
         "if os.environ['RANK'] == '1':\n"
         "    try: raise KeyError('the cause')\n"
         "    except KeyError: traceback.print_exc()\n"
+        "    raised.touch()\n"
         "    time.sleep(60)\n"
-        "time.sleep(0.5)\n"
+        "while not raised.exists(): time.sleep(0.01)\n"
         "raise RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234')\n"
     )
     done = run(write_job(tmp_path, script))
