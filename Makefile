@@ -7,7 +7,6 @@ EXTRAS := hf,plots,deepspeed,test
 LAB    := ray,mpi
 LAB_PACKAGES := slurm-wlm munge openssh-server openssh-client iproute2 util-linux openmpi-bin mpich
 LAB_TOOLS    := slurmctld munged sshd ip unshare mpiexec.openmpi mpiexec.mpich
-LAB_AGAIN := --last-failed --last-failed-no-failures none
 JOB    ?= examples/quickstart.yaml
 REPEAT ?= 20
 
@@ -22,6 +21,11 @@ STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 QUICK := not slow and not faults and not lab and not wide
 SLOW  := (slow or faults) and not lab and not wide
 WIDE  := wide and not lab
+
+# tests that start processes share their machine, and may meet a busy moment of it: what failed gets one more try, alone,
+# and that decides; both are printed
+again = || { test $$? = 1 && echo "ONCE MORE, WHAT FAILED:" && \
+	  $(BIN)/python -m pytest -q -rs --last-failed --last-failed-no-failures none --maxfail 9 $(1); }
 
 export DS_BUILD_OPS := 0
 # what tests leave to be looked at, such as a picture of a run's page in a browser
@@ -43,10 +47,10 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 
 test: $(STAMP) lint ## ruff, mypy --strict, tests and documents: every pair of what can meet
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(SLOW)" tests
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(SLOW)" tests $(call again,-m "$(SLOW)" tests)
 
 wide: $(STAMP) ## the rest: every cell of every matrix, ten thousand damaged inputs, every page, more ways to fall
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$(WIDE)" tests
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$(WIDE)" tests $(call again,-m "$(WIDE)" tests)
 
 check: $(STAMP) lint ## the same without slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
@@ -64,9 +68,7 @@ lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, 
 	@$(PIP) --editable '.[$(EXTRAS),$(LAB)]' || echo "THE LAB GOES WITHOUT RAY AND MPI"
 	@which $(LAB_TOOLS) >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
-	@# hosts are pretended on a machine that others share: what failed gets one more try, alone, and that decides
-	$(BIN)/python -m pytest -q -rs -n 3 --dist loadfile -m lab tests/lab || { test $$? = 1 && \
-	  $(BIN)/python -m pytest -q -rs $(LAB_AGAIN) -m lab tests/lab; }
+	$(BIN)/python -m pytest -q -rs -n 3 --dist loadfile -m lab tests/lab $(call again,-m lab tests/lab)
 
 matrix: $(STAMP) ## every cell of the three parity matrices; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix
