@@ -126,9 +126,10 @@ class Flow:
             self._enter(self._coroutine.switch)
 
     def close(self) -> None:
-        """Ends a pass that is not wanted any more."""
+        """Ends a pass that is not wanted any more, and lets go of what the next block would have got."""
         if self._coroutine is not None and not self.ended:
             self._enter(self._coroutine.throw)
+        self.arguments = ((), {})
 
     def detach(self) -> None:
         """Lets go of the graph of the result, once it has been gone through: every earlier stage's hangs on it."""
@@ -137,7 +138,6 @@ class Flow:
 
     def forget(self) -> None:
         """Lets go of the rest, after backward."""
-        self.arguments = ((), {})
         self.frames.clear()
         self.cuts.forget()
 

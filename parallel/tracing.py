@@ -32,8 +32,9 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.plan import deal_model, make_span_plan
 from meshwright.parallel.spans.install import Spanned, span_blocks
 from meshwright.parallel.tensor_plan import TensorPlan
+from meshwright.parallel.traced_attention import OwnAttention, Shared
 from meshwright.parallel.traced_blocks import Alike, alike_blocks, watch_blocks
-from meshwright.parallel.traced_kernels import Fetched, Kernels, shapes_only
+from meshwright.parallel.traced_kernels import Kernels, shapes_only
 from meshwright.parallel.traced_memory import Books
 from meshwright.parallel.work import Passes, Sent, Traced, Work
 
@@ -52,8 +53,7 @@ class TraceKeywords(TypedDict, total=False):
 
     plan: TensorPlan | None
     precision: torch.dtype | None
-    num_positions: int
-    fetched: Fetched | None
+    shared: Shared | None
     prepare: Prepare | None
     backward: bool
     on_cpu: bool
@@ -67,8 +67,7 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
         model: unwrapped; on any device, meta included.
         options: of the wrap, with an example.
         how: `plan` along `tp`, of which the first rank's share is run; `precision` that autocast computes in;
-            `num_positions`, how many times as many keys as its own positions a rank meets in attention (`cp`);
-            `fetched`, what it sends for one;
+            `shared`, how ranks of `cp` share the sequence;
             `prepare` changes the copy that is run; `backward`, whether to run it too; `on_cpu`, whether kernels are
             those of a CPU; `spans`, which blocks run by spans, where `layer_block` is asked for (found if None).
 
@@ -84,7 +83,7 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     ends = {name for stream in streams for name in (stream.blocks[0], stream.blocks[-1])}  # which deal and join it
     tracer = Tracer(alike_blocks(find_blocks(model, options.blocks), ends))
     try:
-        with shapes_only(), _kernels(tracer, options, how):
+        with shapes_only(), Kernels(tracer, on_cpu=how.get("on_cpu", False)):
             mine, attends = _prepared(tracer, model, options, how=how)
             blocks = find_blocks(mine, options.blocks)
             with attends:
@@ -96,21 +95,19 @@ def trace(model: nn.Module, options: Options, **how: Unpack[TraceKeywords]) -> T
     return tracer.traced(blocks)
 
 
-def _kernels(tracer: "Tracer", options: Options, how: TraceKeywords) -> Kernels:
-    num_keys, on_cpu, sizes = how.get("num_positions", 1), how.get("on_cpu", False), options.sizes
-    return Kernels(tracer, num_keys, how.get("fetched"), on_cpu=on_cpu, sizes=sizes)
-
-
 def _prepared(
     tracer: "Tracer", model: nn.Module, options: Options, *, how: TraceKeywords
 ) -> tuple[nn.Module, AbstractContextManager[object]]:
     """The copy that is run, and the context for it."""
     mine, plan = tracer.copied(model), how.get("plan")
     sizes, spans = coarser(options.sizes, options.example, most=_MOST_STEPS), how.get("spans")
+    shared = how.get("shared")
     tile_networks(mine, sizes)
     attends: AbstractContextManager[object] = nullcontext()
     if sizes is not None and spans is not None:
         attends = plugged(mine, span_blocks(mine, spans, sizes))
+    elif sizes is not None or shared is not None:
+        attends = plugged(mine, OwnAttention(tracer, sizes, shared))
     if plan is not None and plan.degree > 1:
         held = {name: split for name, split in plan.splits.items() if tracer.runs(name)}
         axis = RecordingAxis(None, 0, plan.degree, tracer=tracer, name="tp")

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from meshwright.clusters.simulated.hosting import MOVES, moved_bytes, shards_away
+from meshwright.clusters.simulated.inbox import Inbox
 from meshwright.clusters.simulated.keeping import AFTER, BEFORE, States, keeper_of
 from meshwright.clusters.simulated.paper import Paper
 from meshwright.parallel.pipeline.actions import COMPUTE, Action, Kind
@@ -21,7 +22,7 @@ class Moment:
 
     Args:
         gradients: made so far, whole or sharded, and buckets.
-        gathered: whole copies of what is sharded, and buffers that collectives fill or empty.
+        gathered: whole copies of what is sharded, and buffers that collectives and receives fill or empty.
         activations: kept for backward.
         working: at once inside of one block, beyond what it keeps.
     """
@@ -52,11 +53,11 @@ class Walk:
         self.kept = self.gathered = 0.0
         self.gradients = states.buckets
         self._found: list[Moment] = []
-        self._shown = paper.schedule.has(Kind.RECOMPUTE)
         self._remade = set[tuple[int, int | None]]()
         self._gone_back = Counter[str]()
         self._pieces = {stage: self._pieces_of(stage) for stage in paper.schedule.stages_of(rank)}
         self._engine = keeper_of(self)
+        self._inbox = Inbox(paper, rank)
 
     def fullest(self) -> Moment:
         """The moment in which most is alive."""
@@ -72,15 +73,15 @@ class Walk:
                 self.moment(copied)
             else:
                 self._engine.act(action)
+                self._inbox.take(action)
         self._engine.close()
         self.moment()
         return max(self._found, key=lambda each: each.total)
 
     def moment(self, working: float = 0.0) -> None:
         """Notes what is alive now, and what is at work besides."""
-        self._found.append(
-            Moment(gradients=self.gradients, gathered=self.gathered, activations=self.kept, working=working)
-        )
+        gathered = self.gathered + self._inbox.waiting_bytes
+        self._found.append(Moment(gradients=self.gradients, gathered=gathered, activations=self.kept, working=working))
 
     def names(self, stage: int) -> list[str]:
         """Of the blocks of a stage, in order."""
@@ -161,7 +162,7 @@ class Walk:
 
     def _remake(self, name: str, each: Passes, key: tuple[int, int | None]) -> None:
         """A block runs again inside of its backward, where the schedule does not say when."""
-        if name in self._paper.recomputed and not self._shown:
+        if name in self._paper.recomputed and not self._paper.schedule.has(Kind.RECOMPUTE):
             self.kept += _remade(each)
             self._remade.add(key)
 

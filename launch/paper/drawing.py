@@ -25,6 +25,7 @@ from meshwright.parallel.options import Options
 from meshwright.parallel.plan import Plans, make_context_plan, make_expert_plan, make_plan, make_span_plan
 from meshwright.parallel.predicted import first_shares
 from meshwright.parallel.stages import Stages, stages_of
+from meshwright.parallel.traced_attention import Shared
 from meshwright.parallel.tracing import Tracer, trace
 from meshwright.parallel.work import Passes, Sent, Traced, Work
 
@@ -108,8 +109,8 @@ def run_on_paper(loaded: LoadedJob, dealt: Drawing, hardware: Hardware) -> Drawi
     traced = mine(options)
     if job.mesh.cp > 1:
         part = replace(options, example=_first_positions(options.example, job.mesh.cp))
-        fetched = keys_fetched(options, job.mesh.cp)
-        blocks = mine(part, num_positions=job.mesh.cp, fetched=fetched).blocks
+        shared = Shared(job.mesh.cp, keys_fetched(options, job.mesh.cp))
+        blocks = mine(part, shared=shared).blocks
         traced = replace(traced, blocks=blocks, after=_beyond(traced.after, dealt))
     flops = traced.forward_flops
     if on_cpu or plans.spans or job.mesh.tp > 1 or job.mesh.cp > 1 or job.mesh.ep > 1:  # the model's, whoever runs it

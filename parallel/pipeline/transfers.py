@@ -9,8 +9,8 @@ from torch import Tensor
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import RECEIVES, SENDS, other_end
 from meshwright.parallel.pipeline.passes import Pass
+from meshwright.parallel.pipeline.posting import receives_due
 from meshwright.parallel.pipeline.route import Route, Shape
-from meshwright.parallel.pipeline.timeline import in_order
 from meshwright.parallel.pipeline.wire import Tag, Wire
 
 __all__ = ["Timetable", "Transfers"]
@@ -41,34 +41,21 @@ class _Message:
 class Timetable:
     """The messages of one rank, as they are in every step, and when each is received.
 
-    A receive is posted when its value is sent, in one order of all messages in which the ranks can run. So no rank
-    waits in a ring even where whatever it starts keeps what it starts later from running: on a GPU streams share
-    queues, and a call of NCCL that waits for another rank holds what stands behind it in its queue.
-
     Args:
         schedule: of all ranks.
         rank: this one.
 
     Attributes:
         messages: in the order of its actions.
-        due: number of messages done -> receives to be posted then, in order; None stands where all ranks have done
-            their last forward.
+        due: see `receives_due`.
     """
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self._homes = schedule.homes
         mine = [action for action in schedule.ranks[rank] if action.kind in (*SENDS, *RECEIVES)]
         self.messages = [self._message(action) for action in mine]
-        self.due: list[list[_Message | None]] = [[] for _ in range(len(mine) + 1)]
-        unforwarded = sum(action.kind is Kind.FORWARD for actions in schedule.ranks for action in actions)
-        done = 0
-        for home, action in in_order(schedule):
-            if action.kind is Kind.FORWARD:
-                unforwarded -= 1
-                self.due[done] += [] if unforwarded else [None]
-            elif action.kind in SENDS and self._homes[other_end(action).stage] == rank:
-                self.due[done].append(self._message(other_end(action)))
-            done += home == rank and action.kind in (*SENDS, *RECEIVES)
+        due = receives_due(schedule)[rank]
+        self.due = [[None if each is None else self._message(each) for each in row] for row in due]
 
     def _message(self, action: Action) -> _Message:
         assert action.microbatch is not None, action

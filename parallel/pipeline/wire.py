@@ -10,6 +10,7 @@ from torch import Tensor
 from meshwright.parallel.channels import Channels
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.connecting import connects_late
+from meshwright.parallel.pipeline.posting import EARLY
 from meshwright.parallel.pipeline.route import Shape
 
 __all__ = ["Tag", "Wire"]
@@ -18,7 +19,6 @@ Tag = tuple[int, int, str]
 """Stage that receives a value (or sends its gradient), micro-batch, "forward" or "backward"."""
 
 _MOST_VALUES = 64
-_EARLY = 4
 
 
 class Wire:
@@ -30,8 +30,7 @@ class Wire:
         homes: stage -> rank of the pipeline.
 
     Attributes:
-        early: how many messages before its time a receive may be posted, so that what travels finds it; none where
-            calls of a rank can hold each other.
+        early: see `EARLY`.
     """
 
     early = 0
@@ -39,7 +38,7 @@ class Wire:
     def __init__(self, groups: Groups, num_microbatches: int, homes: Sequence[int]) -> None:
         self._groups = groups
         self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
-        self.early = 0 if connects_late(groups.device_type) else _EARLY
+        self.early = 0 if connects_late(groups.device_type) else EARLY
         self._num_microbatches = num_microbatches
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]

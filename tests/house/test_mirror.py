@@ -67,6 +67,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.pipeline.paper_routes": "tests/parallel/test_fake_rank.py compares pipelines with real ones",
     "meshwright.parallel.traced_kernels": "tests/parallel/test_tracing.py counts attention and dropout with it",
     "meshwright.parallel.pieces": "tests/parallel/test_layered.py goes back through every family piece by piece",
+    "meshwright.parallel.pipeline.posting": "tests/parallel/pipeline/test_transfers.py: no ring in any schedule",
     "meshwright.parallel.capture": "tests/parallel/test_layered.py captures every family",
     "meshwright.parallel.pipeline.runtime": "tests/parallel/test_layered.py runs every family on it",
     "meshwright.parallel.absent": "tests/parallel/test_staged.py: every rank of a pipeline skips blocks",

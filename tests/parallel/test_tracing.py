@@ -13,6 +13,7 @@ from meshwright.parallel.fake_rank import first_footprint
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import Plans, make_plan
+from meshwright.parallel.traced_attention import Shared
 from meshwright.parallel.traced_blocks import alike_blocks
 from meshwright.parallel.tracing import trace
 from meshwright.parallel.work import Sent, Traced
@@ -103,7 +104,7 @@ def test_keys_of_other_ranks_cost_their_share_of_attention_and_their_way() -> No
         assert query.shape == key.shape == value.shape
         return [Sent("cp", "hop", float(key.numel()))], [Sent("cp", "hop", 1.0), Sent("cp", "hop", 2.0)]
 
-    alone, among = trace(_Attends(True), options), trace(_Attends(True), options, num_positions=4, fetched=fetched)
+    alone, among = trace(_Attends(True), options), trace(_Attends(True), options, shared=Shared(4, fetched))
     assert among.before.forward.attentions[0].flops == 4 * alone.before.forward.attentions[0].flops
     assert [each.size_bytes for each in among.before.forward.sent] == [2 * 4 * 8]
     assert [each.size_bytes for each in among.before.backward.sent] == [1.0, 2.0]

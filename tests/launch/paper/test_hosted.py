@@ -1,4 +1,4 @@
-"""Spans, masks, dropped scores, halves of backwards, memory of the host: that of a rank, forecast and run."""
+"""Memory of a rank, forecast and run: spans, masks, dropped and capped scores, halves of backwards, receives, hosts."""
 
 from pathlib import Path
 
@@ -20,6 +20,10 @@ GEMMA3 = {
     "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 128, "max_position_embeddings": 384,
 }  # fmt: skip
+NEOX = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "max_position_embeddings": 384,
+}  # fmt: skip
 JOBS = {
     "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}),
     "spans that drop": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, architecture="gpt2", config=GPT2),
@@ -35,6 +39,16 @@ JOBS = {
         parallel={"fsdp": 2, **REMADE}, architecture="gemma3_text", config=GEMMA3, length=320
     ),
     "halves of backwards": Small(parallel={"pp": 2, "schedule": "zb-h1", "num_microbatches": 4}),
+    "halves of stages that turn": Small(parallel={"pp": 2, "schedule": "zbv", "num_microbatches": 4}),
+    "receives ahead of time": Small(
+        parallel={"pp": 2, "schedule": "1f1b", "num_microbatches": 4}, architecture="gpt_neox", config=NEOX
+    ),
+    "capped attention, dealt": Small(
+        parallel={"cp": 2, "num_microbatches": 2}, architecture="gemma2", config=GEMMA3, length=320
+    ),
+    "capped attention, by blocks": Small(
+        parallel={"dp": 2, "blockwise": {"query_block": 64, "kv_block": 64}}, architecture="gemma2", config=GEMMA3
+    ),
     "inputs of spans": Small(parallel={"dp": 2, **HOSTED, "blockwise": {"layer_block": 64}}),
 }
 
