@@ -29,6 +29,7 @@ from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.mpi_seat import seat_of
 from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
+from meshwright.clusters.node_counters import counters_of
 from meshwright.clusters.setup import SetupError, run_setup
 
 __all__ = ["main", "own_environment"]
@@ -158,6 +159,7 @@ class _Process:
         environment = self.environment(*self.meet())
         if self.local.rank == 0:
             self.broom = _sweep_after(self.plan["run_id"], self.seat.node)
+            counters_of(self.plan, self.seat.node).start()
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)

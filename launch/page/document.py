@@ -116,10 +116,10 @@ def _restarts(view: RunView) -> Iterator[str]:
 
 
 def _machines(view: RunView) -> Iterator[str]:
-    if not view.machines:
+    if not view.machines.events:
         return
     yield '<section class="card"><h2>Machines</h2><table><tr><th>node</th><th>at</th><th>what</th></tr>'
-    for each in view.machines:
+    for each in view.machines.events:
         yield f"<tr><td>{escape(each.node)}</td><td>{_when(each.time_unix_s)}</td><td>{escape(each.text)}</td></tr>"
     yield "</table></section>\n"
 
