@@ -17,9 +17,9 @@ FOLDERS = ("logs", "errors", "ranks", "private")
 """Folders of a run directory."""
 
 _GROWING = ("logs/*.log", "nodes/*.jsonl", "metrics.jsonl")
-_LAST = ("errors/*.json", "ranks/*/error.json", "ranks/*/progress.json", "*.png", "trace.json")
+_LAST = ("errors/*.json", "hang/*.json", "ranks/*/error.json", "ranks/*/progress.json", "*.png", "trace.json")
 _ACCEPTED = re.compile(
-    r"logs/[A-Za-z0-9._-]+\.log|nodes/[A-Za-z0-9._-]+\.jsonl|errors/[a-z0-9-]+\.json"
+    r"logs/[A-Za-z0-9._-]+\.log|nodes/[A-Za-z0-9._-]+\.jsonl|(errors|hang)/[a-z0-9-]+\.json"
     r"|ranks/[0-9]+/(error|progress)\.json|metrics\.jsonl|trace\.json|[a-z]+\.png"
 )
 _PART_BYTES = 1 << 18
