@@ -23,6 +23,7 @@ from meshwright.clusters.deaths import Death, Deaths
 from meshwright.clusters.node_counters import NodeCounters, counters_of
 from meshwright.clusters.nvml import read_gpus
 from meshwright.clusters.prefork import Forks, executed
+from meshwright.clusters.rendezvous import NodeMeeting
 from meshwright.clusters.rounds import Rounds
 from meshwright.clusters.sweep import sweep
 from meshwright.clusters.turns import Turns
@@ -111,7 +112,8 @@ class NodeAgent(LocalElasticAgent):
         self._limits: Mapping[str, Any] = plan["limits"]
         self._leaving = False
         self._machine = _Machine.of(plan, node, tell)
-        self._rounds = Rounds(plan, node, self.stop.is_set, sick=self._fault, mask=mask)
+        key = spec.rdzv_handler.key if isinstance(spec.rdzv_handler, NodeMeeting) else b""
+        self._rounds = Rounds(plan, node, self.stop.is_set, sick=self._fault, mask=mask, key=key)
 
     def _fault(self) -> tuple[str, float] | None:
         return self._machine.health.fault if self._machine.health else None
