@@ -32,6 +32,7 @@ from meshwright.clusters.prefork import Forks, escape, executed
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.setup import SetupError, run_setup
 from meshwright.clusters.sweep import sweep
+from meshwright.parallel.keyed import BOARD_KEY, derived
 
 __all__ = ["main"]
 
@@ -184,6 +185,7 @@ class _Agent:
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # TERM is ours, see `main`
         if not self.joining.near:
             _share_cores(len(self.node["ranks"]))
+        os.environ[BOARD_KEY] = derived(self.joining.key, "board").hex()
         arguments = tuple(map(escape, words))
         program: Any = forks.begin if forks else None
         if forks is None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event as Flag
 from typing import Any
@@ -20,10 +20,13 @@ from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from meshwright.clusters.deaths import Death, Deaths
+from meshwright.clusters.node_counters import NodeCounters, counters_of
 from meshwright.clusters.nvml import read_gpus
 from meshwright.clusters.prefork import Forks, executed
+from meshwright.clusters.rendezvous import NodeMeeting
 from meshwright.clusters.rounds import Rounds
 from meshwright.clusters.sweep import sweep
+from meshwright.clusters.turns import Turns
 from meshwright.clusters.watching import GpuWatch, shown_gpus, watch_from
 
 __all__ = ["NodeAgent", "StoppedError"]
@@ -49,16 +52,33 @@ class _OwnLogs(LogsSpecs):
         return os.devnull
 
 
-def _watch_of(plan: Mapping[str, Any], node: int, tell: Tell) -> GpuWatch | None:
-    """Looks at the GPUs of a node's ranks from now on, where its plan wants that."""
-    watch = watch_from(plan["limits"]["watch"])
-    if watch is None:
-        return None
-    if plan["limits"]["retry"]["exclude_after"] is None:  # nobody would take its place
-        watch = replace(watch, restarts=False)
-    found = GpuWatch(watch, shown_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")), tell=tell, read=read_gpus)
-    found.start()
-    return found
+@dataclass(frozen=True)
+class _Machine:
+    """What looks at the machine while ranks run.
+
+    Args:
+        turns: of who asks its driver and who forks.
+        counters: of what it does.
+        health: of its GPUs, where the plan wants that.
+    """
+
+    turns: Turns
+    counters: NodeCounters
+    health: GpuWatch | None
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any], node: int, tell: Tell) -> "_Machine":
+        """Looks at the GPUs of a node's ranks from now on; counts later."""
+        watch, turns = watch_from(plan["limits"]["watch"]), Turns()
+        found = cls(turns, counters_of(plan, node, turns), None)
+        if watch is None:
+            return found
+        if plan["limits"]["retry"]["exclude_after"] is None:  # nobody would take its place
+            watch = replace(watch, restarts=False)
+        shown = shown_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        health = GpuWatch(watch, shown, tell=tell, read=read_gpus, turns=turns)
+        health.start()
+        return replace(found, health=health)
 
 
 class NodeAgent(LocalElasticAgent):
@@ -91,11 +111,12 @@ class NodeAgent(LocalElasticAgent):
         self._sweep, self._tell = partial(sweep, plan["run_id"], node), tell
         self._limits: Mapping[str, Any] = plan["limits"]
         self._leaving = False
-        self._health = _watch_of(plan, node, tell)
-        self._rounds = Rounds(plan, node, self.stop.is_set, sick=self._fault, mask=mask)
+        self._machine = _Machine.of(plan, node, tell)
+        key = spec.rdzv_handler.key if isinstance(spec.rdzv_handler, NodeMeeting) else b""
+        self._rounds = Rounds(plan, node, self.stop.is_set, sick=self._fault, mask=mask, key=key)
 
     def _fault(self) -> tuple[str, float] | None:
-        return self._health.fault if self._health else None
+        return self._machine.health.fault if self._machine.health else None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
@@ -111,6 +132,7 @@ class NodeAgent(LocalElasticAgent):
             pids = {worker_group.workers[rank].global_rank: pid for rank, pid in local.items()}
             self._tell("started", attempt=self._attempt, pids=pids, time_unix_s=now)
             self.deaths = Deaths(pids, partial(self._report, self._attempt))
+        self._machine.counters.start()
         return local
 
     @contextmanager
@@ -120,8 +142,7 @@ class NodeAgent(LocalElasticAgent):
         Where a driver does not come to an end, they are executed from now on.
         """
         with ExitStack() as held:
-            watch = self._health if self._forks is not None else None
-            if watch is not None and not held.enter_context(watch.still(_STILL_S)):
+            if self._forks is not None and not held.enter_context(self._machine.turns.still(_STILL_S)):
                 sys.stderr.write(f"ranks are executed, not forked: NVML has not answered for {_STILL_S:g} s\n")
                 spec.entrypoint, spec.args = executed(spec.args)
                 self._forks = None
@@ -161,9 +182,10 @@ class NodeAgent(LocalElasticAgent):
     @property
     def _is_sick(self) -> bool:
         """Whether ranks that run are to end, so that others run without this machine."""
-        if self._health is None or self.deaths is None or self._rounds.left <= 0:
+        health = self._machine.health
+        if health is None or self.deaths is None or self._rounds.left <= 0:
             return False
-        return self._health.ends_attempt and not self.deaths.all_dead
+        return health.ends_attempt and not self.deaths.all_dead
 
     def _decide(self, *, failed: bool) -> None:
         """Comes back when it is time to start again, or with no restart left."""

@@ -7,8 +7,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from meshwright.clusters.errors import RendezvousError
-from meshwright.clusters.lease import keep, watch
+from meshwright.clusters.lease import Beats, keep, watch
 from meshwright.clusters.network import bind_free, interface_of, own_address, way_to
+from meshwright.parallel.keyed import Keyed
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous.api import RendezvousHandler
@@ -41,6 +42,11 @@ class Joining:
         """Whether all nodes are on this machine."""
         return self._plan["meeting"]["host"] is None
 
+    @property
+    def key(self) -> bytes:
+        """Of the run."""
+        return bytes.fromhex(self._message["key"])
+
     def hold(self) -> None:
         """Takes the port of the first node, which needs no torch: that none can be had is said before torch is there.
 
@@ -62,7 +68,7 @@ class Joining:
         if self.near:
             from meshwright.clusters.rendezvous import meet_by_file
 
-            return meet_by_file(self._plan, self._node["index"])
+            return meet_by_file(self._plan, self._node["index"], key=self.key)
         return self._meet_others()
 
     def _meet_others(self) -> "RendezvousHandler":
@@ -83,16 +89,15 @@ class Joining:
         if self._message.get("lease_s") is not None:
             self._take_lease(place.join(store.port), self._message["lease_s"])
         _use_interface(meeting["interface"], place.address)
-        key = bytes.fromhex(self._message["key"])
-        return meet_by_store(self._plan, self._node["index"], place=place, store=store, key=key)
+        return meet_by_store(self._plan, self._node["index"], place=place, store=store, key=self.key)
 
     def _take_lease(self, store: Any, lost_after_s: float) -> None:
-        index = self._node["index"]
+        index, keyed = self._node["index"], Keyed(self.key, self._plan["run_id"])
         if index:
-            keep(store, index, self._cut_off, lost_after_s=lost_after_s)
+            keep(Beats(store, keyed), index, self._cut_off, lost_after_s=lost_after_s)
             return
         others = [node["index"] for node in self._plan["nodes"] if node["index"]]
-        watch(store, others, lambda node: self._tell("unheard", of=node), lost_after_s=lost_after_s)
+        watch(Beats(store, keyed), others, lambda node: self._tell("unheard", of=node), lost_after_s=lost_after_s)
 
     def _where(self) -> Mapping[str, Any]:
         timeout_s = self._plan["limits"]["join_timeout_s"]

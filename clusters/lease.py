@@ -4,14 +4,18 @@
 
 A beat that does not get through for so long ends node N on both sides: N ends its ranks itself, and the first node,
 which waits a little longer, says that N is lost. A store that was closed is no silence: what closed it says why.
+Beats are numbered and have a mac of the run's key, so that nobody else beats for a node that is gone.
 """
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import count
 from threading import Event, Thread
-from typing import Protocol
+from typing import Any
 
-__all__ = ["LOST_AFTER_S", "Counters", "keep", "watch"]
+from meshwright.parallel.keyed import Keyed
+
+__all__ = ["LOST_AFTER_S", "Beats", "keep", "watch"]
 
 LOST_AFTER_S = 10.0
 _BEATS = 5  # in that time
@@ -19,22 +23,40 @@ _LOOKS = 20
 _LATER = 1.1  # whoever is cut off has ended its ranks before others take their places
 
 
-class Counters(Protocol):
-    """What is used of torch's store."""
-
-    def add(self, key: str, amount: int) -> int:
-        """Adds to a counter, from 0; its new value."""
-
-
-def _key(node: int) -> str:
-    return f"meshwright/beat/{node}"
-
-
-def keep(store: Counters, node: int, cut_off: Callable[[], object], *, lost_after_s: float = LOST_AFTER_S) -> None:
-    """Lets the first node hear of this one, in threads of their own.
+class Beats:
+    """Beats of nodes in torch's store.
 
     Args:
         store: a connection of its own: one that is used otherwise may have to wait.
+        keyed: of the run.
+    """
+
+    def __init__(self, store: Any, keyed: Keyed) -> None:
+        self._store, self._keyed = store, keyed
+
+    def beat(self, node: int, number: int) -> None:
+        """Beats for a node, and comes back once the store has that.
+
+        Args:
+            node: its index.
+            number: larger than any before.
+        """
+        name = f"meshwright/beat/{node}"
+        self._store.set(name, self._keyed.signed(name, str(number)))
+        self._store.check([name])  # an answer: `set` itself waits for none
+
+    def newest(self, node: int) -> int:
+        """Number of the last beat of a node; 0 where there is none of its own."""
+        name = f"meshwright/beat/{node}"
+        text = self._keyed.opened(name, self._store.get(name)) if self._store.check([name]) else None
+        return 0 if text is None else int(text)
+
+
+def keep(beats: Beats, node: int, cut_off: Callable[[], object], *, lost_after_s: float = LOST_AFTER_S) -> None:
+    """Lets the first node hear of this one, in threads of their own.
+
+    Args:
+        beats: of all nodes.
         node: index of this node.
         cut_off: called once no beat got through for so long.
         lost_after_s: that time.
@@ -42,10 +64,10 @@ def keep(store: Counters, node: int, cut_off: Callable[[], object], *, lost_afte
     closed, through_s = Event(), [time.monotonic()]
 
     def beat() -> None:
-        while True:
+        for number in count(1):
             began_s = time.monotonic()
             try:
-                store.add(_key(node), 1)
+                beats.beat(node, number)
             except Exception:
                 closed.set()
                 return
@@ -63,12 +85,12 @@ def keep(store: Counters, node: int, cut_off: Callable[[], object], *, lost_afte
 
 
 def watch(
-    store: Counters, nodes: Iterable[int], unheard: Callable[[int], object], *, lost_after_s: float = LOST_AFTER_S
+    beats: Beats, nodes: Iterable[int], unheard: Callable[[int], object], *, lost_after_s: float = LOST_AFTER_S
 ) -> None:
     """Hears of other nodes, in a thread of its own.
 
     Args:
-        store: a connection of its own.
+        beats: of all nodes.
         nodes: indices of the others; who has not come yet is not missed.
         unheard: called with each that was not heard of for so long, once.
         lost_after_s: that time; it is waited for a tenth longer.
@@ -77,14 +99,14 @@ def watch(
 
     def look() -> None:
         while heard:
-            for node, (beats, at_s) in list(heard.items()):
+            for node, (last, at_s) in list(heard.items()):
                 try:
-                    now = store.add(_key(node), 0)
+                    now = beats.newest(node)
                 except Exception:
                     return
-                if now != beats:
+                if now > last:
                     heard[node] = (now, time.monotonic())
-                elif beats and time.monotonic() - at_s > lost_after_s * _LATER:
+                elif last and time.monotonic() - at_s > lost_after_s * _LATER:
                     del heard[node]
                     unheard(node)
             time.sleep(lost_after_s / _LOOKS)

@@ -6,6 +6,7 @@ ends all when one fails.
 
 import json
 import os
+import secrets as tokens
 import selectors
 import shutil
 import subprocess
@@ -175,7 +176,7 @@ class MpiHandle:
         os.close(log)
         self._selector, self._open = selectors.DefaultSelector(), True
         self._selector.register(self._stream(self._job.stdout), selectors.EVENT_READ)
-        self._say({"plan": asdict(plan), "secrets": dict(secrets)})
+        self._say({"plan": asdict(plan), "secrets": dict(secrets), "key": tokens.token_hex(32)})
 
     def _stream(self, found: "IO[bytes] | None") -> "IO[bytes]":
         assert found is not None, "it was started with pipes"

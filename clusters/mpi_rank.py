@@ -29,7 +29,9 @@ from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.mpi_seat import seat_of
 from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
+from meshwright.clusters.node_counters import counters_of
 from meshwright.clusters.setup import SetupError, run_setup
+from meshwright.parallel.keyed import BOARD_KEY, derived
 
 __all__ = ["main", "own_environment"]
 
@@ -135,6 +137,7 @@ class _Process:
         if self.plan["setup"] is not None:
             own = self._set_up(own)
         told = self.seat.as_torchrun(address, port, self.plan["run_id"])
+        told[BOARD_KEY] = derived(bytes.fromhex(self.message["key"]), "board").hex()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **own, **told}
 
@@ -158,6 +161,7 @@ class _Process:
         environment = self.environment(*self.meet())
         if self.local.rank == 0:
             self.broom = _sweep_after(self.plan["run_id"], self.seat.node)
+            counters_of(self.plan, self.seat.node).start()
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)

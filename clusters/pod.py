@@ -23,6 +23,7 @@ from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
 from meshwright.clusters.masking import Concealer, Mask, conceal_while, logs_of
+from meshwright.clusters.node_counters import FOLDER, thinned
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
@@ -30,7 +31,8 @@ from meshwright.clusters.spawn import end_agent, spawn_agent
 __all__ = ["code_of", "main"]
 
 _RETRY_S = 0.5
-_RECORD = re.compile(r"errors/[^/]+\.json|ranks/[0-9]+/error\.json")
+_RECORD = re.compile(r"errors/[^/]+\.json|ranks/[0-9]+/error\.json|nodes/[^/]+\.jsonl")
+_MOST_COUNTED = 100
 _OF_RANK = re.compile(r"(?:logs/rank-|errors/rank-|ranks/)([0-9]+)")
 _KEPT = ("started", "exit", "decided", "health", "result")
 _CODES = {"setup_failed": 70, "rendezvous_failed": 76, "error": 70, "stopped": 143, "abandoned": 143}
@@ -69,6 +71,7 @@ class _Printer:
 
     def __init__(self, host: str, ranks: Collection[int], mask: Mask) -> None:
         self._host, self._ranks, self._mask = host, ranks, mask
+        self._counted = f"{FOLDER}/{host}.jsonl"
         self._rest: dict[str, bytes] = {}
         self.records: dict[str, str] = {}
 
@@ -81,7 +84,7 @@ class _Printer:
         if name.startswith("logs/rank-"):
             *lines, self._rest[name] = (self._rest.get(name, b"") + data).split(b"\n")
             self._print(name, lines)
-        elif _RECORD.fullmatch(name):
+        elif _RECORD.fullmatch(name) and (name == self._counted or not name.startswith(FOLDER)):
             self.records[name] = (self.records[name] if part["at"] else "") + data.decode(errors="replace")
 
     def _print(self, name: str, lines: list[bytes]) -> None:
@@ -96,9 +99,17 @@ class _Printer:
         files = {}
         for name, text in self.records.items():
             with suppress(ValueError):  # a rank that was killed while it wrote
-                files[name] = json.loads(text)
+                files[name] = _few(text) if name.endswith(".jsonl") else json.loads(text)
         told = {"node": self._host, "exit_code": code, "events": events, "files": files}
         sys.stdout.write(json.dumps({"meshwright": self._mask.inside(told)}) + "\n")
+
+
+def _few(text: str) -> list[Mapping[str, Any]]:
+    """Counters of a node, as few as fit into a line of a log."""
+    records: list[Mapping[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    while len(records) > _MOST_COUNTED:
+        records = thinned(records)
+    return records
 
 
 def _first_pod(meeting: Mapping[str, Any], timeout_s: float) -> str | None:

@@ -6,6 +6,7 @@ and a node only unpickles a state that was signed with the key of its run.
 
 import hmac
 import os
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +24,14 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
 
 from meshwright.clusters.network import bind_free, dial
+from meshwright.parallel.keyed import Keyed
 
 __all__ = ["KeyedBackend", "NodeMeeting", "Place", "meet_by_file", "meet_by_store"]
 
 _KEY_OF_RANKS = "meshwright_store_of_ranks"
 _STORE_TIMEOUT = timedelta(seconds=60)
 _DIAL_S = 10.0
+_LOOK_S = 0.05
 _MAC_BYTES = 32
 _ANY = (0, 0)  # ports: whichever the kernel gives
 
@@ -112,10 +115,12 @@ class NodeMeeting(RendezvousHandler):
         inner: torch's handler of the nodes.
         place: where stores listen.
         port: of the stores of ranks, one after the other; None takes any.
+        key: of the run.
     """
 
-    def __init__(self, inner: RendezvousHandler, place: Place, port: int | None = None) -> None:
+    def __init__(self, inner: RendezvousHandler, place: Place, port: int | None = None, *, key: bytes) -> None:
         self._inner, self._place, self._port = inner, place, port
+        self.key, self._keyed = key, Keyed(key, str(inner.get_run_id()))
         self._store: TCPStore | None = None
 
     @property
@@ -124,16 +129,29 @@ class NodeMeeting(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meets the other nodes again."""
+        """Meets the other nodes again.
+
+        Raises:
+            RendezvousStateError: when the first one does not say where ranks meet.
+        """
         found = self._inner.next_rendezvous()
         if found.rank == 0:
             if self._port is not None:
                 self._store = None  # lets go of the port
             self._store = self._place.listen(self._port)
-            found.store.set(_KEY_OF_RANKS, str(self._store.port))
-        port = int(found.store.get(_KEY_OF_RANKS).decode())
-        told = RendezvousStoreInfo(self._place.address, port)
+            found.store.set(_KEY_OF_RANKS, self._keyed.signed(_KEY_OF_RANKS, str(self._store.port)))
+        told = RendezvousStoreInfo(self._place.address, self._port_of_ranks(found.store))
         return RendezvousInfo(found.store, found.rank, found.world_size, told)
+
+    def _port_of_ranks(self, store: Any) -> int:
+        """Where the first node says that ranks meet; what others say is passed over."""
+        end_s = time.monotonic() + _STORE_TIMEOUT.total_seconds()
+        while time.monotonic() < end_s:
+            text = self._keyed.opened(_KEY_OF_RANKS, store.get(_KEY_OF_RANKS))
+            if text is not None:
+                return int(text)
+            time.sleep(_LOOK_S)
+        raise RendezvousStateError("the first node did not say where ranks meet; somebody else did in its place")
 
     def get_backend(self) -> str:
         """Name of torch's backend."""
@@ -175,15 +193,21 @@ def _parameters(plan: Mapping[str, Any], node: int, endpoint: str) -> Rendezvous
     )
 
 
-def meet_by_file(plan: Mapping[str, Any], node: int) -> NodeMeeting:
-    """A meeting of nodes that are all on this machine: a file of the run directory; ranks' stores are on loopback."""
+def meet_by_file(plan: Mapping[str, Any], node: int, *, key: bytes) -> NodeMeeting:
+    """A meeting of nodes that are all on this machine: a file of the run directory; ranks' stores are on loopback.
+
+    Args:
+        plan: of the run, as a dictionary.
+        node: index of this node.
+        key: of the run.
+    """
     if len(plan["nodes"]) == 1:  # torch waits up to 0.3 s so that nodes do not all come at once
         setattr(dynamic_rendezvous, "_delay", lambda seconds: None)  # noqa: B010 (torch keeps it to itself)
     name = f"rendezvous-{len(plan['limits']['past'])}"  # other nodes have met in this directory before
     parameters = _parameters(plan, node, str(Path(plan["run_dir"], "private", name)))
     backend, store = create_backend(parameters)
     handler = dynamic_rendezvous.create_handler(store, backend, parameters)
-    return NodeMeeting(handler, Place("127.0.0.1", _ANY, everywhere=False), plan["meeting"]["port"])
+    return NodeMeeting(handler, Place("127.0.0.1", _ANY, everywhere=False), plan["meeting"]["port"], key=key)
 
 
 def meet_by_store(plan: Mapping[str, Any], node: int, *, place: Place, store: TCPStore, key: bytes) -> NodeMeeting:
@@ -198,4 +222,4 @@ def meet_by_store(plan: Mapping[str, Any], node: int, *, place: Place, store: TC
     """
     parameters = _parameters(plan, node, f"{place.address}:{store.port}")
     backend = KeyedBackend(store, plan["run_id"], key)
-    return NodeMeeting(dynamic_rendezvous.create_handler(store, backend, parameters), place)
+    return NodeMeeting(dynamic_rendezvous.create_handler(store, backend, parameters), place, key=key)

@@ -2,7 +2,8 @@
 
     a rank fails -> the node calls -> all nodes end their ranks and tell -> the first decision that is written stands
 
-All goes through the store of the attempt's nodes, so it works without a launcher. A node alone decides alone.
+All goes through the store of the attempt's nodes, so it works without a launcher; what a node writes there has a mac
+of the run's key (`keyed`), and what others write is as if it were not there. A node alone decides alone.
 """
 
 import json
@@ -19,6 +20,7 @@ from meshwright.clusters.deaths import Death
 from meshwright.clusters.failure import Failure, failure_of
 from meshwright.clusters.records import error_records, hang_record, last_words, log_end, newest_step
 from meshwright.clusters.retry import Decision, decide, decision_from, policy_from
+from meshwright.parallel.keyed import Keyed
 
 __all__ = ["Rounds"]
 
@@ -26,7 +28,45 @@ _LOOK_S = 0.05
 _LATE_S = 5.0
 _CALLED = "meshwright/failed"
 _DECIDED = "meshwright/decided"
+_TRIES = 10
 _SICK = 78  # of a doctor who found a node unfit
+
+
+class _Talk:
+    """What nodes of one attempt write and read.
+
+    Args:
+        store: of them.
+        keyed: of the attempt.
+    """
+
+    def __init__(self, store: Any, keyed: Keyed) -> None:
+        self._store, self._keyed = store, keyed
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a text; a store that is gone went with its node, which ends the run."""
+        with suppress(Exception):
+            self._store.set(name, self._keyed.signed(name, text))
+
+    def read(self, name: str) -> str | None:
+        """What a node of this run wrote; None where none did."""
+        with suppress(Exception):
+            return self._keyed.opened(name, self._store.get(name)) if self._store.check([name]) else None
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether a node of this run wrote something."""
+        return self.read(name) is not None
+
+    def settle(self, name: str, text: str) -> str:
+        """The first text that a node of this run wrote there; what others wrote gives way to this one."""
+        mine, stands = self._keyed.signed(name, text), b""
+        for _ in range(_TRIES):
+            stands = self._store.compare_set(name, stands, mine)
+            found = self._keyed.opened(name, stands)
+            if found is not None:
+                return found
+        return text
 
 
 class Rounds:
@@ -38,6 +78,7 @@ class Rounds:
         stopped: whether the run is being ended, so that nothing is waited for.
         sick: what is wrong with this machine and since when, as far as it was seen while ranks ran.
         mask: replaces secrets in what other nodes are told.
+        key: of the run.
     """
 
     def __init__(
@@ -48,13 +89,14 @@ class Rounds:
         *,
         sick: Callable[[], tuple[str, float] | None] = lambda: None,
         mask: Callable[[str], str] = str,
+        key: bytes = b"",
     ) -> None:
         self._plan, self._node, self._stopped, self._sick = plan, node, stopped, sick
-        self._mask = mask
+        self._mask, self._key = mask, key
+        self._talk = _Talk(None, Keyed(key, ""))
         self._name: str = plan["nodes"][node]["name"]
         self._limits: Mapping[str, Any] = plan["limits"]
         self._began_s = self._attempt_s = time.time()
-        self._store: Any = None
         self.history: list[Decision] = [decision_from(each) for each in self._limits["past"]]
 
     def begin(self, store: Any, attempt: int) -> None:
@@ -64,7 +106,8 @@ class Rounds:
             store: of its nodes.
             attempt: from 0.
         """
-        self._store, self._attempt_s = store, time.time()
+        self._attempt_s = time.time()
+        self._talk = _Talk(store, Keyed(self._key, f"{self._plan['run_id']}, attempt {attempt}"))
         while len(self.history) < attempt:  # this node started again without having heard why
             self.history.append(Decision(True, "", 0.0, len(self.history), Failure("")))
 
@@ -76,12 +119,12 @@ class Rounds:
     @property
     def called(self) -> bool:
         """Whether a node has said that a rank of this attempt failed, after which ranks may start again."""
-        return self._shared and self._has(_CALLED)
+        return self._shared and self._talk.has(_CALLED)
 
     def call(self) -> None:
         """Says that a rank of this node failed."""
         if self._shared:
-            self._set(_CALLED, "1")
+            self._talk.write(_CALLED, "1")
 
     def leave(self) -> None:
         """Says that all ranks of this node have succeeded."""
@@ -134,31 +177,22 @@ class Rounds:
         self._tell(own)
         end_s = time.monotonic() + self._limits["shutdown_grace_s"] + _LATE_S
         others = [node["index"] for node in self._plan["nodes"] if node["index"] != self._node]
-        while not self._stopped() and time.monotonic() < end_s and not self._has(_DECIDED):
-            if all(self._has(_key(other)) for other in others):
+        while not self._stopped() and time.monotonic() < end_s and not self._talk.has(_DECIDED):
+            if all(self._talk.has(_key(other)) for other in others):
                 break
             time.sleep(_LOOK_S)
         mine = self._decide([own, *(told for other in others if (told := self._heard(_key(other))) is not None)])
         with suppress(Exception):  # the node that keeps the store may be gone, having decided
-            stands = self._store.compare_set(_DECIDED, "", json.dumps(mine.as_saved()))
-            return decision_from(json.loads(stands))
+            return decision_from(json.loads(self._talk.settle(_DECIDED, json.dumps(mine.as_saved()))))
         return mine
 
     def _tell(self, failure: Failure) -> None:
-        self._set(_key(self._node), json.dumps(asdict(failure)))
-
-    def _set(self, key: str, text: str) -> None:
-        with suppress(Exception):  # a store that is gone went with its node, which ends the run
-            self._store.set(key, text)
-
-    def _has(self, key: str) -> bool:
-        with suppress(Exception):
-            return bool(self._store.check([key]))
-        return False
+        self._talk.write(_key(self._node), json.dumps(asdict(failure)))
 
     def _heard(self, key: str) -> Failure | None:
-        with suppress(Exception):
-            return Failure(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+        text = self._talk.read(key)
+        with suppress(TypeError, ValueError):  # of another version
+            return None if text is None else Failure(**json.loads(text))
         return None
 
 

@@ -16,11 +16,11 @@ __all__ = ["Keeper", "Sender", "make_run_dir"]
 FOLDERS = ("logs", "errors", "ranks", "private")
 """Folders of a run directory."""
 
-_GROWING = ("logs/*.log", "metrics.jsonl")
-_LAST = ("errors/*.json", "ranks/*/error.json", "ranks/*/progress.json", "*.png", "trace.json")
+_GROWING = ("logs/*.log", "nodes/*.jsonl", "metrics.jsonl")
+_LAST = ("errors/*.json", "hang/*.json", "ranks/*/error.json", "ranks/*/progress.json", "*.png", "trace.json")
 _ACCEPTED = re.compile(
-    r"logs/[A-Za-z0-9._-]+\.log|errors/[a-z0-9-]+\.json|ranks/[0-9]+/(error|progress)\.json|metrics\.jsonl|trace\.json"
-    r"|[a-z]+\.png"
+    r"logs/[A-Za-z0-9._-]+\.log|nodes/[A-Za-z0-9._-]+\.jsonl|(errors|hang)/[a-z0-9-]+\.json"
+    r"|ranks/[0-9]+/(error|progress)\.json|metrics\.jsonl|trace\.json|[a-z]+\.png"
 )
 _PART_BYTES = 1 << 18
 _MAX_FILE_BYTES = 1 << 30

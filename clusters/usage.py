@@ -1,25 +1,41 @@
-"""What this node does now: bytes that went over its network, and how busy one of its GPUs is.
+"""What this node does now: bytes that went over its network, and how busy its processors and GPUs are.
 
 A file, a library or a GPU that is not there is an ordinary answer (None), never an error.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.interfaces import HOST_LOCAL
 
-__all__ = ["GpuMeter", "GpuUse", "Traffic", "loopback_bytes", "network_traffic", "rdma_traffic"]
+__all__ = [
+    "GpuMeter",
+    "GpuUse",
+    "Traffic",
+    "cpu_ticks",
+    "gpus_now",
+    "loopback_bytes",
+    "memory_used_bytes",
+    "network_traffic",
+    "rdma_traffic",
+]
 
 _COUNTS = Path("/proc/net/dev")
 _NET = Path("/sys/class/net")
 _RDMA = Path("/sys/class/infiniband")
+_STAT = Path("/proc/stat")
+_MEMORY = Path("/proc/meminfo")
 _RDMA_WORD_BYTES = 4
 """port_xmit_data and port_rcv_data count words of 4 octets (Linux, Documentation/ABI/stable/sysfs-class-infiniband)."""
 
 _RECEIVED, _SENT = 0, 8
 """Columns of /proc/net/dev behind an interface's name."""
+
+_IDLE = slice(3, 5)
+"""Of the first line of /proc/stat: what processors did nothing in, and what they waited for disks in."""
 
 _TEMPERATURE = 0
 
@@ -107,15 +123,41 @@ def rdma_traffic(folder: Path = _RDMA) -> Traffic | None:
     return Traffic(_RDMA_WORD_BYTES * sent, _RDMA_WORD_BYTES * received) if ports else None
 
 
+def cpu_ticks(stat: Path = _STAT) -> tuple[int, int] | None:
+    """Ticks in which processors of this host were busy, and all ticks, since it started.
+
+    Args:
+        stat: /proc/stat, or a file like it.
+    """
+    try:
+        ticks = [int(word) for word in stat.read_text().partition("\n")[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    return (sum(ticks) - sum(ticks[_IDLE]), sum(ticks)) if ticks else None
+
+
+def memory_used_bytes(memory: Path = _MEMORY) -> int | None:
+    """Memory of this host that programs could not have, caches not counted.
+
+    Args:
+        memory: /proc/meminfo, or a file like it.
+    """
+    try:
+        told = dict(line.split(":") for line in memory.read_text().splitlines())
+        return (int(told["MemTotal"].split()[0]) - int(told["MemAvailable"].split()[0])) * 1024
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+
+
 class GpuMeter:
     """Asks NVML how busy one GPU is.
 
     Args:
-        uuid: such as "GPU-6a2f...": indices of NVML and of CUDA_VISIBLE_DEVICES differ.
+        which: its uuid, such as "GPU-6a2f..." (indices of NVML and of CUDA_VISIBLE_DEVICES differ), or NVML's index.
     """
 
-    def __init__(self, uuid: str) -> None:
-        self._library, self._handle = _opened(uuid)
+    def __init__(self, which: str | int) -> None:
+        self._library, self._handle = _opened(which)
 
     def read(self) -> GpuUse | None:
         """How busy it is now; None where there is no library, no driver, or no such GPU."""
@@ -136,12 +178,50 @@ class GpuMeter:
         except Exception:  # NVMLError, and what the Python library raises where the driver's is older than it
             return None
 
+    def close(self) -> None:
+        """Asks no more."""
+        if self._library is not None:
+            with suppress(Exception):
+                self._library.nvmlShutdown()
 
-def _opened(uuid: str) -> tuple[Any, Any]:
+
+def _opened(which: str | int) -> tuple[Any, Any]:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        find = pynvml.nvmlDeviceGetHandleByIndex if isinstance(which, int) else pynvml.nvmlDeviceGetHandleByUUID
+        return pynvml, find(which)
     except Exception:  # no package, no library, no driver, another package of this name, no such GPU
         return None, None
+
+
+def gpus_now(gpus: Collection[int] | None = None) -> list[GpuUse]:
+    """How busy GPUs of this node are now; none where nobody tells. Nothing of the library stays open.
+
+    Args:
+        gpus: indices of NVML; None is all.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # as above
+        return []
+    try:
+        shown = [index for index in range(pynvml.nvmlDeviceGetCount()) if gpus is None or index in gpus]
+        return [use for index in shown if (use := _use_of(index)) is not None]
+    except Exception:  # a driver that was taken away meanwhile
+        return []
+    finally:
+        with suppress(Exception):
+            pynvml.nvmlShutdown()
+
+
+def _use_of(index: int) -> GpuUse | None:
+    """Of one GPU; the library counts who opened it, and is left as it was found."""
+    meter = GpuMeter(index)
+    try:
+        return meter.read()
+    finally:
+        meter.close()

@@ -9,12 +9,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any
 
 from meshwright.clusters.gpus import NO_DRIVER, NO_GPU, NO_LIBRARY, Gpu, GpuReport, Xid
+from meshwright.clusters.turns import Turns
 
 __all__ = ["GpuWatch", "Watch", "faults_of", "shown_gpus", "watch_from"]
 
@@ -101,14 +101,21 @@ class GpuWatch:
         gpus: indices of the GPUs of this node's ranks; None is all.
         tell: sends an event to the launcher.
         read: asks the driver.
+        turns: with who forks.
     """
 
     def __init__(
-        self, watch: Watch, gpus: Collection[int] | None, *, tell: Callable[..., None], read: Callable[[], GpuReport]
+        self,
+        watch: Watch,
+        gpus: Collection[int] | None,
+        *,
+        tell: Callable[..., None],
+        read: Callable[[], GpuReport],
+        turns: Turns | None = None,
     ) -> None:
         self._watch, self._gpus, self._tell, self._read = watch, gpus, tell, read
         self._before: Collection[Xid] | None = None
-        self._asking = Lock()
+        self._turns = turns or Turns()
         self._known: dict[str, float] = {}
 
     def start(self) -> None:
@@ -121,7 +128,7 @@ class GpuWatch:
 
     def look(self) -> bool:
         """Looks once and tells what is new; tells whether there is anything to look at."""
-        with self._asking:
+        with self._turns:
             report, now = self._read(), round(time.time(), 3)
         if self._before is None:
             self._before = report.xids or ()
@@ -135,20 +142,6 @@ class GpuWatch:
                 self._known = {**self._known, words: now}  # a new one: another thread reads it
                 self._tell("health", fault=words, found=words, time_unix_s=now)
         return True
-
-    @contextmanager
-    def still(self, timeout_s: float) -> Iterator[bool]:
-        """Asks the driver nothing, for who forks: a fork in the middle of a question could never ask one.
-
-        Args:
-            timeout_s: a driver that does not answer for so long is not waited for, and False is given.
-        """
-        held = self._asking.acquire(timeout=timeout_s)
-        try:
-            yield held
-        finally:
-            if held:
-                self._asking.release()
 
     @property
     def fault(self) -> tuple[str, float] | None:

@@ -115,7 +115,8 @@ class Fetched:
         except (ValueError, KeyError, TypeError):
             return  # of another version in the image
         for name, value in files.items():
-            data = base64.b64encode(json.dumps(value).encode()).decode()
+            lines = value if name.endswith(".jsonl") else [value]
+            data = base64.b64encode("".join(f"{json.dumps(line)}\n" for line in lines).encode()).decode()
             Keeper(self._run_dir)({"path": name, "at": 0, "data": data})
 
     def _append(self, name: str, line: str) -> None:

@@ -19,6 +19,7 @@ from meshwright.clusters.masking import Concealer, Mask, conceal_while
 from meshwright.clusters.records import error_records, hang_record, last_words, log_end
 from meshwright.launch.exits import Exit
 from meshwright.launch.health_lines import HealthLines
+from meshwright.launch.page.live import LivePage
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.restarts import RestartLines, line_of
@@ -160,6 +161,11 @@ def _bar(run: Run) -> "ProgressBar":
     return ProgressBar(run.directory / "metrics.jsonl", run.job.train.steps)
 
 
+def _pages(run: Run, write: Callable[[str], object]) -> list[LivePage]:
+    """The page of a run that logs steps, while it goes on."""
+    return [] if run.job.train is None else [LivePage(run.directory, write)]
+
+
 class _Output:
     """Where lines of ranks go while the run lasts."""
 
@@ -182,13 +188,16 @@ class _Output:
         self._health = HealthLines(run.directory, run.mask, write)
         self._concealer, self._ended = Concealer(run.directory, run.secrets), Event()
         self._thread = conceal_while(self._concealer, self._ended)
-        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, self._health, *bar]
+        self._page = _pages(run, write)
+        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, self._health, *bar, *self._page]
 
     def close(self) -> None:
         self._stream.close()
         self._ended.set()
         self._thread.join()
         self._concealer.finish()
+        for page in self._page:
+            page.close()
         if self._bar:
             self._bar.close()
 

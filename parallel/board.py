@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from meshwright.parallel.keyed import BOARD_KEY, Keyed
+
 __all__ = ["Board", "FolderBoard", "RecordedBoard", "StoreBoard", "board_of"]
 
 
@@ -56,23 +58,31 @@ class StoreBoard:
 
     Args:
         store: of torch; a connection of its own, since the main thread may be waiting on the other one.
+        key: of the ranks, without which texts of anybody count; that of the environment unless given.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, key: str | None = None) -> None:
         self._store = store
+        key = os.environ.get(BOARD_KEY) if key is None else key
+        self._keyed = Keyed(bytes.fromhex(key), "ranks") if key else None  # names have the attempt
         self._known: set[int] = set()
 
     def put(self, rank: int, text: str) -> None:
         """Sets a key."""
-        self._store.set(self._key(rank), text)
+        name = self._key(rank)
+        self._store.set(name, text if self._keyed is None else self._keyed.signed(name, text))
 
     def read(self, ranks: Iterable[int]) -> dict[int, str]:
-        """The keys that are there."""
+        """The keys that are there, and that ranks have written."""
         wanted = list(ranks)
         self._known.update(rank for rank in wanted if rank not in self._known and self._store.check([self._key(rank)]))
         known = [rank for rank in wanted if rank in self._known]
         values = self._store.multi_get([self._key(rank) for rank in known]) if known else []
-        return {rank: value.decode() for rank, value in zip(known, values, strict=True)}
+        found = {rank: self._opened(self._key(rank), value) for rank, value in zip(known, values, strict=True)}
+        return {rank: text for rank, text in found.items() if text is not None}
+
+    def _opened(self, name: str, value: bytes) -> str | None:
+        return value.decode() if self._keyed is None else self._keyed.opened(name, value)
 
     def _key(self, rank: int) -> str:
         return f"meshwright/progress/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"

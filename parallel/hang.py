@@ -5,7 +5,9 @@ other. A rank that waits for another is a victim. Nothing hangs as long as one r
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from meshwright.parallel.flight_recorder import Recorded, Started
 
 __all__ = ["EXIT_CODE", "PATIENCE_S", "Hang", "Note", "Sight", "find_hang"]
 
@@ -34,6 +36,7 @@ class Note:
         left: whether it has left the others in peace.
         place: on the mesh, such as "pp=1, dp=0".
         stack: where its threads are, once it stands still.
+        recorded: what torch recorded of its collectives, once it stands still.
     """
 
     words: str
@@ -46,6 +49,7 @@ class Note:
     left: bool = False
     place: str = ""
     stack: str = ""
+    recorded: Recorded = field(default_factory=Recorded)
 
     @property
     def where(self) -> str:
@@ -140,9 +144,23 @@ def _edges(rank: int, sights: Mapping[int, Sight]) -> list[int]:
     if note.left:
         return []
     if not note.waits_for and note.inside:
-        return [other for other, each in sights.items() if other != rank and not each.note.waits]
+        return _absent(rank, sights)
     met = {other for other, each in sights.items() if note.call and each.note.call == note.call}
     return [peer for peer in note.waits_for if peer in sights and peer not in met]
+
+
+def _absent(rank: int, sights: Mapping[int, Sight]) -> list[int]:
+    """Whom a call of a program's own waits for: those that torch misses there, or who waits for nobody."""
+    seen = _missing(rank, sights)
+    if seen is not None:
+        return list(seen[1])
+    return [other for other, each in sights.items() if other != rank and not each.note.waits]
+
+
+def _missing(rank: int, sights: Mapping[int, Sight]) -> tuple[Started, Mapping[int, str]] | None:
+    """The collective in which torch saw a rank wait, and ranks that it did not see there, with why."""
+    others = {other: each.note.recorded for other, each in sights.items() if other != rank and not each.note.left}
+    return sights[rank].note.recorded.missing(others)
 
 
 def _running(sights: Mapping[int, Sight], edges: Mapping[int, list[int]]) -> list[int]:
@@ -165,9 +183,10 @@ def _reached(rank: int, edges: Mapping[int, list[int]]) -> set[int]:
     return seen
 
 
-def _circle(present: Collection[int], edges: Mapping[int, list[int]]) -> list[int]:
-    """Ranks that wait for themselves in the end."""
-    return sorted(rank for rank in present if rank in _reached(rank, edges))
+def _circle(present: Mapping[int, Sight], edges: Mapping[int, list[int]]) -> list[int]:
+    """Ranks that wait for themselves in the end; those first that are in a call of which our notes know nothing."""
+    found = [rank for rank in present if rank in _reached(rank, edges)]
+    return sorted(found, key=lambda rank: (bool(present[rank].note.waits_for), rank))
 
 
 def _told(sights: Mapping[int, Sight], suspects: tuple[int, ...], silent: Collection[int]) -> Hang:
@@ -214,4 +233,16 @@ def _victim(rank: int, sights: Mapping[int, Sight]) -> str:
     if not note.waits:
         return f"is at {note.where}"
     whom = " for rank" + ("s " if len(missing) > 1 else " ") + ", ".join(map(str, missing)) if missing else ""
-    return f"waits{whom} at {note.where}"
+    return f"waits{whom} at {note.where}{_recorded(rank, sights)}"
+
+
+def _recorded(rank: int, sights: Mapping[int, Sight]) -> str:
+    """What torch saw a waiting rank call, and who has not; empty where torch recorded nothing."""
+    started, seen = sights[rank].note.recorded.started, _missing(rank, sights)
+    if not started:
+        return ""
+    call = started[0] if seen is None else seen[0]
+    if seen is None:
+        return f" (torch: {call.words})"
+    absent = _some([f"rank {other} ({why})" for other, why in seen[1].items()])
+    return f" (torch: {call.words}; not joined by {', '.join(absent)})"

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from meshwright.parallel.board import Board, board_of
+from meshwright.parallel.flight_recorder import Recorder, recorded_from, save
 from meshwright.parallel.hang import EXIT_CODE, Hang, Note, Sight, find_hang
 from meshwright.parallel.progress import HERE, Progress, told
 
@@ -80,7 +81,7 @@ class Watchdog:
         self._awake_s = self._answered_s = now
         nothing = Note("nothing that it told", 0.0, patient=True)
         self._seen = {other: _Seen(nothing, -1, now) for other in range(num_ranks) if other != rank}
-        self._over = threading.Event()
+        self._over, self._recorder = threading.Event(), Recorder()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._publish, self._judge)]
 
     def start(self) -> None:
@@ -126,14 +127,15 @@ class Watchdog:
         before = self._seen[rank]
         if text["life"] == _life() and (beat, pid, host) != (before.beat, before.pid, before.host):
             fields = {name: text[name] for name in Note.__dataclass_fields__}
-            fields["waits_for"] = tuple(fields["waits_for"])
+            fields |= {"waits_for": tuple(text["waits_for"]), "recorded": recorded_from(text["recorded"])}
             self._seen[rank] = _Seen(Note(**fields), beat, time.monotonic(), pid, host)
 
     def _note(self, *, left: bool = False) -> Note:
         at, step = self._here.at, self._here.step
         found = told(at)
         age_s = max(0.0, time.monotonic() - max(at[0], self._awake_s))
-        stack, inside = _stacks() if age_s > self._asked.limit_s / 2 else ("", "")
+        still = age_s > self._asked.limit_s / 2
+        stack, inside = _stacks() if still else ("", "")
         return Note(
             found.words,
             age_s,
@@ -145,6 +147,7 @@ class Watchdog:
             left,
             self._here.place,
             stack,
+            recorded_from(self._recorder.newest(still=still)),
         )
 
     def _judge(self) -> None:
@@ -160,6 +163,8 @@ class Watchdog:
             if hang is not None and self._asked.warn:
                 warned = self._here.at
                 _write(f"{hang.line}\n")
+                if self._asked.run_dir is not None:
+                    save(self._asked.run_dir, self._rank)
             elif hang is not None:
                 self._end(hang)
 
@@ -182,6 +187,8 @@ class Watchdog:
         if self._asked.run_dir is not None:
             with suppress(OSError):
                 _record(self._asked.run_dir, self._rank, hang, stacks=stacks)
+            save(self._asked.run_dir, self._rank)
+            time.sleep(2 * self._beat_s)  # others that find it too are ended once this one has
         self._leave(EXIT_CODE)
         self._over.set()
 

@@ -6,35 +6,53 @@ its names or messages could not run or load anything.
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
 
 from meshwright.launch.page.charts import Chart, draw
 from meshwright.launch.page.panels import charts, figures
-from meshwright.launch.page.read import RunView
+from meshwright.launch.page.read import RunView, points
 from meshwright.launch.page.style import SCRIPT, STYLE
+from meshwright.launch.page.units import STEP
 
-__all__ = ["document"]
+__all__ = ["Live", "document"]
 
 _STATES = frozenset(["succeeded", "failed", "interrupted", "running", "pending", "lost", "cancelled"])
 
 
-def document(view: RunView) -> str:
+@dataclass(frozen=True)
+class Live:
+    """What is said of a run that goes on.
+
+    Args:
+        attempt: how often it was started again.
+        again_s: after which a browser asks for the page again.
+    """
+
+    attempt: int
+    again_s: float
+
+
+def document(view: RunView, live: Live | None = None) -> str:
     """The page of a run.
 
     Args:
         view: of the run.
+        live: where it goes on, and its page is written again.
 
     >>> "<h1>a &lt;b&gt;</h1>" in document(RunView("a <b>", "r1", "running"))
     True
     """
-    parts = (_header, _figures, _failure, _charts, _restarts, _machines, _footer)
-    body = "".join(each for part in parts for each in part(view))
+    parts = (_figures, _failure, _charts, _restarts, _machines, _footer)
+    body = "".join([*_header(view, live), *(each for part in parts for each in part(view))])
+    again = "" if live is None else f'<meta http-equiv="refresh" content="{math.ceil(live.again_s)}">\n'
     policy = f"default-src 'none'; img-src data:; style-src {_digest(STYLE)}; script-src {_digest(SCRIPT)}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{again}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{escape(view.name)}: {escape(view.state)}</title>\n<link rel="icon" href="data:,">\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
@@ -45,13 +63,22 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _header(view: RunView) -> Iterator[str]:
+def _header(view: RunView, live: Live | None) -> Iterator[str]:
     state = view.state if view.state in _STATES else "unknown"
     yield f'<header><h1>{escape(view.name)}</h1><span class="pill {state}">{escape(view.state)}</span>'
-    facts = [f"run {view.run_id}", *view.facts]
+    facts = [*([] if live is None else _standing(view, live)), f"run {view.run_id}", *view.facts]
     if view.started_unix_s is not None:
         facts.append(f"started {_clock(view.started_unix_s)}")
     yield f'<div class="facts">{"".join(f"<span>{escape(fact)}</span>" for fact in facts)}</div></header>\n'
+
+
+def _standing(view: RunView, live: Live) -> Iterator[str]:
+    """How far a run has come that goes on, and as of when."""
+    steps = points(view.records, "step")
+    done = STEP.text(steps[-1][1]) if steps else "0"
+    yield f"step {done}{f' of {STEP.text(view.steps)}' if view.steps else ''}"
+    yield f"attempt {live.attempt}"
+    yield f"at {_clock(time.time())}"
 
 
 def _clock(unix_s: float) -> str:
@@ -116,10 +143,10 @@ def _restarts(view: RunView) -> Iterator[str]:
 
 
 def _machines(view: RunView) -> Iterator[str]:
-    if not view.machines:
+    if not view.machines.events:
         return
     yield '<section class="card"><h2>Machines</h2><table><tr><th>node</th><th>at</th><th>what</th></tr>'
-    for each in view.machines:
+    for each in view.machines.events:
         yield f"<tr><td>{escape(each.node)}</td><td>{_when(each.time_unix_s)}</td><td>{escape(each.text)}</td></tr>"
     yield "</table></section>\n"
 

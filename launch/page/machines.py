@@ -1,14 +1,18 @@
-"""What became of a run's machines, from what its directory tells: left out, taken back, at fault."""
+"""A run's machines, from what its directory tells: left out, taken back, at fault, and what they did meanwhile."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meshwright.clusters.node_counters import FOLDER
 from meshwright.launch.page.values import finite, json_of, lines_of, listed
 from meshwright.launch.rundir import EXCLUDED_FILE, HEALTH_FILE
 
-__all__ = ["MachineEvent", "machine_events"]
+__all__ = ["Counted", "MachineEvent", "Machines", "machine_events", "read_machines"]
+
+Counted = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Node -> its counters, by time."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,30 @@ class MachineEvent:
     node: str
     time_unix_s: float | None
     text: str
+
+
+@dataclass(frozen=True)
+class Machines:
+    """All machines of a run.
+
+    Args:
+        events: what became of them, by time.
+        counted: what they did.
+    """
+
+    events: tuple[MachineEvent, ...] = ()
+    counted: Counted = field(default_factory=dict)
+
+
+def read_machines(run_dir: Path, ended: Mapping[str, Any]) -> Machines:
+    """Reads a run directory.
+
+    Args:
+        run_dir: of the run.
+        ended: the exit record; empty while the run is not over.
+    """
+    files = sorted((run_dir / FOLDER).glob("*.jsonl"))
+    return Machines(machine_events(run_dir, ended), {path.stem: tuple(lines_of(path)) for path in files})
 
 
 def machine_events(run_dir: Path, ended: Mapping[str, Any]) -> tuple[MachineEvent, ...]:

@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 from meshwright.launch.page.charts import Chart, Line
+from meshwright.launch.page.nodes import node_charts
 from meshwright.launch.page.read import Point, RunView, points
 from meshwright.launch.page.units import (
     BYTES,
@@ -84,10 +85,12 @@ def charts(view: RunView) -> list[Chart]:
     found = [*_loss(view.records)]
     for title, note, unit, keys in _PANELS[:4]:
         found.extend(_panel(view.records, title, note=note, unit=unit, keys=keys))
-    found.extend(_traffic(view.records))
+    nodes = list(node_charts(view.machines.counted, view.records))
+    ranks = [*_traffic(view.records)]
     for title, note, unit, keys in _PANELS[4:]:
-        found.extend(_panel(view.records, title, note=note, unit=unit, keys=keys))
-    return found
+        ranks.extend(_panel(view.records, title, note=note, unit=unit, keys=keys))
+    told = {chart.title for chart in nodes}
+    return [*found, *nodes, *(chart for chart in ranks if chart.title not in told)]
 
 
 def _loss(records: Records) -> Iterator[Chart]:

@@ -1,11 +1,11 @@
 """What a page shows of a run, read from its directory. A file that is missing, torn or strange shows less."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meshwright.launch.page.machines import MachineEvent, machine_events
+from meshwright.launch.page.machines import Machines, read_machines
 from meshwright.launch.page.values import finite, json_of, lines_of, listed, number
 
 __all__ = ["Mark", "RunView", "points", "read_view"]
@@ -39,7 +39,7 @@ class RunView:
         ended_unix_s: when it ended, or the last record was written.
         records: of metrics.jsonl, in order.
         marks: restarts, in order.
-        machines: what became of them, in order.
+        machines: what became of them, and what they did.
         reason: why it ended, in one line; empty where there is nothing to say.
         failure: the last lines of the first failing rank's traceback.
     """
@@ -53,7 +53,7 @@ class RunView:
     ended_unix_s: float | None = None
     records: tuple[Mapping[str, Any], ...] = ()
     marks: tuple[Mark, ...] = ()
-    machines: tuple[MachineEvent, ...] = ()
+    machines: Machines = field(default_factory=Machines)
     reason: str = ""
     failure: str = ""
 
@@ -101,7 +101,7 @@ def read_view(run_dir: Path, state: str | None = None) -> RunView:
         ended_unix_s=_first(finite(ended.get("ended_unix_s")), max(times, default=None)),
         records=records,
         marks=tuple(_marks(records, ended)),
-        machines=machine_events(run_dir, ended),
+        machines=read_machines(run_dir, ended),
         reason=str(_first(ended.get("reason"), "")),
         failure=_end_of(_dict(ended, "first_failure").get("traceback")),
     )

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from meshwright.launch.page.document import document
+from meshwright.launch.page.document import Live, document
 from meshwright.launch.page.read import read_view
 from meshwright.launch.rundir import write_text
 
@@ -12,19 +12,22 @@ __all__ = ["PAGE", "try_to_write_page", "write_page"]
 PAGE = "page.html"
 
 
-def write_page(run_dir: Path, *, state: str | None = None, output: Path | None = None) -> Path:
+def write_page(
+    run_dir: Path, *, state: str | None = None, output: Path | None = None, live: Live | None = None
+) -> Path:
     """Writes one HTML file, readable by this user only; returns where.
 
     Args:
         run_dir: of the run; may hold nothing but metrics.jsonl.
         state: how the run stands, where there is no exit record.
         output: the file; page.html in the run directory unless given.
+        live: where the run goes on, and its page is written again.
 
     Raises:
         RunDirError: when it cannot be written.
     """
     path = run_dir / PAGE if output is None else output
-    write_text(path, document(read_view(run_dir, state)))
+    write_text(path, document(read_view(run_dir, state), live))
     return path
 
 

@@ -7,6 +7,7 @@ the launcher can tell it from the ranks that only lost their connection to it.
 import errno
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -14,10 +15,12 @@ import traceback
 from pathlib import Path
 
 from meshwright.parallel.errors import MeshwrightError
+from meshwright.parallel.flight_recorder import save
 from meshwright.parallel.progress import HERE
 
 __all__ = ["exit_code_of", "main"]
 
+_TIMED_OUT = re.compile("[Tt]imed? ?out")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -98,6 +101,8 @@ def _record(run_dir: Path, error: BaseException) -> None:
         (folder / f"rank-{rank}.json").write_text(json.dumps(record))
     except OSError as failed:
         sys.stderr.write(f"no error record: {failed}\n")
+    if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
+        save(run_dir, rank)  # as torch saw what this rank waited in
 
 
 def _say(line: str) -> None:

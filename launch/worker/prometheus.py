@@ -6,6 +6,7 @@ The format is "Prometheus text format 0.0.4": https://prometheus.io/docs/instrum
 import math
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
@@ -153,7 +154,7 @@ def metrics_of(job: Job, run_dir: Path, *, rank: int, say: Callable[[str], None]
     if port is None:
         return metrics
     try:
-        endpoint = Endpoint(port, {"job": job.name, "run": os.environ.get("MESHWRIGHT_RUN_ID", run_dir.name)})
+        endpoint = Endpoint(port, _labels(job, run_dir))
     except OSError as error:
         say(
             f"warning: monitor.prometheus_port: port {port} on {_LOOPBACK} cannot be served ({error.strerror}); the "
@@ -163,3 +164,9 @@ def metrics_of(job: Job, run_dir: Path, *, rank: int, say: Callable[[str], None]
     metrics.heard = endpoint.hear
     say(f"metrics for Prometheus: http://{_LOOPBACK}:{endpoint.port}/metrics")
     return metrics
+
+
+def _labels(job: Job, run_dir: Path) -> dict[str, str]:
+    """Of every sample: the run, and the host whose counters they are."""
+    told = {"run": ("MESHWRIGHT_RUN_ID", run_dir.name), "host": ("MESHWRIGHT_HOST", socket.gethostname())}
+    return {"job": job.name, **{label: os.environ.get(name, other) for label, (name, other) in told.items()}}

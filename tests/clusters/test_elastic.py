@@ -1,5 +1,6 @@
 """A node whose ranks hang starts them again or not, as the plan says, with nobody telling it to."""
 
+import json
 import os
 import signal
 import socket
@@ -170,3 +171,21 @@ def test_ranks_that_were_reaped_are_not_signalled_any_more(monkeypatch: pytest.M
     agent.end_ranks()
     agent.kill_ranks()
     assert (rank.returncode, hit) == (-signal.SIGTERM, [])
+
+
+def test_every_node_counts_while_its_ranks_run_and_a_restart_goes_on_with_its_file(tmp_path: Path) -> None:
+    wait = (
+        "import json, os, time\n"
+        "from pathlib import Path\n"
+        f"wanted, nodes = 1 + int(os.environ['MESHWRIGHT_ATTEMPT']), Path({str(tmp_path)!r}, 'nodes')\n"
+        "while [len(each.read_text().splitlines()) >= wanted for each in nodes.glob('*.jsonl')] != [True, True]:\n"
+        "    time.sleep(0.1)\n"
+        "raise SystemExit(wanted == 1)\n"
+    )
+    limits = Limits(max_restarts=1, retry=RetryPolicy(initial_s=0.1))
+    events = heard(started(tmp_path, "counted", wait, limits, num_nodes=2))
+    assert [event["state"] for event in events if event["event"] == "result"] == ["succeeded", "succeeded"]
+    files = sorted((tmp_path / "nodes").iterdir())
+    assert len(files) == 2
+    for path in files:
+        assert {json.loads(line)["node"] for line in path.read_text().splitlines()} == {path.stem}

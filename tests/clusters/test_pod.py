@@ -131,11 +131,25 @@ def test_no_secret_leaves_a_pod_not_in_a_line_that_was_never_ended_and_not_in_it
     assert 3 in [pod.returncode for pod in pods]
 
 
-def test_a_pod_prints_its_own_ranks_only_where_pods_share_their_directory(tmp_path: Path) -> None:
-    pods = _pods(tmp_path, SUM, shared=True)
+COUNTED = """
+import os, time
+from pathlib import Path
+while len(list(Path(os.environ["MESHWRIGHT_RUN_DIR"], "nodes").glob("*.jsonl"))) < 2:
+    time.sleep(0.1)
+"""
+
+
+def test_a_pod_prints_its_own_ranks_and_counters_only_where_pods_share_their_directory(tmp_path: Path) -> None:
+    run_dir = tmp_path / "shared" / "run"
+    pods = _pods(tmp_path, f"import os; os.environ['MESHWRIGHT_RUN_DIR'] = {str(run_dir)!r}{COUNTED}{SUM}", shared=True)
     said = [pod.communicate(timeout=120)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert [text.count(" sum 3.0") for text in said] == [1, 1]
+    for index, text in enumerate(said):
+        files = json.loads(text.splitlines()[-1])["meshwright"]["files"]
+        (counted,) = [name for name in files if name.startswith("nodes/")]
+        assert counted == f"nodes/pods-r{os.getpid()}-node-0-{index}.jsonl"
+        assert files[counted][0]["counted_s"] > 0
 
 
 def test_an_agent_that_dies_without_a_word_is_a_failure() -> None:

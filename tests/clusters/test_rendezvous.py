@@ -9,6 +9,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousS
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
 from meshwright.clusters.rendezvous import KeyedBackend, NodeMeeting, Place, meet_by_store
+from meshwright.parallel.keyed import Keyed
 
 KEY = bytes(range(32))
 PLACE = Place("127.0.0.1", (29400, 29999), everywhere=False)
@@ -75,6 +76,22 @@ def both(nodes: list[NodeMeeting]) -> list[RendezvousInfo]:
     for thread in threads:
         thread.join(60)
     return found
+
+
+def test_where_ranks_meet_is_believed_of_the_first_node_only(capfd: pytest.CaptureFixture[str]) -> None:
+    store, writer = PLACE.listen(), Keyed(KEY, "r1")
+    node = meet_by_store(PLAN, 1, place=PLACE, store=PLACE.join(store.port), key=KEY)
+    name = "meshwright_store_of_ranks"
+    store.set(name, "4444")
+    found: list[int] = []
+    thread = Thread(target=lambda: found.append(node._port_of_ranks(PLACE.join(store.port))), daemon=True)
+    thread.start()
+    thread.join(0.5)
+    assert found == []
+    store.set(name, writer.signed(name, "29777"))
+    thread.join(60)
+    assert found == [29777]
+    assert capfd.readouterr().err.count(f"{name} in the store was not written by this run") == 1
 
 
 def test_two_nodes_meet_and_every_round_has_a_new_store_of_ranks() -> None:

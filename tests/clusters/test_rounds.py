@@ -14,11 +14,14 @@ from torch.distributed import FileStore
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
 from meshwright.clusters.deaths import Death
+from meshwright.clusters.failure import Failure
 from meshwright.clusters.local import LocalCluster, Machine, plan_local
 from meshwright.clusters.retry import Decision, RetryPolicy
-from meshwright.clusters.rounds import Rounds
+from meshwright.clusters.rounds import Rounds, _Talk
+from meshwright.parallel.keyed import Keyed
 from tests.launch.own import own
 
+KEY = bytes(range(32))
 QUICK = RetryPolicy(initial_s=0.2, jitter=0.0)
 WORDS = "import os, signal, sys, time\nrank, attempt = os.environ['RANK'], int(os.environ['MESHWRIGHT_ATTEMPT'])\n"
 
@@ -40,7 +43,7 @@ def plan(folder: Path, script: str = "", *, nodes: int = 2, restarts: int = 3, r
 def nodes_of(folder: Path, **keys: Any) -> list[Rounds]:
     """The two nodes of a run that share a store."""
     found = plan(folder, **keys)
-    made = [Rounds(json.loads(json.dumps(asdict(found))), node) for node in (0, 1)]
+    made = [Rounds(json.loads(json.dumps(asdict(found))), node, key=KEY) for node in (0, 1)]
     for each in made:
         each.begin(FileStore(str(folder / "store"), -1), 0)
     return made
@@ -87,6 +90,39 @@ def test_a_silent_node_is_not_waited_for_for_ever_and_takes_what_stands(
     first, second = nodes_of(tmp_path, retry=RetryPolicy(retry_on=("exit",)))
     alone = first.decide([Death(0, 3, 2.0, False)])
     assert second.decide([Death(1, -9, 1.0, False)]) == alone
+
+
+def test_a_stranger_who_writes_into_the_store_changes_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = nodes_of(tmp_path, retry=RetryPolicy(retry_on=("signal",)))
+    store = FileStore(str(tmp_path / "store"), -1)
+    end = Decision(False, "", 0.0, 0, Failure("node1", "config", 64))
+    other = Keyed(KEY, f"{first._plan['run_id']}, attempt 7")
+    store.set("meshwright/failed", "1")
+    store.set("meshwright/failure/0", json.dumps(asdict(end.failure)))
+    store.set("meshwright/failure/1", other.signed("meshwright/failure/1", json.dumps(asdict(end.failure))))
+    store.set("meshwright/decided", json.dumps(end.as_saved()))
+    assert not first.called
+    assert not second.called
+    first.call()
+    assert second.called
+    late, early = [Death(0, 3, 2.0, False)], [Death(1, -9, 1.0, False)]
+    found = together(lambda: first.decide(late), lambda: second.decide(early))
+    assert found[0] == found[1]
+    assert (found[0].again, found[0].failure.kind, found[0].failure.node) == (True, "signal", "node1")
+    said = capfd.readouterr().err
+    for name in ("meshwright/failed", "meshwright/decided"):
+        assert 1 <= said.count(f"{name} in the store was not written by this run") <= 2, "once on each node"
+
+
+def test_the_first_decision_of_a_node_stands_whatever_a_stranger_wrote_before(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path / "store"), -1)
+    store.set("decided", "stranger")
+    one, other = (_Talk(store, Keyed(KEY, "r1, attempt 0")) for _ in range(2))
+    assert one.settle("decided", "first") == "first"
+    assert other.settle("decided", "second") == "first"
+    assert other.read("decided") == "first"
 
 
 def test_ranks_do_not_start_again_beside_a_node_whose_ranks_have_ended(tmp_path: Path) -> None:
@@ -149,7 +185,8 @@ def test_all_nodes_follow_the_one_whose_rank_was_killed_then_the_one_that_failed
         "if rank == '0' and attempt == 1: sys.exit(64)\n"
         "time.sleep(60)\n"
     )
-    events = followed(plan(tmp_path, script))
+    keyed = "assert len(os.environ['MESHWRIGHT_BOARD_KEY']) == 64, 'ranks have a key'\n"
+    events = followed(plan(tmp_path, keyed + script))
     expected = [("signal", True), ("config", False)]
     assert decided(events, "node0") == decided(events, "node1") == expected
     assert [each["event"] for each in events].count("started") == 4

@@ -18,11 +18,15 @@ def test_logs_and_results_arrive_as_they_are(tmp_path: Path) -> None:
     (far / "logs/rank-3.log").write_bytes(text)
     (far / "errors/rank-3.json").write_text("{}")
     (far / "metrics.jsonl").write_text("a\nb\n")
+    (far / "nodes").mkdir()
+    (far / "nodes/gpu-01.b.jsonl").write_text("{}\n")
+    (far / "nodes/.gpu-01.b.jsonl.part").write_text("{}\n")
     (far / "private/start.json").write_text("key")
     sender.finish()
     assert (here / "logs/rank-3.log").read_bytes() == text
     assert (here / "errors/rank-3.json").read_text() == "{}"
     assert (here / "metrics.jsonl").read_text() == "a\nb\n"
+    assert [each.name for each in (here / "nodes").iterdir()] == ["gpu-01.b.jsonl"]
     assert not (here / "private").exists(), "what is private stays where it is"
     assert not (here / "job.json").exists()
 

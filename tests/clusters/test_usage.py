@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.clusters.usage import GpuMeter, Traffic, loopback_bytes, network_traffic, rdma_traffic
+from meshwright.clusters.usage import (
+    GpuMeter,
+    Traffic,
+    cpu_ticks,
+    gpus_now,
+    loopback_bytes,
+    memory_used_bytes,
+    network_traffic,
+    rdma_traffic,
+)
 from tests.lab.nvml import with_gpus
 
 HEAD = "Inter-|   Receive    |  Transmit\n face |bytes packets errs drop fifo frame compressed multicast|bytes ...\n"
@@ -95,3 +104,18 @@ def test_what_a_driver_does_not_tell_is_left_out_and_no_gpu_is_an_answer() -> No
 def test_a_machine_without_the_library_has_no_gpu_to_read(tmp_path: Path) -> None:
     assert ask("GPU-fake-0", {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}) is None
     assert GpuMeter("").read() is None
+
+
+def test_processors_and_memory_of_a_host_are_what_the_kernel_tells(tmp_path: Path) -> None:
+    (tmp_path / "stat").write_text("cpu  10 1 5 70 4 2 3 5 900 0\ncpu0 1 1 1 1\n")
+    assert cpu_ticks(tmp_path / "stat") == (26, 100), "guests are in the first number already"
+    (tmp_path / "memory").write_text("MemTotal:  100 kB\nMemFree:  10 kB\nMemAvailable:  40 kB\n")
+    assert memory_used_bytes(tmp_path / "memory") == 60 * 1024
+    for strange in ("", "x", "cpu x", "MemTotal: kB\nMemAvailable: 1 kB\n"):
+        (tmp_path / "strange").write_text(strange)
+        assert (cpu_ticks(tmp_path / "strange"), memory_used_bytes(tmp_path / "strange")) == (None, None)
+    assert (cpu_ticks(tmp_path / "no"), memory_used_bytes(tmp_path / "no")) == (None, None)
+
+
+def test_no_library_and_no_driver_are_no_gpus() -> None:
+    assert gpus_now() == []

@@ -255,7 +255,7 @@ def test_words_of_a_pod_itself_are_shown_too_such_as_that_its_image_has_no_meshw
 def test_the_rank_whose_error_record_is_the_earliest_is_blamed_not_the_one_that_died_first(run: Known) -> None:
     lost = "RuntimeError: Connection closed by peer [10.0.0.1]"
     why = {"rank": 1, "time_unix_s": 1.5, "traceback": "ValueError: no", "exit_code": 1}
-    files = {"errors/rank-1.json": why, "../outside.json": 1, "job.json": {}}
+    files = {"errors/rank-1.json": why, "../outside.json": 1, "job.json": {}, "nodes/n1.jsonl": [{"a": 1}, {"a": 2}]}
     late = {"ended_by_us": True}
     queue = Cluster(
         from_rank(0, 1, "Traceback (most recent call last):"),
@@ -272,6 +272,7 @@ def test_the_rank_whose_error_record_is_the_earliest_is_blamed_not_the_one_that_
         "rank 1 on j-r1-node-0-1 failed first",
     )
     assert found["first_failure"]["traceback"] == "ValueError: no"
+    assert text_of(run, "nodes/n1.jsonl") == '{"a": 1}\n{"a": 2}\n'
     assert not Path(run.run_dir, "../outside.json").exists()
     assert json.loads(text_of(run, "job.json"))["name"] == "j"
 

@@ -25,6 +25,22 @@ def test_the_last_word_of_each_rank_is_read_and_missing_ones_are_left_out(kind: 
     assert mine.read([1]) == {}
 
 
+def test_what_somebody_without_the_key_of_the_ranks_writes_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MESHWRIGHT_BOARD_KEY", "ab" * 32)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    ours, stranger = StoreBoard(store), StoreBoard(store, "cd" * 32)
+    ours.put(0, "own")
+    stranger.put(1, "not own")
+    StoreBoard(store, "").put(2, '{"left": true}')
+    store.set("meshwright/progress/0/3", b"\xff\x00")  # type: ignore[arg-type]
+    assert [ours.read(range(5)) for _ in range(2)] == [{0: "own"}] * 2
+    assert capfd.readouterr().err.count("was not written by this run") == 3, "once of each"
+    StoreBoard(store).put(1, "own, too")
+    assert ours.read([0, 1]) == {0: "own", 1: "own, too"}
+
+
 def test_a_run_directory_is_trusted_to_be_shared_only_where_ranks_met_inside_of_it(tmp_path: Path) -> None:
     def no_store() -> None:
         raise AssertionError("ranks met by a file")

@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
+from meshwright.launch.page.document import Live
 from meshwright.launch.page.write import write_page
 from tests.launch.page.made import START_S, write_run
+from tests.launch.waiting import eventually
+from tests.launch.worker.runs import run_dir, start, write_job
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = (
@@ -24,6 +27,15 @@ const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
 const place = {clientX: box.left + box.width / 2, clientY: box.top + 50};
 svg.dispatchEvent(new PointerEvent("pointermove", place));
 </script>"""
+
+
+WAIT = """
+
+def wait():
+    logged = os.environ["MESHWRIGHT_RUN_DIR"] + "/metrics.jsonl"
+    while os.path.exists(logged) and len(open(logged).readlines()) >= 3 and not os.path.exists({go!r}):
+        time.sleep(0.05)
+"""
 
 
 class Seen(NamedTuple):
@@ -122,3 +134,36 @@ def test_these_tests_would_see_a_request_and_a_complaint(chromium: str, tmp_path
     assert seen.requests == []
     page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text()))
     assert look(chromium, page, "--dump-dom").requests == ["http://127.0.0.1:9/x.png"]
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_lives_while_it_goes_on_and_rests_when_it_is_over(chromium: str, tmp_path: Path) -> None:
+    job = write_job(tmp_path, parallel="{dp: 1}", steps=6, every=6)
+    model, go = tmp_path / "tiny.py", tmp_path / "go"
+    text = model.read_text().replace("        hidden = self.embed", "        wait()\n        hidden = self.embed")
+    model.write_text(f"import os, time\n{text}{WAIT.format(go=str(go))}")
+    run = start(job, "lives", "checkpoint.every_steps=6")
+    page = run_dir(job, "lives") / "page.html"
+    try:
+        told = re.compile(r"<span>step [1-5] of 6</span><span>attempt 0</span>")
+        assert eventually(lambda: page.exists() and told.search(page.read_text()) is not None)
+        seen = look(chromium, page, "--dump-dom", "--virtual-time-budget=1000")
+        assert (seen.console, seen.requests) == ([], [])
+        assert 'class="pill running">running<' in seen.dom
+        assert 'http-equiv="refresh"' in seen.dom
+    finally:
+        go.touch()
+        output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    seen = look(chromium, page, "--dump-dom")
+    assert 'class="pill succeeded">succeeded<' in seen.dom
+    assert 'http-equiv="refresh"' not in seen.dom
+    assert "attempt 0</span>" not in seen.dom
+
+
+def test_a_browser_asks_for_a_page_that_lives_again_by_itself(chromium: str, tmp_path: Path) -> None:
+    page = write_page(write_run(tmp_path / "r"), state="running", live=Live(0, 1.0))
+    page.write_text(page.read_text().replace('content="1"', 'content="1;url=other.html"'))
+    (tmp_path / "r/other.html").write_text("<!DOCTYPE html><title>it was asked for</title>")
+    seen = look(chromium, page, "--dump-dom", "--virtual-time-budget=5000")
+    assert "it was asked for" in seen.dom

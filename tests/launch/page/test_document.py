@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.launch.page.document import document
-from meshwright.launch.page.machines import MachineEvent
+from meshwright.launch.page.machines import MachineEvent, Machines
 from meshwright.launch.page.read import Mark, RunView, read_view
 from meshwright.launch.page.style import SCRIPT, STYLE
 from tests.launch.page.made import write_run
@@ -56,7 +56,8 @@ def test_a_policy_lets_only_the_pages_own_style_and_script_act() -> None:
 @pytest.mark.parametrize("field", ["name", "run_id", "state", "facts", "reason", "failure", "marks", "machines"])
 def test_what_a_run_wrote_is_text(field: str) -> None:
     plain = {"name": "j", "run_id": "r", "state": "failed", "records": ({"step": 1, "loss": 1.0},)}
-    listed = {"facts": (EVIL,), "marks": (Mark(1.0, None, EVIL),), "machines": (MachineEvent(EVIL, None, EVIL),)}
+    machines = Machines((MachineEvent(EVIL, None, EVIL),))
+    listed = {"facts": (EVIL,), "marks": (Mark(1.0, None, EVIL),), "machines": machines}
     page = document(RunView(**{**plain, field: listed.get(field, EVIL)}))  # type: ignore[arg-type]
     elements = Elements(page)
     assert (elements.count("script"), elements.count("img"), elements.count("style")) == (1, 0, 1)

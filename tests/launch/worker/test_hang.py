@@ -123,3 +123,64 @@ def test_an_error_record_says_what_the_rank_was_at(tmp_path: Path, monkeypatch: 
         assert json.loads((tmp_path / "errors/rank-0.json").read_text())["at"] == words
         here.begin(8)
         here.to(Words("backward"))
+
+
+def test_of_a_collective_that_timed_out_torchs_record_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr(program, "save", lambda *words: kept.append(words))
+    program._record(tmp_path, ValueError("Timed out"))
+    program._record(tmp_path, RuntimeError("Connection closed by peer"))
+    assert kept == []
+    program._record(tmp_path, RuntimeError("[unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation"))
+    assert kept == [(tmp_path, 0)]
+
+
+OWN = """
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tiny import Tiny
+
+
+class Alone(Tiny):
+    def forward(self, input_ids, labels, **more):
+        if self.training and Path("signal").exists() and os.environ["RANK"] == "2":
+            dist.all_reduce(torch.ones(7), group=OWN[0])
+        return super().forward(input_ids, labels, **more)
+
+
+OWN = []
+
+
+def build(width):
+    if dist.is_initialized():
+        OWN.append(dist.new_group(group_desc="own"))
+    return Alone(width, 0.0)
+"""
+
+
+def test_a_collective_of_the_models_own_that_one_rank_calls_alone_is_named_as_torch_saw_it(tmp_path: Path) -> None:
+    job = write_job(tmp_path, parallel="{dp: 3}", steps=100_000, every=100_000)
+    (tmp_path / "falling.py").write_text(OWN)
+    asked = ('model.python="falling:build"', f"failure.hang.no_progress_for={HANG_S}s", "train.batch_size=9")
+    process = start(job, "r", *asked)
+    try:
+        metrics = run_dir(job, "r") / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and '"step":2,' in metrics.read_text()):
+            time.sleep(0.05)
+        (tmp_path / "signal").touch()
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    found = json.loads((run_dir(job, "r") / "exit.json").read_text())
+    assert found["exit_code"] == 125, output
+    assert found["first_failure"]["rank"] == 2, found["reason"]
+    call = r"inside all_reduce \(torch: all_reduce number 1 of process group \w+ \(own\), Float \[\[7\]\], scheduled; "
+    absent = r"not joined by rank 0 \(its last is number 0\), rank 1 \(its last is number 0\)\)"
+    assert re.search(call + absent, found["reason"]), found["reason"]
+    for rank in range(3):
+        kept = json.loads((run_dir(job, "r") / f"hang/fr-rank-{rank}.json").read_text())
+        assert kept["entries"]

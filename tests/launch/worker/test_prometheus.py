@@ -75,13 +75,16 @@ def job(tmp_path: Path, port: int | None) -> Path:
     return file
 
 
-def test_a_run_says_where_it_is_served_and_serves_what_it_logs(tmp_path: Path) -> None:
+def test_a_run_says_where_it_is_served_and_serves_what_it_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESHWRIGHT_RUN_ID", "r1")
+    monkeypatch.setenv("MESHWRIGHT_HOST", "gpu01")
     said: list[str] = []
     metrics = metrics_of(load_job(job(tmp_path, 0)).job, tmp_path, rank=0, say=said.append)
     metrics.write({"step": 1, "loss": 2.5})
     (line,) = said
     assert re.fullmatch(r"metrics for Prometheus: http://127\.0\.0\.1:[0-9]+/metrics", line)
-    assert 'meshwright_loss{job="j",run=' in scrape(int(line.split(":")[-1].partition("/")[0]))
+    served = scrape(int(line.split(":")[-1].partition("/")[0]))
+    assert 'meshwright_loss{job="j",run="r1",host="gpu01"} 2.5' in served
 
 
 def test_a_port_that_is_taken_is_a_warning_and_metrics_go_to_their_file(tmp_path: Path) -> None:
