@@ -6,10 +6,12 @@ There are two kinds. On a `Cluster` (local, ssh) the launcher starts the agents 
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from meshwright.clusters.base import StartPlan, StartRequest
+from meshwright.clusters.reaching import Reached, Visit
 
 __all__ = ["Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
 
@@ -36,6 +38,13 @@ class Cluster(Protocol):
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request; starts nothing."""
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The nodes that a request would get, to be examined for as long as this lasts.
+
+        Raises:
+            UnavailableError: when they cannot be had.
+        """
 
     def check(self, plan: StartPlan) -> None:
         """Raises where the plan could not be executed here and now."""
@@ -68,6 +77,13 @@ class Queue(Protocol):
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request, with its submission; submits nothing."""
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The nodes that a request would get, to be examined for as long as this lasts.
+
+        Raises:
+            UnavailableError: when they cannot be had.
+        """
 
     def check(self, plan: StartPlan) -> None:
         """Raises where the plan could not be submitted here and now."""
