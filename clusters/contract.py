@@ -5,7 +5,7 @@ There are two kinds. On a `Cluster` (local, ssh) the launcher starts the agents 
 `DistantQueue` (Kubernetes) it has none, and whoever looks at the run fetches what its nodes said.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from meshwright.clusters.base import StartPlan, StartRequest
 from meshwright.clusters.reaching import Reached, Visit
 
-__all__ = ["Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
+__all__ = ["Admitting", "Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
 
 
 class Handle(Protocol):
@@ -51,6 +51,13 @@ class Cluster(Protocol):
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
         """Executes a plan."""
+
+
+@runtime_checkable
+class Admitting(Protocol):
+    """A cluster that gives a run its nodes only when it starts; what is set here sees them before ranks start there."""
+
+    admit: Callable[[Reached], None] | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ lines go through the actors' calls, and ranks meet by themselves.
 import secrets as tokens
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Far, PipeHandle
 from meshwright.clusters.ray_access import attached, is_open
 from meshwright.clusters.ray_line import RayLine, agent_class
-from meshwright.clusters.ray_nodes import give_back, reached_in_actors
+from meshwright.clusters.ray_nodes import give_back, reached_in_actors, through_actors
 from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_ARGV
@@ -113,6 +113,7 @@ class RayCluster:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._bundle: dict[str, float] = {}
+        self.admit: Callable[[Reached], None] | None = None
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request."""
@@ -155,8 +156,10 @@ class RayCluster:
         """
         need_room(4 * len(plan.nodes), f"{len(plan.nodes)} nodes")
         group, actors = self._placed(len(plan.nodes))
-        lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
         try:
+            if self.admit is not None:
+                self.admit(through_actors(actors))
+            lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
             host = next(iter(lines.values())).address()
         except BaseException:
             give_back(group)

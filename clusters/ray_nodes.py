@@ -10,7 +10,7 @@ from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.ray_line import RayLine
 from meshwright.clusters.reaching import Line, Reached, unique_names
 
-__all__ = ["give_back", "reached_in_actors"]
+__all__ = ["give_back", "reached_in_actors", "through_actors"]
 
 
 def give_back(group: Any) -> None:
@@ -19,6 +19,20 @@ def give_back(group: Any) -> None:
 
     with suppress(Exception):
         remove_placement_group(group)
+
+
+def through_actors(actors: Sequence[Any]) -> Reached:
+    """Nodes with an actor each, which can have a probe until it is given an agent."""
+    import ray
+
+    def place(held: object) -> tuple[str, str]:
+        del held
+        return socket.gethostname(), ray.get_runtime_context().get_node_id()
+
+    names = unique_names(ray.get([actor.__ray_call__.remote(place) for actor in actors]))
+    by_name: Mapping[str, Any] = dict(zip(names, actors, strict=True))
+    reaches = tuple(Reach(name, PROBE_ARGV, by="ray") for name in names)
+    return Reached(reaches, lambda reach: _line(by_name[reach.name]))
 
 
 @contextmanager
@@ -33,17 +47,7 @@ def reached_in_actors(placed: Callable[[], tuple[Any, Sequence[Any]]]) -> Iterat
     """
     group, actors = placed()
     try:
-        import ray
-
-        def place(held: object) -> tuple[str, str]:
-            del held
-            return socket.gethostname(), ray.get_runtime_context().get_node_id()
-
-        names = unique_names(ray.get([actor.__ray_call__.remote(place) for actor in actors]))
-        by_name: Mapping[str, Any] = dict(zip(names, actors, strict=True))
-        yield Reached(
-            tuple(Reach(name, PROBE_ARGV, by="ray") for name in names), lambda reach: _line(by_name[reach.name])
-        )
+        yield through_actors(actors)
     finally:
         give_back(group)
 
