@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["WITH_US", "Host", "Hosts", "missing_for_hosts", "run"]
@@ -108,25 +108,17 @@ class Host:
         """Plugs the network cable in or out: "up", "down"."""
         run("ip", "-n", self.namespace, "link", "set", "eth0", state)
 
-    @contextmanager
-    def full(self, folder: Path) -> Iterator[None]:
-        """Has no room in a folder, for what runs on this host and what that starts."""
+    def fill(self, folder: Path) -> None:
+        """Leaves no room in a folder, for what runs on this host and what that starts, until they end."""
         run("mkdir", "-p", str(folder))
-        for enter in self._insides():
-            run(*enter, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder))
-        try:
-            yield
-        finally:
-            for enter in self._insides():
-                run(*enter, "umount", "--lazy", str(folder))
-
-    def _insides(self) -> list[tuple[str, ...]]:
-        """What enters each space of mounts of this host."""
-        found: dict[str, str] = {}
+        spaces: dict[str, str] = {}
         for pid in run("ip", "netns", "pids", self.namespace).split():
             with suppress(OSError):  # it has ended
-                found.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
-        return [("nsenter", f"--target={pid}", "--mount", "--pid") for pid in found.values()]
+                spaces.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
+        for pid in spaces.values():
+            run(
+                "nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)
+            )
 
     def listening(self) -> set[str]:
         """address:port of everything that listens on this host."""

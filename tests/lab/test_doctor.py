@@ -51,8 +51,8 @@ def slurm_far(slurm: Slurm, source: dict[str, str], lab_folder: Path) -> Launch:
 
 
 def test_slurm_examines_its_own_nodes_and_takes_them_back(slurm_far: Launch, slurm: Slurm, hosts: Hosts) -> None:
-    with hosts.hosts[1].full(slurm_far.folder / "runs/j"):
-        code, told, said = _checked(slurm_far, *QUICK, "--check", "clock", "--check", "allreduce")
+    hosts.hosts[1].fill(slurm_far.folder / "runs/j")
+    code, told, said = _checked(slurm_far, *QUICK, "--check", "clock", "--check", "allreduce")
     assert (code, told.get("sick")) == (78, ["h2"]), said
     assert _bad(told) == [("disk", "h2")]
     assert told["healthy"] == ["h1"]
@@ -118,24 +118,23 @@ def test_a_run_on_slurm_has_its_nodes_examined_before_ranks_start(
     health = {"preflight": ["disk", "ports"]}
     job = write_job(slurm_far.folder, "print('up')", cluster="far", health=health, **JOB)
     scratch = slurm_far.folder / "scratch"
-    checkpoint = ("--set", f"checkpoint.dir={scratch}", "--set", "checkpoint.every_steps=5")
-    with hosts.hosts[1].full(scratch):
-        launcher = slurm_far.start(job, *checkpoint)
-        try:
-            output, _ = launcher.communicate(timeout=300)
-        finally:
-            finish(launcher)
-    assert launcher.returncode == 78, output
+    hosts.hosts[1].fill(scratch)
+    output, code = _launched(slurm_far, job, *_saves(scratch))
+    assert code == 78, output
     assert "h2 not fit" in output
     assert "| up" not in output
     assert slurm_far.record()["exit_code"] == 78
     slurm.quiet()
     again = Launch(slurm_far.folder, {"far": {"type": "slurm", "nodes": 2}}, f"{slurm_far.run_id}-2", slurm_far.env)
-    done = again.run(job, *checkpoint)
+    done = again.run(job, *_saves(slurm_far.folder / "room"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "disk, ports checked; fit: 2 nodes" in done.stdout + done.stderr
     assert "h2:1 | up" in done.stdout
     assert not list(carriers(again.run_id))
+
+
+def _saves(folder: Path) -> tuple[str, ...]:
+    return ("--set", f"checkpoint.dir={folder}", "--set", "checkpoint.every_steps=5")
 
 
 def _script(path: Path, text: str) -> str:
@@ -164,8 +163,8 @@ def test_mpi_examines_the_hosts_of_its_file(
     }[kind]
     cluster = {"type": "mpi", "mpiexec": mpiexec, "hostfile": str(folder / "hosts"), "python": python, "extra": extra}
     far = _far(folder, f"doctor-{kind}", cluster, {})
-    with hosts.hosts[1].full(far.folder / "runs/j"):
-        code, told, said = _checked(far)
+    hosts.hosts[1].fill(far.folder / "runs/j")
+    code, told, said = _checked(far)
     assert (code, told.get("sick")) == (78, ["h2"]), said
     assert _bad(told) == [("disk", "h2")]
     code, told, said = _checked(far, "--check", "ssh", "--set", "nodes=3")
@@ -201,6 +200,8 @@ def ray_address(hosts: Hosts) -> Iterator[str]:
         for host in hosts.hosts:
             each = ["env", f"PYTHONPATH={ROOT / 'src'}", *ray, f"--address={head}", "--num-cpus=2"]
             joined.append(host.start([*each, f"--node-ip-address={host.address}"]))
+            said = host.folder / "daemon.log"  # one after the other: they share a folder of sockets
+            assert eventually(lambda: "Ray runtime started" in said.read_text(), 120), said.read_text()  # noqa: B023
         yield head
     finally:
         for child in joined:
@@ -219,21 +220,19 @@ def test_ray_examines_nodes_in_actors_and_before_ranks_start(ray_address: str, h
     while (found := _checked(far))[0] == 69 and "could never place" in found[2] and time.monotonic() < end_s:
         time.sleep(1.0)  # nodes join
     assert found[0] == 0, found
-    with hosts.hosts[1].full(far.folder / "runs/j"):
-        code, told, said = _checked(far)
-        assert (code, told.get("sick")) == (78, ["h2"]), said
-        assert _bad(told) == [("disk", "h2")]
     scratch = far.folder / "scratch"
+    hosts.hosts[1].fill(scratch)
+    code, told, said = _checked(far, *QUICK, *_saves(scratch))
+    assert (code, told.get("sick")) == (78, ["h2"]), said
+    assert _bad(told) == [("disk", "h2")]
     job = write_job(far.folder, "print('up')", cluster="far", health={"preflight": ["disk", "ports"]}, **JOB)
-    keys = ("--set", f"checkpoint.dir={scratch}", "--set", "checkpoint.every_steps=5")
-    with hosts.hosts[1].full(scratch):
-        output, code = _launched(far, job, *keys)
+    output, code = _launched(far, job, *_saves(scratch))
     assert code == 78, output
     assert "h2 not fit" in output
     assert "| up" not in output
     assert far.record()["exit_code"] == 78
     again = Launch(far.folder, {"far": cluster}, f"{far.run_id}-2", far.env)
-    output, code = _launched(again, job, *keys)
+    output, code = _launched(again, job, *_saves(far.folder / "room"))
     assert code == 0, output
     assert "disk, ports checked; fit: 2 nodes" in output
     assert output.count("| up") == 2
