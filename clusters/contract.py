@@ -5,13 +5,15 @@ There are two kinds. On a `Cluster` (local, ssh) the launcher starts the agents 
 `DistantQueue` (Kubernetes) it has none, and whoever looks at the run fetches what its nodes said.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from meshwright.clusters.base import StartPlan, StartRequest
+from meshwright.clusters.reaching import Reached, Visit
 
-__all__ = ["Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
+__all__ = ["Admitting", "Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
 
 
 class Handle(Protocol):
@@ -37,11 +39,25 @@ class Cluster(Protocol):
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request; starts nothing."""
 
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The nodes that a request would get, to be examined for as long as this lasts.
+
+        Raises:
+            UnavailableError: when they cannot be had.
+        """
+
     def check(self, plan: StartPlan) -> None:
         """Raises where the plan could not be executed here and now."""
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
         """Executes a plan."""
+
+
+@runtime_checkable
+class Admitting(Protocol):
+    """A cluster that gives a run its nodes only when it starts; what is set here sees them before ranks start there."""
+
+    admit: Callable[[Reached], None] | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,13 @@ class Queue(Protocol):
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request, with its submission; submits nothing."""
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The nodes that a request would get, to be examined for as long as this lasts.
+
+        Raises:
+            UnavailableError: when they cannot be had.
+        """
 
     def check(self, plan: StartPlan) -> None:
         """Raises where the plan could not be submitted here and now."""

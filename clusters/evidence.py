@@ -18,7 +18,7 @@ class Reach:
     Args:
         name: of the node.
         argv: starts the probe there and ties it to our standard streams.
-        by: "here" or "ssh".
+        by: "here" where all nodes are this machine, or what reaches others: "ssh", "slurm", "mpi", "ray", "kubernetes".
     """
 
     name: str

@@ -4,24 +4,20 @@ Every question goes to all nodes at once, and a node that does not answer in tim
 driver that blocks whoever asks it costs one timeout, not one per question.
 """
 
-import json
-import os
 import secrets
 import selectors
-import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 from types import TracebackType
 from typing import Any
 
-from meshwright.clusters.evidence import Clock, Dial, Endpoint, Evidence, Reach, Reduced, Wishes
+from meshwright.clusters.descriptors import need_room
+from meshwright.clusters.evidence import Clock, Dial, Endpoint, Evidence, Reduced, Wishes
 from meshwright.clusters.health_network import expected_bandwidth
 from meshwright.clusters.inventory import NodeFacts, facts_from
+from meshwright.clusters.reaching import Line, Reached
 from meshwright.clusters.reduction import Reduction, planned_reduction
 
 __all__ = ["examine"]
@@ -31,79 +27,19 @@ _DIAL_TIMEOUT_S = 5.0
 _MANY_PAIRS = 16
 
 
-class _Line:
-    """A probe and our end of the line to it."""
-
-    def __init__(self, reach: Reach) -> None:
-        self.reach = reach
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the line)
-        self._rest = b""
-        try:
-            self.process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                reach.argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._complaints,
-                start_new_session=True,
-                bufsize=0,
-            )
-        except OSError as error:
-            self.process, self._why = None, f"{reach.argv[0]}: {error.strerror}"
-
-    def ask(self, question: Mapping[str, Any]) -> None:
-        """Sends a question; a probe that is gone is found when it is read."""
-        if self.process is not None and self.process.stdin is not None:
-            with suppress(OSError):
-                self.process.stdin.write(json.dumps(question).encode() + b"\n")
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """What has come since; None at the end of the line."""
-        assert self.process is not None, self.reach
-        assert self.process.stdout is not None, self.reach
-        data = os.read(self.process.stdout.fileno(), 1 << 16)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        told = []
-        for line in lines:
-            with suppress(ValueError):  # what a login shell prints before the probe starts
-                told.append(json.loads(line))
-        return told if data else None
-
-    def why_gone(self) -> str:
-        """Why a probe ended: the last thing it complained of."""
-        if self.process is None:
-            return self._why
-        code = self.process.wait()
-        self._complaints.seek(0)
-        lines = [line.strip() for line in self._complaints.read().decode(errors="replace").splitlines()]
-        said = [line for line in lines if line]
-        return said[-1] if said else f"it ended with exit code {code}"
-
-    def end(self) -> None:
-        """Ends the probe, which ends what it started."""
-        self._complaints.close()
-        if self.process is None:
-            return
-        assert self.process.stdin is not None, self.reach
-        self.process.stdin.close()
-        try:
-            self.process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-
 class _Lines:
     """All probes; ends them when it is left."""
 
-    def __init__(self, reaches: Sequence[Reach]) -> None:
-        self.reaches = tuple(reaches)
-        self._lines = {reach.name: _Line(reach) for reach in reaches}
+    def __init__(self, reached: Reached) -> None:
+        self.reaches = reached.reaches
+        need_room(3 * len(self.reaches), f"{len(self.reaches)} nodes")
+        self._lines: dict[str, Line] = {}
         self.silent: dict[str, str] = {}
-        for name, line in self._lines.items():
-            if line.process is None:
-                self.silent[name] = line.why_gone()
+        for reach in self.reaches:
+            try:
+                self._lines[reach.name] = reached.open_line(reach)
+            except OSError as error:
+                self.silent[reach.name] = f"{reach.argv[0]}: {error.strerror}"
 
     def __enter__(self) -> "_Lines":
         return self
@@ -111,6 +47,8 @@ class _Lines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for line in self._lines.values():
+            line.close()
         for line in self._lines.values():
             line.end()
 
@@ -128,17 +66,16 @@ class _Lines:
         deadline_s = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
             for node in waiting:
-                process = self._lines[node].process
-                assert process is not None, node
-                assert process.stdout is not None, node
-                selector.register(process.stdout, selectors.EVENT_READ, node)
+                selector.register(self._lines[node], selectors.EVENT_READ, node)
             while waiting and (left_s := deadline_s - time.monotonic()) > 0:
                 for key, _ in selector.select(left_s):
                     if self._take(key.data, answers):
                         selector.unregister(key.fileobj)
                         self._done(key.data, waiting, answers)
         for node in waiting:
-            self.silent[node] = f"no answer to {questions[node]['ask']!r} within {timeout_s:g} s"
+            said = self._lines[node].complaint()
+            why = f"no answer to {questions[node]['ask']!r} within {timeout_s:g} s"
+            self.silent[node] = f"{why} ({said})" if said else why
         return answers
 
     def _done(self, node: str, waiting: set[str], answers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -162,15 +99,20 @@ class _Lines:
         return bool(told)
 
 
-def examine(reaches: Sequence[Reach], wishes: Wishes) -> Evidence:
-    """Asks all nodes what a job's wishes make worth knowing."""
-    with _Lines(reaches) as lines:
+def examine(reached: Reached, wishes: Wishes) -> Evidence:
+    """Asks all nodes what a job's wishes make worth knowing.
+
+    Raises:
+        UnavailableError: when they are too many for this process.
+    """
+    reaches = reached.reaches
+    with _Lines(reached) as lines:
         clocks = _clocks(lines, wishes)
         facts = _facts(lines, wishes)
         found: dict[str, Any] = {"facts": facts, "clocks": clocks}
         if {"ports", "allreduce"} & set(wishes.checks):
             found |= _meetings(lines, wishes)
-        evidence = Evidence(tuple(reaches), dict(lines.silent), **found)
+        evidence = Evidence(reaches, dict(lines.silent), **found)
         if "allreduce" in wishes.checks and len(facts) == len(reaches):
             evidence = _reduced(lines, wishes, evidence)
         return evidence

@@ -9,10 +9,8 @@ import json
 import math
 import re
 import secrets as tokens
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,13 +20,15 @@ from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submissi
 from meshwright.clusters.contract import Job, Lost, Said
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.kubectl import Kubectl
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions, manifest, object_name, pod_run_dir, written
+from meshwright.clusters.kubernetes_nodes import probe_job, reached_in_pods
 from meshwright.clusters.lost import pods_ended
+from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.spawn import words_for
 
 __all__ = ["KubernetesQueue", "plan_kubernetes"]
 
-_TIMEOUT_S = 60.0
 _LOGS_TIMEOUT_S = 600.0
 _LINE = re.compile(r"\[pod/([^/\]]+)-[^-/\]]*/[^\]]*\] ([0-9T:-]+)(?:\.([0-9]{1,9}))?(Z|[+-][0-9:]+) (.*)")
 """What `kubectl logs --prefix --timestamps` prints; a pod has the name of its host and five letters more."""
@@ -51,7 +51,11 @@ def plan_kubernetes(request: StartRequest, options: KubernetesOptions) -> StartP
     inside = replace(request, run_dir=Path(pod_run_dir(plan)))
     nodes = tuple(_node(inside, options, index=index, per_node=per_node) for index in range(request.num_nodes))
     plan = replace(plan, nodes=nodes)
-    submission = Submission((*_kubectl(options), "create", "-f", "-"), written(manifest(plan, options)), step=())
+    submission = Submission(
+        (*Kubectl(options.namespace, options.context).words, "create", "-f", "-"),
+        written(manifest(plan, options)),
+        step=(),
+    )
     return replace(plan, submission=submission)
 
 
@@ -70,11 +74,6 @@ def _node(request: StartRequest, options: KubernetesOptions, *, index: int, per_
     )
 
 
-def _kubectl(options: KubernetesOptions) -> tuple[str, ...]:
-    context = () if options.context is None else ("--context", options.context)
-    return ("kubectl", *context, "--namespace", options.namespace)
-
-
 class KubernetesQueue:
     """A namespace of a Kubernetes cluster.
 
@@ -87,11 +86,24 @@ class KubernetesQueue:
         self, options: KubernetesOptions, files: Callable[[StartRequest], Mapping[str, str]] | None = None
     ) -> None:
         self._options, self._files = options, files
+        self._kubectl = Kubectl(options.namespace, options.context)
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request, with its manifest; needs no kubectl."""
         files = {} if self._files is None else self._files(request)
         return plan_kubernetes(request, replace(self._options, files={**self._options.files, **files}))
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """Nodes on which pods like those of a run can be started, a pod on each."""
+        import yaml
+
+        asked = replace(request, run_id=f"doctor-{tokens.token_hex(3)}")
+        plan = plan_kubernetes(asked, replace(self._options, kind="JobSet", files={}))
+        self._kubectl.need()
+        assert plan.submission is not None, "plan_kubernetes made it"
+        *_, jobset = yaml.safe_load_all(plan.submission.script)
+        job = probe_job(jobset, python=self._options.python, most_s=visit.most_s)
+        return reached_in_pods(job, self._kubectl, visit)
 
     def check(self, plan: StartPlan) -> None:
         """Makes sure that there is a kubectl.
@@ -99,8 +111,8 @@ class KubernetesQueue:
         Raises:
             UnavailableError: when there is none.
         """
-        if shutil.which("kubectl") is None:
-            raise UnavailableError("kubectl is not here; install it, or hand over what --dry-run prints yourself")
+        del plan
+        self._kubectl.need()
 
     @classmethod
     def of(cls, job: str) -> "KubernetesQueue":
@@ -122,9 +134,9 @@ class KubernetesQueue:
         context = self._options.context or self._current_context()
         job = "/".join([*([context] if context else []), self._options.namespace, self._options.kind.lower(), name])
         key = ("create", "secret", "generic", f"{name}-key", "--from-file=key=/dev/stdin")
-        self._run(*key, text=tokens.token_hex(32))
+        self._kubectl(*key, text=tokens.token_hex(32))
         try:
-            self._run("create", "-f", "-", text=plan.submission.script)
+            self._kubectl("create", "-f", "-", text=plan.submission.script)
         except UnavailableError:
             self._delete(job)
             raise
@@ -133,14 +145,14 @@ class KubernetesQueue:
     def _current_context(self) -> str:
         """What it is now, so that it is known later; nothing in a pod, which has no kubeconfig."""
         with suppress(UnavailableError):
-            return self._run("config", "current-context").strip()
+            return self._kubectl("config", "current-context").strip()
         return ""
 
     def status(self, job: str) -> Job:
         """What the cluster says of an id."""
         kind, name = job.split("/")[-2:]
         try:
-            told = json.loads(self._run("get", kind, name, "--ignore-not-found", "-o", "json") or "{}")
+            told = json.loads(self._kubectl("get", kind, name, "--ignore-not-found", "-o", "json") or "{}")
         except UnavailableError as error:
             return Job("unknown", str(error))
         if not told:
@@ -164,7 +176,7 @@ class KubernetesQueue:
     def lost(self, job: str) -> dict[str, Lost]:
         """Pods that ended badly, by their nodes in the plan, as far as the cluster still has them."""
         try:
-            pods = json.loads(self._run("get", "pods", "--selector", _selector(job), "-o", "json") or "{}")
+            pods = json.loads(self._kubectl("get", "pods", "--selector", _selector(job), "-o", "json") or "{}")
         except (UnavailableError, ValueError):
             return {}
         return {name.rpartition("-")[0]: lost for name, lost in pods_ended(pods.get("items", []))}
@@ -177,7 +189,7 @@ class KubernetesQueue:
         """
         words = ("logs", "--selector", _selector(job), "--prefix", "--timestamps", "--ignore-errors", "--tail=-1")
         since = () if since_s is None else (f"--since={math.ceil(since_s)}s",)
-        text = self._run(*words, *since, timeout_s=_LOGS_TIMEOUT_S)
+        text = self._kubectl(*words, *since, timeout_s=_LOGS_TIMEOUT_S)
         return [
             Said(found[1], _ns(*found.group(2, 3, 4)), found[5])
             for found in map(_LINE.fullmatch, text.split("\n"))
@@ -202,25 +214,9 @@ class KubernetesQueue:
         """Deletes what there is of a run; tells whether the run itself was there."""
         kind, name = job.split("/")[-2:]
         words = ("delete", "--ignore-not-found", "--wait=false", "--output=name")
-        told = self._run(*words, f"{kind}/{name}")
-        self._run(*words, f"configmap/{name}", f"secret/{name}-key")
+        told = self._kubectl(*words, f"{kind}/{name}")
+        self._kubectl(*words, f"configmap/{name}", f"secret/{name}-key")
         return bool(told.strip())
-
-    def _run(self, *words: str, text: str = "", timeout_s: float = _TIMEOUT_S) -> str:
-        """What kubectl prints.
-
-        Raises:
-            UnavailableError: when it does not get through, or is refused.
-        """
-        argv = (*_kubectl(self._options), *words)
-        try:
-            done = subprocess.run(argv, input=text.encode(), capture_output=True, timeout=timeout_s, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UnavailableError(f"kubectl {words[0]}: {error}") from error
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UnavailableError(f"kubectl {words[0]}: {said[-1]}; see kubectl config get-contexts")
-        return done.stdout.decode(errors="replace")
 
 
 def _selector(job: str) -> str:

@@ -5,12 +5,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.errors import RendezvousError, UnavailableError
 from meshwright.clusters.pipes import PipeHandle, agents_of
+from meshwright.clusters.probe import PROBE_ARGV
+from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.spawn import AGENT_ARGV, spawn_agent
 
 __all__ = ["LocalCluster", "Machine", "check_port", "plan_local", "this_machine"]
@@ -152,6 +155,11 @@ class LocalCluster:
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request on this machine."""
         return plan_local(request, this_machine(), self._pretended)
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The pretended nodes, all of them this machine."""
+        names = self._pretended or [f"node{index}" for index in range(request.num_nodes)]
+        return reached_by(dict.fromkeys(names[: request.num_nodes], PROBE_ARGV), "here", visit)
 
     def check(self, plan: StartPlan) -> None:
         """Makes sure that the plan can be executed here and now.

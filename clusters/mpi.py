@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,8 @@ from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.lost import LOST_CODE, lost_in_mpi
+from meshwright.clusters.mpi_nodes import names_of, probe_words
+from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.records import log_end
 from meshwright.clusters.spawn import words_for
 from meshwright.clusters.sweep import sweep
@@ -133,6 +135,11 @@ class MpiCluster:
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request."""
         return plan_mpi(request, self._options)
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The first nodes of the host file, each by an mpiexec of its own."""
+        names = names_of(self._options, request.num_nodes, visit.environment)
+        return reached_by({name: probe_words(self._options, name) for name in names}, "mpi", visit)
 
     def check(self, plan: StartPlan) -> None:
         """Makes sure that there is an mpiexec of the planned kind, and mpi4py.

@@ -7,8 +7,8 @@ lines go through the actors' calls, and ranks meet by themselves.
 import secrets as tokens
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,8 @@ from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Far, PipeHandle
 from meshwright.clusters.ray_access import attached, is_open
 from meshwright.clusters.ray_line import RayLine, agent_class
+from meshwright.clusters.ray_nodes import give_back, reached_in_actors, through_actors
+from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_ARGV
 
@@ -111,11 +113,18 @@ class RayCluster:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._bundle: dict[str, float] = {}
+        self.admit: Callable[[Reached], None] | None = None
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request."""
         self._bundle = _bundle(request, self._options)
         return plan_ray(request, self._options)
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """Nodes that Ray gives for an examination, with all that the job wants of each."""
+        del visit  # Ray has a time of its own for it: cluster.ready_timeout
+        self._bundle = _bundle(request, self._options)
+        return reached_in_actors(lambda: self._placed(request.num_nodes))
 
     def check(self, plan: StartPlan) -> None:
         """Attaches, and makes sure that the cluster can ever give what is asked.
@@ -130,8 +139,12 @@ class RayCluster:
                 "meshwright: this Ray cluster asks for no token: whoever reaches its ports can run programs there; "
                 "start it with RAY_AUTH_MODE=token\n"
             )
+        self._need(ray, len(plan.nodes))
+
+    def _need(self, ray: Any, count: int) -> None:
+        """Makes sure that the cluster can ever give so many nodes."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        why = why_infeasible(self._bundle, len(plan.nodes), nodes)
+        why = why_infeasible(self._bundle, count, nodes)
         if why is not None:
             raise UnavailableError(f"Ray could never place this run: {why}")
 
@@ -143,11 +156,13 @@ class RayCluster:
         """
         need_room(4 * len(plan.nodes), f"{len(plan.nodes)} nodes")
         group, actors = self._placed(len(plan.nodes))
-        lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
         try:
+            if self.admit is not None:
+                self.admit(through_actors(actors))
+            lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
             host = next(iter(lines.values())).address()
         except BaseException:
-            _give_back(group)
+            give_back(group)
             raise
         plan = replace(plan, meeting=replace(plan.meeting, host=host))
         run_dir = Path(plan.run_dir)
@@ -170,12 +185,13 @@ class RayCluster:
     def _placed(self, count: int) -> tuple[Any, list[Any]]:
         """The placement group, and an actor in each of its bundles."""
         ray = attached(self._options.address)
+        self._need(ray, count)
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD")
         if not group.wait(timeout_seconds=self._options.ready_timeout_s):
-            _give_back(group)
+            give_back(group)
             free = ray.available_resources()
             left = ", ".join(f"{name} {free[name]:g}" for name in ("CPU", "GPU") if name in free)
             asked = f"{count} nodes with {_words(self._bundle)}"
@@ -215,12 +231,4 @@ class _RayHandle(PipeHandle):
         try:
             super().kill()
         finally:
-            _give_back(self._group)
-
-
-def _give_back(group: Any) -> None:
-    """Ends the actors of a placement group, and lets others have what it held; a head that is gone has done so."""
-    from ray.util.placement_group import remove_placement_group
-
-    with suppress(Exception):
-        remove_placement_group(group)
+            give_back(self._group)

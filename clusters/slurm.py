@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submissi
 from meshwright.clusters.contract import Job
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.slurm_commands import hasten, run_command, said, submitted, times_queued_again
+from meshwright.clusters.slurm_nodes import reached_by_slurm
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
 __all__ = ["SECRETS_FILE", "SlurmOptions", "SlurmQueue", "named", "on_first", "plan_slurm"]
@@ -172,6 +175,12 @@ class SlurmQueue:
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request; submits nothing."""
         return plan_slurm(request, self._options)
+
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """Nodes that Slurm gives for an examination."""
+        submission = self.plan(request).submission
+        assert submission is not None, "made by plan"
+        return reached_by_slurm(submission, request.num_nodes, visit)
 
     def check(self, plan: StartPlan) -> None:
         """Lets Slurm look at the job without taking it.

@@ -19,6 +19,7 @@ __all__ = [
     "hasten",
     "kill_wait_s",
     "look_at",
+    "need_command",
     "node_names",
     "requeue",
     "run_command",
@@ -40,6 +41,16 @@ class SilentError(UnavailableError):
     """One of Slurm's commands did not end in time, so that nobody knows whether it did what it was asked for."""
 
 
+def need_command(name: str) -> None:
+    """Makes sure that one of Slurm's commands is here.
+
+    Raises:
+        UnavailableError: where it is not.
+    """
+    if shutil.which(name) is None:
+        raise UnavailableError(f"cluster: there is no `{name}` on PATH; launch where Slurm's commands are")
+
+
 def run_command(
     words: Sequence[str],
     text: str = "",
@@ -52,8 +63,7 @@ def run_command(
     Raises:
         UnavailableError: where there is none, or it does not end.
     """
-    if shutil.which(words[0]) is None:
-        raise UnavailableError(f"cluster: there is no `{words[0]}` on PATH; launch where Slurm's commands are")
+    need_command(words[0])
     timeout_s = _COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     try:
         return subprocess.run(

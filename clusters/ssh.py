@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.pipes import Far, PipeHandle, agents_of
+from meshwright.clusters.probe import PROBE_ARGV
+from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
@@ -87,24 +90,20 @@ def ssh_words(options: SshOptions, host: str, command: Sequence[str]) -> tuple[s
         "LogLevel": "ERROR",
     }
     if options.known_hosts is not None:
-        settings["UserKnownHostsFile"] = _home(options.known_hosts)
+        settings["UserKnownHostsFile"] = os.path.expanduser(options.known_hosts)
     if options.identity_file is not None:
         settings["IdentitiesOnly"] = "yes"
     words = ["ssh", "-T", "-x"]
     for flag, value in (
-        ("-F", options.config and _home(options.config)),
+        ("-F", options.config and os.path.expanduser(options.config)),
         ("-l", options.user),
         ("-p", options.port),
-        ("-i", options.identity_file and _home(options.identity_file)),
+        ("-i", options.identity_file and os.path.expanduser(options.identity_file)),
         ("-J", options.jump),
     ):
         words += [] if value is None else [flag, str(value)]
     words += [each for name, value in settings.items() for each in ("-o", f"{name}={value}")]
     return (*words, "--", host, f"exec {shlex.join(command)}")
-
-
-def _home(path: str) -> str:
-    return os.path.expanduser(path)
 
 
 def deal_ranks(request: StartRequest, hosts: Sequence[SshHost]) -> list[tuple[SshHost, tuple[int, ...]]]:
@@ -193,6 +192,11 @@ class SshCluster:
         """The exact start plan of a request; connects to nobody."""
         return plan_ssh(request, self._hosts, self._options)
 
+    def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
+        """The hosts that a request uses, as its agents would reach them."""
+        hosts = {host.name: python_words(host, PROBE_ARGV[1:]) for host in self._hosts[: request.num_nodes]}
+        return reached_by({name: ssh_words(self._options, name, each) for name, each in hosts.items()}, "ssh", visit)
+
     def check(self, plan: StartPlan) -> None:
         """Makes sure that there is an ssh, and the key that it is to use.
 
@@ -202,8 +206,8 @@ class SshCluster:
         if shutil.which("ssh") is None:
             raise UnavailableError("cluster: there is no `ssh` on PATH; install openssh-client")
         key = self._options.identity_file
-        if key is not None and not Path(_home(key)).is_file():
-            raise UnavailableError(f"cluster.identity_file: {_home(key)} does not exist")
+        if key is not None and not Path(os.path.expanduser(key)).is_file():
+            raise UnavailableError(f"cluster.identity_file: {os.path.expanduser(key)} does not exist")
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
         """Executes a plan: one connection per host, each told its part."""
@@ -227,8 +231,7 @@ def _files(run_dir: Path) -> dict[str, str]:
 
 
 def _connect(node: NodePlan, run_dir: Path) -> "subprocess.Popen[bytes]":
-    path = run_dir / "logs" / f"ssh-{node.name}.log"
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    log = os.open(run_dir / f"logs/ssh-{node.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         return subprocess.Popen(
             node.agent,

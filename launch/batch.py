@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from meshwright.clusters.retry import unwanted
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.slurm import SECRETS_FILE, named, on_first
 from meshwright.clusters.slurm_commands import controller_answers, hasten, node_names, requeue, times_queued_again
+from meshwright.launch.admission import admit
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
+from meshwright.launch.losses import Losses
 from meshwright.launch.notice import Notice
 from meshwright.launch.relaunch import decision_on_loss, history_of
 from meshwright.launch.report import Outcome
@@ -38,6 +40,7 @@ __all__ = ["main"]
 
 _END_S = 120.0
 _ASK_S = 5.0
+_LOOK_S = 0.1
 _PREEMPTED = Failure("", "preempt", Exit.PREEMPTED)
 
 
@@ -115,6 +118,7 @@ def _again(outcome: Outcome, state: RunState, *, since_unix_s: float, times: int
         return False
     write_json(Path(plan.run_dir, f"exit-{times}.json"), outcome.as_dict())
     _say_again(job, without, saved=saved)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
     return _taken_meanwhile(job, state, times) or _requeued(job, _all_excluded(plan, without))
 
 
@@ -123,7 +127,6 @@ def _say_again(job: str, without: Sequence[str], *, saved: bool) -> None:
     why = f"it goes on without {', '.join(without)}" if without else why
     sys.stdout.write(f"meshwright: {why}; job {job} is queued again\n")
     sys.stdout.flush()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # that is how the queue ends us
 
 
 def _requeued(job: str, without: Sequence[str]) -> bool:
@@ -172,8 +175,32 @@ def _without(state: RunState, since_unix_s: float) -> tuple[str, ...]:
 def _all_excluded(plan: StartPlan, without: Sequence[str]) -> list[str]:
     """What Slurm is to leave out, where that changes: it forgets what it was told before."""
     asked = [word.partition("=")[2] for word in _asked(plan) if word.startswith("--exclude=")]
-    before = [*asked, *(name for each in plan.limits.past for name in each.excludes)]
-    return [*before, *without] if without else []
+    known = [*asked, *Losses.read(Path(plan.run_dir)).out, *without]
+    return list(dict.fromkeys(known)) if without else []
+
+
+def _queued_without(run: Run, out: list[dict[str, Any]], ended: Callable[[], bool]) -> bool:
+    """Queues a run again without nodes that are not fit for it; comes back, with False, where it cannot be.
+
+    Signals are still collected, so it is us who end when the queue's has come.
+    """
+    plan, job = run.plan, os.environ.get("SLURM_JOB_ID", "")
+    if not job or "--no-requeue" in _asked(plan):
+        return False
+    names, kept = [each["node"] for each in out], Losses.read(run.directory)
+    if set(names) & set(kept.out):  # Slurm gave a node again that it was to leave out
+        return False
+    write_json(run.directory / EXCLUDED_FILE, [*kept.excluded, *out])
+    _say_again(job, names, saved=False)
+    if not requeue(job, _all_excluded(plan, names)):
+        write_json(run.directory / EXCLUDED_FILE, kept.excluded)
+        return False
+    end_s = time.monotonic() + _END_S
+    while not ended() and time.monotonic() < end_s:  # a job that ends by itself meanwhile counts as failed
+        time.sleep(_LOOK_S)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return True
 
 
 def main(words: Sequence[str]) -> int:
@@ -221,6 +248,7 @@ def _run(run_dir: Path, times: int, queued: list[bool]) -> int:
     )
 
     def start() -> Handle:
+        admit(run, ended=notice.heard, without=lambda out: _queued_without(run, out, notice.heard))
         return StepHandle(plan, secrets, words=step, warning=notice, reached=controller_answers)
 
     def keep(outcome: Outcome, state: RunState) -> bool:

@@ -37,7 +37,7 @@ _ALL = (
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
 _RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a number of nodes"))
-_DOCTOR = "remove it; `meshwright doctor JOB.yaml --host ...` acts on it"
+_DOCTOR = "remove it; `meshwright doctor JOB.yaml` acts on it, in pods like those of the run"
 _UNEXAMINED = tuple(Gap(f"health.{key}", _DOCTOR) for key in ("preflight", "on_fail", "allreduce"))
 _UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
 _RETRIES = ("backoff", "retry_on", "no_retry_on", "stop_after_no_progress")
@@ -62,7 +62,6 @@ GAPS = {
     ),
     "slurm": (
         *_ALL,
-        *_UNEXAMINED,
         Gap("resources.gpu_type", "name the nodes by cluster.constraint"),
     ),
     "kubernetes": (
@@ -83,7 +82,6 @@ GAPS = {
         *_ALL,
         *_RIGID,
         *_UNWATCHED,
-        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
         Gap("failure.max_restarts", "set it to 0: an MPI job ends with its first failed rank", (0,)),
@@ -93,7 +91,6 @@ GAPS = {
     "ray": (
         *_ALL,
         *_RIGID,
-        *_UNEXAMINED,
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
         Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),

@@ -3,25 +3,24 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meshwright.clusters.evidence import CHECKS, Reach, Wishes
 from meshwright.clusters.probe import PROBE_ARGV
-from meshwright.clusters.ssh import SshOptions, python_words, ssh_words
+from meshwright.clusters.reaching import Reached, Visit, reached_by
+from meshwright.clusters.ssh import SshOptions, ssh_words
 from meshwright.clusters.verdicts import Diagnosis
-from meshwright.launch.engines import ssh_hosts, ssh_options
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
-from meshwright.launch.request import run_dir_of
-from meshwright.launch.values import fill
+from meshwright.launch.registry import cluster_of
+from meshwright.launch.request import request_of
 from meshwright.launch.variants import load_one
+from meshwright.launch.wishes import directories_of, wishes_for
 from meshwright.parallel.errors import MeshwrightError, nearest
-
-if TYPE_CHECKING:
-    from meshwright.launch.spec import Job
 
 __all__ = [
     "DoctorError",
@@ -29,9 +28,11 @@ __all__ = [
     "calibrate_to",
     "examine_for",
     "examine_job",
+    "left_in",
     "reach_by_ssh",
-    "reaches_of",
+    "reached_for",
     "wishes_of",
+    "without_nodes",
 ]
 
 _BUSY = 0.1  # of the processors, from which a calibration is said to be disturbed
@@ -53,6 +54,7 @@ class DoctorOptions:
         hosts: examined by ssh instead of this machine.
         exclude: nodes that are left out.
         checks: which to make; none means what the job says, or all.
+        wait_s: how long nodes that others have are waited for.
     """
 
     path: Path | None = None
@@ -60,6 +62,7 @@ class DoctorOptions:
     hosts: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
+    wait_s: float = 600.0
 
 
 def reach_by_ssh(host: str, environment: Mapping[str, str] = os.environ) -> Reach:
@@ -83,32 +86,64 @@ def reach_by_ssh(host: str, environment: Mapping[str, str] = os.environ) -> Reac
     return Reach(host, ssh_words(options, host, [*python, *PROBE_ARGV[1:]]), by="ssh")
 
 
-def _reaches_of_job(job: "Job | None") -> list[Reach]:
-    """The hosts of a job that names them; for any other, pretended nodes of this machine."""
-    if job is not None and job.cluster.type == "ssh":
-        options, hosts = ssh_options(job.cluster), ssh_hosts(job.cluster)[: job.num_nodes]
-        words = {host.name: python_words(host, PROBE_ARGV[1:]) for host in hosts}
-        return [Reach(name, ssh_words(options, name, each), by="ssh") for name, each in words.items()]
-    names = job.cluster.names if job is not None and job.cluster.type == "local" else ()
-    usual = (f"node{index}" for index in range(1 if job is None else job.num_nodes))
-    return [Reach(name, PROBE_ARGV) for name in (names[: job.num_nodes] if job is not None and names else usual)]
+@contextmanager
+def reached_for(options: DoctorOptions, loaded: LoadedJob | None, base: Path) -> Iterator[Reached]:
+    """The nodes to examine: hosts that are named, or those that the job would get; this machine without a job.
 
-
-def reaches_of(options: DoctorOptions, job: "Job | None") -> tuple[Reach, ...]:
-    """The nodes to examine.
+    Args:
+        options: of the command line.
+        loaded: the job.
+        base: directory that relative ones start from.
 
     Raises:
-        DoctorError: when an excluded node is none of them, or none is left.
+        UnavailableError: when the job's cluster does not give them.
     """
-    found = [reach_by_ssh(host) for host in options.hosts] or _reaches_of_job(job)
-    names = [reach.name for reach in found]
-    for name in options.exclude:
-        if name not in names:
-            raise DoctorError(f"--exclude {name}: there is no such node; {nearest(name, names)}")
-    kept = tuple(reach for reach in found if reach.name not in options.exclude)
+    visit = Visit(_open_variables(loaded), options.wait_s, _tell)
+    if options.hosts or loaded is None:
+        named = {host: reach_by_ssh(host).argv for host in options.hosts}
+        with reached_by(named or {"node0": PROBE_ARGV}, "ssh" if named else "here", visit) as found:
+            yield found
+        return
+    request = request_of(loaded, "doctor", base=base, reveal=False)
+    with cluster_of(loaded).reached(request, visit) as found:
+        yield found
+
+
+def _open_variables(loaded: LoadedJob | None) -> dict[str, str]:
+    """Our own variables without those that hold a secret of the job, whatever they are called."""
+    sources = [] if loaded is None else [each.from_env for each in loaded.job.secrets.values()]
+    hidden = {os.environ[name] for name in sources if name is not None and name in os.environ}
+    return {name: value for name, value in os.environ.items() if value not in hidden}
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"meshwright: {line}\n")
+    sys.stderr.flush()
+
+
+def without_nodes(loaded: LoadedJob | None, names: tuple[str, ...]) -> LoadedJob | None:
+    """A job whose queue is told to leave nodes out; of other jobs they are left out of what is reached."""
+    if loaded is None or loaded.job.cluster.type != "slurm" or not names:
+        return loaded
+    cluster = loaded.job.cluster
+    told = cluster.model_copy(update={"exclude": (*cluster.exclude, *names)})
+    return replace(loaded, job=loaded.job.model_copy(update={"cluster": told}))
+
+
+def left_in(reached: Reached, names: tuple[str, ...]) -> Reached:
+    """Nodes without those that are to be left out.
+
+    Raises:
+        DoctorError: when one of them is not there, or none is left.
+    """
+    known = [reach.name for reach in reached.reaches]
+    for name in names:
+        if name not in known:
+            raise DoctorError(f"--exclude {name}: there is no such node; {nearest(name, known)}")
+    kept = tuple(reach for reach in reached.reaches if reach.name not in names)
     if not kept:
         raise DoctorError("every node is excluded; leave one in")
-    return kept
+    return replace(reached, reaches=kept)
 
 
 def wishes_of(options: DoctorOptions, loaded: LoadedJob | None, base: Path) -> Wishes:
@@ -117,44 +152,13 @@ def wishes_of(options: DoctorOptions, loaded: LoadedJob | None, base: Path) -> W
     Raises:
         DoctorError: for a check that there is not.
     """
-    _known(options.checks)
-    if loaded is None:
-        return Wishes(options.checks or CHECKS, (str(base),))
-    job = loaded.job
-    port, reduce = job.rendezvous.port, job.health.allreduce
-    wanted = options.checks or job.health.preflight or CHECKS
-    return Wishes(
-        checks=tuple(each for each in CHECKS if each in wanted),
-        directories=_directories(loaded, base),
-        interface=job.rendezvous.interface,
-        ports=(port, port) if isinstance(port, int) else job.rendezvous.port_range,
-        gpus_per_node=_gpus(job, here=not options.hosts and job.cluster.type == "local"),
-        gpu_type=job.resources.gpu_type,
-        allreduce_bytes=reduce.size if "health.allreduce.size" in loaded.keys else None,
-        min_bus_bytes_per_s=None if reduce.min_busbw_gbps is None else reduce.min_busbw_gbps * 1e9,
-    )
-
-
-def _known(checks: Sequence[str]) -> None:
-    for check in checks:
+    for check in options.checks:
         if check not in CHECKS:
             raise DoctorError(f"--check {check}: there is no such check; {nearest(check, CHECKS)}")
-
-
-def _directories(loaded: LoadedJob, base: Path) -> tuple[str, ...]:
-    """Where runs and checkpoints lie; a run's own directory is not there yet."""
-    runs = run_dir_of(loaded, "doctor", base).parent
-    checkpoints = base / fill(loaded.job.checkpoint.dir, name=loaded.job.name, run_id="doctor")
-    every = loaded.job.checkpoint.every_steps
-    return tuple(dict.fromkeys([str(runs), *([str(checkpoints.absolute())] if every else [])]))
-
-
-def _gpus(job: "Job", *, here: bool) -> int | None:
-    """GPUs that each node must have; pretended nodes share those of this machine."""
-    asked = job.resources.gpus_per_node or getattr(job.cluster, "gpus_per_node", None)
-    if asked is None and job.nproc_per_node == "gpu":
-        asked = 1
-    return asked * job.num_nodes if asked and here else asked
+    if loaded is None:
+        return Wishes(options.checks or CHECKS, (str(base),))
+    here = not options.hosts and loaded.job.cluster.type == "local"
+    return wishes_for(loaded.job, directories_of(loaded, base), options.checks, here=here)
 
 
 def examine_for(options: DoctorOptions, base: Path) -> Diagnosis:
@@ -171,9 +175,10 @@ def examine_job(options: DoctorOptions, loaded: LoadedJob | None, base: Path) ->
     from meshwright.clusters.examine import examine
     from meshwright.clusters.health import diagnose
 
-    reaches: Sequence[Reach] = reaches_of(options, None if loaded is None else loaded.job)
-    wishes = wishes_of(options, loaded, base)
-    return diagnose(examine(reaches, wishes), wishes, options.exclude)
+    wishes, told = wishes_of(options, loaded, base), without_nodes(loaded, options.exclude)
+    with reached_for(options, told, base) as reached:
+        found = reached if told is not loaded else left_in(reached, options.exclude)
+        return diagnose(examine(found, wishes), wishes, options.exclude)
 
 
 def calibrate_to(path: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], str]:

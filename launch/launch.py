@@ -11,6 +11,7 @@ from typing import Any
 from meshwright.clusters.base import StartPlan
 from meshwright.clusters.contract import Cluster, Handle, Queue
 from meshwright.clusters.spawn import end_warm, warm_agent
+from meshwright.launch.admission import examined_at_start
 from meshwright.launch.after import after_others, wait_for_others
 from meshwright.launch.background import check_apart, in_background
 from meshwright.launch.capabilities import check_capabilities
@@ -81,7 +82,7 @@ def _launch(options: LaunchOptions, base: Path) -> int:
     request = after_others(request_of(loaded, run_id, base=base, reveal=not options.dry_run), loaded)
     if request.limits.after:
         end_warm()  # nobody takes it for a while
-    cluster = cluster_of(loaded, None if options.detach else warm_agent())
+    cluster = examined_at_start(cluster_of(loaded, None if options.detach else warm_agent()), loaded, base)
     plan = cluster.plan(request)
     if options.dry_run:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=2) + "\n" if options.as_json else str(plan))

@@ -50,6 +50,10 @@ class Notice(Interrupts):
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._came.append(number)
 
+    def heard(self) -> bool:
+        """Whether a signal came, whatever it means."""
+        return bool(self._came or self.numbers or self.given)
+
     def __call__(self, asked: bool) -> str | None:
         """The name of the signal by which ranks are to be warned, once they are; "" where their agents are to end.
 

@@ -2,13 +2,16 @@
 
 fit      the run starts
 sick     abort: nothing starts, exit code 78 · warn: it starts all the same · exclude_node: hosts that the job names
-         besides those it needs take the places of sick ones, and are examined too
+         besides those it needs take the places of sick ones, and are examined too; Slurm gives others
+
+On Slurm and Ray, which choose nodes themselves, that is when a run has them (`admission`); elsewhere before it is one.
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshwright.clusters.verdicts import Diagnosis
 from meshwright.launch.doctor import DoctorOptions, examine_job
@@ -17,7 +20,13 @@ from meshwright.launch.load import LoadedJob
 from meshwright.launch.spares import SpareError, without
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["PreflightError", "on_fit_nodes"]
+if TYPE_CHECKING:
+    from meshwright.launch.spec.health import Health
+
+__all__ = ["PreflightError", "judged", "on_fit_nodes"]
+
+_LATER = ("slurm", "ray")
+"""Clusters that give a run its nodes when it starts, where they are examined then."""
 
 
 class PreflightError(MeshwrightError):
@@ -44,23 +53,38 @@ def on_fit_nodes(
         PreflightError: for sick nodes that are not to be, or cannot be, done without.
     """
     health = loaded.job.health
-    if not health.preflight:
+    if not health.preflight or loaded.job.cluster.type in _LATER:
         return loaded
     left_out: tuple[str, ...] = ()
     while True:
-        found = replace(examine(loaded, base), excluded=left_out)
-        if found.fit:
-            conclusion = found.table().splitlines()[-1]
-            sys.stderr.write(f"meshwright: {', '.join(health.preflight)} checked; {conclusion}\n")
+        sick = judged(health, replace(examine(loaded, base), excluded=left_out))
+        if not sick:
             return loaded
-        sys.stderr.write(f"{found.table()}\n")
-        if health.on_fail == "warn":
-            sys.stderr.write("meshwright: the run starts all the same (health.on_fail: warn)\n")
-            return loaded
-        if health.on_fail == "abort" or not found.sick:
-            who = ", ".join(found.sick) or "all nodes together"
-            raise PreflightError(f"{who} not fit; the table above says what to do. Nothing was started")
-        loaded, left_out = _without(loaded, found.sick), (*left_out, *found.sick)
+        loaded, left_out = _without(loaded, sick), (*left_out, *sick)
+
+
+def judged(health: "Health", found: Diagnosis) -> tuple[str, ...]:
+    """Says what was found, and what follows: nodes that are to be left out, or none where ranks may start.
+
+    Args:
+        health: of the job.
+        found: on its nodes.
+
+    Raises:
+        PreflightError: where they are not fit, and the job wants that to be its end.
+    """
+    if found.fit:
+        conclusion = found.table().splitlines()[-1]
+        sys.stderr.write(f"meshwright: {', '.join(health.preflight)} checked; {conclusion}\n")
+        return ()
+    sys.stderr.write(f"{found.table()}\n")
+    if health.on_fail == "warn":
+        sys.stderr.write("meshwright: the run starts all the same (health.on_fail: warn)\n")
+        return ()
+    if health.on_fail == "abort" or not found.sick:
+        who = ", ".join(found.sick) or "all nodes together"
+        raise PreflightError(f"{who} not fit; the table above says what to do. Nothing was started")
+    return found.sick
 
 
 def _without(loaded: LoadedJob, sick: tuple[str, ...]) -> LoadedJob:

@@ -9,6 +9,7 @@ from typing import Any
 from meshwright.clusters.base import StartPlan, StartRequest, Submission
 from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.slurm_array import array_of, as_tasks, unlike
+from meshwright.launch.admission import examined_at_start
 from meshwright.launch.after import after_others
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob, OpenJob
@@ -118,7 +119,7 @@ def series_of(opened: OpenJob, sweep: SweepPlan, sweep_id: str, *, base: Path, r
     for variant, loaded in zip(sweep.variants, _on_fit_nodes(jobs, base) if reveal else jobs, strict=True):
         asked = request_of(loaded, sweep.run_id(sweep_id, variant.index), base=base, reveal=reveal)
         request = after_others(asked, loaded)
-        cluster = cluster_of(loaded)
+        cluster = examined_at_start(cluster_of(loaded), loaded, base)
         secrets = {secret.name: secret.value for secret in request.program.secrets}
         members.append(Member(variant, loaded, request, cluster, cluster.plan(request), secrets))
     directory = (base / fill(members[0].loaded.job.logs.dir, name=sweep.name, run_id=sweep_id)).absolute()

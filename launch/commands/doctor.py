@@ -10,6 +10,7 @@ import typer
 
 from meshwright.launch.doctor import DoctorError, DoctorOptions, calibrate_to, examine_for
 from meshwright.launch.exits import Exit
+from meshwright.launch.values import parse_duration
 
 __all__ = ["doctor"]
 
@@ -28,6 +29,7 @@ def doctor(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Leave this node out; repeat it.")] = None,
     checks: Annotated[list[str] | None, typer.Option("--check", help="Make this check only; repeat it.")] = None,
+    wait: Annotated[str, typer.Option(help="How long nodes that others have are waited for, such as 30m.")] = "10m",
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine and write what predictions need to know of it.")
     ] = False,
@@ -35,17 +37,20 @@ def doctor(
 ) -> None:
     """Check whether the nodes are fit: clocks, versions, network, disks, GPUs, and how fast they reduce.
 
-    Exit code 0 when nothing is bad, 78 when something is; sick nodes are named. With --calibrate nothing is checked:
-    products, memory, attention and collectives of this machine are timed, and an entry of the catalog is fitted.
+    The nodes are those that the job would get, on every cluster; a queue is asked for them for a few minutes. Exit code
+    0 when nothing is bad, 78 when something is; sick nodes are named. With --calibrate nothing is checked: products,
+    memory, attention and collectives of this machine are timed, and an entry of the catalog is fitted.
     """
-    options = DoctorOptions(
-        path=job,
-        overrides=tuple(overrides or ()),
-        hosts=tuple(hosts or ()),
-        exclude=tuple(exclude or ()),
-        checks=tuple(checks or ()),
-    )
+    sets, named, without, only = (tuple(each or ()) for each in (overrides, hosts, exclude, checks))
+    options = DoctorOptions(job, sets, named, without, only, _seconds(wait))
     raise typer.Exit((_calibrate if calibrate else _examine)(options, as_json=as_json))
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise DoctorError(f"--wait {text}: {error}") from None
 
 
 def _examine(options: DoctorOptions, *, as_json: bool) -> int:

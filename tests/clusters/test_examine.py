@@ -5,14 +5,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from meshwright.clusters.evidence import Evidence, Reach, Wishes, endpoint_of
-from meshwright.clusters.examine import examine
+from meshwright.clusters.examine import examine as examine_all
 from meshwright.clusters.health import diagnose
 from meshwright.clusters.probe import PROBE_ARGV
+from meshwright.clusters.reaching import Reached
 from meshwright.clusters.sweep import carriers
 from meshwright.clusters.verdicts import BAD, OK
 from tests.lab.nvml import with_gpus
@@ -31,6 +33,10 @@ def _lying(name: str, lie: str) -> Reach:
     """A probe in whose process something is changed before it starts."""
     code = f"import sys, time, socket\n{lie}\nfrom meshwright.clusters import probe\nprobe.main()"
     return Reach(name, (sys.executable, "-u", "-c", code))
+
+
+def examine(reaches: Sequence[Reach], wishes: Wishes) -> Evidence:
+    return examine_all(Reached(tuple(reaches)), wishes)
 
 
 def _states(found: Evidence, wishes: Wishes) -> dict[tuple[str, str | None], str]:

@@ -108,6 +108,18 @@ class Host:
         """Plugs the network cable in or out: "up", "down"."""
         run("ip", "-n", self.namespace, "link", "set", "eth0", state)
 
+    def fill(self, folder: Path) -> None:
+        """Leaves no room in a folder, for what runs on this host and what that starts, until they end."""
+        run("mkdir", "-p", str(folder))
+        spaces: dict[str, str] = {}
+        for pid in run("ip", "netns", "pids", self.namespace).split():
+            with suppress(OSError):  # it has ended
+                spaces.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
+        for pid in spaces.values():
+            run(
+                "nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)
+            )
+
     def listening(self) -> set[str]:
         """address:port of everything that listens on this host."""
         found = run("nsenter", f"--net=/run/netns/{self.namespace}", "cat", "/proc/net/tcp", "/proc/net/tcp6")

@@ -1,7 +1,8 @@
 """A stand-in for kubectl and its clusters on one machine: pods are processes here, started from the objects themselves.
 
 Every context of the kubeconfig is a folder; `current` names the one that kubectl takes unless told otherwise. What is
-written down in `asked` are the words of every call.
+written down in `asked` are the words of every call. A file `pending` keeps pods of a Job from starting, and `deaf-N`
+lets nobody into the pod of that index.
 """
 
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 __all__ = ["write_kubectl"]
 
 _KUBECTL = """\
-import json, subprocess, sys, time, yaml
+import json, os, subprocess, sys, time, yaml
 from pathlib import Path
 home, words = Path(__file__).parent, sys.argv[1:]
 with (home / "asked").open("a") as file:
@@ -39,13 +40,29 @@ def option(name, short="="):
 
 if words[:3] == ["create", "secret", "generic"]:
     (place / f"secret-{words[3]}").write_text(sys.stdin.read())
+elif words[0] == "create" and (job := sys.stdin.read()).startswith("{"):
+    whole = json.loads(job)
+    (place / f"job-{whole['metadata']['name']}").write_text(job)
 elif words[0] == "create":
-    config, whole = yaml.safe_load_all(sys.stdin.read())
+    config, whole = yaml.safe_load_all(job)
     name = whole["metadata"]["name"]
     (place / f"configmap-{name}").write_text(json.dumps(config))
     (place / f"{whole['kind'].lower()}-{name}").write_text(json.dumps(whole))
     subprocess.Popen([sys.executable, home / "controller", place, name], stdin=subprocess.DEVNULL,
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+elif words[:2] == ["get", "pods"] and option("selector").startswith("job-name="):
+    job = place / f"job-{option('selector').partition('=')[2]}"
+    count = json.loads(job.read_text())["spec"]["parallelism"] if job.exists() else 0
+    status = {"phase": "Running"}
+    if (home / "pending").exists():
+        waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+        status = {"phase": "Pending", "containerStatuses": [{"state": {"waiting": waiting}}]}
+    print(json.dumps({"items": [{"metadata": {"name": f"{job.name}-{index}"}, "spec": {"nodeName": f"gpu{index}"},
+                                 "status": status} for index in range(count)]}))
+elif words[0] == "exec":
+    if (home / f"deaf-{words[2].rpartition('-')[2]}").exists():
+        sys.exit("error: unable to upgrade connection: container not found")
+    os.execv(sys.executable, [sys.executable, *words[words.index("--") + 2:]])
 elif words[:2] == ["get", "pods"]:
     name = option("selector").partition("=")[2]
     print(json.dumps({"items": [json.loads(path.read_text()) for path in pods(name)]}))

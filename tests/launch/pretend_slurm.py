@@ -1,6 +1,7 @@
 """Stand-ins for Slurm's commands on one machine, so that what lies between them is tested without a cluster.
 
-`sbatch` runs its script in the background, `srun` runs one task per node, `scontrol requeue` lets the script run again.
+`sbatch` runs its script in the background, `srun` runs one task per node, `scontrol requeue` lets the script run again,
+`salloc` holds nodes for a command. A file `env-NODE` has variables of what `srun` starts on one node alone.
 Real Slurm is tested in tests/lab.
 """
 
@@ -67,10 +68,13 @@ while waiting or running:
     time.sleep(0.02)
 """
 _SRUN = """\
-import os, signal, subprocess, sys
+import json, os, signal, subprocess, sys
 words = [word for word in sys.argv[1:] if not word.startswith("--") or "=" not in word]
-tasks = int(next(word for word in sys.argv if word.startswith("--ntasks=")).partition("=")[2])
-started = [subprocess.Popen(words, env={**os.environ, "SLURM_NODEID": str(index)}) for index in range(tasks)]
+told = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
+own = os.path.join(os.path.dirname(__file__), f"env-{told.get('nodelist')}")
+env = {**os.environ, **(json.load(open(own)) if os.path.exists(own) else {})}
+tasks = int(told["ntasks"])
+started = [subprocess.Popen(words, env={**env, "SLURM_NODEID": str(index)}) for index in range(tasks)]
 def end(number, frame):
     for each in started:
         each.send_signal(number)
@@ -112,6 +116,22 @@ for path in sorted(glob.glob(os.path.join(os.path.dirname(__file__), f"state{job
         continue
     print(f"{state}|{'JobArrayTaskLimit' if state == 'PENDING' else 'None'}")
 """
+_SALLOC = """\
+import os, signal, subprocess, sys, time
+home = os.path.dirname(__file__)
+open(f"{home}/asked", "w").write("\\n".join(sys.argv))
+told = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
+if int(told["nodes"]) > 3:
+    sys.exit("salloc: error: Job submit/allocate failed: Node count specification invalid")
+print("salloc: Pending job allocation 7", file=sys.stderr, flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (open(f"{home}/revoked", "w"), os._exit(1)))
+while os.path.exists(f"{home}/busy"):
+    time.sleep(0.02)
+names = [f"n{index}" for index in range(4) if f"n{index}" not in told.get("exclude", "").split(",")]
+given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": ",".join(names[:int(told["nodes"])])}
+subprocess.call([word for word in sys.argv[1:] if not word.startswith("--")], env={**os.environ, **given})
+open(f"{home}/given-back", "w")
+"""
 _SCANCEL = """\
 import glob, os, signal, sys
 home = os.path.dirname(__file__)
@@ -127,6 +147,7 @@ def write_commands(folder: Path) -> None:
     """Writes them into a folder that is to be put on PATH."""
     folder.mkdir()
     names = {"sbatch": _SBATCH, "srun": _SRUN, "scontrol": _SCONTROL, "squeue": _SQUEUE, "scancel": _SCANCEL}
+    names["salloc"] = _SALLOC
     for name, text in names.items():
         path = folder / name
         path.write_text(f"#!{sys.executable} -IS\n{text}")

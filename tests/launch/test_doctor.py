@@ -15,7 +15,14 @@ import pytest
 
 from meshwright.clusters.evidence import CHECKS
 from meshwright.launch.cli import main
-from meshwright.launch.doctor import DoctorError, DoctorOptions, reach_by_ssh, reaches_of, wishes_of
+from meshwright.launch.doctor import (
+    DoctorError,
+    DoctorOptions,
+    left_in,
+    reach_by_ssh,
+    reached_for,
+    wishes_of,
+)
 from meshwright.launch.load import LoadedJob, load_job
 from tests.lab.nvml import with_gpus
 
@@ -106,12 +113,14 @@ def test_a_host_is_asked_without_questions_and_never_with_an_unknown_key() -> No
     assert reach.argv[-1] == "exec env 'A=b c' python -u -m meshwright.clusters.probe"
     with pytest.raises(DoctorError, match="no name of a host"):
         reach_by_ssh("")
-    assert [each.name for each in reaches_of(DoctorOptions(hosts=("a", "b"), exclude=("a",)), None)] == ["b"]
+    with reached_for(DoctorOptions(hosts=("a", "b")), None, Path()) as found:
+        assert [each.name for each in left_in(found, ("a",)).reaches] == ["b"]
 
 
 def test_the_hosts_of_a_job_are_the_nodes_that_are_examined(tmp_path: Path) -> None:
     text = "cluster: {type: ssh, user: train, python: /opt/py, hosts: [{name: a}, {name: b, python: /b/py}]}\n"
-    reaches = reaches_of(DoctorOptions(), _job(tmp_path, text).job)
+    with reached_for(DoctorOptions(), _job(tmp_path, text), tmp_path) as found:
+        reaches = found.reaches
     assert [(each.name, each.by) for each in reaches] == [("a", "ssh"), ("b", "ssh")]
     assert reaches[1].argv[-2:] == ("b", "exec /b/py -u -m meshwright.clusters.probe")
     assert reaches[0].argv[reaches[0].argv.index("-l") + 1] == "train"

@@ -1,0 +1,119 @@
+"""Nodes of Kubernetes, as a doctor reaches them: pods like those of the run that only wait, and a probe in each.
+
+They are a Job of their own with the image, resources and volumes of the run, without its secrets, and go when the
+examination is over, or by themselves at its deadline.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.kubectl import Kubectl
+from meshwright.clusters.probe import PROBE_ARGV
+from meshwright.clusters.reaching import Reached, Visit, reached_by, unique_names
+
+__all__ = ["placed", "probe_job", "reached_in_pods"]
+
+_MOST_S = 900
+_LOOK_S = 1.0
+_GRACE_S = 5
+
+
+def probe_job(jobset: Mapping[str, Any], *, python: str, most_s: float) -> dict[str, Any]:
+    """The Job whose pods wait to be examined; pure.
+
+    Args:
+        jobset: that the run would be.
+        python: interpreter in the image.
+        most_s: how long its pods may be waited for.
+    """
+    job = json.loads(json.dumps(jobset["spec"]["replicatedJobs"][0]["template"]["spec"]))
+    deadline_s = int(most_s) + _MOST_S
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    kept = {key: value for key, value in container.items() if key not in ("env", "ports", "command")}
+    wait = f"import time; time.sleep({deadline_s})"
+    pod["containers"] = [{**kept, "command": [python, "-c", wait]}]
+    pod["terminationGracePeriodSeconds"] = _GRACE_S
+    meta = {key: jobset["metadata"][key] for key in ("name", "namespace", "labels")}
+    spec = {**job, "activeDeadlineSeconds": deadline_s, "ttlSecondsAfterFinished": 60}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}
+
+
+@contextmanager
+def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> Iterator[Reached]:
+    """Nodes with a waiting pod each, until this is left.
+
+    Args:
+        job: of the pods.
+        kubectl: of the cluster.
+        visit: the examination.
+
+    Raises:
+        UnavailableError: when there are none in time.
+    """
+    name = job["metadata"]["name"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    kubectl("create", "-f", "-", text=json.dumps(job))
+    try:
+        found = _up(job, kubectl, visit)
+        names = unique_names([(node, pod) for pod, node in found.items()])
+        probe = ("-c", container["name"], "--", container["command"][0], *PROBE_ARGV[1:])
+        words = {node: (*kubectl.words, "exec", "-i", pod, *probe) for node, pod in zip(names, found, strict=True)}
+        with reached_by(words, "kubernetes", visit) as reached:
+            yield reached
+    finally:
+        kubectl("delete", "--ignore-not-found", "--wait=false", f"job/{name}")
+
+
+def _up(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> dict[str, str]:
+    """Pods and their nodes, once all run; meanwhile it is said what that waits for."""
+    name, count = job["metadata"]["name"], job["spec"]["parallelism"]
+    end_s, told = time.monotonic() + visit.most_s, ""
+    while True:
+        pods = json.loads(kubectl("get", "pods", "--selector", f"job-name={name}", "-o", "json") or "{}")
+        found, why = placed(pods.get("items", []))
+        if len(found) >= count:
+            return found
+        why = why or f"{len(found)} of {count} pods run"
+        if time.monotonic() >= end_s:
+            raise UnavailableError(
+                f"Kubernetes has not started the pods within {visit.most_s:g} s: {why}; wait longer with --wait"
+            )
+        if why != told:
+            told = why
+            visit.tell(f"the examination waits for pods: {why}; at most {visit.most_s:g} s, Ctrl-C ends it")
+        time.sleep(_LOOK_S)
+
+
+def placed(pods: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
+    """Pods that run with their nodes, by name, and why the first of the others does not.
+
+    Args:
+        pods: objects as kubectl prints them.
+
+    >>> pending = {"phase": "Pending", "conditions": [{"status": "False", "message": "0/3 nodes are available"}]}
+    >>> run = {"metadata": {"name": "p0"}, "spec": {"nodeName": "gpu7"}, "status": {"phase": "Running"}}
+    >>> placed([run, {"metadata": {"name": "p1"}, "status": pending}])
+    ({'p0': 'gpu7'}, 'pod p1: 0/3 nodes are available')
+    """
+    found, why = {}, ""
+    for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"])):
+        status = pod.get("status", {})
+        if status.get("phase") == "Running":
+            found[pod["metadata"]["name"]] = pod["spec"]["nodeName"]
+        else:
+            why = why or f"pod {pod['metadata']['name']}: {_waits(status)}"
+    return found, why
+
+
+def _waits(status: Mapping[str, Any]) -> str:
+    for each in status.get("containerStatuses", []):
+        waiting = each.get("state", {}).get("waiting")
+        if waiting:
+            return f"{waiting.get('reason', 'waits')} {waiting.get('message', '')}".strip()
+    said = [each["message"] for each in status.get("conditions", []) if each.get("message")]
+    return str(said[0]) if said else str(status.get("phase", "not there yet"))

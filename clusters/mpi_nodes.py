@@ -1,0 +1,103 @@
+"""Nodes of MPI, as a doctor reaches them: one mpiexec per node, which starts the probe there instead of a rank.
+
+Their names stand in the host file. Where there is none, mpiexec is asked once, by a program that prints them: it may
+know them from its options or from a queue.
+"""
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.probe import PROBE_ARGV
+
+if TYPE_CHECKING:
+    from meshwright.clusters.mpi import MpiOptions
+
+__all__ = ["asked_names", "hosts_in", "names_of", "probe_words"]
+
+_ASK_S = 60.0
+_SAY_NAME = ("-c", "import socket; print('meshwright-node', socket.gethostname())")
+
+
+def hosts_in(text: str) -> list[str]:
+    """Names in a host file of Open MPI or MPICH, each once, in order.
+
+    >>> hosts_in("# all\\nh1 slots=4\\nh2:4\\nh1:2  # again\\n")
+    ['h1', 'h2']
+    """
+    lines = (line.partition("#")[0].split() for line in text.splitlines())
+    return list(dict.fromkeys(words[0].partition(":")[0] for words in lines if words))
+
+
+def probe_words(options: "MpiOptions", node: str) -> tuple[str, ...]:
+    """The exact words that run a probe on one node; pure.
+
+    Args:
+        options: of the job's mpiexec.
+        node: its name in the host file.
+    """
+    if options.implementation == "openmpi":
+        hosts = ("--hostfile", options.hostfile) if options.hostfile else ()
+        place: tuple[str, ...] = (*hosts, *options.extra, "--host", node, "--bind-to", "none")
+    else:  # which takes a host file or names
+        place = (*options.extra, "-hosts", node, "-bind-to", "none")
+    return (options.mpiexec, "-n", "1", *place, options.python, *PROBE_ARGV[1:])
+
+
+def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str, str]) -> list[str]:
+    """Names of so many nodes, as mpiexec deals one process to each.
+
+    Args:
+        options: of the job's mpiexec.
+        num_nodes: how many.
+        environment: of mpiexec.
+
+    Raises:
+        UnavailableError: when it has fewer, or does not say.
+    """
+    deal = ("--map-by", "ppr:1:node") if options.implementation == "openmpi" else ("-ppn", "1")
+    words = (options.mpiexec, "-n", str(num_nodes), *deal, *options.extra, options.python, *_SAY_NAME)
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ASK_S,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(
+            f"{options.mpiexec} did not start {num_nodes} processes within {_ASK_S:g} s; write cluster.hostfile, so "
+            "that each host is tried by itself"
+        ) from None
+    names = list(dict.fromkeys(re.findall(r"^meshwright-node (\S+)", done.stdout, re.MULTILINE)))
+    if len(names) < num_nodes:
+        why = next((f": {line.strip()[:200]}" for line in done.stderr.splitlines() if line.strip(" -=\t")), "")
+        raise UnavailableError(
+            f"{options.mpiexec} gives {len(names)} nodes, the job wants {num_nodes}{why}; write cluster.hostfile"
+        )
+    return names
+
+
+def names_of(options: "MpiOptions", num_nodes: int, environment: Mapping[str, str]) -> list[str]:
+    """Names of the nodes that a job of so many would get.
+
+    Raises:
+        UnavailableError: when there are fewer.
+    """
+    if options.hostfile is None:
+        return asked_names(options, num_nodes, environment)
+    try:
+        found = hosts_in(Path(options.hostfile).read_text())
+    except OSError as error:
+        raise UnavailableError(f"cluster.hostfile: {options.hostfile} cannot be read: {error.strerror}") from error
+    if len(found) < num_nodes:
+        raise UnavailableError(
+            f"cluster.hostfile: {options.hostfile} has {len(found)} hosts, the job wants {num_nodes}"
+        )
+    return found[:num_nodes]

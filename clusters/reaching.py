@@ -1,0 +1,211 @@
+"""How a doctor talks with nodes: a line each, over the two pipes of whatever carries a probe there.
+
+Every cluster gives its nodes as `Reached`. A node has a carrier of its own (ssh, srun, mpiexec, kubectl exec, an actor
+of Ray), so that one that cannot be reached is named and keeps nobody else from being examined.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import IO, Any, Protocol
+
+from meshwright.clusters.evidence import Reach
+
+__all__ = ["Carrier", "Line", "Reached", "Visit", "carried", "reached_by", "unique_names"]
+
+_END_S = 2.0
+_TELLING = re.compile(
+    r"^ssh: |No module named|No such file|[Nn]ot found|Host key verification failed|Permission denied"
+)
+"""What says more than the last line, which may be a carrier's own about a process that failed."""
+
+
+class Carrier(Protocol):
+    """What has a probe: a process of this machine, or what looks like one."""
+
+    @property
+    def stdin(self) -> "IO[bytes] | None":
+        """What the probe reads; its end ends the probe."""
+
+    @property
+    def stdout(self) -> "IO[bytes] | None":
+        """What the probe says."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status; subprocess.TimeoutExpired when it does not end in time."""
+
+
+class Line:
+    """A probe, and our end of the line to it.
+
+    Args:
+        carrier: of the probe.
+        complaint: what it complained of, once it is gone.
+        ends: what ends a carrier that does not end by itself, one after the other.
+    """
+
+    def __init__(self, carrier: Carrier, *, complaint: Callable[[], str], ends: Sequence[Callable[[], object]]) -> None:
+        assert carrier.stdin is not None, "it was started with pipes"
+        assert carrier.stdout is not None, "it was started with pipes"
+        self._carrier, self._complaint, self._ends = carrier, complaint, tuple(ends)
+        self._in, self._out, self._rest = carrier.stdin, carrier.stdout, b""
+
+    def fileno(self) -> int:
+        """What becomes readable when the probe says something."""
+        return self._out.fileno()
+
+    def ask(self, question: Mapping[str, Any]) -> None:
+        """Sends a question; a probe that is gone is found when it is read."""
+        left = memoryview(json.dumps(question).encode() + b"\n")
+        with suppress(OSError):
+            while left:
+                left = left[self._in.write(left) or 0 :]
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """What has come since; None at the end of the line."""
+        data = os.read(self.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        told = []
+        for line in lines:
+            with suppress(ValueError):  # what a login shell prints before the probe starts
+                told.append(json.loads(line))
+        return [each for each in told if isinstance(each, dict)] if data else None
+
+    def why_gone(self) -> str:
+        """Why a probe ended."""
+        code = self._carrier.wait()
+        return self.complaint() or f"it ended with exit code {code}"
+
+    def complaint(self) -> str:
+        """The line that tells most of what was complained of so far; empty where there is none."""
+        said = [line.strip() for line in self._complaint().splitlines() if re.search(r"\w", line)]
+        return next((line for line in said if _TELLING.search(line)), said[-1] if said else "")
+
+    def close(self) -> None:
+        """Tells the probe to go, with what it started."""
+        with suppress(OSError):
+            self._in.close()
+
+    def end(self) -> None:
+        """Waits until the probe has gone, and sees to it."""
+        self.close()
+        for act in (lambda: None, *self._ends):
+            act()
+            with suppress(subprocess.TimeoutExpired):
+                self._carrier.wait(_END_S)
+                break
+        else:
+            self._carrier.wait()
+        self._out.close()
+
+
+def carried(reach: Reach, environment: Mapping[str, str] | None = None) -> Line:
+    """A line to a node by the process that its words start.
+
+    Args:
+        reach: of the node.
+        environment: of that process; None is ours.
+
+    Raises:
+        OSError: when it cannot be started.
+    """
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the line)
+    try:
+        return _ProcessLine(
+            subprocess.Popen(
+                reach.argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                env=environment,
+                start_new_session=True,
+                bufsize=0,
+            ),
+            complaints,
+        )
+    except BaseException:
+        complaints.close()
+        raise
+
+
+class _ProcessLine(Line):
+    """A line by a process, whose errors go to a file."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", complaints: IO[bytes]) -> None:
+        def complaint() -> str:
+            complaints.seek(0)
+            return complaints.read().decode(errors="replace")
+
+        def kill() -> None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+        # what mpiexec started leads groups of its own, and is ended by it alone
+        super().__init__(process, complaint=complaint, ends=(process.terminate, kill))
+        self._complaints = complaints
+
+    def end(self) -> None:
+        """Waits until the process has gone, and sees to it."""
+        super().end()
+        self._complaints.close()
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Nodes that can be examined.
+
+    Args:
+        reaches: of every node, by its real name.
+        open_line: starts the probe of one; raises OSError where it cannot.
+    """
+
+    reaches: tuple[Reach, ...]
+    open_line: Callable[[Reach], Line] = carried
+
+
+@dataclass(frozen=True)
+class Visit:
+    """An examination, as a cluster sees it.
+
+    Args:
+        environment: of what reaches nodes, without the job's secrets.
+        most_s: how long nodes that others have are waited for.
+        tell: says what is waited for.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    most_s: float = 600.0
+    tell: Callable[[str], object] = lambda line: None
+
+
+@contextmanager
+def reached_by(words: Mapping[str, Sequence[str]], by: str, visit: Visit) -> Iterator[Reached]:
+    """Nodes that need nothing but the words of each.
+
+    Args:
+        words: node -> what starts its probe.
+        by: as in `Reach`.
+        visit: the examination.
+    """
+    reaches = tuple(Reach(name, tuple(each), by) for name, each in words.items())
+    yield Reached(reaches, partial(carried, environment=visit.environment))
+
+
+def unique_names(places: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of nodes: those of their machines, with the end of another name where a machine has several nodes.
+
+    Args:
+        places: machine of each node, and a name of the node that no other has.
+
+    >>> unique_names([("gpu1", "ab12cd34ef"), ("gpu2", "0011223344"), ("gpu2", "5566778899")])
+    ['gpu1', 'gpu2-223344', 'gpu2-778899']
+    """
+    often = Counter(machine for machine, _ in places)
+    return [machine if often[machine] == 1 else f"{machine}-{name[-6:]}" for machine, name in places]

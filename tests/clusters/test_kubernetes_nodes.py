@@ -1,0 +1,79 @@
+"""Nodes of Kubernetes are examined in pods that wait; they are gone afterwards, and never hold a secret."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.evidence import Wishes
+from meshwright.clusters.examine import examine
+from meshwright.clusters.health import diagnose
+from meshwright.clusters.kubernetes import KubernetesQueue
+from meshwright.clusters.kubernetes_nodes import probe_job
+from meshwright.clusters.reaching import Visit
+from tests.clusters.test_kubernetes import OPTIONS, REQUEST
+from tests.launch.pretend_kubectl import write_kubectl
+
+WISHES = Wishes(checks=("clock", "ports"), write_bytes=0, timeout_s=60.0)
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pretended kubectl."""
+    found = write_kubectl(tmp_path / "kubectl", "prod", "other")
+    monkeypatch.setenv("PATH", f"{found}:{os.environ['PATH']}")
+    return found
+
+
+def test_the_pods_are_those_of_the_run_but_wait_and_know_no_secret() -> None:
+    jobset = yaml.safe_load((GOLDEN / "jobset.yaml").read_text())
+    job = probe_job(jobset, python="python3", most_s=600.0)
+    assert job == yaml.safe_load((GOLDEN / "probe-job.yaml").read_text())
+    assert "env" in jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize("kind", ["JobSet", "TrainJob"])
+def test_nodes_are_examined_in_pods_by_their_real_names_and_nothing_stays(home: Path, kind: str) -> None:
+    (home / "deaf-1").touch()
+    options = replace(OPTIONS, kind=kind, claim=None, context="other")
+    with KubernetesQueue(options).reached(REQUEST, Visit()) as reached:
+        assert [(each.name, each.by) for each in reached.reaches] == [("gpu0", "kubernetes"), ("gpu1", "kubernetes")]
+        found = examine(reached, WISHES)
+        assert list((home / "other/train").glob("job-*"))
+    assert found.silent == {"gpu1": "error: unable to upgrade connection: container not found"}
+    assert diagnose(found, WISHES).sick == ("gpu1",)
+    assert not list((home / "other/train").glob("job-*"))
+    asked = (home / "asked").read_text()
+    assert "hf_verysecret" not in asked
+    assert all(line.startswith("--context other --namespace train ") for line in asked.splitlines())
+
+
+def test_pods_that_do_not_start_are_said_why_and_go(home: Path) -> None:
+    (home / "pending").touch()
+    told: list[str] = []
+    wait = Visit(most_s=0.5, tell=told.append)
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    why = r"within 0\.5 s: pod .*: ImagePullBackOff Back-off.*--wait"
+    with pytest.raises(UnavailableError, match=why), queue.reached(REQUEST, wait):
+        pass
+    assert "ImagePullBackOff" in told[0]
+    assert not list((home / "prod/train").glob("job-*"))
+
+
+def test_ctrl_c_takes_the_pods_away(home: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()):
+        raise KeyboardInterrupt
+    assert not list((home / "prod/train").glob("job-*"))
+    assert "delete" in (home / "asked").read_text()
+
+
+def test_the_job_is_valid_json_without_variables(home: Path) -> None:
+    with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()):
+        (job,) = (json.loads(path.read_text()) for path in (home / "prod/train").glob("job-*"))
+    assert job["kind"] == "Job"
+    assert "env" not in job["spec"]["template"]["spec"]["containers"][0]
