@@ -26,7 +26,8 @@ from meshwright.clusters import sweep as sweeping
 from meshwright.clusters.deaths import Death, Deaths, exit_code_of
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
-from meshwright.clusters.mpi_seat import seat_of
+from meshwright.clusters.mpi_hosts import place_of
+from meshwright.clusters.mpi_seat import Seat, seat_of
 from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
 from meshwright.clusters.setup import SetupError, run_setup
@@ -57,15 +58,21 @@ class _Process:
         self.mpi = MPI
         self.world = MPI.COMM_WORLD
         self.local = self.world.Split_type(MPI.COMM_TYPE_SHARED)
-        leader = spread(self.world.rank, self.local)
-        self.seat = seat_of(leader, self.local.rank, gathered(leader, self.world))
         self.orders: SimpleQueue[str] = SimpleQueue()
         first = self._read() if self.world.rank == 0 else None
         self.message: Mapping[str, Any] = spread(first, self.world)
         self.plan: Mapping[str, Any] = self.message["plan"]
+        self.attempt = len(self.plan["limits"]["past"])
+        self.seat = self._seat()
         self.store: Any = None
         self.deaths: list[Death] = []
         self.broom: subprocess.Popen[bytes] | None = None
+
+    def _seat(self) -> Seat:
+        leader = spread(self.world.rank, self.local)
+        place = place_of([node["name"] for node in self.plan["nodes"]]) if self.local.rank == 0 else None
+        leaders, places = gathered(leader, self.world), gathered(place, self.world)
+        return seat_of(leader, self.local.rank, leaders, places)
 
     def _read(self) -> Mapping[str, Any]:
         """The launcher's first message; further ones are orders, and the end of input is one too."""
@@ -134,7 +141,8 @@ class _Process:
         own = own_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
         if self.plan["setup"] is not None:
             own = self._set_up(own)
-        told = self.seat.as_torchrun(address, port, self.plan["run_id"])
+        most = self.plan["limits"]["max_restarts"]
+        told = self.seat.as_torchrun(address, port, run_id=self.plan["run_id"], attempt=self.attempt, most=most)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **own, **told}
 
@@ -161,11 +169,11 @@ class _Process:
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
-        self.tell("started", attempt=0, pids={self.seat.rank: child.pid}, time_unix_s=time.time())
+        self.tell("started", attempt=self.attempt, pids={self.seat.rank: child.pid}, time_unix_s=time.time())
         return Deaths({self.seat.rank: child.pid}, self._died)
 
     def _died(self, death: Death) -> None:
-        self.tell("exit", **death.as_event(0))
+        self.tell("exit", **death.as_event(self.attempt))
         self.deaths.append(death)
 
     def follow(self, deaths: Deaths) -> None:

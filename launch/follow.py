@@ -86,7 +86,7 @@ def follow(
         run: what is started.
         start: the one thing that starts it.
         keep: whether the end is the end; otherwise no exit record is written.
-        relaunch: starts a run again that lost nodes.
+        relaunch: starts a run again of which nothing is left.
         signals: what collects them, where not all end the run.
 
     Raises:

@@ -73,10 +73,12 @@ def test_the_fewest_nodes_must_be_able_to_run_the_job(tmp_path: Path) -> None:
         check_capabilities(load(tmp_path, text))
 
 
-@pytest.mark.parametrize("key", ["backoff: {initial: 9s}", "retry_on: [exit]", "stop_after_no_progress: 2"])
-def test_what_restarts_need_is_refused_where_there_are_none(tmp_path: Path, key: str) -> None:
-    with pytest.raises(JobError, match="an MPI job has no restarts"):
-        check_capabilities(load(tmp_path, f"cluster: {{type: mpi}}\nfailure: {{{key}}}\n"))
+def test_a_host_is_left_out_on_mpi_only_where_the_host_file_has_another(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a\nb\n")
+    keys = f"cluster: {{type: mpi, hostfile: {tmp_path / 'hosts'}}}\nfailure: {{exclude_bad_nodes: 1}}\n"
+    check_capabilities(load(tmp_path, keys + "nodes: 1\n"))
+    with pytest.raises(JobError, match="no node is there to take a place"):
+        check_capabilities(load(tmp_path, keys + "nodes: 2\n"))
 
 
 @pytest.mark.parametrize("key", ["signal: TERM", "lead: 30s"])
