@@ -14,6 +14,8 @@ LOST_CODE = 69
 _MPI = (
     (r"Remote daemon: \S+ on node (\S+)", "host {host} was lost"),  # Open MPI, of ORTE and PRRTE
     (r"(?:ssh: )?connect to host (\S+) port", "host {host} cannot be reached"),
+    (r"Connection to (\S+) closed by remote host", "the connection to host {host} was closed"),  # of ssh
+    (r"Timeout, server (\S+) not responding", "host {host} does not answer"),
     (r"PID \d+ RUNNING AT (\S+)", "a process on host {host} was killed"),  # MPICH
 )
 _RAY_IP = re.compile(r"\bIp(?: address)?: ?([0-9a-fA-F:.]+)|node IP ([0-9.]+)", re.IGNORECASE)

@@ -42,15 +42,20 @@ def _name(line: str) -> str:
 
 
 def same_host(one: str, other: str) -> bool:
-    """Whether two names may be one host's: alike, or alike up to the domain that only one of them has.
+    """Whether two names are one host's: alike, alike up to the domain that only one of them has, or by address.
 
     >>> same_host("gpu1", "gpu1.cluster"), same_host("gpu1.a", "gpu1.b"), same_host("10.0.0.1", "10")
     (True, False, False)
     """
-    if one == other:
-        return True
     short, whole = sorted((one, other), key=len)
-    return not short.isdecimal() and whole.startswith(f"{short}.")
+    alike = one == other or (not short.isdecimal() and whole.startswith(f"{short}."))
+    return alike or other == _address(one) or one == _address(other)
+
+
+def _address(name: str) -> str | None:
+    with suppress(OSError, UnicodeError):
+        return socket.gethostbyname(name)
+    return None
 
 
 def place_of(names: Sequence[str]) -> int | None:
@@ -64,8 +69,4 @@ def place_of(names: Sequence[str]) -> int | None:
         if same_host(name, own):
             return index
     here = {*interfaces().values()} - {"127.0.0.1"}
-    for index, name in enumerate(names):
-        with suppress(OSError):
-            if socket.gethostbyname(name) in here:
-                return index
-    return None
+    return next((index for index, name in enumerate(names) if _address(name) in here), None)

@@ -63,16 +63,10 @@ class _Process:
         self.message: Mapping[str, Any] = spread(first, self.world)
         self.plan: Mapping[str, Any] = self.message["plan"]
         self.attempt = len(self.plan["limits"]["past"])
-        self.seat = self._seat()
+        self.seat = _seat(self)
         self.store: Any = None
         self.deaths: list[Death] = []
         self.broom: subprocess.Popen[bytes] | None = None
-
-    def _seat(self) -> Seat:
-        leader = spread(self.world.rank, self.local)
-        place = place_of([node["name"] for node in self.plan["nodes"]]) if self.local.rank == 0 else None
-        leaders, places = gathered(leader, self.world), gathered(place, self.world)
-        return seat_of(leader, self.local.rank, leaders, places)
 
     def _read(self) -> Mapping[str, Any]:
         """The launcher's first message; further ones are orders, and the end of input is one too."""
@@ -163,9 +157,11 @@ class _Process:
 
     def start(self) -> Deaths:
         """Starts the rank, tied to this process."""
+        if self.attempt and self.local.rank == 0:  # before anybody starts a rank, see `meet`
+            sweeping.sweep(self.plan["run_id"])
         environment = self.environment(*self.meet())
         if self.local.rank == 0:
-            self.broom = _sweep_after(self.plan["run_id"], self.seat.node)
+            self.broom = _sweep_after(self.plan["run_id"], self.seat.node, self.attempt)
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
@@ -225,10 +221,21 @@ class _Process:
             self.world.Abort(failures[0][1])
 
 
-def _sweep_after(run_id: str, node: int) -> "subprocess.Popen[bytes]":
-    """Sweeps a node when this process is gone: MPI kills it with its rank, and knows nothing of the rank's children."""
+def _seat(process: _Process) -> Seat:
+    """Where a process sits, as MPI tells of shared memory and its leader of its host."""
+    world, local = process.world, process.local
+    leader = spread(world.rank, local)
+    place = place_of([node["name"] for node in process.plan["nodes"]]) if local.rank == 0 else None
+    return seat_of(leader, local.rank, gathered(leader, world), places=gathered(place, world))
+
+
+def _sweep_after(run_id: str, node: int, attempt: int) -> "subprocess.Popen[bytes]":
+    """Sweeps a node when this process is gone: MPI kills it with its rank, and knows nothing of the rank's children.
+
+    Only of this attempt: ranks of the next one may be there already.
+    """
     return subprocess.Popen(
-        (sys.executable, "-I", "-S", str(sweeping.__file__), run_id, str(node)),
+        (sys.executable, "-I", "-S", str(sweeping.__file__), run_id, str(node), str(attempt)),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,  # mpiexec waits for the end of what its processes write
         stderr=subprocess.DEVNULL,

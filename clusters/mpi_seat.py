@@ -43,7 +43,7 @@ class Seat:
         return {**{name: str(value) for name, value in counts.items()}, **words, **agent}
 
 
-def seat_of(leader: int, local_rank: int, leaders: list[int], places: list[int | None] | None = None) -> Seat:
+def seat_of(leader: int, local_rank: int, leaders: list[int], *, places: list[int | None] | None = None) -> Seat:
     """The seat of a process from what MPI says of shared memory; pure.
 
     Nodes are in the order of their hosts, where every leader knows which of the planned ones it is on.
@@ -56,7 +56,7 @@ def seat_of(leader: int, local_rank: int, leaders: list[int], places: list[int |
 
     >>> seat_of(1, 1, [0, 1, 0, 1])  # dealt in turn to two nodes
     Seat(node=1, local_rank=1, local_size=2, rank=3, sizes=(2, 2))
-    >>> seat_of(1, 0, [0, 1], [1, 0])  # mpiexec began with the second host
+    >>> seat_of(1, 0, [0, 1], places=[1, 0])  # mpiexec began with the second host
     Seat(node=0, local_rank=0, local_size=1, rank=0, sizes=(1, 1))
     """
     nodes = _in_order(sorted(set(leaders)), places or [None] * len(leaders))

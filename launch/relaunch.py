@@ -45,11 +45,10 @@ def decision_on_end(state: RunState, run_dir: Path, since_unix_s: float) -> Deci
     """
     told = state.decisions.get(state.attempt)
     agreed = None if told is None else told_decision(told)
-    given_up = agreed is not None and not agreed.again and not agreed.failure.only_lost
-    if given_up or not state.plan.limits.max_restarts:
+    if not state.plan.limits.max_restarts or not _is_open(agreed, state):
         return None
     if agreed is not None and not state.losses.codes:
-        return agreed if _is_ours(agreed, state) else None
+        return agreed
     failures = _lost(state.losses) or _failed(state, run_dir)
     if not failures:
         return None
@@ -59,9 +58,13 @@ def decision_on_end(state: RunState, run_dir: Path, since_unix_s: float) -> Deci
     return replace(found, excludes=tuple(dict.fromkeys((*found.excludes, *worn_out))))
 
 
-def _is_ours(agreed: Decision, state: RunState) -> bool:
-    """Whether agents ended for the launcher to start others."""
-    return bool(agreed.excludes) or (agreed.again and state.plan.limits.regroup)
+def _is_open(agreed: Decision | None, state: RunState) -> bool:
+    """Whether something is left to be done: no agents agreed, some were lost, or they ended for us to start others."""
+    if agreed is None:
+        return True
+    if state.losses.codes:
+        return agreed.again or agreed.failure.only_lost
+    return agreed.again and (bool(agreed.excludes) or state.plan.limits.regroup)
 
 
 def _decided(state: RunState, failures: Sequence[Failure]) -> Decision:

@@ -78,9 +78,9 @@ def test_nodes_are_called_by_their_hosts_and_only_those_that_are_used_are_in_the
 
 def test_nodes_follow_the_order_of_the_plan_where_each_knows_its_host() -> None:
     leaders = [0, 0, 2, 2]
-    assert seat_of(2, 1, leaders, [1, None, 0, None]) == Seat(0, 1, 2, 1, (2, 2))
-    assert seat_of(2, 1, leaders, [1, None, None, None]) == Seat(1, 1, 2, 3, (2, 2))
-    assert seat_of(2, 1, leaders, [1, None, 1, None]) == Seat(1, 1, 2, 3, (2, 2)), "two nodes are not one host"
+    assert seat_of(2, 1, leaders, places=[1, None, 0, None]) == Seat(0, 1, 2, 1, (2, 2))
+    assert seat_of(2, 1, leaders, places=[1, None, None, None]) == Seat(1, 1, 2, 3, (2, 2))
+    assert seat_of(2, 1, leaders, places=[1, None, 1, None]) == Seat(1, 1, 2, 3, (2, 2)), "two nodes are not one host"
 
 
 def test_a_new_attempt_is_told_to_its_ranks() -> None:

@@ -29,7 +29,14 @@ def test_a_file_that_cannot_be_read_names_nothing(tmp_path: Path) -> None:
 
 
 def test_a_machine_finds_itself_by_its_name_else_by_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"x": "10.0.0.9", "y": "10.0.0.2", "127.0.0.1": "127.0.0.1"}
+    known = {
+        "gpu1": "10.0.0.7",
+        "gpu2": "10.0.0.2",
+        "gpu2.cluster": "10.0.0.2",
+        "x": "10.0.0.9",
+        "y": "10.0.0.2",
+        "127.0.0.1": "127.0.0.1",
+    }
     monkeypatch.setattr(socket, "gethostname", lambda: "gpu2.cluster")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: known[name])
     monkeypatch.setattr(mpi_hosts, "interfaces", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.2"})
