@@ -3,7 +3,7 @@
 Process groups miss what called setsid; names and patterns hit strangers. A run id in /proc/PID/environ does neither.
 Each process is held by a pidfd while its environment is read, so that a reused process id is never hit.
 
-Run by path (`python -I -S sweep.py RUN_ID NODE ATTEMPT`) it waits for the end of its input, which ends with who started it.
+Run by path (`python -I -S sweep.py RUN_ID NODE ATTEMPT`) it waits for the end of its input, which ends with its parent.
 """
 
 import os

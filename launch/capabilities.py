@@ -44,7 +44,6 @@ _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
     Gap("checkpoint.lead", "remove it: nothing ends such a job early"),
 )
-_EVICTED = "remove it: ranks of a pod that is evicted get SIGTERM at once, and SIGKILL after failure.shutdown_grace"
 GAPS = {
     "local": (
         *_ALL,
@@ -71,8 +70,6 @@ GAPS = {
         *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         *_UNEXAMINED,
-        Gap("checkpoint.signal", _EVICTED),
-        Gap("checkpoint.lead", _EVICTED),
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
         Gap("resources.exclusive", "ask for all of a node by resources"),
         Gap("rendezvous.interface", "remove it: pods have one", ("auto",)),
