@@ -90,7 +90,6 @@ GAPS = {
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
         Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),
-        Gap("failure.exclude_bad_nodes", "drain the node"),
     ),
 }
 """Type of cluster -> what it does not act on."""

@@ -139,7 +139,8 @@ def _failure(
         return "failed", int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
     if lost:
         code, words = state.losses.cause_of(next(iter(state.losses.codes)))
-        return "failed", code, words + (_given_up(state) or f"; {_AGAIN}")
+        advice = f"; {_AGAIN}" if code == Exit.UNAVAILABLE else ""  # a key that is refused stays refused
+        return "failed", code, words + (_given_up(state) or advice)
     if verdict.first is not None:
         return "failed", verdict.first.exit_code, verdict.reason + _given_up(state)
     if len(state.results) == len(state.plan.nodes) and not state.over:

@@ -256,6 +256,7 @@ class RayCluster(_Sized):
     )
     cpus_per_node: Count = Field(default=1, description="CPUs of each node that are asked for.")
     ready_timeout: Duration = Field(default=60.0, description="How long Ray may take to place the nodes.")
+    exclude: Listed[Word] = Field(default=(), description="Nodes that are not to be used: addresses, or Ray's ids.")
 
 
 def _known(value: object) -> object:

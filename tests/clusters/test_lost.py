@@ -110,7 +110,7 @@ def test_an_actor_that_is_lost_is_told_with_the_address_of_its_node(
         return found
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get, exceptions=SimpleNamespace(RayError=RayError)))
-    names = {"start": "10.0.0.2", "read": RayError(DIED), "write": None, "wait": 0}
+    names = {"start": ("10.0.0.2", "6f1c"), "read": RayError(DIED), "write": None, "wait": 0}
     parts = {name: SimpleNamespace(remote=lambda *_, value=value: value) for name, value in names.items()}
     line = RayLine(SimpleNamespace(**parts), ["agent"])
     assert line.wait(10) == -9

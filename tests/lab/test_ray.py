@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,16 @@ print(held["CREATED"], left["CREATED"], held["REMOVED"] - left["REMOVED"])
 
 
 @contextmanager
-def started(folders: pytest.TempPathFactory, number: int) -> Iterator[str]:
-    """The address of so many nodes of two CPUs; `--block` keeps their processes below ours, so they end with us."""
+def started(
+    folders: pytest.TempPathFactory, number: int, processes: "list[subprocess.Popen[bytes]] | None" = None
+) -> Iterator[str]:
+    """The address of so many nodes of two CPUs; `--block` keeps their processes below ours, so they end with us.
+
+    Args:
+        folders: for their logs.
+        number: of nodes.
+        processes: takes one of each.
+    """
     pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
     addresses = [each for each in interfaces().values() if not each.startswith("127.")]
     if not addresses:
@@ -68,9 +77,9 @@ def started(folders: pytest.TempPathFactory, number: int) -> Iterator[str]:
     ray.append(f"--node-ip-address={addresses[0]}")
     folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}-{number}"  # Ray's sockets need a short path
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
-    nodes: list[subprocess.Popen[bytes]] = []
+    nodes: list[subprocess.Popen[bytes]] = [] if processes is None else processes
     try:
-        for words in (head, [f"--address={addresses[0]}:{port}"])[:number]:
+        for words in (head, *[[f"--address={addresses[0]}:{port}"]] * (number - 1)):
             log = folders.mktemp("ray") / "log"
             with log.open("wb") as file:
                 nodes.append(subprocess.Popen([*ray, *words], stdout=file, stderr=file, start_new_session=True))
@@ -114,9 +123,11 @@ def test_the_quickstart_trains_on_ray_as_it_does_here(tmp_path: Path, address: s
 def test_a_failing_rank_ends_all_nodes_with_its_code(tmp_path: Path, address: str) -> None:
     done = _launch(tmp_path, address)
     assert done.returncode == 7, done.stderr
+    said = dict(re.findall(r"^(\S+):\d \| rank (\d of 4 on node \d)$", done.stdout, re.MULTILINE))
     for rank in range(4):
-        assert f"node{rank // 2}:{rank} | rank {rank} of 4 on node {rank // 2}" in done.stdout
-    assert "first failure: rank 3 on node1" in done.stderr
+        assert re.search(rf"^[0-9.]+-[0-9a-f]{{8}}:{rank} \| rank {rank} of 4 on node {rank // 2}$", done.stdout, re.M)
+    assert len(said) == 2, "two nodes have two names"
+    assert re.search(r"first failure: rank 3 on [0-9.]+-[0-9a-f]{8}:", done.stderr)
     assert list(carriers(own("ray"))) == []
 
 

@@ -42,6 +42,13 @@ def test_a_cluster_that_chooses_nodes_itself_names_no_spares(tmp_path: Path) -> 
     assert without(loaded, ()) is loaded
 
 
+def test_ray_finds_another_node_itself(tmp_path: Path) -> None:
+    loaded = job(tmp_path, "cluster: {type: ray, exclude: [10.0.0.9]}\n", "failure: {exclude_bad_nodes: 2}\n")
+    found = without(loaded, ("10.0.0.2-6f1c6f1c",))
+    assert found.job.as_dict()["cluster"]["exclude"] == ["10.0.0.9", "10.0.0.2-6f1c6f1c"]
+    assert limits_of(found).retry.exclude_after == 2
+
+
 def test_a_host_file_names_hosts_of_which_some_may_be_spare(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("a slots=2\n# none\nb:2 # two\n\nc\nb slots=1\n")
