@@ -143,6 +143,23 @@ def test_what_a_run_held_is_given_back_before_its_launcher_ends(tmp_path: Path, 
     assert done.stdout.split() == ["1", "0", "-1"], done.stderr
 
 
+def test_a_node_that_is_left_out_is_not_used_though_it_is_there(tmp_path: Path, address: str) -> None:
+    job = {"name": "j", "command": [sys.executable, "-c", "pass"], "nproc_per_node": 1}
+
+    def hosts(name: str, **keys: Any) -> list[str]:
+        far = Launch(tmp_path / name, {"far": {"type": "ray", "address": address, **keys}}, own(f"ray-{name}"))
+        (far.folder / "job.yaml").write_text(json.dumps({**job, "cluster": "far"}))
+        done = far.start(far.folder / "job.yaml")
+        output, _ = done.communicate(timeout=200)
+        assert done.returncode == 0, output
+        return [path.name[6:-4] for path in (far.folder / "runs/j" / far.run_id / "logs").glob("agent-*.log")]
+
+    both = hosts("both", nodes=2)
+    assert len(both) == 2
+    for left_out in both:
+        assert set(hosts(left_out, nodes=1, exclude=[left_out])) == set(both) - {left_out}
+
+
 def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:
     done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
     assert done.returncode == 69
