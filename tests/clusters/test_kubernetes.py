@@ -5,7 +5,6 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +14,6 @@ from meshwright.clusters.contract import Said
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.kubernetes import KubernetesQueue, plan_kubernetes
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions
-from meshwright.clusters.retry import RetryPolicy
 
 TRICKY = ("python", "train.py", "--text", "a b $(HOME) 'c'\n", "{x}: #")
 REQUEST = StartRequest(
@@ -209,26 +207,3 @@ error: container "node" in pod "x-node-0-2-abcde" is waiting to start: Container
         "--namespace train logs --selector jobset.sigs.k8s.io/jobset-name=x --prefix --timestamps --ignore-errors "
         "--tail=-1 --since=3s"
     )
-
-
-def test_the_policy_of_a_job_is_that_of_its_jobset_and_of_the_job_below_it() -> None:
-    def policies(limits: Limits) -> tuple[Any, Any, Any]:
-        _, found = _objects(request=replace(REQUEST, limits=limits))
-        jobset: Any = found["spec"]
-        below = jobset["replicatedJobs"][0]["template"]["spec"]
-        env = below["template"]["spec"]["containers"][0]["env"]
-        label = [each["valueFrom"]["fieldRef"]["fieldPath"] for each in env if each["name"] == "MESHWRIGHT_RESTARTS"]
-        return jobset["failurePolicy"], below.get("podFailurePolicy"), label
-
-    assert policies(Limits()) == ({"maxRestarts": 0}, None, [])
-    jobset, below, label = policies(Limits(3))
-    given_up = {"name": "givenUp", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    assert jobset == {"maxRestarts": 3, "rules": [given_up]}
-    assert label == ["metadata.labels['jobset.sigs.k8s.io/restart-attempt']"]
-    gone, codes = below["rules"]
-    assert gone == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    asked = {"containerName": "node", "operator": "NotIn", "values": [75, 137]}
-    assert codes == {"action": "FailJob", "onExitCodes": asked}
-    never = RetryPolicy(no_retry_on=("signal", "node"))
-    _, below, _ = policies(Limits(3, retry=never))
-    assert (below["rules"][0]["action"], below["rules"][1]["onExitCodes"]["values"]) == ("FailJob", [75])
