@@ -153,6 +153,18 @@ class _LinePrinter:
             self._screen = None
 
 
+class _PlanOnDisk:
+    """Keeps plan.json as it is executed: names of nodes may be known only once they are placed."""
+
+    def __init__(self, plan: StartPlan) -> None:
+        self._plan = plan
+
+    def __call__(self, state: RunState) -> None:
+        if state.plan is not self._plan:
+            self._plan = state.plan
+            write_json(Path(state.plan.run_dir) / "plan.json", state.plan.as_dict())
+
+
 def _bar(run: Run) -> "ProgressBar":
     from meshwright.launch.progress import ProgressBar
 
@@ -182,7 +194,8 @@ class _Output:
         self._health = HealthLines(run.directory, run.mask, write)
         self._concealer, self._ended = Concealer(run.directory, run.secrets), Event()
         self._thread = conceal_while(self._concealer, self._ended)
-        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, self._health, *bar]
+        on_disk = _PlanOnDisk(run.plan)
+        self.watchers: list[Callable[[RunState], None]] = [on_disk, self._stream, self.said, self._health, *bar]
 
     def close(self) -> None:
         self._stream.close()
