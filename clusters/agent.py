@@ -98,8 +98,8 @@ class _Agent:
 
     def _leave(self, number: signal.Signals) -> None:
         """Tells ranks that this node is about to be taken away, those that can be told; it is said until they left."""
-        if self.torch_agent is not None:
-            self.torch_agent.leave(number)
+        able = [] if self.torch_agent is None else self.torch_agent.leave(number)
+        self.channel.tell("leaving", ranks=able)
 
     def _end(self, state: str) -> None:
         if self.torch_agent is not None:

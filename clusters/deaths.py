@@ -118,6 +118,12 @@ class Deaths:
                     os.kill(self.pids[rank], number)
         return able
 
+    @property
+    def warned(self) -> list[int]:
+        """Ranks that were told by `warn` that they are to leave."""
+        with self._changed:
+            return sorted(self._warned)
+
     def kill_groups(self) -> None:
         """Kills what is left of every rank's process group, unless they are forgotten."""
         with self._changed:

@@ -206,11 +206,17 @@ class NodeAgent(LocalElasticAgent):
         self.heeded.set()
         return StoppedError()
 
-    def leave(self, number: signal.Signals) -> None:
-        """Warns ranks that this node will be taken away; who ends from now on is not started again."""
+    def leave(self, number: signal.Signals) -> list[int]:
+        """Warns ranks that this node will be taken away; who ends from now on is not started again.
+
+        Returns:
+            Those that heed it, or did.
+        """
         self._leaving = True
-        if self.deaths is not None:
-            self.deaths.warn(number)
+        if self.deaths is None:
+            return []
+        self.deaths.warn(number)
+        return self.deaths.warned
 
     def end_ranks(self) -> None:
         """Ends all ranks of this node and whatever they started: TERM, a wait, KILL."""

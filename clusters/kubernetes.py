@@ -30,6 +30,9 @@ from meshwright.clusters.spawn import words_for
 __all__ = ["KubernetesQueue", "plan_kubernetes"]
 
 _LOGS_TIMEOUT_S = 600.0
+_GRACE_S = 1
+"""Of pods of a run that is cancelled, in seconds."""
+
 _LINE = re.compile(r"\[pod/([^/\]]+)-[^-/\]]*/[^\]]*\] ([0-9T:-]+)(?:\.([0-9]{1,9}))?(Z|[+-][0-9:]+) (.*)")
 """What `kubectl logs --prefix --timestamps` prints; a pod has the name of its host and five letters more."""
 
@@ -62,13 +65,14 @@ def plan_kubernetes(request: StartRequest, options: KubernetesOptions) -> StartP
 def _node(request: StartRequest, options: KubernetesOptions, *, index: int, per_node: int) -> NodePlan:
     name = f"{object_name(request.name, request.run_id)}-node-0-{index}"
     ranks = tuple(range(index * per_node, (index + 1) * per_node))
+    saves, lead_s = request.warning
     return NodePlan(
         name=name,
         index=index,
         ranks=ranks,
         cwd=options.workdir or str(request.program.workdir),
-        env=tuple(sorted(request.program.env)) + identity(request, name, index),
-        agent=(options.python, "-u", "-m", "meshwright.clusters.pod"),
+        env=(*sorted(request.program.env), *identity(request, name, index), ("MESHWRIGHT_SAVE_SIGNAL", saves)),
+        agent=(options.python, "-u", "-m", "meshwright.clusters.pod", saves, f"{lead_s:g}"),
         argv=words_for(options.python, request.program.argv),
         logs=tuple(log_name(rank) for rank in ranks),
     )
@@ -216,6 +220,8 @@ class KubernetesQueue:
         words = ("delete", "--ignore-not-found", "--wait=false", "--output=name")
         told = self._kubectl(*words, f"{kind}/{name}")
         self._kubectl(*words, f"configmap/{name}", f"secret/{name}-key")
+        with suppress(UnavailableError):  # they go with the run, but would be given the time to save
+            self._kubectl(*words, "pods", "--selector", _selector(job), f"--grace-period={_GRACE_S}")
         return bool(told.strip())
 
 

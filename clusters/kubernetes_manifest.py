@@ -6,6 +6,7 @@ in ASCII, so that they hold any bytes.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from meshwright.clusters.base import StartPlan
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.kubernetes_policy import RESTARTS, job_policy, jobset_policy
 from meshwright.clusters.kubernetes_schema import faults, schema_of
 
 __all__ = ["MOUNT", "KubernetesOptions", "manifest", "object_name", "pod_run_dir", "written"]
@@ -125,6 +127,17 @@ def _environment(plan: StartPlan, options: KubernetesOptions) -> list[dict[str, 
     return found
 
 
+def _lead_s(plan: StartPlan) -> float:
+    """How long ranks of a pod that has to go may take to save, before their grace begins: its last word."""
+    return float(plan.nodes[0].agent[-1])
+
+
+def _restarts(plan: StartPlan) -> list[dict[str, Any]]:
+    """How often the JobSet has started its pods again, where it may."""
+    label = {"fieldRef": {"fieldPath": f"metadata.labels['{RESTARTS}']"}}
+    return [{"name": "MESHWRIGHT_RESTARTS", "valueFrom": label}] if plan.limits.max_restarts else []
+
+
 def _command(plan: StartPlan) -> list[str]:
     """The words of a pod; Kubernetes takes `$$` for `$` and `$(NAME)` for a variable.
 
@@ -150,14 +163,14 @@ def _pod(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
         "name": "node",
         "image": options.image,
         "command": _command(plan),
-        "env": _environment(plan, options),
+        "env": [*_environment(plan, options), *_restarts(plan)],
         "ports": [{"containerPort": plan.meeting.port}],
         "resources": _resources(options),
         "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
     }
     return {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": int(plan.limits.shutdown_grace_s) + 10,
+        "terminationGracePeriodSeconds": math.ceil(_lead_s(plan) + plan.limits.shutdown_grace_s) + 10,
         "automountServiceAccountToken": False,
         **({"nodeSelector": dict(options.node_selector)} if options.node_selector else {}),
         "containers": [container],
@@ -171,6 +184,7 @@ def _jobset(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
         "completions": len(plan.nodes),
         "completionMode": "Indexed",
         "backoffLimit": 0,
+        **job_policy(plan.limits),
         "template": {"metadata": {"labels": _labels(plan)}, "spec": _pod(plan, options)},
     }
     network = {
@@ -181,7 +195,7 @@ def _jobset(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "network": network,
-        "failurePolicy": {"maxRestarts": 0},
+        "failurePolicy": jobset_policy(plan.limits),
         "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": job}}],
     }
 

@@ -1,4 +1,4 @@
-"""Which node was lost, from what MPI, Ray and Kubernetes say of it. Pure. A lost node ends a run there."""
+"""Which node was lost, from what MPI, Ray and Kubernetes say of it. Pure."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,14 +6,16 @@ from typing import Any
 
 from meshwright.clusters.contract import Lost
 
-__all__ = ["LOST_CODE", "lost_in_mpi", "lost_in_ray", "pods_ended"]
+__all__ = ["LOST_CODE", "host_in_mpi", "lost_in_mpi", "lost_in_ray", "pods_ended"]
 
 LOST_CODE = 69
-"""Exit code of a run that ends so."""
+"""Exit code of a run that ends with it."""
 
 _MPI = (
     (r"Remote daemon: \S+ on node (\S+)", "host {host} was lost"),  # Open MPI, of ORTE and PRRTE
     (r"(?:ssh: )?connect to host (\S+) port", "host {host} cannot be reached"),
+    (r"Connection to (\S+) closed by remote host", "the connection to host {host} was closed"),  # of ssh
+    (r"Timeout, server (\S+) not responding", "host {host} does not answer"),
     (r"PID \d+ RUNNING AT (\S+)", "a process on host {host} was killed"),  # MPICH
 )
 _RAY_IP = re.compile(r"\bIp(?: address)?: ?([0-9a-fA-F:.]+)|node IP ([0-9.]+)", re.IGNORECASE)
@@ -25,6 +27,19 @@ _NODE_REASONS = {
     "TerminationByKubelet": "its node shut down, or had too little left",
 }
 """Reasons of a pod's condition DisruptionTarget (kubernetes.io, Disruptions, Pod disruption conditions)."""
+
+
+def host_in_mpi(log: str) -> str | None:
+    """The host that an mpiexec ended for; None where it names none.
+
+    Args:
+        log: what it complained of.
+
+    >>> host_in_mpi("ssh: connect to host h2 port 22: No route to host")
+    'h2'
+    """
+    found = next(filter(None, (re.search(pattern, log) for pattern, _ in _MPI)), None)
+    return None if found is None else found[1]
 
 
 def lost_in_mpi(code: int, log: str) -> str:

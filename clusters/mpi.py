@@ -1,7 +1,7 @@
 """MPI as a cluster: one mpiexec starts a program per rank, on this machine or the hosts of a file.
 
 Open MPI and MPICH differ in a few words only. Ranks talk through torch; MPI starts them, says who shares a node, and
-ends all when one fails.
+ends all when one fails. Nothing of a run outlives a failed rank there: the launcher decides what follows.
 """
 
 import json
@@ -21,7 +21,8 @@ from typing import IO, Any
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.lost import LOST_CODE, lost_in_mpi
+from meshwright.clusters.lost import LOST_CODE, host_in_mpi, lost_in_mpi
+from meshwright.clusters.mpi_hosts import narrowed, same_host
 from meshwright.clusters.mpi_nodes import names_of, probe_words
 from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.records import log_end
@@ -31,6 +32,7 @@ from meshwright.clusters.sweep import sweep
 __all__ = ["MpiCluster", "MpiHandle", "MpiOptions", "implementation_of", "plan_mpi"]
 
 _KILL_WAIT_S = 5.0
+_HOSTS = "private/hosts"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class MpiOptions:
         implementation: "openmpi" or "mpich".
         mpiexec: its name or path.
         hostfile: in the implementation's own form; None is this machine.
+        hosts: those of its hosts that may be used; none where they are not known.
         python: interpreter on all nodes.
         extra: further words, as they are.
     """
@@ -48,6 +51,7 @@ class MpiOptions:
     implementation: str
     mpiexec: str = "mpiexec"
     hostfile: str | None = None
+    hosts: tuple[str, ...] = ()
     python: str = sys.executable
     extra: tuple[str, ...] = ()
 
@@ -75,30 +79,34 @@ def plan_mpi(request: StartRequest, options: MpiOptions) -> StartPlan:
     Raises:
         UnavailableError: for what MPI cannot do, or where the number of ranks is not said.
     """
-    if request.limits.max_restarts:
-        raise UnavailableError("failure.max_restarts: an MPI job ends with its first failed rank; set it to 0")
     per_node = ranks_per_node(request, "mpiexec is told how many ranks to start")
     alone = request.num_nodes == 1
+    names = options.hosts[: request.num_nodes]
+    if len(names) == request.num_nodes:
+        options = replace(options, hostfile=str(request.run_dir / _HOSTS))
+    else:
+        names = tuple(f"node{index}" for index in range(request.num_nodes))
     return StartPlan.of(
         request,
         "mpi",
-        nodes=[_node(request, options, index=index, per_node=per_node) for index in range(request.num_nodes)],
+        nodes=[_node(request, options, (name, index), per_node=per_node) for index, name in enumerate(names)],
         meeting=replace(request.meeting, host=None if alone else request.meeting.host),
         variant=f"({options.implementation})",
     )
 
 
-def _node(request: StartRequest, options: MpiOptions, *, index: int, per_node: int) -> NodePlan:
+def _node(request: StartRequest, options: MpiOptions, called: tuple[str, int], *, per_node: int) -> NodePlan:
+    name, index = called
     ranks = tuple(range(index * per_node, (index + 1) * per_node))
     env = dict(request.program.env)
     if request.num_nodes == 1:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     return NodePlan(
-        name=f"node{index}",
+        name=name,
         index=index,
         ranks=ranks,
         cwd=str(request.program.workdir),
-        env=tuple(sorted(env.items())) + identity(request, f"node{index}", index),
+        env=tuple(sorted(env.items())) + identity(request, name, index),
         agent=_words(options, num_ranks=request.num_nodes * per_node, per_node=per_node),
         argv=words_for(options.python, request.program.argv),
         logs=tuple(log_name(rank) for rank in ranks),
@@ -157,6 +165,9 @@ class MpiCluster:
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "MpiHandle":
         """Executes a plan: one mpiexec, whose complaints go to logs/mpiexec.log."""
+        file, wanted = self._options.hostfile, {node.name for node in plan.nodes}
+        if file is not None and wanted <= set(self._options.hosts):
+            Path(plan.run_dir, _HOSTS).write_text(narrowed(Path(file).read_text(), wanted))
         return MpiHandle(plan, secrets)
 
 
@@ -171,7 +182,8 @@ class MpiHandle:
     def __init__(self, plan: StartPlan, secrets: Mapping[str, str]) -> None:
         self._plan, self._rest = plan, b""
         self._late: list[dict[str, Any]] = []
-        log = os.open(Path(plan.run_dir, "logs", "mpiexec.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._before = os.fstat(log).st_size
         self._job = subprocess.Popen(
             plan.nodes[0].agent,
             stdin=subprocess.PIPE,
@@ -202,7 +214,10 @@ class MpiHandle:
         return not self._open and not self._late
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Events since the last call; after the end one {"event": "gone", "code": ...} for every node."""
+        """Events since the last call; after the end {"event": "gone", "code": ...} for the node that mpiexec names.
+
+        Where it names none, for every node, with `lost` false: any of them may be used again.
+        """
         events, self._late = self._late, []
         for key, _ in self._selector.select(0.0 if events else timeout_s) if self._open else ():
             data = os.read(key.fd, 1 << 16)
@@ -219,9 +234,18 @@ class MpiHandle:
         code = self._job.wait()
         for pipe in (out, self._stream(self._job.stdin)):
             pipe.close()
-        why = lost_in_mpi(code, log_end(Path(self._plan.run_dir, "logs", "mpiexec.log")))
-        told = {"event": "gone", "code": code, "exit_code": LOST_CODE, "message": why}
-        return [{**told, "node": node.name} for node in self._plan.nodes]
+        said = log_end(self._log, max(1, self._log.stat().st_size - self._before))
+        told = {"event": "gone", "code": code, "exit_code": LOST_CODE, "message": lost_in_mpi(code, said)}
+        names, host = [node.name for node in self._plan.nodes], host_in_mpi(said)
+        lost = next((name for name in names if host is not None and same_host(name, host)), None)
+        if lost is None:
+            return [{**told, "node": name, "lost": False} for name in names]
+        ended = {"event": "result", "state": "stopped", "message": ""}
+        return [{**told, "node": lost}, *({**ended, "node": name} for name in names if name != lost)]
+
+    @property
+    def _log(self) -> Path:
+        return Path(self._plan.run_dir, "logs", "mpiexec.log")
 
     def stop(self) -> None:
         """Asks all ranks to end: TERM, then KILL after the plan's grace."""

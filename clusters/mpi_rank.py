@@ -26,7 +26,8 @@ from meshwright.clusters import sweep as sweeping
 from meshwright.clusters.deaths import Death, Deaths, exit_code_of
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
-from meshwright.clusters.mpi_seat import seat_of
+from meshwright.clusters.mpi_hosts import place_of
+from meshwright.clusters.mpi_seat import Seat, seat_of
 from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
 from meshwright.clusters.node_counters import counters_of
@@ -59,12 +60,12 @@ class _Process:
         self.mpi = MPI
         self.world = MPI.COMM_WORLD
         self.local = self.world.Split_type(MPI.COMM_TYPE_SHARED)
-        leader = spread(self.world.rank, self.local)
-        self.seat = seat_of(leader, self.local.rank, gathered(leader, self.world))
         self.orders: SimpleQueue[str] = SimpleQueue()
         first = self._read() if self.world.rank == 0 else None
         self.message: Mapping[str, Any] = spread(first, self.world)
         self.plan: Mapping[str, Any] = self.message["plan"]
+        self.attempt = len(self.plan["limits"]["past"])
+        self.seat = _seat(self)
         self.store: Any = None
         self.deaths: list[Death] = []
         self.broom: subprocess.Popen[bytes] | None = None
@@ -136,7 +137,8 @@ class _Process:
         own = own_environment(self.plan, self.node, secrets=self.message["secrets"], environment=os.environ)
         if self.plan["setup"] is not None:
             own = self._set_up(own)
-        told = self.seat.as_torchrun(address, port, self.plan["run_id"])
+        most = self.plan["limits"]["max_restarts"]
+        told = self.seat.as_torchrun(address, port, run_id=self.plan["run_id"], attempt=self.attempt, most=most)
         told[BOARD_KEY] = derived(bytes.fromhex(self.message["key"]), "board").hex()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return {"OMP_NUM_THREADS": str(max(1, cores // self.seat.local_size)), **own, **told}
@@ -158,18 +160,20 @@ class _Process:
 
     def start(self) -> Deaths:
         """Starts the rank, tied to this process."""
+        if self.attempt and self.local.rank == 0:  # before anybody starts a rank, see `meet`
+            sweeping.sweep(self.plan["run_id"])
         environment = self.environment(*self.meet())
         if self.local.rank == 0:
-            self.broom = _sweep_after(self.plan["run_id"], self.seat.node)
+            self.broom = _sweep_after(self.plan["run_id"], self.seat.node, self.attempt)
             counters_of(self.plan, self.seat.node).start()
         words = (str(os.getpid()), self.plan["run_dir"], self.node["cwd"], *self.node["argv"])
         argv = (sys.executable, "-I", "-S", str(bootstrap.__file__), *words)
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
-        self.tell("started", attempt=0, pids={self.seat.rank: child.pid}, time_unix_s=time.time())
+        self.tell("started", attempt=self.attempt, pids={self.seat.rank: child.pid}, time_unix_s=time.time())
         return Deaths({self.seat.rank: child.pid}, self._died)
 
     def _died(self, death: Death) -> None:
-        self.tell("exit", **death.as_event(0))
+        self.tell("exit", **death.as_event(self.attempt))
         self.deaths.append(death)
 
     def follow(self, deaths: Deaths) -> None:
@@ -221,10 +225,21 @@ class _Process:
             self.world.Abort(failures[0][1])
 
 
-def _sweep_after(run_id: str, node: int) -> "subprocess.Popen[bytes]":
-    """Sweeps a node when this process is gone: MPI kills it with its rank, and knows nothing of the rank's children."""
+def _seat(process: _Process) -> Seat:
+    """Where a process sits, as MPI tells of shared memory and its leader of its host."""
+    world, local = process.world, process.local
+    leader = spread(world.rank, local)
+    place = place_of([node["name"] for node in process.plan["nodes"]]) if local.rank == 0 else None
+    return seat_of(leader, local.rank, gathered(leader, world), places=gathered(place, world))
+
+
+def _sweep_after(run_id: str, node: int, attempt: int) -> "subprocess.Popen[bytes]":
+    """Sweeps a node when this process is gone: MPI kills it with its rank, and knows nothing of the rank's children.
+
+    Only of this attempt: ranks of the next one may be there already.
+    """
     return subprocess.Popen(
-        (sys.executable, "-I", "-S", str(sweeping.__file__), run_id, str(node)),
+        (sys.executable, "-I", "-S", str(sweeping.__file__), run_id, str(node), str(attempt)),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,  # mpiexec waits for the end of what its processes write
         stderr=subprocess.DEVNULL,

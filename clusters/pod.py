@@ -1,8 +1,11 @@
 """The program of one pod: its node's launcher, which starts the agent, prints what ranks write, and ends as they do.
 
 It is told by variables: MESHWRIGHT_PLAN and MESHWRIGHT_FILES (JSON), MESHWRIGHT_KEY, the values of secrets, and
-JOB_COMPLETION_INDEX, which Kubernetes gives to the pods of an indexed job. Pods meet at the first one, whose name the
-plan has and whose port is fixed; a pod that comes before the name is known waits for it.
+JOB_COMPLETION_INDEX, which Kubernetes gives to the pods of an indexed job; by MESHWRIGHT_RESTARTS, how often pods were
+started again; by words, the signal that asks ranks to save and how long that may take. Pods meet at the first one,
+whose name the plan has and whose port is fixed; a pod that comes before the name is known waits for it.
+
+SIGTERM means that the pod has to go: ranks that heed the signal may save and leave before they are ended.
 """
 
 import base64
@@ -15,20 +18,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
+from meshwright.clusters.kubernetes_policy import AGAIN_CODE, AGAIN_CODES, wants
+from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.masking import Concealer, Mask, conceal_while, logs_of
 from meshwright.clusters.node_counters import FOLDER, thinned
+from meshwright.clusters.pod_past import Journal
 from meshwright.clusters.records import clean_line
+from meshwright.clusters.retry import policy_from, spent
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
 
-__all__ = ["code_of", "main"]
+__all__ = ["code_of", "goes_on", "main"]
 
 _RETRY_S = 0.5
 _RECORD = re.compile(r"errors/[^/]+\.json|ranks/[0-9]+/error\.json|nodes/[^/]+\.jsonl")
@@ -60,6 +67,28 @@ def code_of(events: Sequence[Event], status: int) -> int:
     return _CODES.get(results[-1]["state"], 1)
 
 
+def goes_on(events: Sequence[Event], limits: Mapping[str, Any], *, told: bool) -> bool:
+    """Whether all pods are to be started again, since this one ended for another reason than that agents gave up.
+
+    Args:
+        events: of its agent.
+        limits: of the plan.
+        told: whether the pod was told to go.
+    """
+    kinds = {kind: [each for each in events if each["event"] == kind] for kind in ("started", "decided", "result")}
+    attempt = max((each["attempt"] for each in kinds["started"]), default=len(limits["past"]))
+    if attempt >= limits["max_restarts"]:
+        return False
+    policy = policy_from(limits["retry"])
+    if not kinds["result"]:  # its agent was killed
+        return wants(policy, "node")
+    decided = [each for each in kinds["decided"] if each["attempt"] == attempt]
+    if decided and not decided[0]["leaving"]:
+        return bool(decided[0]["again"])  # and then other pods did not come
+    succeeded = kinds["result"][0]["state"] == "succeeded"
+    return (told or bool(decided)) and not succeeded and wants(policy, "preempt")
+
+
 class _Printer:
     """Prints what grows in the logs of ranks, a line at a time, each with its host and rank, without secrets.
 
@@ -67,10 +96,11 @@ class _Printer:
         host: of this pod.
         ranks: of this pod; on a volume that pods share, logs of others lie beside theirs.
         mask: takes secrets out.
+        printed: names of files that pods of an earlier start have printed.
     """
 
-    def __init__(self, host: str, ranks: Collection[int], mask: Mask) -> None:
-        self._host, self._ranks, self._mask = host, ranks, mask
+    def __init__(self, host: str, ranks: Collection[int], mask: Mask, *, printed: Collection[str] = ()) -> None:
+        self._host, self._ranks, self._mask, self._printed = host, ranks, mask, printed
         self._counted = f"{FOLDER}/{host}.jsonl"
         self._rest: dict[str, bytes] = {}
         self.records: dict[str, str] = {}
@@ -79,7 +109,7 @@ class _Printer:
         """Takes what was written to a file; error records are kept until the end."""
         name, data = str(part["path"]), base64.b64decode(part["data"])
         found = _OF_RANK.match(name)
-        if found and int(found[1]) not in self._ranks:
+        if name in self._printed or (found and int(found[1]) not in self._ranks):
             return
         if name.startswith("logs/rank-"):
             *lines, self._rest[name] = (self._rest.get(name, b"") + data).split(b"\n")
@@ -124,46 +154,132 @@ def _first_pod(meeting: Mapping[str, Any], timeout_s: float) -> str | None:
     return None
 
 
-def _say(agent: "subprocess.Popen[bytes]", message: Mapping[str, Any]) -> None:
-    assert agent.stdin is not None, "it was started with a pipe"
-    left = memoryview(json.dumps(message).encode() + b"\n")
-    with suppress(OSError):  # a dead agent is found by its end of output
-        while left:
-            left = left[agent.stdin.write(left) or 0 :]
+class _Line:
+    """Our end of the line to the agent.
+
+    Args:
+        agent: that was just started.
+        saves: name of the signal that asks ranks to save, without SIG.
+        lead_s: how long they may take.
+    """
+
+    def __init__(self, agent: "subprocess.Popen[bytes]", saves: str, lead_s: float) -> None:
+        self._agent, self._saves, self._lead_s = agent, f"SIG{saves}", lead_s
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self.told_to_go = False
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """Sends a message; a dead agent is found by its end of output."""
+        assert self._agent.stdin is not None, "it was started with a pipe"
+        left = memoryview(json.dumps(message).encode() + b"\n")
+        with self._lock, suppress(OSError):
+            while left:
+                left = left[self._agent.stdin.write(left) or 0 :]
+
+    def go(self, number: int, frame: FrameType | None) -> None:
+        """Takes the signal by which Kubernetes says that this pod has to go."""
+        del number, frame
+        if not self.told_to_go:
+            self.told_to_go = True
+            threading.Thread(target=self._leave, daemon=True).start()
+
+    def _leave(self) -> None:
+        """Asks ranks to save and leave until they have, and those that do not in time to end."""
+        end_s = time.monotonic() + self._lead_s
+        while time.monotonic() < end_s and not self._ended.wait(_RETRY_S):
+            self.say({"command": "leave", "signal": self._saves})
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self._ended.is_set():
+            self._ended.set()
+            self.say({"command": "stop"})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What the agent says, with the time, to its end; where no rank would save, they are ended at once."""
+        assert self._agent.stdout is not None, "it was started with a pipe"
+        for line in self._agent.stdout:
+            event = json.loads(line)
+            if event["event"] == "leaving" and not event["ranks"]:
+                self._stop()
+            yield {"told_unix_s": time.time(), **event}
+        self._ended.set()
 
 
-def main() -> int:
-    """Runs this pod's node to its end; returns the exit code."""
-    told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
-    plan, index = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"])
-    node, run_dir = plan["nodes"][index], Path(plan["run_dir"])
-    make_run_dir(run_dir, json.loads(told["FILES"]))
-    secrets = {name: os.environ[name] for name, _ in plan["secrets"]}
-    agent = spawn_agent()
-    assert agent.stdout is not None, "it was started with a pipe"
+class _Pod:
+    """One pod: its node of the plan, and what it and others had behind them."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        _say(agent, {"command": "stop"})
+    def __init__(self, words: Sequence[str]) -> None:
+        told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
+        times = int(os.environ.pop("MESHWRIGHT_RESTARTS", "") or 0)
+        self.plan, self.index, self.key = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"]), told["KEY"]
+        self.node, self.run_dir = self.plan["nodes"][self.index], Path(self.plan["run_dir"])
+        self._saves, self._lead_s = words[0], float(words[1])
+        make_run_dir(self.run_dir, json.loads(told["FILES"]))
+        self.secrets = {name: os.environ[name] for name, _ in self.plan["secrets"]}
+        self._mask = Mask(self.secrets.values())
+        self.journal = Journal(self.run_dir, self.index, times)
+        self.past = self.journal.past()
+        self.plan["limits"]["past"] = [each.as_saved() for each in self.past]
+        printed = {f"logs/{path.name}" for path in self.run_dir.glob("logs/rank-*.log")} if times else set()
+        self.printer = _Printer(self.node["name"], self.node["ranks"], self._mask, printed=printed)
 
-    signal.signal(signal.SIGTERM, stop)
-    _say(agent, {"plan": plan, "node": index, "secrets": secrets, "key": told["KEY"], "lost_after_s": None})
-    printer = _Printer(node["name"], node["ranks"], Mask(secrets.values()))
-    sender = Sender(run_dir, printer)
-    concealer = Concealer(run_dir, secrets.values(), logs=logs_of(node))  # of what stays on a volume
-    conceal_while(concealer, threading.Event())
-    if index:
-        address = _first_pod(plan["meeting"], plan["limits"]["join_timeout_s"])
+    def run(self) -> int:
+        """Runs the node to its end; returns the exit code."""
+        most = self.plan["limits"]["max_restarts"]
+        if len(self.past) > most:
+            return self._end(LOST_CODE, [{"event": "result", "state": "stopped", "message": spent(most)}])
+        agent = spawn_agent()
+        line = _Line(agent, self._saves, self._lead_s)
+        signal.signal(signal.SIGTERM, line.go)
+        told = {"plan": self.plan, "node": self.index, "secrets": self.secrets, "key": self.key, "lost_after_s": None}
+        line.say(told)
+        sender = Sender(self.run_dir, self.printer)
+        concealer = Concealer(self.run_dir, self.secrets.values(), logs=logs_of(self.node))  # of what stays on a volume
+        conceal_while(concealer, threading.Event())
+        self._meet(line)
+        events = [event for event in line.events() if self._kept(event)]
+        status = agent.wait()
+        sender.finish()
+        concealer.finish()
+        end_agent(agent)
+        code = code_of(events, status)
+        if goes_on(events, self.plan["limits"], told=line.told_to_go):
+            self._again(events)
+            return self._end(code, events, AGAIN_CODE)
+        return self._end(code, events, 1 if code in AGAIN_CODES and self.plan["limits"]["max_restarts"] else code)
+
+    def _meet(self, line: _Line) -> None:
+        address = _first_pod(self.plan["meeting"], self.plan["limits"]["join_timeout_s"]) if self.index else None
         if address is not None:
-            _say(agent, {"command": "meet", "address": address, "port": plan["meeting"]["port"]})
-    events = [{"told_unix_s": time.time(), **json.loads(line)} for line in agent.stdout]
-    status = agent.wait()
-    sender.finish()
-    concealer.finish()
-    end_agent(agent)
-    code = code_of(events, status)
-    printer.finish(code, [each for each in events if each["event"] in _KEPT])
-    return code
+            line.say({"command": "meet", "address": address, "port": self.plan["meeting"]["port"]})
+
+    def _kept(self, event: Event) -> bool:
+        if event["event"] in _KEPT and event["event"] != "result":
+            self.journal.keep(self._mask.inside(event))
+        return event["event"] in _KEPT
+
+    def _again(self, events: list[dict[str, Any]]) -> None:
+        """Agents ended since a node is about to be taken away; that this is not the end is said in their place."""
+        last = next((each for each in reversed(events) if each["event"] == "decided"), None)
+        if last is not None and not last["again"]:
+            last.update(again=True, reason="a node was about to be taken away; the JobSet starts all pods again")
+            self.journal.keep(self._mask.inside(last))
+
+    def _end(self, code: int, events: Sequence[Event], status: int | None = None) -> int:
+        told = [*self.journal.told(self.past), *events]
+        self.printer.finish(code, told)
+        return code if status is None else status
+
+
+def main(words: Sequence[str] = ()) -> int:
+    """Runs this pod's node to its end; returns the exit code.
+
+    Args:
+        words: the signal by which ranks are asked to save, without SIG, and how long they may take, in seconds.
+    """
+    return _Pod(words).run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ lines go through the actors' calls, and ranks meet by themselves.
 import secrets as tokens
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.descriptors import need_room
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.lost import LOST_CODE, lost_in_ray
-from meshwright.clusters.pipes import Far, PipeHandle
+from meshwright.clusters.pipes import Event, Far, PipeHandle
 from meshwright.clusters.ray_access import attached, is_open
 from meshwright.clusters.ray_line import RayLine, agent_class
 from meshwright.clusters.ray_nodes import give_back, reached_in_actors, through_actors
@@ -39,11 +39,13 @@ class RayOptions:
         address: of its head, or "auto".
         cpus_per_node: that each actor takes.
         ready_timeout_s: how long Ray may take to place them.
+        exclude: nodes that are not used: addresses, ids, or names as runs give them.
     """
 
     address: str = "auto"
     cpus_per_node: int = 1
     ready_timeout_s: float = 60.0
+    exclude: tuple[str, ...] = ()
 
 
 def plan_ray(request: StartRequest, options: RayOptions) -> StartPlan:
@@ -79,6 +81,26 @@ def _node(request: StartRequest, *, index: int, per_node: int) -> NodePlan:
         argv=request.program.argv,
         logs=tuple(log_name(rank) for rank in ranks),
     )
+
+
+def _name(address: str, node_id: str) -> str:
+    """What a run calls a node of Ray: of one machine there may be several, and of one address another one later."""
+    return f"{address}-{node_id[:8]}"
+
+
+def _banned(nodes: Sequence[Mapping[str, Any]], exclude: Collection[str]) -> list[str]:
+    """Ids of the living nodes that are not to be used."""
+    called = {each["NodeID"]: (each["NodeID"], each["NodeManagerAddress"]) for each in nodes if each["Alive"]}
+    return [node for node, (own, address) in called.items() if {own, address, _name(address, own)} & set(exclude)]
+
+
+def _renamed(node: NodePlan, name: str) -> NodePlan:
+    env = tuple((key, name if key == "MESHWRIGHT_HOST" else value) for key, value in node.env)
+    return replace(node, name=name, env=env)
+
+
+def _placed_as(node: NodePlan, name: str) -> Event:
+    return {"event": "placed", "node": node.name, "name": name}
 
 
 def _words(bundle: Mapping[str, float]) -> str:
@@ -143,10 +165,11 @@ class RayCluster:
 
     def _need(self, ray: Any, count: int) -> None:
         """Makes sure that the cluster can ever give so many nodes."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        why = why_infeasible(self._bundle, count, nodes)
+        nodes, banned = ray.nodes(), _banned(ray.nodes(), self._options.exclude)
+        has = [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in banned]
+        why = why_infeasible(self._bundle, count, has)
         if why is not None:
-            raise UnavailableError(f"Ray could never place this run: {why}")
+            raise UnavailableError(f"Ray could never place this run: {why}{self._left_out()}")
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
         """Executes a plan: an actor per node, each with an agent that is told its part.
@@ -159,14 +182,16 @@ class RayCluster:
         try:
             if self.admit is not None:
                 self.admit(through_actors(actors))
-            lines = {node.name: RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)}
-            host = next(iter(lines.values())).address()
+            begun = [RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)]
+            places = [line.place() for line in begun]
         except BaseException:
             give_back(group)
             raise
-        plan = replace(plan, meeting=replace(plan.meeting, host=host))
-        run_dir = Path(plan.run_dir)
-        probe = f"private/probe-{tokens.token_hex(8)}"
+        lines = {_name(*place): line for place, line in zip(places, begun, strict=True)}
+        placed = [_placed_as(node, name) for node, name in zip(plan.nodes, lines, strict=True)]
+        nodes = tuple(_renamed(node, name) for node, name in zip(plan.nodes, lines, strict=True))
+        plan = replace(plan, nodes=nodes, meeting=replace(plan.meeting, host=places[0][0]))
+        run_dir, probe = Path(plan.run_dir), f"private/probe-{tokens.token_hex(8)}"
         (run_dir / probe).touch(mode=0o600)
         files = {name: (run_dir / name).read_text() for name in ("job.json", "job.yaml")}
 
@@ -180,7 +205,9 @@ class RayCluster:
         far = Far({"probe": probe, "passed": {}, "files": files}, _LOST_AFTER_S, explain, Keeper(run_dir))
         # a line is as much of a process as a handle needs
         agents = cast("Mapping[str, subprocess.Popen[bytes]]", lines)
-        return _RayHandle(plan, agents, secrets, far=far, group=group)
+        handle = _RayHandle(plan, agents, secrets, far=far, group=group)
+        handle.say(placed)
+        return handle
 
     def _placed(self, count: int) -> tuple[Any, list[Any]]:
         """The placement group, and an actor in each of its bundles."""
@@ -189,7 +216,9 @@ class RayCluster:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD")
+        banned = _banned(ray.nodes(), self._options.exclude)
+        others = [{"ray.io/node-id": f"!in({','.join(banned)})"}] * count if banned else None
+        group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD", bundle_label_selector=others)
         if not group.wait(timeout_seconds=self._options.ready_timeout_s):
             give_back(group)
             free = ray.available_resources()
@@ -197,7 +226,7 @@ class RayCluster:
             asked = f"{count} nodes with {_words(self._bundle)}"
             raise UnavailableError(
                 f"Ray did not place {asked} within {self._options.ready_timeout_s:g} s; free on all nodes "
-                f"together: {left or 'nothing'}; wait for other jobs, or ask for less"
+                f"together: {left or 'nothing'}{self._left_out()}; wait for other jobs, or ask for less"
             )
         made = ray.remote(agent_class())
         return group, [
@@ -209,6 +238,9 @@ class RayCluster:
             ).remote()
             for index in range(count)
         ]
+
+    def _left_out(self) -> str:
+        return f"; left out: {', '.join(self._options.exclude)}" if self._options.exclude else ""
 
 
 class _RayHandle(PipeHandle):
@@ -225,6 +257,10 @@ class _RayHandle(PipeHandle):
     ) -> None:
         self._group = group
         super().__init__(plan, agents, secrets, far=far)
+
+    def say(self, events: Iterable[Event]) -> None:
+        """Has events come before those of agents."""
+        self._late += events
 
     def kill(self) -> None:
         """Kills everything of this run at once; what was kept free for it is given back."""

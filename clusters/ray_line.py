@@ -19,15 +19,15 @@ def agent_class() -> type:
     class NodeAgent:
         """Holds the agent of one node."""
 
-        def start(self, argv: Sequence[str]) -> str:
-            """Starts the agent; returns the address of this node."""
+        def start(self, argv: Sequence[str]) -> tuple[str, str]:
+            """Starts the agent; returns the address of this node, and Ray's id of it."""
             import ray
 
             self._agent = subprocess.Popen(
                 list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, bufsize=0
             )
             find: Any = ray.util.get_node_ip_address
-            return str(find())
+            return str(find()), str(ray.get_runtime_context().get_node_id())
 
         def write(self, data: bytes) -> None:
             """Passes words of the launcher on; none closes the line, at which the agent ends its ranks."""
@@ -71,11 +71,12 @@ class RayLine:
         for target in (self._pass_on, self._fetch):
             Thread(target=target, args=(inward,), daemon=True).start()
 
-    def address(self) -> str:
-        """Of the actor's node, once it is placed and the agent runs."""
+    def place(self) -> tuple[str, str]:
+        """Address of the actor's node, and Ray's id of it, once it is placed and the agent runs."""
         import ray
 
-        return str(ray.get(self._started))
+        address, node = ray.get(self._started)
+        return address, node
 
     def _pass_on(self, inward: int) -> None:
         """In the order of the calls, which Ray keeps for one caller only where one waits for the other."""
@@ -95,7 +96,7 @@ class RayLine:
 
         code = -int(signal.SIGKILL)  # what an actor that is lost leaves of its agent
         try:
-            self.host = str(ray.get(self._started))
+            self.host = str(ray.get(self._started)[0])
             while data := ray.get(self._actor.read.remote()):
                 os.write(self._into, data)
             code = ray.get(self._actor.wait.remote())

@@ -80,6 +80,7 @@ class Decision:
         step: newest step that any node saw.
         excludes: nodes that the run goes on without; agents end, and the launcher starts others.
         nodes: how many there were and are from now on, where that changes.
+        leaving: whether a node is about to be taken away, after which nobody that is there starts ranks again.
     """
 
     again: bool
@@ -90,6 +91,7 @@ class Decision:
     step: int | None = None
     excludes: tuple[str, ...] = ()
     nodes: tuple[int, int] | None = None
+    leaving: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, flat."""
@@ -108,6 +110,7 @@ class Decision:
             "only_lost": first.only_lost,
             "excludes": list(self.excludes),
             "nodes": None if self.nodes is None else list(self.nodes),
+            "leaving": self.leaving,
         }
 
     def as_saved(self) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def decide(
         why = "failure.hang.action is dump_and_stop"
     why = why or unwanted(policy, first) or _stuck(policy, history, step)
     if why is not None:
-        return Decision(False, why, 0.0, done, first, step)
+        return Decision(False, why, 0.0, done, first, step, leaving=any(each.leaving for each in known))
     words = f"{_named(first)} is worth a restart; {max_restarts - done - 1} left after it"
     excludes = dict.fromkeys((*_lost(known), *_worn_out(policy, history, first), *_sick(policy, known)))
     return Decision(True, words, wait_of(policy, run_id, done), done, first, step, tuple(excludes))

@@ -22,7 +22,7 @@ from meshwright.clusters.records import error_records, hang_record, last_words, 
 from meshwright.clusters.retry import Decision, decide, decision_from, policy_from
 from meshwright.parallel.keyed import Keyed
 
-__all__ = ["Rounds"]
+__all__ = ["Rounds", "seen"]
 
 _LOOK_S = 0.05
 _LATE_S = 5.0
@@ -67,6 +67,26 @@ class _Talk:
             if found is not None:
                 return found
         return text
+
+
+def seen(run_dir: Path, ends: Sequence[RankEnd], *, attempt: int, since_unix_s: float) -> Failure:
+    """What is known of an attempt that failed from what some of its ranks left, but for the step they came to.
+
+    Args:
+        run_dir: where they wrote.
+        ends: of these ranks; the node is that of the first that failed.
+        attempt: from 0.
+        since_unix_s: when it began.
+    """
+    records = error_records(run_dir, since_unix_s)
+    tails = {end.rank: log_end(run_dir / log_name(end.rank, attempt)) for end in ends}
+    hang, last = hang_record(run_dir, since_unix_s), last_words(run_dir, attempt)
+    verdict = judge(ends, records, tails, hang=hang, last=last)
+    first = verdict.first
+    times_s = {end.rank: end.time_unix_s for end in ends} | {each.rank: each.time_unix_s for each in records.values()}
+    return failure_of(
+        "" if first is None else first.host, verdict, time_unix_s=0.0 if first is None else times_s[first.rank]
+    )
 
 
 class Rounds:
@@ -150,17 +170,9 @@ class Rounds:
 
     def _look(self, deaths: Sequence[Death]) -> Failure:
         """What this node knows of the attempt."""
-        run_dir, attempt = Path(self._plan["run_dir"]), len(self.history)
         ends = [RankEnd(host=self._name, **asdict(each)) for each in deaths]
-        records = error_records(run_dir, self._attempt_s)
-        tails = {end.rank: log_end(run_dir / log_name(end.rank, attempt)) for end in ends}
-        hang, last = hang_record(run_dir, self._attempt_s), last_words(run_dir, attempt)
-        verdict = judge(ends, records, tails, hang=hang, last=last)
-        times_s = {end.rank: end.time_unix_s for end in ends} | {
-            each.rank: each.time_unix_s for each in records.values()
-        }
-        first_s = 0.0 if verdict.first is None else times_s[verdict.first.rank]
-        return failure_of(self._name, verdict, time_unix_s=first_s, step=newest_step(run_dir, self._began_s))
+        found = seen(Path(self._plan["run_dir"]), ends, attempt=len(self.history), since_unix_s=self._attempt_s)
+        return replace(found, node=self._name, step=newest_step(Path(self._plan["run_dir"]), self._began_s))
 
     def _decide(self, failures: Sequence[Failure]) -> Decision:
         return decide(

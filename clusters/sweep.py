@@ -3,7 +3,7 @@
 Process groups miss what called setsid; names and patterns hit strangers. A run id in /proc/PID/environ does neither.
 Each process is held by a pidfd while its environment is read, so that a reused process id is never hit.
 
-Run by path (`python -I -S sweep.py RUN_ID NODE`) it waits for the end of its input, which ends with whoever started it.
+Run by path (`python -I -S sweep.py RUN_ID NODE ATTEMPT`) it waits for the end of its input, which ends with its parent.
 """
 
 import os
@@ -27,11 +27,13 @@ def _state(pid: int) -> str:
         return "X"
 
 
-def carriers(run_id: str, node: int | None = None) -> Iterator[int]:
-    """Process ids of this user that carry the run id (and node) in their environment; this process left out."""
+def carriers(run_id: str, node: int | None = None, attempt: int | None = None) -> Iterator[int]:
+    """Process ids of this user that carry the run id (node, attempt) in their environment; this process left out."""
     wanted = [f"MESHWRIGHT_RUN_ID={run_id}".encode()]
     if node is not None:
         wanted.append(f"MESHWRIGHT_NODE={node}".encode())
+    if attempt is not None:
+        wanted.append(f"TORCHELASTIC_RESTART_COUNT={attempt}".encode())
     for entry in os.listdir(_PROC) if _PROC.is_dir() else ():
         if not entry.isdecimal() or int(entry) == os.getpid():
             continue
@@ -41,12 +43,12 @@ def carriers(run_id: str, node: int | None = None) -> Iterator[int]:
                 yield int(entry)
 
 
-def sweep(run_id: str, node: int | None = None, timeout_s: float = 5.0) -> int:
+def sweep(run_id: str, node: int | None = None, attempt: int | None = None, *, timeout_s: float = 5.0) -> int:
     """Kills every process that carries the run id, again and again until none is left; tells how many it hit."""
     end_s = time.monotonic() + timeout_s
     hit: set[int] = set()
     while time.monotonic() < end_s:
-        found = list(carriers(run_id, node))
+        found = list(carriers(run_id, node, attempt))
         if not found:
             break
         for pid in found:
@@ -74,9 +76,9 @@ def _kill(pid: int, run_id: str) -> bool:
 
 def main() -> None:
     """Sweeps when the process that started this one is gone, however it went."""
-    run_id, node = sys.argv[1:]
+    run_id, node, attempt = sys.argv[1:]
     sys.stdin.buffer.read()
-    sweep(run_id, int(node))
+    sweep(run_id, int(node), int(attempt))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, follow, report
 from meshwright.launch.losses import Losses
 from meshwright.launch.notice import Notice
-from meshwright.launch.relaunch import decision_on_loss, history_of
+from meshwright.launch.relaunch import decision_on_end, history_of
 from meshwright.launch.report import Outcome
 from meshwright.launch.rundir import ASKED_FILE, EXCLUDED_FILE, RunDirError, write_json
 from meshwright.launch.runs import read_run
@@ -162,8 +162,8 @@ def _taken(outcome: Outcome, run_dir: Path, *, times: int) -> bool:
 def _without(state: RunState, since_unix_s: float) -> tuple[str, ...]:
     """Nodes that are to be left out, as the policy has it; the next start knows of them, and why it is one."""
     plan, run_dir = state.plan, Path(state.plan.run_dir)
-    decision = decision_on_loss(state, run_dir, since_unix_s)
-    if decision is None or not decision.again:
+    decision = decision_on_end(state, run_dir, since_unix_s)
+    if decision is None or not decision.again or not decision.excludes:
         return ()
     past = (*history_of(state), decision)
     state.losses.exclude(decision, now_unix_s())

@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import check_sizes
-from meshwright.launch.spares import can_shrink
+from meshwright.launch.spares import NAMED, can_shrink
 
 __all__ = ["GAPS", "Gap", "check_capabilities"]
 
@@ -40,12 +40,10 @@ _RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a
 _DOCTOR = "remove it; `meshwright doctor JOB.yaml` acts on it, in pods like those of the run"
 _UNEXAMINED = tuple(Gap(f"health.{key}", _DOCTOR) for key in ("preflight", "on_fail", "allreduce"))
 _UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
-_RETRIES = ("backoff", "retry_on", "no_retry_on", "stop_after_no_progress")
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
     Gap("checkpoint.lead", "remove it: nothing ends such a job early"),
 )
-_EVICTED = "remove it: ranks of a pod that is evicted get SIGTERM at once, and SIGKILL after failure.shutdown_grace"
 GAPS = {
     "local": (
         *_ALL,
@@ -71,8 +69,6 @@ GAPS = {
         *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         *_UNEXAMINED,
-        Gap("checkpoint.signal", _EVICTED),
-        Gap("checkpoint.lead", _EVICTED),
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
         Gap("resources.exclusive", "ask for all of a node by resources"),
         Gap("rendezvous.interface", "remove it: pods have one", ("auto",)),
@@ -84,9 +80,6 @@ GAPS = {
         *_UNWATCHED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
-        Gap("failure.max_restarts", "set it to 0: an MPI job ends with its first failed rank", (0,)),
-        *(Gap(f"failure.{key}", "remove it: an MPI job has no restarts") for key in _RETRIES),
-        Gap("failure.exclude_bad_nodes", "take the host out of the host file"),
     ),
     "ray": (
         *_ALL,
@@ -94,7 +87,6 @@ GAPS = {
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
         Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),
-        Gap("failure.exclude_bad_nodes", "drain the node"),
     ),
 }
 """Type of cluster -> what it does not act on."""
@@ -119,7 +111,7 @@ def check_capabilities(loaded: LoadedJob) -> None:
 def _nodes(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
     """What a job asks of numbers of nodes that are not there, or that it cannot run on."""
     job = loaded.job
-    if job.cluster.type in ("local", "ssh") and job.failure.exclude_bad_nodes and not can_shrink(job):
+    if job.cluster.type in NAMED and job.failure.exclude_bad_nodes and not can_shrink(job):
         text = "no node is there to take a place: let the cluster name more than `nodes` needs, or remove it"
         yield "failure.exclude_bad_nodes", text
     if job.health.watch is not None and job.health.watch.on_fault == "restart" and not job.failure.exclude_bad_nodes:

@@ -55,7 +55,7 @@ def ray_cluster(found: "RayBlock") -> RayCluster:
 
 def mpi_cluster(found: "MpiBlock") -> MpiCluster:
     """What one mpiexec reaches; asks it whose it is."""
-    return MpiCluster(_options(MpiOptions, found, implementation=implementation_of(found.mpiexec)))
+    return MpiCluster(_options(MpiOptions, found, implementation=implementation_of(found.mpiexec), hosts=found.names))
 
 
 def ssh_cluster(found: "SshBlock", loaded: LoadedJob) -> SshCluster:

@@ -87,7 +87,7 @@ def follow(
         run: what is started.
         start: the one thing that starts it.
         keep: whether the end is the end; otherwise no exit record is written.
-        relaunch: starts a run again that lost nodes.
+        relaunch: starts a run again of which nothing is left.
         signals: what collects them, where not all end the run.
 
     Raises:
@@ -154,6 +154,18 @@ class _LinePrinter:
             self._screen = None
 
 
+class _PlanOnDisk:
+    """Keeps plan.json as it is executed: names of nodes may be known only once they are placed."""
+
+    def __init__(self, plan: StartPlan) -> None:
+        self._plan = plan
+
+    def __call__(self, state: RunState) -> None:
+        if state.plan is not self._plan:
+            self._plan = state.plan
+            write_json(Path(state.plan.run_dir) / "plan.json", state.plan.as_dict())
+
+
 def _bar(run: Run) -> "ProgressBar":
     from meshwright.launch.progress import ProgressBar
 
@@ -188,8 +200,9 @@ class _Output:
         self._health = HealthLines(run.directory, run.mask, write)
         self._concealer, self._ended = Concealer(run.directory, run.secrets), Event()
         self._thread = conceal_while(self._concealer, self._ended)
-        self._page = _pages(run, write)
-        self.watchers: list[Callable[[RunState], None]] = [self._stream, self.said, self._health, *bar, *self._page]
+        self._page, on_disk = _pages(run, write), _PlanOnDisk(run.plan)
+        first = (on_disk, self._stream, self.said, self._health)
+        self.watchers: list[Callable[[RunState], None]] = [*first, *bar, *self._page]
 
     def close(self) -> None:
         self._stream.close()

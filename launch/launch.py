@@ -24,7 +24,7 @@ from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.request import request_of, resolved_job
 from meshwright.launch.rundir import ASKED_FILE, create_run_dir, make_run_id, write_json, write_text
 from meshwright.launch.runs import Known, RunError, cancel, read_run, remember
-from meshwright.launch.spares import names_of, range_of
+from meshwright.launch.spares import range_of
 from meshwright.launch.sweep import SweepPlan, plan_sweep
 from meshwright.launch.values import check_name
 from meshwright.launch.watch import watch
@@ -160,14 +160,14 @@ def follow_run(known: Known, run: Run, start: Callable[[], Handle], *, relaunch:
         known: what is on disk of it.
         run: what is started.
         start: the one thing that starts it.
-        relaunch: starts it again, where it lost nodes and its cluster names its nodes.
+        relaunch: starts it again, where its policy has that and its agents cannot.
     """
     remember(known.of_this_process())
     outcome = wait_for_others(known, run.plan.limits.after, sys.stderr.write)
     if outcome is not None:
         write_json(run.directory / "exit.json", outcome.as_dict())
     else:
-        outcome = follow(run, start, relaunch=relaunch if names_of(run.job) else None)
+        outcome = follow(run, start, relaunch=relaunch)
     report(run, outcome)
     return outcome.exit_code
 

@@ -20,6 +20,7 @@ class Losses:
 
     Args:
         codes: node -> exit status of an agent of this start that died without a last word.
+        unplaced: those of them that may be all right: it is not known where the fault was.
         sick: node -> the first fault that was seen of its machine.
         causes: node of those -> exit code and words of a cluster that knows more.
         since_unix_s: when the first of them was missed.
@@ -30,6 +31,7 @@ class Losses:
 
     codes: dict[str, int] = field(default_factory=dict)
     causes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unplaced: set[str] = field(default_factory=set)
     sick: dict[str, str] = field(default_factory=dict)
     since_unix_s: float = 0.0
     until_unix_s: float = 0.0
@@ -49,6 +51,8 @@ class Losses:
         self.since_unix_s = self.since_unix_s or now_unix_s
         self.until_unix_s = max(self.until_unix_s, now_unix_s + event.get("ends_within_s", 0.0))
         self.codes[node] = event["code"]
+        if not event.get("lost", True):
+            self.unplaced.add(node)
         if "message" in event:
             self.causes[node] = (event["exit_code"], event["message"])
 
@@ -82,7 +86,7 @@ class Losses:
             why = self.cause_of(node)[1] if node in self.codes else seen
             told = {"node": node, "why": why, "attempt": decision.attempt, "step": decision.step}
             self.excluded.append({**told, "lost": node in self.codes, "time_unix_s": self.since_unix_s or now_unix_s})
-        self.codes, self.causes, self.since_unix_s = {}, {}, 0.0
+        self.codes, self.causes, self.unplaced, self.since_unix_s = {}, {}, set(), 0.0
 
 
 def _status(status: int) -> str:

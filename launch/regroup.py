@@ -30,9 +30,13 @@ def change_words(before: Sequence[str], now: Sequence[str], excludes: Sequence[s
     'it shrinks from 3 nodes to 2, without b'
     >>> change_words(("a", "c"), ("a", "b", "c"), ())
     'it grows from 2 nodes to 3, with b'
+    >>> change_words((), (), ("10.0.0.2-6f1c",))
+    'on other nodes than 10.0.0.2-6f1c'
     """
     new = ", ".join(name for name in now if name not in before)
     lost = ", ".join(excludes)
+    if not now and lost:  # the cluster chooses them
+        return f"on other nodes than {lost}"
     if len(now) == len(before):
         return f"{new} in place of {lost}" if new else "on the same nodes"
     verb = "shrinks" if len(now) < len(before) else "grows"

@@ -1,8 +1,9 @@
-"""What follows when nodes are lost: the run goes on from its newest checkpoint, with other nodes in their places.
+"""What follows when nothing of an attempt is left: the run goes on from its newest checkpoint, or ends.
 
-Agents restart ranks by themselves as long as all of them are there. Without one of them nothing of an attempt goes on:
-all that is left is ended, and the launcher starts agents anew, on a plan that follows from the job without that node.
-An elastic job may then have fewer nodes, and at a later restart more again.
+Agents decide, and restart ranks by themselves, as long as all of them are there. Where a node is lost, or where a
+cluster has no agents that outlive a failed rank (MPI), the launcher decides by the same policy, and starts the run anew
+on a plan that follows from the job without nodes that are lost or at fault. An elastic job may then have fewer nodes,
+and at a later restart more again.
 """
 
 import time
@@ -13,8 +14,10 @@ from pathlib import Path
 from meshwright.clusters.base import StartRequest
 from meshwright.clusters.contract import Handle, Queue
 from meshwright.clusters.failure import Failure
+from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import newest_step
 from meshwright.clusters.retry import Decision, decide, told_decision
+from meshwright.clusters.rounds import seen
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.losses import Losses
@@ -26,13 +29,14 @@ from meshwright.launch.sizes import SizeError, shape_of, sized
 from meshwright.launch.spares import SpareError, range_of, without
 from meshwright.launch.supervise import Interrupts, RunState, now_unix_s
 
-__all__ = ["Relaunch", "decision_on_loss", "history_of"]
+__all__ = ["Relaunch", "decision_on_end", "history_of"]
 
 _LOOK_S = 0.1
+_ENDED = ("failed", "stopped", "succeeded")
 
 
-def decision_on_loss(state: RunState, run_dir: Path, since_unix_s: float) -> Decision | None:
-    """What follows from nodes that are gone, or that are to be left out; None where the end of agents is the end.
+def decision_on_end(state: RunState, run_dir: Path, since_unix_s: float) -> Decision | None:
+    """What follows from the end of all agents; None where that is the end of the run.
 
     Args:
         state: of a run of which nothing is left.
@@ -41,33 +45,56 @@ def decision_on_loss(state: RunState, run_dir: Path, since_unix_s: float) -> Dec
     """
     told = state.decisions.get(state.attempt)
     agreed = None if told is None else told_decision(told)
-    given_up = agreed is not None and not agreed.again and not agreed.failure.only_lost
-    if given_up or not state.plan.limits.max_restarts:
+    if not state.plan.limits.max_restarts or not _is_open(agreed, state):
         return None
-    if not state.losses.codes:
-        return agreed if agreed is not None and _is_ours(agreed, state) else None
+    if agreed is not None and not state.losses.codes:
+        return agreed
+    failures = _lost(state.losses) or _failed(state, run_dir)
+    if not failures:
+        return None
     worn_out = () if agreed is None else agreed.excludes
-    found = _decided(state, newest_step(run_dir, since_unix_s))
+    step = newest_step(run_dir, since_unix_s)
+    found = _decided(state, [replace(each, step=step) for each in failures])
     return replace(found, excludes=tuple(dict.fromkeys((*found.excludes, *worn_out))))
 
 
-def _is_ours(agreed: Decision, state: RunState) -> bool:
-    """Whether agents ended for the launcher to start others."""
-    return bool(agreed.excludes) or (agreed.again and state.plan.limits.regroup)
+def _is_open(agreed: Decision | None, state: RunState) -> bool:
+    """Whether something is left to be done: no agents agreed, some were lost, or they ended for us to start others."""
+    if agreed is None:
+        return True
+    if state.losses.codes:
+        return agreed.again or agreed.failure.only_lost
+    return agreed.again and (bool(agreed.excludes) or state.plan.limits.regroup)
 
 
-def _decided(state: RunState, step: int | None) -> Decision:
-    """By the policy that agents have, from what only the launcher knows."""
-    failures = [_loss(state.losses, name, step) for name in state.losses.codes]
-    failures += [Failure(name, done=True) for name, (word, _) in state.results.items() if word == "succeeded"]
-    limits = state.plan.limits
-    return decide(limits.retry, history_of(state), failures, run_id=state.plan.run_id, max_restarts=limits.max_restarts)
+def _decided(state: RunState, failures: Sequence[Failure]) -> Decision:
+    """By the policy that agents have, from what the launcher knows."""
+    done = [Failure(name, done=True) for name, (word, _) in state.results.items() if word == "succeeded"]
+    limits, run_id = state.plan.limits, state.plan.run_id
+    stops, most = limits.hang_s is not None and limits.hang_action == "dump_and_stop", limits.max_restarts
+    told = [*failures, *done]
+    return decide(limits.retry, history_of(state), told, run_id=run_id, max_restarts=most, hang_stops=stops)
 
 
-def _loss(losses: Losses, name: str, step: int | None) -> Failure:
+def _lost(losses: Losses) -> list[Failure]:
+    return [_loss(losses, name) for name in losses.codes]
+
+
+def _loss(losses: Losses, name: str) -> Failure:
     code, words = losses.cause_of(name)
     kind = "node" if code == Exit.UNAVAILABLE else "config"  # a key or a name that is wrong stays wrong
-    return Failure(name, kind, code, time_unix_s=losses.since_unix_s, evidence=words, step=step, lost=True)
+    known = losses.since_unix_s, name not in losses.unplaced
+    return Failure(name, kind, code, time_unix_s=known[0], evidence=words, lost=known[1])
+
+
+def _failed(state: RunState, run_dir: Path) -> list[Failure]:
+    """What ranks of the attempt left, where no agents agreed on it and one of them failed by itself."""
+    broken = any(word not in _ENDED for word, _ in state.results.values())  # an agent, or the setup of its node
+    failed = any(end.code and not end.ended_by_us for end in state.ends.values())
+    if state.attempt in state.decisions or broken or not failed:
+        return []
+    since_unix_s = state.attempt_unix_s
+    return [seen(run_dir, list(state.ends.values()), attempt=state.attempt, since_unix_s=since_unix_s)]
 
 
 def history_of(state: RunState) -> list[Decision]:
@@ -79,7 +106,7 @@ def history_of(state: RunState) -> list[Decision]:
 
 @dataclass
 class Relaunch:
-    """Starts a run again without nodes that are gone, as its failure policy allows.
+    """Starts a run again of which nothing is left, as its failure policy allows.
 
     Args:
         loaded: its job; kept up to date.
@@ -97,6 +124,7 @@ class Relaunch:
 
     def __post_init__(self) -> None:
         self._asked = self.loaded
+        self._mask = Mask(secret.value for secret in self.request.program.secrets)
 
     def __call__(self, state: RunState, interrupts: Interrupts, say: Callable[[RunState], object]) -> Handle | None:
         """A new start of a run of which nothing is left; None where its end is the end.
@@ -106,7 +134,7 @@ class Relaunch:
             interrupts: signals to the launcher; they end the wait.
             say: tells people that it will be.
         """
-        decision = decision_on_loss(state, self.request.run_dir, self.started_unix_s)
+        decision = decision_on_end(state, self.request.run_dir, self.started_unix_s)
         if decision is None or interrupts.numbers:
             return None
         loaded = self.loaded
@@ -116,7 +144,7 @@ class Relaunch:
                 decision = self._timed(loaded, decision, state.losses.until_unix_s)
             except (SpareError, SizeError) as error:
                 decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
-        state.decisions[state.attempt] = decision.as_dict()
+        state.decisions[state.attempt] = self._mask.inside(decision.as_dict())
         if not decision.again:
             return None
         say(state)
@@ -141,7 +169,8 @@ class Relaunch:
         return replace(decision, wait_s=round(wait_s, 3), reason=f"{decision.reason}; {words}")
 
     def _advice(self) -> str:
-        where = "cluster.simulate_nodes" if self.loaded.job.cluster.type == "local" else "cluster.hosts"
+        names = {"local": "cluster.simulate_nodes", "mpi": "cluster.hostfile"}
+        where = names.get(self.loaded.job.cluster.type, "cluster.hosts")
         return f"put more into {where} than `nodes` needs, or repair it, and launch again to go on from the checkpoint"
 
     def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:

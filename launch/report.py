@@ -19,8 +19,7 @@ _NODE_WORDS = {
     "error": "the agent failed on",
 }
 
-_RIGID = ("mpi", "ray", "kubernetes")
-_RIGID_WORDS = "a lost node ends such a run: launch again to go on from the newest checkpoint"
+_AGAIN = "launch again to go on from the newest checkpoint"
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ def _failure(
         return "failed", int(_NODE_CODES[kind]), f"{_NODE_WORDS[kind]} {node}: {message}"
     if lost:
         code, words = state.losses.cause_of(next(iter(state.losses.codes)))
-        rigid = f"; {_RIGID_WORDS}" if state.plan.cluster in _RIGID else _given_up(state)
-        return "failed", code, words + rigid
+        advice = f"; {_AGAIN}" if code == Exit.UNAVAILABLE else ""  # a key that is refused stays refused
+        return "failed", code, words + (_given_up(state) or advice)
     if verdict.first is not None:
         return "failed", verdict.first.exit_code, verdict.reason + _given_up(state)
     if len(state.results) == len(state.plan.nodes) and not state.over:

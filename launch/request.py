@@ -14,7 +14,7 @@ from meshwright.clusters.watching import Watch
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import size_lines, sized
-from meshwright.launch.spares import can_shrink, fewest_of, range_of
+from meshwright.launch.spares import NAMED, can_shrink, fewest_of, range_of
 from meshwright.launch.spec.conduct import Secret as SecretSource
 from meshwright.launch.spec.job import Job
 from meshwright.launch.values import fill
@@ -130,7 +130,7 @@ def limits_of(loaded: LoadedJob) -> Limits:
 
 
 def _retries(loaded: LoadedJob) -> RetryPolicy:
-    failure, named = loaded.job.failure, loaded.job.cluster.type in ("local", "ssh")
+    failure, named = loaded.job.failure, loaded.job.cluster.type in NAMED
     wait = failure.backoff
     return RetryPolicy(
         initial_s=wait.initial,

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from meshwright.launch.spec.job import Job
     from meshwright.launch.spec.machines import NodeRange
 
-__all__ = ["SpareError", "can_shrink", "fewest_of", "names_of", "range_of", "spares_of", "without"]
+__all__ = ["NAMED", "SpareError", "can_shrink", "fewest_of", "names_of", "range_of", "spares_of", "without"]
+
+
+NAMED = ("local", "ssh", "mpi")
+"""Clusters whose jobs name their nodes; in the others it is the cluster that knows them."""
+
+
+_FINDS = "ray"
+"""The cluster that finds nodes itself in place of those that are left out, and says so where there are none."""
 
 
 class SpareError(MeshwrightError):
@@ -27,7 +35,7 @@ class SpareError(MeshwrightError):
 
 def names_of(job: "Job") -> tuple[str, ...]:
     """Nodes that a job names, in the order they are used; none where only its cluster knows them."""
-    return job.cluster.names if job.cluster.type in ("local", "ssh") else ()
+    return job.cluster.names
 
 
 def spares_of(job: "Job") -> tuple[str, ...]:
@@ -61,17 +69,19 @@ def without(loaded: LoadedJob, names: tuple[str, ...]) -> LoadedJob:
     Raises:
         SpareError: when it cannot.
     """
+    if not names:
+        return loaded
     job, who, known = loaded.job, ", ".join(names), names_of(loaded.job)
     kept = [name for name in known if name not in names]
-    if len(kept) < fewest_of(job):
+    if job.cluster.type != _FINDS and len(kept) < fewest_of(job):
         least = "" if fewest_of(job) == job.num_nodes else "at least "
         spare = f"{len(kept)} of the {len(known)} hosts it names are left" if known else "it names no other hosts"
         raise SpareError(f"{who} cannot be left out: the job wants {least}{fewest_of(job)} nodes, and {spare}")
     stated = job.as_dict()
-    if job.cluster.type == "local":
-        stated["cluster"]["exclude"] = [*stated["cluster"]["exclude"], *names]
-    else:
+    if job.cluster.type == "ssh":
         stated["cluster"]["hosts"] = [each for each in stated["cluster"]["hosts"] if each["name"] not in names]
+    else:
+        stated["cluster"]["exclude"] = [*stated["cluster"]["exclude"], *names]
     try:
         return replace(loaded, job=type(job).model_validate(stated))
     except ValidationError as error:

@@ -6,7 +6,7 @@ started -> exit* -> result, per node; one node that failed for good ends the oth
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -106,10 +106,15 @@ class RunState:
             self.results[node] = self._last_word(event)
         elif kind == "gone" and node not in self.results:
             self.losses.take(event, now_unix_s())
-        elif kind in ("decided", "health"):
+        elif kind in ("decided", "health", "placed"):
             self._note(event)
         elif kind == "joined" and not event["shared"] and node not in self.apart:
             self.apart.append(node)
+
+    def _place(self, planned: str, name: str) -> None:
+        """A node of the plan is called by what its cluster chose."""
+        nodes = tuple(replace(each, name=name) if each.name == planned else each for each in self.plan.nodes)
+        self.plan = replace(self.plan, nodes=nodes)
 
     def _last_word(self, event: Mapping[str, Any]) -> tuple[str, str]:
         """How an agent ended; one that only misses those that were told to end before it is a victim."""
@@ -125,9 +130,12 @@ class RunState:
                 self.health.append({"node": node, "fault": None, "found": found, "time_unix_s": now_s})
 
     def _note(self, event: dict[str, Any]) -> None:
-        """What agents agreed on, or one saw of its machine: a fault, or that there is nothing to look at."""
+        """What agents agreed on, or one saw of its machine (a fault, or that there is nothing to look at), or is on."""
         if event["event"] == "decided":
             self._agree(event)
+            return
+        if event["event"] == "placed":
+            self._place(event["node"], event["name"])
             return
         self.health.append({key: value for key, value in event.items() if key != "event"})
         if event["fault"] is not None:

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from meshwright.clusters.mpi_hosts import hosts_of
 from meshwright.launch.spec.block import Block, Count, Duration, Line, Listed, Variable
 from meshwright.launch.spec.local import Gpus, LocalCluster
 from meshwright.launch.values import check_line
@@ -172,6 +174,11 @@ class SlurmCluster(_SlurmRequest):
     )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Nodes that can be used, in the order ranks are given out; none where the cluster chooses them."""
+        return ()
+
+    @property
     def default_nodes(self) -> int:
         """Nodes of a job that does not say `nodes`."""
         return self.nodes
@@ -187,6 +194,11 @@ class _Sized(Block):
 
     nodes: Count = Field(default=1, description="Nodes of a job that does not say `nodes`.")
     gpus_per_node: Gpus | None = Field(default=None, description="GPUs of each node that are asked for.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Nodes that can be used, in the order ranks are given out; none where the cluster chooses them."""
+        return ()
 
     @property
     def default_nodes(self) -> int:
@@ -221,10 +233,18 @@ class MpiCluster(_Sized):
     type: Literal["mpi"] = Field(description="Kind of cluster: MPI, with Open MPI or MPICH.")
     mpiexec: Word = Field(default="mpiexec", description="Name or path of mpiexec.")
     hostfile: Line | None = Field(
-        default=None, description="Host file in that MPI's own form; by default this machine."
+        default=None,
+        description="Host file in that MPI's own form; by default this machine. Hosts beyond `nodes` are spare.",
     )
+    exclude: Listed[Word] = Field(default=(), description="Hosts of that file that are not to be used.")
     python: Word | None = Field(default=None, description="Python interpreter on all nodes; by default as here.")
     extra: Listed[Line] = Field(default=(), description="Further words of mpiexec, as they are.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Hosts that can be used, in the order ranks are given out; none where the file does not tell."""
+        known = () if self.hostfile is None else hosts_of(Path(self.hostfile))
+        return tuple(name for name in known if name not in self.exclude)
 
 
 class RayCluster(_Sized):
@@ -236,6 +256,7 @@ class RayCluster(_Sized):
     )
     cpus_per_node: Count = Field(default=1, description="CPUs of each node that are asked for.")
     ready_timeout: Duration = Field(default=60.0, description="How long Ray may take to place the nodes.")
+    exclude: Listed[Word] = Field(default=(), description="Nodes that are not to be used: addresses, or Ray's ids.")
 
 
 def _known(value: object) -> object:

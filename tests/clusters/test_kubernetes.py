@@ -182,7 +182,8 @@ def test_cancelling_deletes_every_object_and_tells_a_run_that_is_not_there_from_
     kubectl.with_name("kubectl.answer").write_text("jobset.jobset.x-k8s.io/x\n")
     queue.cancel("train/jobset/x")
     deleted = [line.partition("--output=name ")[2] for line in _words(kubectl)]
-    assert deleted == ["jobset/x", "configmap/x secret/x-key"]
+    pods = "pods --selector jobset.sigs.k8s.io/jobset-name=x --grace-period=1"
+    assert deleted == ["jobset/x", "configmap/x secret/x-key", pods], "pods are not given the time to save"
     kubectl.with_name("kubectl.answer").write_text("")
     with pytest.raises(UnavailableError, match="nothing was cancelled: there is no jobset x in namespace train"):
         queue.cancel("train/jobset/x")

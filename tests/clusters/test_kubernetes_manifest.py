@@ -16,6 +16,7 @@ from tests.clusters.test_kubernetes import OPTIONS, REQUEST, _objects
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
 
+AGAIN = replace(REQUEST, limits=replace(REQUEST.limits, max_restarts=5))
 SELECTING = replace(OPTIONS, node_selector={"gpu": "h100"}, resources={"memory": "8Gi"}, context="prod")
 BARE = replace(OPTIONS, claim=None, kind="TrainJob")
 
@@ -70,9 +71,10 @@ def test_the_config_map_passes_the_schema_of_kubernetes_strictly(options: Any) -
 
 @pytest.mark.parametrize("options", [OPTIONS, SELECTING, replace(OPTIONS, secret="tokens", claim=None)])
 def test_a_jobset_passes_its_published_model_and_its_job_the_schema_of_kubernetes(options: Any) -> None:
-    _, jobset = _objects(options)
-    assert lost(jobset, models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict()) == []
-    assert not refused(job_of(jobset))
+    for request in (REQUEST, AGAIN):
+        _, jobset = _objects(options, request)
+        assert lost(jobset, models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict()) == []
+        assert not refused(job_of(jobset))
 
 
 def test_a_trainjob_passes_its_published_model() -> None:
@@ -89,7 +91,7 @@ def test_a_key_that_a_published_model_does_not_know_would_be_seen() -> None:
 
 @pytest.mark.slow
 def test_whatever_the_schema_of_kubernetes_refuses_of_a_pod_ours_refuses_too() -> None:
-    _, jobset = _objects(SELECTING, REQUEST)
+    _, jobset = _objects(SELECTING, AGAIN)
     root = ("spec", "replicatedJobs", 0, "template", "spec")
     wrong = 0
     for path in places(at(jobset, root)):

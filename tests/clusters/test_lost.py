@@ -1,4 +1,4 @@
-"""A lost node ends a run on MPI, Ray and Kubernetes, and the run says so, with the node's name where that is known."""
+"""MPI, Ray and Kubernetes say which node was lost, and the run says so, with its name where that is known."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
+from meshwright.clusters.base import Program, StartPlan, StartRequest
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.kubernetes import KubernetesQueue
 from meshwright.clusters.lost import lost_in_mpi, lost_in_ray, pods_ended
@@ -65,27 +65,31 @@ def ended(plan: StartPlan, *events: dict[str, Any]) -> Outcome:
 
 def request(folder: Path, name: str) -> StartRequest:
     program = Program((sys.executable, "-c", "pass"), folder)
-    return StartRequest(
-        "j", own(name), folder, program, num_nodes=2, limits=Limits(max_restarts=0 if name == "mpi" else 3)
-    )
+    return StartRequest("j", own(name), folder, program, num_nodes=2)
 
 
-def test_the_end_of_mpiexec_names_the_host_and_says_that_the_run_is_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hosts", [("h6", "h7.cluster"), ("h1", "h2"), ()])
+def test_the_end_of_mpiexec_names_the_host_and_says_that_the_run_is_over(tmp_path: Path, hosts: tuple[str]) -> None:
     (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/mpiexec.log").write_text("Remote daemon: x on node h1\n")  # of the attempt before
     mpiexec = tmp_path / "mpiexec"
     mpiexec.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{ORTE}END\nexit 1\n")
     mpiexec.chmod(0o755)
-    plan = plan_mpi(request(tmp_path, "mpi"), MpiOptions(mpiexec=str(mpiexec), implementation="openmpi"))
-    handle, events = MpiHandle(plan, {}), []
+    options = MpiOptions("openmpi", str(mpiexec), "/etc/hosts.mpi", hosts)
+    plan = plan_mpi(request(tmp_path, "mpi"), options)
+    handle, events = MpiHandle(plan, {}), list[dict[str, Any]]()
     while not handle.done:
         events += handle.poll(0.5)
     handle.kill()
     found = ended(plan, *events)
     assert found.exit_code == 69
-    assert found.reason == (
-        "host h7 was lost (mpiexec ended with code 1); "
-        "a lost node ends such a run: launch again to go on from the newest checkpoint"
-    )
+    again = "launch again to go on from the newest checkpoint"
+    assert found.reason == f"host h7 was lost (mpiexec ended with code 1); {again}"
+    told = [(each["event"], each["node"], each.get("lost", True)) for each in events]
+    if "h7.cluster" in hosts:
+        assert told == [("gone", "h7.cluster", True), ("result", "h6", True)]
+    else:
+        assert told == [("gone", name, False) for name in hosts or ("node0", "node1")]
 
 
 DIED = "The actor died because its node has died. Node Id: 6f1c, Ip: 10.0.0.2\nMore."
@@ -106,7 +110,7 @@ def test_an_actor_that_is_lost_is_told_with_the_address_of_its_node(
         return found
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get, exceptions=SimpleNamespace(RayError=RayError)))
-    names = {"start": "10.0.0.2", "read": RayError(DIED), "write": None, "wait": 0}
+    names = {"start": ("10.0.0.2", "6f1c"), "read": RayError(DIED), "write": None, "wait": 0}
     parts = {name: SimpleNamespace(remote=lambda *_, value=value: value) for name, value in names.items()}
     line = RayLine(SimpleNamespace(**parts), ["agent"])
     assert line.wait(10) == -9
@@ -118,7 +122,7 @@ def test_an_actor_that_is_lost_is_told_with_the_address_of_its_node(
     found = ended(plan, {"event": "gone", "node": "node1", "code": -9, **words})
     assert found.exit_code == 69
     assert found.reason.startswith("node1 at 10.0.0.2 was lost: The actor died")
-    assert found.reason.endswith("a lost node ends such a run: launch again to go on from the newest checkpoint")
+    assert found.reason.endswith("; launch again to go on from the newest checkpoint")
 
 
 def pod(name: str, node: str, **status: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.clusters.base import Limits, Program, StartRequest
+from meshwright.clusters.base import Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.mpi import MpiHandle, MpiOptions, implementation_of, plan_mpi
+from meshwright.clusters.mpi import MpiCluster, MpiHandle, MpiOptions, implementation_of, plan_mpi
 from meshwright.clusters.mpi_rank import own_environment
 from meshwright.clusters.mpi_seat import Seat, seat_of
 
@@ -52,12 +52,40 @@ def test_open_mpi_and_mpich_are_called_exactly_so() -> None:
 
 
 def test_what_mpi_cannot_do_is_refused() -> None:
-    with pytest.raises(UnavailableError, match="max_restarts"):
-        plan_mpi(replace(REQUEST, limits=Limits(max_restarts=1)), MpiOptions("mpich"))
     with pytest.raises(UnavailableError, match="nproc_per_node: gpu, but mpiexec is told how many"):
         plan_mpi(replace(REQUEST, ranks_per_node="gpu"), MpiOptions("mpich"))
     with pytest.raises(UnavailableError, match="no 'mpiexec-of-nobody' here"):
         implementation_of("mpiexec-of-nobody")
+
+
+def test_nodes_are_called_by_their_hosts_and_only_those_that_are_used_are_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("a slots=4\nb slots=4\nc slots=4\n")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "logs").mkdir()
+    options = MpiOptions("openmpi", "true", str(file), ("a", "c"))
+    plan = plan_mpi(replace(REQUEST, run_dir=tmp_path), options)
+    assert [(node.name, node.ranks) for node in plan.nodes] == [("a", (0, 1, 2, 3)), ("c", (4, 5, 6, 7))]
+    assert dict(plan.nodes[1].env)["MESHWRIGHT_HOST"] == "c"
+    assert plan.nodes[0].agent[3:5] == ("--hostfile", str(tmp_path / "private/hosts"))
+    handle = MpiCluster(options).start(plan, {})
+    handle.kill()
+    assert (tmp_path / "private/hosts").read_text() == "a slots=4\nc slots=4\n"
+    few = plan_mpi(REQUEST, MpiOptions("mpich", "true", str(file), ("a",)))
+    assert few.nodes[0].agent[3:5] == ("-f", str(file)), "mpiexec itself says that they are too few"
+    assert few.nodes[1].name == "node1"
+
+
+def test_nodes_follow_the_order_of_the_plan_where_each_knows_its_host() -> None:
+    leaders = [0, 0, 2, 2]
+    assert seat_of(2, 1, leaders, places=[1, None, 0, None]) == Seat(0, 1, 2, 1, (2, 2))
+    assert seat_of(2, 1, leaders, places=[1, None, None, None]) == Seat(1, 1, 2, 3, (2, 2))
+    assert seat_of(2, 1, leaders, places=[1, None, 1, None]) == Seat(1, 1, 2, 3, (2, 2)), "two nodes are not one host"
+
+
+def test_a_new_attempt_is_told_to_its_ranks() -> None:
+    told = Seat(0, 0, 1, 0, (1,)).as_torchrun("a", 1, run_id="r", attempt=2, most=5)
+    assert (told["TORCHELASTIC_RESTART_COUNT"], told["TORCHELASTIC_MAX_RESTARTS"]) == ("2", "5")
 
 
 def test_ranks_are_counted_node_by_node_however_mpi_dealt_them() -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequ
 from meshwright.clusters.kubernetes import plan_kubernetes
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions
 from meshwright.clusters.network import bind_free, interfaces
-from meshwright.clusters.pod import code_of
+from meshwright.clusters.pod import code_of, goes_on
+from meshwright.clusters.retry import RetryPolicy
+from tests.launch.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +41,7 @@ def _address() -> str:
 
 
 def _pods(
-    folder: Path, code: str, max_restarts: int = 0, *, token: str = "tok-123", shared: bool = False
+    folder: Path, code: str, max_restarts: int = 0, *, token: str = "tok-123", shared: bool = False, times: int = 0
 ) -> list["subprocess.Popen[str]"]:
     """Starts what Kubernetes would, from the objects it would get; each pod has its own disk unless they share one."""
     address = _address()
@@ -50,7 +54,8 @@ def _pods(
         program=Program((sys.executable, "-c", code), folder, secrets=(Secret("TOKEN", "from_env TOKEN", ""),)),
         num_nodes=2,
         meeting=Meeting("first", port=port),
-        limits=Limits(max_restarts, shutdown_grace_s=2.0, join_timeout_s=60.0),
+        limits=Limits(max_restarts, shutdown_grace_s=2.0, join_timeout_s=60.0, retry=RetryPolicy(initial_s=0.1)),
+        warning=("USR2", 60.0),
     )
     submission = plan_kubernetes(request, KubernetesOptions("x", python=sys.executable, secret="tokens")).submission
     assert submission is not None
@@ -65,6 +70,7 @@ def _pods(
             "MESHWRIGHT_FILES": config["data"]["files"],
             "MESHWRIGHT_KEY": "ab" * 32,
             "JOB_COMPLETION_INDEX": str(index),
+            "MESHWRIGHT_RESTARTS": str(times) if max_restarts else "",
             "TOKEN": token,
         }
         pods.append(
@@ -150,6 +156,113 @@ def test_a_pod_prints_its_own_ranks_and_counters_only_where_pods_share_their_dir
         (counted,) = [name for name in files if name.startswith("nodes/")]
         assert counted == f"nodes/pods-r{os.getpid()}-node-0-{index}.jsonl"
         assert files[counted][0]["counted_s"] > 0
+
+
+SAVES = """
+import os, pathlib, signal, sys, time
+rank, attempt = os.environ["RANK"], os.environ["MESHWRIGHT_ATTEMPT"]
+here = pathlib.Path(sys.argv[1])
+def save(*_):
+    (here / "saved").write_text(attempt)
+if "saves" in sys.argv:
+    signal.signal(signal.Signals["SIG" + os.environ["MESHWRIGHT_SAVE_SIGNAL"]], save)
+(here / f"up-{attempt}-{rank}").touch()
+print("attempt", attempt, "from", (here / "saved").read_text() if (here / "saved").exists() else "nothing", flush=True)
+while not (here / "saved").exists():
+    time.sleep(0.05)
+sys.exit(75 if attempt == "0" else 0)
+"""
+
+
+def _program(folder: Path, *words: str) -> str:
+    """As a rank runs it, told by its words."""
+    return f"import sys; sys.argv = {['x', str(folder), *words]!r}\n{SAVES}"
+
+
+def _record(said: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])["meshwright"]
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_pod_that_has_to_go_lets_ranks_save_and_the_next_pods_count_on(tmp_path: Path, shared: bool) -> None:
+    code = _program(tmp_path, "saves")
+    pods = _pods(tmp_path, code, 2, shared=shared)
+    assert eventually(lambda: len(list(tmp_path.glob("up-0-*"))) == 2, 120)
+    pods[1].terminate()
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [75, 75], said
+    assert (tmp_path / "saved").read_text() == "0"
+    told = [each for each in _record(said[0])["events"] if each["event"] == "decided"]
+    assert [(each["kind"], each["again"]) for each in told] == [("preempt", True)]
+    if not shared:  # without a claim, new pods have new disks
+        for index in range(2):
+            shutil.rmtree(tmp_path / f"pod{index}")
+    pods = _pods(tmp_path, code, 2, shared=shared, times=1)
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], said
+    assert [text.count("attempt 1 from 0") for text in said] == [1, 1], said
+    assert "attempt 0" not in "".join(said), "what pods before them printed is not printed again"
+    for text in said:
+        events = _record(text)["events"]
+        told = [(each["attempt"], each["kind"], each["again"]) for each in events if each["event"] == "decided"]
+        assert told == [(0, "preempt" if shared else "node", True)]
+        assert max(each["attempt"] for each in events if each["event"] == "started") == 1
+
+
+def test_ranks_that_do_not_heed_the_signal_are_ended_at_once(tmp_path: Path) -> None:
+    pods = _pods(tmp_path, _program(tmp_path), 2)
+    assert eventually(lambda: len(list(tmp_path.glob("up-0-*"))) == 2, 120)
+    for pod in pods:
+        pod.terminate()
+    said = [pod.communicate(timeout=45)[0] for pod in pods]  # less than they would have to save
+    assert [pod.returncode for pod in pods] == [75, 75], said
+
+
+def test_pods_that_were_started_too_often_say_so_and_end(tmp_path: Path) -> None:
+    pods = _pods(tmp_path, FAIL, 1, times=2)
+    said = [pod.communicate(timeout=60)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [69, 69], said
+    assert _record(said[0])["events"][-1]["message"] == "the only restart is used"
+
+
+@pytest.mark.parametrize("code", [75, 137])
+def test_a_run_that_was_given_up_does_not_ask_to_be_started_again_whatever_its_rank_ended_with(
+    tmp_path: Path, code: int
+) -> None:
+    pods = _pods(tmp_path, FAIL.replace("(7)", f"({code})").replace("(60)", "(600)"), 1)
+    said = pods[1].communicate(timeout=120)[0]
+    pods[0].terminate()  # as the JobSet does
+    pods[0].communicate(timeout=120)
+    assert pods[1].returncode == 1, said
+    assert _record(said)["exit_code"] == code
+
+
+def _ended(state: str, *events: dict[str, Any], restarts: int = 3, told: bool = False, **retry: Any) -> bool:
+    limits = {"max_restarts": restarts, "past": [], "retry": asdict(RetryPolicy(**retry))}
+    last = [{"event": "result", "state": state, "message": ""}] if state else []
+    return goes_on([*events, *last], limits, told=told)
+
+
+def _decided(attempt: int = 0, *, again: bool, leaving: bool = False) -> dict[str, Any]:
+    return {"event": "decided", "attempt": attempt, "again": again, "leaving": leaving}
+
+
+def test_a_pod_asks_for_new_pods_only_where_agents_did_not_give_up() -> None:
+    started = [{"event": "started", "attempt": attempt} for attempt in range(4)]
+    assert not _ended("succeeded", started[0], told=True)
+    assert not _ended("failed", started[0], _decided(again=False))
+    assert not _ended("failed", *started[:2], _decided(again=True)), "of the attempt before"
+    assert _ended("rendezvous_failed", started[0], _decided(again=True)), "others did not come"
+    assert _ended("failed", started[0], _decided(again=False, leaving=True))
+    assert not _ended("failed", started[0], _decided(again=False, leaving=True), no_retry_on=("preempt",))
+    assert _ended("stopped", started[0], told=True)
+    assert not _ended("stopped", started[0])
+    assert not _ended("stopped", *started, told=True), "all restarts are used"
+    assert not _ended("stopped", started[0], told=True, restarts=0)
+    assert _ended("", started[0])
+    assert not _ended("", started[0], no_retry_on=("node",))
+    assert not _ended("setup_failed", restarts=3)
 
 
 def test_an_agent_that_dies_without_a_word_is_a_failure() -> None:

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from meshwright.clusters import ray as module
 from meshwright.clusters.base import Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.ray import RayOptions, plan_ray, why_infeasible
+from meshwright.clusters.ray import RayCluster, RayOptions, plan_ray, why_infeasible
 
 REQUEST = StartRequest("j", "r", Path("/runs/r"), Program(("x",), Path("/w")), 2, None, 16, 8)
 
@@ -33,3 +36,20 @@ def test_a_plan_says_what_is_asked_of_each_node() -> None:
 )
 def test_a_spread_needs_as_many_nodes_that_each_have_enough(nodes: list[dict[str, float]], feasible: bool) -> None:
     assert (why_infeasible({"CPU": 1, "GPU": 8}, 2, nodes) is None) == feasible
+
+
+def alive(node: str, address: str, *, lives: bool = True) -> dict[str, Any]:
+    return {"NodeID": node, "NodeManagerAddress": address, "Alive": lives, "Resources": {"CPU": 16.0, "GPU": 8.0}}
+
+
+@pytest.mark.parametrize("exclude", ["10.0.0.2", "bbbbbbbbcc", "10.0.0.2-bbbbbbbb"])
+def test_nodes_that_are_left_out_do_not_count_by_whatever_name(monkeypatch: pytest.MonkeyPatch, exclude: str) -> None:
+    nodes = [alive("aaaaaaaacc", "10.0.0.1"), alive("bbbbbbbbcc", "10.0.0.2"), alive("d", "10.0.0.3", lives=False)]
+    monkeypatch.setattr(module, "attached", lambda address: SimpleNamespace(nodes=lambda: nodes))
+    monkeypatch.setattr(module, "is_open", lambda address: False)
+    whole = RayCluster(RayOptions("a:1"))
+    whole.check(whole.plan(REQUEST))
+    cluster = RayCluster(RayOptions("a:1", exclude=("10.0.0.9", exclude)))
+    plan = cluster.plan(REQUEST)
+    with pytest.raises(UnavailableError, match=f"of 1 nodes 1 has that much: .*; left out: 10.0.0.9, {exclude}$"):
+        cluster.check(plan)

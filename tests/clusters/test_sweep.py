@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import sys
 
+from meshwright.clusters import sweep as module
 from meshwright.clusters.sweep import carriers, sweep
 
 
@@ -32,3 +34,21 @@ def test_a_process_that_is_only_not_reaped_counts_as_gone() -> None:
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert list(carriers(run_id)) == []
     assert child.wait() == 0
+
+
+def test_who_sweeps_after_an_attempt_leaves_the_next_one_alone() -> None:
+    run_id = f"next-{os.getpid()}"
+    told = {"MESHWRIGHT_RUN_ID": run_id, "MESHWRIGHT_NODE": "0"}
+    attempts = [
+        subprocess.Popen(["sleep", "60"], env=os.environ | told | {"TORCHELASTIC_RESTART_COUNT": number})
+        for number in "01"
+    ]
+    try:
+        words = [sys.executable, "-I", "-S", str(module.__file__), run_id, "0", "0"]
+        subprocess.run(words, input=b"", check=True, timeout=60)
+        assert attempts[0].wait(5) == -9
+        assert attempts[1].poll() is None
+    finally:
+        for each in attempts:
+            each.kill()
+            each.wait()

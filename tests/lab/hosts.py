@@ -156,7 +156,7 @@ class Hosts:
     def __init__(self, folder: Path, number: int = 2, *, token: int | None = None) -> None:
         token = (os.getpid() if token is None else token) % 10000
         self.token = token
-        self.folder, self._bridge, self._veth = folder, f"mw{token}br", f"mw{token}v"
+        self.folder, self.bridge, self._veth = folder, f"mw{token}br", f"mw{token}v"
         self.net = f"10.{64 + token % 60}.{token % 250}"
         self.known_hosts, self.key = folder / "known_hosts", folder / "key"
         names = {f"h{index}": f"{self.net}.{index}" for index in range(1, number + 1)}
@@ -169,14 +169,14 @@ class Hosts:
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
         lines = ["127.0.0.1 localhost", f"{self.net}.254 ctl", *(f"{h.address} {h.name}" for h in self.hosts)]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
-        run("ip", "link", "add", self._bridge, "type", "bridge")
-        run("ip", "addr", "add", f"{self.net}.254/24", "dev", self._bridge)
-        run("ip", "link", "set", self._bridge, "up")
+        run("ip", "link", "add", self.bridge, "type", "bridge")
+        run("ip", "addr", "add", f"{self.net}.254/24", "dev", self.bridge)
+        run("ip", "link", "set", self.bridge, "up")
         for index, host in enumerate(self.hosts, start=1):
             veth = f"{self._veth}{index}"
             run("ip", "netns", "add", host.namespace)
             run("ip", "link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
-            run("ip", "link", "set", veth, "master", self._bridge, "up")
+            run("ip", "link", "set", veth, "master", self.bridge, "up")
             run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             run("ip", "-n", host.namespace, "link", "set", "eth0", "up")
             run("ip", "-n", host.namespace, "link", "set", "lo", "up")
@@ -219,4 +219,4 @@ class Hosts:
             host.end()
             run("ip", "link", "del", f"{self._veth}{index}", check=False)
             run("ip", "netns", "del", host.namespace, check=False)
-        run("ip", "link", "del", self._bridge, check=False)
+        run("ip", "link", "del", self.bridge, check=False)

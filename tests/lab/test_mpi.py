@@ -97,6 +97,43 @@ def test_one_failing_rank_ends_the_job_with_its_own_code(tmp_path: Path, mpiexec
     assert list(carriers(own("mpi"))) == []
 
 
+FAILS_ONCE = """
+import os, pathlib, signal, sys, time
+rank, attempt = os.environ["RANK"], os.environ["MESHWRIGHT_ATTEMPT"]
+print("attempt", attempt, flush=True)
+pathlib.Path(f"up-{rank}").touch()
+if attempt == "2" or (attempt == "1" and os.environ["THEN"] == "end"):
+    sys.exit(0)
+while rank == "2" and len(list(pathlib.Path(".").glob("up-*"))) < 4:
+    time.sleep(0.1)
+if rank == "2" and attempt == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == "2":
+    import no_such_module
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(("then", "code", "attempts"), [("end", 0, 2), ("import", 1, 2)])
+def test_the_launcher_starts_a_failed_run_again_as_its_policy_has_it(
+    tmp_path: Path, mpiexec: str, then: str, code: int, attempts: int
+) -> None:
+    keys = f"env: {{THEN: {then}}}\nfailure: {{max_restarts: 3, backoff: {{initial: 100ms}}, shutdown_grace: 2s}}\n"
+    done = _launch(tmp_path, _job(mpiexec, keys, program=FAILS_ONCE))
+    assert done.returncode == code, done.stderr
+    run_dir = tmp_path / "runs/j" / own("mpi")
+    told = json.loads((run_dir / "exit.json").read_text())
+    assert told["attempts"] == attempts
+    assert [(each["kind"], each["rank"], each["attempt"]) for each in told["restarts"]] == [("signal", 2, 0)]
+    assert told["restarts"][0]["down_s"] > 0
+    for rank in range(4):
+        assert "attempt 1" in (run_dir / f"logs/rank-{rank}.attempt-1.log").read_text()
+        assert f"node0:{rank} | attempt 1" in done.stdout
+    if then == "import":
+        assert "import_error is in failure.no_retry_on" in told["given_up"]
+    assert list(carriers(own("mpi"))) == []
+
+
 def test_a_port_that_is_taken_is_said_with_the_code_of_a_meeting_that_failed(tmp_path: Path, mpiexec: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

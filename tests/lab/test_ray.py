@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,16 @@ print(held["CREATED"], left["CREATED"], held["REMOVED"] - left["REMOVED"])
 
 
 @contextmanager
-def started(folders: pytest.TempPathFactory, number: int) -> Iterator[str]:
-    """The address of so many nodes of two CPUs; `--block` keeps their processes below ours, so they end with us."""
+def started(
+    folders: pytest.TempPathFactory, number: int, processes: "list[subprocess.Popen[bytes]] | None" = None
+) -> Iterator[str]:
+    """The address of so many nodes of two CPUs; `--block` keeps their processes below ours, so they end with us.
+
+    Args:
+        folders: for their logs.
+        number: of nodes.
+        processes: takes one of each.
+    """
     pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
     addresses = [each for each in interfaces().values() if not each.startswith("127.")]
     if not addresses:
@@ -68,9 +77,9 @@ def started(folders: pytest.TempPathFactory, number: int) -> Iterator[str]:
     ray.append(f"--node-ip-address={addresses[0]}")
     folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}-{number}"  # Ray's sockets need a short path
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
-    nodes: list[subprocess.Popen[bytes]] = []
+    nodes: list[subprocess.Popen[bytes]] = [] if processes is None else processes
     try:
-        for words in (head, [f"--address={addresses[0]}:{port}"])[:number]:
+        for words in (head, *[[f"--address={addresses[0]}:{port}"]] * (number - 1)):
             log = folders.mktemp("ray") / "log"
             with log.open("wb") as file:
                 nodes.append(subprocess.Popen([*ray, *words], stdout=file, stderr=file, start_new_session=True))
@@ -114,9 +123,11 @@ def test_the_quickstart_trains_on_ray_as_it_does_here(tmp_path: Path, address: s
 def test_a_failing_rank_ends_all_nodes_with_its_code(tmp_path: Path, address: str) -> None:
     done = _launch(tmp_path, address)
     assert done.returncode == 7, done.stderr
+    said = dict(re.findall(r"^(\S+):\d \| rank (\d of 4 on node \d)$", done.stdout, re.MULTILINE))
     for rank in range(4):
-        assert f"node{rank // 2}:{rank} | rank {rank} of 4 on node {rank // 2}" in done.stdout
-    assert "first failure: rank 3 on node1" in done.stderr
+        assert re.search(rf"^[0-9.]+-[0-9a-f]{{8}}:{rank} \| rank {rank} of 4 on node {rank // 2}$", done.stdout, re.M)
+    assert len(said) == 2, "two nodes have two names"
+    assert re.search(r"first failure: rank 3 on [0-9.]+-[0-9a-f]{8}:", done.stderr)
     assert list(carriers(own("ray"))) == []
 
 
@@ -130,6 +141,23 @@ def test_what_a_run_held_is_given_back_before_its_launcher_ends(tmp_path: Path, 
     words = [sys.executable, "-c", HOLDS_AND_ENDS, address, own("ray-held")]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.split() == ["1", "0", "-1"], done.stderr
+
+
+def test_a_node_that_is_left_out_is_not_used_though_it_is_there(tmp_path: Path, address: str) -> None:
+    job = {"name": "j", "command": [sys.executable, "-c", "pass"], "nproc_per_node": 1}
+
+    def hosts(name: str, **keys: Any) -> list[str]:
+        far = Launch(tmp_path / name, {"far": {"type": "ray", "address": address, **keys}}, own(f"ray-{name}"))
+        (far.folder / "job.yaml").write_text(json.dumps({**job, "cluster": "far"}))
+        done = far.start(far.folder / "job.yaml")
+        output, _ = done.communicate(timeout=200)
+        assert done.returncode == 0, output
+        return [path.name[6:-4] for path in (far.folder / "runs/j" / far.run_id / "logs").glob("agent-*.log")]
+
+    both = hosts("both", nodes=2)
+    assert len(both) == 2
+    for left_out in both:
+        assert set(hosts(left_out, nodes=1, exclude=[left_out])) == set(both) - {left_out}
 
 
 def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:

@@ -285,7 +285,7 @@ def test_a_pod_that_was_evicted_is_why_the_run_ended_whatever_its_ranks_said_las
     )
     found = ended(run, queue, 69)
     assert (found["exit_code"], found["first_failure"]) == (69, None)
-    assert found["reason"] == f"{why}; a lost node ends such a run: launch again to go on from the newest checkpoint"
+    assert found["reason"] == f"{why}; launch again to go on from the newest checkpoint"
 
 
 def test_a_traceback_of_a_later_attempt_is_found_in_the_one_log_that_a_rank_has_here(run: Known) -> None:

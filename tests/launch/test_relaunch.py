@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from meshwright.clusters.blame import Verdict
 from meshwright.clusters.local import Machine, plan_local
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.clusters.sweep import carriers
-from meshwright.launch.relaunch import decision_on_loss
+from meshwright.launch.relaunch import decision_on_end
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import RunState
 from tests.launch.own import own
@@ -41,57 +42,101 @@ def after(*events: dict[str, Any], found: StartPlan | None = None) -> RunState:
 
 def test_a_node_without_a_word_is_left_out_with_its_reason_and_the_step_that_was_reached(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
-    decision = decision_on_loss(after(gone("node1", -9)), tmp_path, 0.0)
+    decision = decision_on_end(after(gone("node1", -9)), tmp_path, 0.0)
     assert decision is not None
     assert (decision.again, decision.excludes, decision.wait_s, decision.step) == (True, ("node1",), 1.0, 8)
     assert decision.failure.evidence == "the agent of node1 died (SIGKILL); its ranks were ended"
 
 
 def test_a_run_that_may_not_restart_or_lost_nothing_ends_as_it_did(tmp_path: Path) -> None:
-    assert decision_on_loss(after(gone("node1"), found=plan(0)), tmp_path, 0.0) is None
-    assert decision_on_loss(after(end("node0", 0, 7), result("node0", "failed")), tmp_path, 0.0) is None
-    assert decision_on_loss(after({**AGAIN, "only_lost": False, "excludes": []}), tmp_path, 0.0) is None
+    assert decision_on_end(after(gone("node1"), found=plan(0)), tmp_path, 0.0) is None
+    assert decision_on_end(after(end("node0", 0, 7), result("node0", "failed"), found=plan(0)), tmp_path, 0.0) is None
+    assert decision_on_end(after(end("node0", 0, 0), result("node0", "succeeded")), tmp_path, 0.0) is None
+    assert decision_on_end(after({**AGAIN, "only_lost": False, "excludes": []}), tmp_path, 0.0) is None
+
+
+def test_where_no_agent_outlives_a_failed_rank_the_launcher_decides_from_what_it_left(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-1.log").write_text("Traceback (most recent call last):\nModuleNotFoundError: No module\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
+    ends = end("node0", 0, -15, asked=True), end("node1", 1, 7), result("node0", "failed"), result("node1", "failed")
+    given_up = decision_on_end(after(*ends), tmp_path, 0.0)
+    assert given_up is not None
+    assert (given_up.again, given_up.failure.kind, given_up.step) == (False, "import_error", 8)
+    (tmp_path / "logs/rank-1.log").write_text("")
+    decision = decision_on_end(after(*ends), tmp_path, 0.0)
+    assert decision is not None
+    found = decision.failure
+    assert (decision.again, found.kind, found.exit_code, found.node, found.rank) == (True, "exit", 7, "node1", 1)
+    assert (decision.excludes, decision.wait_s) == ((), 1.0)
+    saved = decision_on_end(after(end("node0", 0, 75), result("node0", "failed")), tmp_path, 0.0)
+    assert saved is not None
+    assert (saved.again, saved.failure.kind) == (True, "preempt")
+
+
+def test_a_hang_that_is_to_stop_the_run_does_whoever_decides(tmp_path: Path) -> None:
+    limits = Limits(2, hang_s=5.0, hang_action="dump_and_stop")
+    state = after(end("node0", 0, 125), result("node0", "failed"), found=replace(plan(), limits=limits))
+    decision = decision_on_end(state, tmp_path, 0.0)
+    assert decision is not None
+    assert (decision.again, decision.reason) == (False, "failure.hang.action is dump_and_stop")
+
+
+@pytest.mark.parametrize("word", ["setup_failed", "rendezvous_failed", "error"])
+def test_what_failed_before_ranks_ran_or_beside_them_is_no_failure_of_a_rank(tmp_path: Path, word: str) -> None:
+    assert decision_on_end(after(result("node1", word), end("node0", 0, 7)), tmp_path, 0.0) is None
+
+
+def test_nodes_of_which_any_may_be_all_right_are_used_again(tmp_path: Path) -> None:
+    lost = [gone(name) | {"exit_code": 69, "message": "mpiexec died", "lost": False} for name in ("node0", "node1")]
+    state = after(*lost)
+    decision = decision_on_end(state, tmp_path, 0.0)
+    assert decision is not None
+    assert (decision.again, decision.failure.kind, decision.excludes) == (True, "node", ())
+    state.go_on(plan(), decision)
+    state.observe(gone("node1"))
+    assert (decision_on_end(state, tmp_path, 0.0) or decision).excludes == ("node1",)
 
 
 def test_what_agents_gave_up_for_a_reason_of_its_own_stays_given_up(tmp_path: Path) -> None:
     told = {**AGAIN, "kind": "config", "again": False, "only_lost": False, "excludes": []}
-    assert decision_on_loss(after(told, gone("node1")), tmp_path, 0.0) is None
+    assert decision_on_end(after(told, gone("node1")), tmp_path, 0.0) is None
     lost = {**told, "kind": "node", "only_lost": True}
-    assert decision_on_loss(after(lost, gone("node1")), tmp_path, 0.0) is not None
+    assert decision_on_end(after(lost, gone("node1")), tmp_path, 0.0) is not None
 
 
 def test_the_policy_decides_as_in_any_round(tmp_path: Path) -> None:
-    unwanted = decision_on_loss(after(gone("node1"), found=plan(retry_on=("exit",))), tmp_path, 0.0)
+    unwanted = decision_on_end(after(gone("node1"), found=plan(retry_on=("exit",))), tmp_path, 0.0)
     assert unwanted is not None
     assert (unwanted.again, unwanted.reason[:37]) == (False, "node is not in failure.retry_on (the ")
-    done = decision_on_loss(after(result("node0", "succeeded"), gone("node1")), tmp_path, 0.0)
+    done = decision_on_end(after(result("node0", "succeeded"), gone("node1")), tmp_path, 0.0)
     assert done is not None
     assert done.reason == "the ranks of another node have ended already"
     key = gone("node1") | {"exit_code": 77, "message": "host node1: its key is unknown"}
-    changed = decision_on_loss(after(key), tmp_path, 0.0)
+    changed = decision_on_end(after(key), tmp_path, 0.0)
     assert changed is not None
     assert (changed.again, changed.failure.exit_code) == (False, 77)
 
 
 def test_restarts_before_count_and_so_do_losses_before_ranks_had_started(tmp_path: Path) -> None:
     state = after({**AGAIN, "only_lost": False, "excludes": []}, end("node0", 0, 0, attempt=1), gone("node1"))
-    first = decision_on_loss(state, tmp_path, 0.0)
+    first = decision_on_end(state, tmp_path, 0.0)
     assert first is not None
     assert (first.again, first.attempt, first.wait_s) == (True, 1, 2.0)
     state.decisions[1] = first.as_dict()
     state.go_on(plan(), first)
     state.observe(gone("node0"))  # at once: no rank ran
-    last = decision_on_loss(state, tmp_path, 0.0)
+    last = decision_on_end(state, tmp_path, 0.0)
     assert last is not None
     assert (last.again, last.attempt, last.reason) == (False, 2, "all 2 restarts are used")
 
 
 def test_a_machine_that_agents_want_left_out_is(tmp_path: Path) -> None:
     told = {**AGAIN, "kind": "node", "only_lost": False, "excludes": ["node1"]}
-    decision = decision_on_loss(after(told, result("node0", "stopped"), result("node1", "stopped")), tmp_path, 0.0)
+    decision = decision_on_end(after(told, result("node0", "stopped"), result("node1", "stopped")), tmp_path, 0.0)
     assert decision is not None
     assert (decision.excludes, decision.wait_s) == (("node1",), 1.25)
-    both = decision_on_loss(after(told, gone("node0")), tmp_path, 0.0)
+    both = decision_on_end(after(told, gone("node0")), tmp_path, 0.0)
     assert both is not None
     assert set(both.excludes) == {"node0", "node1"}
 
@@ -100,7 +145,7 @@ def test_time_lost_counts_from_the_first_sign_to_ranks_that_run_again(tmp_path: 
     state = after(gone("node1"))
     state.losses.since_unix_s = 100.0
     for attempt in (0, 1):  # the second start finds another node lost before any rank began
-        decision = decision_on_loss(state, tmp_path, 0.0)
+        decision = decision_on_end(state, tmp_path, 0.0)
         assert decision is not None
         state.decisions[attempt] = decision.as_dict()
         state.go_on(plan(), decision)

@@ -39,6 +39,28 @@ def test_a_cluster_that_chooses_nodes_itself_names_no_spares(tmp_path: Path) -> 
     assert names_of(loaded.job) == spares_of(loaded.job) == ()
     with pytest.raises(SpareError, match=r"n1 cannot be left out: .* it names no other hosts"):
         without(loaded, ("n1",))
+    assert without(loaded, ()) is loaded
+
+
+def test_ray_finds_another_node_itself(tmp_path: Path) -> None:
+    loaded = job(tmp_path, "cluster: {type: ray, exclude: [10.0.0.9]}\n", "failure: {exclude_bad_nodes: 2}\n")
+    found = without(loaded, ("10.0.0.2-6f1c6f1c",))
+    assert found.job.as_dict()["cluster"]["exclude"] == ["10.0.0.9", "10.0.0.2-6f1c6f1c"]
+    assert limits_of(found).retry.exclude_after == 2
+
+
+def test_a_host_file_names_hosts_of_which_some_may_be_spare(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("a slots=2\n# none\nb:2 # two\n\nc\nb slots=1\n")
+    loaded = job(tmp_path, f"cluster: {{type: mpi, hostfile: {file}}}\n", "failure: {exclude_bad_nodes: 2}\n")
+    assert (names_of(loaded.job), spares_of(loaded.job)) == (("a", "b", "c"), ("c",))
+    one = without(loaded, ("a",))
+    assert names_of(one.job) == ("b", "c")
+    assert (limits_of(loaded).retry.exclude_after, limits_of(one).retry.exclude_after) == (2, None)
+    with pytest.raises(SpareError, match="b cannot be left out: the job wants 2 nodes, and 1 of the 2 hosts it names"):
+        without(one, ("b",))
+    file.write_text("+n0\n+n1\n")
+    assert names_of(loaded.job) == ()
 
 
 def test_pretended_nodes_keep_their_names_when_one_is_left_out(tmp_path: Path) -> None:

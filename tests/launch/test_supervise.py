@@ -196,3 +196,10 @@ def test_a_clock_that_shows_what_cannot_be_is_named(off_s: float, word: str) -> 
     words = f"its clock is {abs(off_s):.0f} s {word} this machine's, or more; set it by NTP"
     assert found == ([("node1", words, None)] if word else [])
     assert state.losses.sick == {}, "no reason to go on without it"
+
+
+def test_nodes_are_called_by_what_their_cluster_chose() -> None:
+    placed = {"event": "placed", "node": "node1", "name": "10.0.0.2-6f1c"}
+    state, _ = follow(placed, end("10.0.0.2-6f1c", 0, 0), gone("10.0.0.2-6f1c"), max_restarts=1)
+    assert [node.name for node in state.plan.nodes] == ["node0", "10.0.0.2-6f1c"]
+    assert list(state.losses.codes) == ["10.0.0.2-6f1c"]
