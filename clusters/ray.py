@@ -195,14 +195,8 @@ class RayCluster:
         (run_dir / probe).touch(mode=0o600)
         files = {name: (run_dir / name).read_text() for name in ("job.json", "job.yaml")}
 
-        def explain(name: str, code: int) -> Mapping[str, Any]:
-            line = lines[name]
-            words = (
-                lost_in_ray(name, line.host, line.why) if line.why else f"the agent of {name} ended with code {code}"
-            )
-            return {"exit_code": LOST_CODE, "message": words}
-
-        far = Far({"probe": probe, "passed": {}, "files": files}, _LOST_AFTER_S, explain, Keeper(run_dir))
+        told = {"probe": probe, "passed": {}, "files": files}
+        far = Far(told, _LOST_AFTER_S, lambda name, code: _lost(name, lines[name], code), Keeper(run_dir))
         # a line is as much of a process as a handle needs
         agents = cast("Mapping[str, subprocess.Popen[bytes]]", lines)
         handle = _RayHandle(plan, agents, secrets, far=far, group=group)
@@ -241,6 +235,12 @@ class RayCluster:
 
     def _left_out(self) -> str:
         return f"; left out: {', '.join(self._options.exclude)}" if self._options.exclude else ""
+
+
+def _lost(name: str, line: RayLine, code: int) -> Mapping[str, Any]:
+    """What is told of a node that is gone."""
+    words = lost_in_ray(name, line.host, line.why) if line.why else f"the agent of {name} ended with code {code}"
+    return {"exit_code": LOST_CODE, "message": words}
 
 
 class _RayHandle(PipeHandle):
