@@ -146,7 +146,12 @@ class RayCluster:
         """Nodes that Ray gives for an examination, with all that the job wants of each."""
         del visit  # Ray has a time of its own for it: cluster.ready_timeout
         self._bundle = _bundle(request, self._options)
-        return reached_in_actors(lambda: self._placed(request.num_nodes))
+
+        def placed() -> tuple[Any, list[Any]]:
+            self._need(attached(self._options.address), request.num_nodes)
+            return self._placed(request.num_nodes)
+
+        return reached_in_actors(placed)
 
     def check(self, plan: StartPlan) -> None:
         """Attaches, and makes sure that the cluster can ever give what is asked.
@@ -206,7 +211,6 @@ class RayCluster:
     def _placed(self, count: int) -> tuple[Any, list[Any]]:
         """The placement group, and an actor in each of its bundles."""
         ray = attached(self._options.address)
-        self._need(ray, count)
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
