@@ -44,6 +44,7 @@ class MpiOptions:
         mpiexec: its name or path.
         hostfile: in the implementation's own form; None is this machine.
         hosts: those of its hosts that may be used; none where they are not known.
+        exclude: hosts that may not.
         python: interpreter on all nodes.
         extra: further words, as they are.
     """
@@ -52,6 +53,7 @@ class MpiOptions:
     mpiexec: str = "mpiexec"
     hostfile: str | None = None
     hosts: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     python: str = sys.executable
     extra: tuple[str, ...] = ()
 
@@ -84,6 +86,12 @@ def plan_mpi(request: StartRequest, options: MpiOptions) -> StartPlan:
     names = options.hosts[: request.num_nodes]
     if len(names) == request.num_nodes:
         options = replace(options, hostfile=str(request.run_dir / _HOSTS))
+    elif options.exclude:
+        known = ", ".join(options.hosts) or "none that is known by name"
+        raise UnavailableError(
+            f"cluster.exclude: {request.num_nodes} nodes are wanted, and without {', '.join(options.exclude)} "
+            f"cluster.hostfile has {known}; put more hosts into it, or ask for fewer nodes"
+        )
     else:
         names = tuple(f"node{index}" for index in range(request.num_nodes))
     return StartPlan.of(

@@ -4,6 +4,7 @@ import re
 import socket
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from meshwright.clusters.network import interfaces
@@ -47,12 +48,17 @@ def same_host(one: str, other: str) -> bool:
     >>> same_host("gpu1", "gpu1.cluster"), same_host("gpu1.a", "gpu1.b"), same_host("10.0.0.1", "10")
     (True, False, False)
     """
+    return _is_alike(one, other) or other == _address(one) or one == _address(other)
+
+
+def _is_alike(one: str, other: str) -> bool:
     short, whole = sorted((one, other), key=len)
-    alike = one == other or (not short.isdecimal() and whole.startswith(f"{short}."))
-    return alike or other == _address(one) or one == _address(other)
+    return one == other or (not short.isdecimal() and whole.startswith(f"{short}."))
 
 
+@cache
 def _address(name: str) -> str | None:
+    """By its name; asked once, since a name server that does not answer takes seconds to say so."""
     with suppress(OSError, UnicodeError):
         return socket.gethostbyname(name)
     return None
@@ -65,8 +71,9 @@ def place_of(names: Sequence[str]) -> int | None:
         names: of hosts, as a host file has them.
     """
     own = socket.gethostname()
-    for index, name in enumerate(names):
-        if same_host(name, own):
-            return index
+    for is_ours in (_is_alike, same_host):  # what needs no name server first
+        for index, name in enumerate(names):
+            if is_ours(name, own):
+                return index
     here = {*interfaces().values()} - {"127.0.0.1"}
     return next((index for index, name in enumerate(names) if _address(name) in here), None)

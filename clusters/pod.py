@@ -122,6 +122,10 @@ class _Printer:
         sys.stdout.write("".join(f"{self._host}:{rank} {self._mask(clean_line(line))}\n" for line in lines))
         sys.stdout.flush()
 
+    def begin(self, events: Sequence[Event]) -> None:
+        """Prints a record without an end, in the place of that of an earlier pod: this one may not come to its own."""
+        self._record({"node": self._host, "events": events, "files": {}})
+
     def finish(self, code: int, events: Sequence[Event]) -> None:
         """Prints lines that were not ended, and the record by which who looks from outside tells what happened."""
         for name, line in self._rest.items():
@@ -130,8 +134,11 @@ class _Printer:
         for name, text in self.records.items():
             with suppress(ValueError):  # a rank that was killed while it wrote
                 files[name] = _few(text) if name.endswith(".jsonl") else json.loads(text)
-        told = {"node": self._host, "exit_code": code, "events": events, "files": files}
+        self._record({"node": self._host, "exit_code": code, "events": events, "files": files})
+
+    def _record(self, told: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps({"meshwright": self._mask.inside(told)}) + "\n")
+        sys.stdout.flush()
 
 
 def _few(text: str) -> list[Mapping[str, Any]]:
@@ -211,10 +218,11 @@ class _Pod:
 
     def __init__(self, words: Sequence[str]) -> None:
         told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
-        times = int(os.environ.pop("MESHWRIGHT_RESTARTS", "") or 0)
+        restarts = os.environ.pop("MESHWRIGHT_RESTARTS", "")
+        self._comes_again, times = bool(restarts), int(restarts or 0)  # told where somebody would start pods again
         self.plan, self.index, self.key = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"]), told["KEY"]
         self.node, self.run_dir = self.plan["nodes"][self.index], Path(self.plan["run_dir"])
-        self._saves, self._lead_s = words[0], float(words[1])
+        self._words = words
         make_run_dir(self.run_dir, json.loads(told["FILES"]))
         self.secrets = {name: os.environ[name] for name, _ in self.plan["secrets"]}
         self._mask = Mask(self.secrets.values())
@@ -229,8 +237,10 @@ class _Pod:
         most = self.plan["limits"]["max_restarts"]
         if len(self.past) > most:
             return self._end(LOST_CODE, [{"event": "result", "state": "stopped", "message": spent(most)}])
+        if self.past:
+            self.printer.begin(self.journal.told(self.past))
         agent = spawn_agent()
-        line = _Line(agent, self._saves, self._lead_s)
+        line = _Line(agent, self._words[0], float(self._words[1]))
         signal.signal(signal.SIGTERM, line.go)
         told = {"plan": self.plan, "node": self.index, "secrets": self.secrets, "key": self.key, "lost_after_s": None}
         line.say(told)
@@ -244,7 +254,7 @@ class _Pod:
         concealer.finish()
         end_agent(agent)
         code = code_of(events, status)
-        if goes_on(events, self.plan["limits"], told=line.told_to_go):
+        if self._comes_again and goes_on(events, self.plan["limits"], told=line.told_to_go):
             self._again(events)
             return self._end(code, events, AGAIN_CODE)
         return self._end(code, events, 1 if code in AGAIN_CODES and self.plan["limits"]["max_restarts"] else code)

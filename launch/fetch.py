@@ -204,7 +204,8 @@ def _events(
         if not (node in disrupted and event["event"] == "result")
     ]
     told.sort(key=lambda event: float(event.pop("told_unix_s", 0.0)))
-    silent = [node.name for node in plan.nodes if node.name in disrupted or node.name not in records]
+    spoke = {node for node, record in records.items() if any(each["event"] == "result" for each in record["events"])}
+    silent = [node.name for node in plan.nodes if node.name in disrupted or node.name not in spoke]
     silent.sort(key=lambda node: (node not in disrupted, node not in lost))
     return told + [_of_silent(node, lost.get(node), ended) for node in silent]
 

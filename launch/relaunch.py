@@ -49,7 +49,7 @@ def decision_on_end(state: RunState, run_dir: Path, since_unix_s: float) -> Deci
         return None
     if agreed is not None and not state.losses.codes:
         return agreed
-    failures = _lost(state.losses) or _failed(state, run_dir)
+    failures = _lost(state) or _failed(state, run_dir)
     if not failures:
         return None
     worn_out = () if agreed is None else agreed.excludes
@@ -76,22 +76,31 @@ def _decided(state: RunState, failures: Sequence[Failure]) -> Decision:
     return decide(limits.retry, history_of(state), told, run_id=run_id, max_restarts=most, hang_stops=stops)
 
 
-def _lost(losses: Losses) -> list[Failure]:
+def _lost(state: RunState) -> list[Failure]:
+    """Nodes of the attempt that are gone; none where they only ended with one that says what was wrong with it."""
+    losses = state.losses
+    if _is_broken(state) and losses.unplaced >= losses.codes.keys():
+        return []
     return [_loss(losses, name) for name in losses.codes]
 
 
 def _loss(losses: Losses, name: str) -> Failure:
     code, words = losses.cause_of(name)
     kind = "node" if code == Exit.UNAVAILABLE else "config"  # a key or a name that is wrong stays wrong
-    known = losses.since_unix_s, name not in losses.unplaced
-    return Failure(name, kind, code, time_unix_s=known[0], evidence=words, lost=known[1])
+    placed = name not in losses.unplaced  # of others nobody knows whose fault it was, so it is none of theirs
+    since_s = losses.since_unix_s
+    return Failure(name, kind, code, time_unix_s=since_s, only_lost=not placed, evidence=words, lost=placed)
+
+
+def _is_broken(state: RunState) -> bool:
+    """Whether an agent failed, or what comes before its ranks: the setup of its node, or a meeting."""
+    return any(word not in _ENDED for word, _ in state.results.values())
 
 
 def _failed(state: RunState, run_dir: Path) -> list[Failure]:
     """What ranks of the attempt left, where no agents agreed on it and one of them failed by itself."""
-    broken = any(word not in _ENDED for word, _ in state.results.values())  # an agent, or the setup of its node
     failed = any(end.code and not end.ended_by_us for end in state.ends.values())
-    if state.attempt in state.decisions or broken or not failed:
+    if state.attempt in state.decisions or _is_broken(state) or not failed:
         return []
     since_unix_s = state.attempt_unix_s
     return [seen(run_dir, list(state.ends.values()), attempt=state.attempt, since_unix_s=since_unix_s)]
@@ -137,18 +146,24 @@ class Relaunch:
         decision = decision_on_end(state, self.request.run_dir, self.started_unix_s)
         if decision is None or interrupts.numbers:
             return None
-        loaded = self.loaded
+        decision, loaded = self._masked(decision), self.loaded
         if decision.again:
             try:
                 loaded = self._regrouped(state.losses, decision.excludes)
                 decision = self._timed(loaded, decision, state.losses.until_unix_s)
             except (SpareError, SizeError) as error:
                 decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
-        state.decisions[state.attempt] = self._mask.inside(decision.as_dict())
+        state.decisions[state.attempt] = decision.as_dict()
         if not decision.again:
             return None
         say(state)
         return self._start(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
+
+    def _masked(self, decision: Decision) -> Decision:
+        """Without secrets: ranks may have left them in what they wrote of their end, and this goes into files."""
+        found = decision.failure
+        cleaned = replace(found, evidence=self._mask(found.evidence), sick=self._mask(found.sick))
+        return replace(decision, reason=self._mask(decision.reason), failure=cleaned)
 
     def _regrouped(self, losses: Losses, lost: Sequence[str]) -> LoadedJob:
         """The job without nodes that are lost now, and with those that were lost before and are there again."""

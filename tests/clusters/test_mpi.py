@@ -71,6 +71,8 @@ def test_nodes_are_called_by_their_hosts_and_only_those_that_are_used_are_in_the
     handle = MpiCluster(options).start(plan, {})
     handle.kill()
     assert (tmp_path / "private/hosts").read_text() == "a slots=4\nc slots=4\n"
+    with pytest.raises(UnavailableError, match=r"cluster.exclude: 2 nodes are wanted, and without b .* has a;"):
+        plan_mpi(REQUEST, MpiOptions("mpich", "true", str(file), ("a",), exclude=("b",)))
     few = plan_mpi(REQUEST, MpiOptions("mpich", "true", str(file), ("a",)))
     assert few.nodes[0].agent[3:5] == ("-f", str(file)), "mpiexec itself says that they are too few"
     assert few.nodes[1].name == "node1"

@@ -41,7 +41,14 @@ def _address() -> str:
 
 
 def _pods(
-    folder: Path, code: str, max_restarts: int = 0, *, token: str = "tok-123", shared: bool = False, times: int = 0
+    folder: Path,
+    code: str,
+    max_restarts: int = 0,
+    *,
+    token: str = "tok-123",
+    shared: bool = False,
+    times: int = 0,
+    told: bool = True,
 ) -> list["subprocess.Popen[str]"]:
     """Starts what Kubernetes would, from the objects it would get; each pod has its own disk unless they share one."""
     address = _address()
@@ -65,17 +72,17 @@ def _pods(
     pods = []
     for index in range(2):
         plan["run_dir"] = str(folder / ("shared" if shared else f"pod{index}") / "run")
-        told = {
+        variables = {
             "MESHWRIGHT_PLAN": json.dumps(plan),
             "MESHWRIGHT_FILES": config["data"]["files"],
             "MESHWRIGHT_KEY": "ab" * 32,
             "JOB_COMPLETION_INDEX": str(index),
-            "MESHWRIGHT_RESTARTS": str(times) if max_restarts else "",
+            "MESHWRIGHT_RESTARTS": str(times) if max_restarts and told else "",
             "TOKEN": token,
         }
         pods.append(
             subprocess.Popen(
-                plan["nodes"][index]["agent"], env={**os.environ, **told}, stdout=subprocess.PIPE, text=True
+                plan["nodes"][index]["agent"], env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True
             )
         )
     return pods
@@ -203,11 +210,22 @@ def test_a_pod_that_has_to_go_lets_ranks_save_and_the_next_pods_count_on(tmp_pat
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert [text.count("attempt 1 from 0") for text in said] == [1, 1], said
     assert "attempt 0" not in "".join(said), "what pods before them printed is not printed again"
+    first = [json.loads(text.splitlines()[0])["meshwright"]["events"] for text in said]
+    assert [any(each["event"] == "result" for each in events) for events in first] == [False, False], "not the end yet"
     for text in said:
         events = _record(text)["events"]
         told = [(each["attempt"], each["kind"], each["again"]) for each in events if each["event"] == "decided"]
         assert told == [(0, "preempt" if shared else "node", True)]
         assert max(each["attempt"] for each in events if each["event"] == "started") == 1
+
+
+def test_a_pod_that_nobody_would_start_again_does_not_say_that_it_will_be(tmp_path: Path) -> None:
+    pods = _pods(tmp_path, _program(tmp_path, "saves"), 2, told=False)  # as in a TrainJob
+    assert eventually(lambda: len(list(tmp_path.glob("up-0-*"))) == 2, 120)
+    pods[1].terminate()
+    said = [pod.communicate(timeout=120)[0] for pod in pods]
+    told = [each for each in _record(said[0])["events"] if each["event"] == "decided"]
+    assert [each["again"] for each in told] == [False]
 
 
 def test_ranks_that_do_not_heed_the_signal_are_ended_at_once(tmp_path: Path) -> None:

@@ -252,6 +252,16 @@ def test_words_of_a_pod_itself_are_shown_too_such_as_that_its_image_has_no_meshw
     assert text_of(run, "launcher.log") == "j-r1-node-0-1 | python3: No module named meshwright\n"
 
 
+def test_a_pod_of_a_later_start_that_died_without_a_word_is_not_taken_for_the_one_before_it(run: Known) -> None:
+    before = {"event": "decided", "attempt": 0, "again": True}
+    queue = Cluster(record(1, 1, died(1, 75, 1.0), result("failed")))
+    fetch(run, told(queue))
+    queue.lines += [record(1, 2, before), record(0, 3, before)]  # what pods print as they begin
+    queue.gone = {"j-r1-node-0-1": Lost(137, "j-r1-node-0-1 was killed: OOMKilled")}
+    found = ended(run, queue, 137)
+    assert (found["exit_code"], found["reason"]) == (137, "j-r1-node-0-1 was killed: OOMKilled")
+
+
 def test_the_rank_whose_error_record_is_the_earliest_is_blamed_not_the_one_that_died_first(run: Known) -> None:
     lost = "RuntimeError: Connection closed by peer [10.0.0.1]"
     why = {"rank": 1, "time_unix_s": 1.5, "traceback": "ValueError: no", "exit_code": 1}

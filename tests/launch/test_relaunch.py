@@ -85,6 +85,15 @@ def test_a_hang_that_is_to_stop_the_run_does_whoever_decides(tmp_path: Path) -> 
 @pytest.mark.parametrize("word", ["setup_failed", "rendezvous_failed", "error"])
 def test_what_failed_before_ranks_ran_or_beside_them_is_no_failure_of_a_rank(tmp_path: Path, word: str) -> None:
     assert decision_on_end(after(result("node1", word), end("node0", 0, 7)), tmp_path, 0.0) is None
+    beside = gone("node0") | {"exit_code": 69, "message": "mpiexec ended", "lost": False}  # MPI ends all with one
+    assert decision_on_end(after(result("node1", word), beside), tmp_path, 0.0) is None
+
+
+def test_a_node_of_which_nobody_knows_whether_it_was_its_fault_is_not_left_out(tmp_path: Path) -> None:
+    lost = [gone(name) | {"exit_code": 69, "message": "mpiexec died", "lost": False} for name in ("node0", "node1")]
+    decision = decision_on_end(after(*lost, found=plan(exclude_after=1)), tmp_path, 0.0)
+    assert decision is not None
+    assert (decision.again, decision.excludes) == (True, ())
 
 
 def test_nodes_of_which_any_may_be_all_right_are_used_again(tmp_path: Path) -> None:
