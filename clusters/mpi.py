@@ -5,6 +5,7 @@ ends all when one fails. Nothing of a run outlives a failed rank there: the laun
 """
 
 import json
+import math
 import os
 import secrets as tokens
 import selectors
@@ -201,6 +202,7 @@ class MpiHandle:
             bufsize=0,
         )
         os.close(log)
+        self._until_s = time.monotonic() + plan.limits.join_timeout_s  # without a word of any rank
         self._selector, self._open = selectors.DefaultSelector(), True
         self._selector.register(self._stream(self._job.stdout), selectors.EVENT_READ)
         self._say({"plan": asdict(plan), "secrets": dict(secrets), "key": tokens.token_hex(32)})
@@ -227,6 +229,8 @@ class MpiHandle:
         Where it names none, for every node, with `lost` false: any of them may be used again.
         """
         events, self._late = self._late, []
+        if time.monotonic() > self._until_s:  # MPICH waits for ever where it does not reach a host
+            self._end_job()
         for key, _ in self._selector.select(0.0 if events else timeout_s) if self._open else ():
             data = os.read(key.fd, 1 << 16)
             if not data:
@@ -234,6 +238,7 @@ class MpiHandle:
                 continue
             *lines, self._rest = (self._rest + data).split(b"\n")
             events += [event for line in lines if (event := _event(line)) is not None]
+            self._until_s = math.inf if events else self._until_s
         return events
 
     def _gone(self) -> list[dict[str, Any]]:
@@ -259,17 +264,21 @@ class MpiHandle:
         """Asks all ranks to end: TERM, then KILL after the plan's grace."""
         self._say({"command": "stop"})
 
+    def _end_job(self) -> None:
+        self._until_s = math.inf
+        if self._job.poll() is None:
+            self._job.terminate()  # mpiexec ends its processes, also those of other hosts
+            with suppress(subprocess.TimeoutExpired):
+                self._job.wait(_KILL_WAIT_S)
+            self._job.kill()
+
     def kill(self) -> None:
         """Kills everything of this run at once, and what it left behind on this machine."""
         self._say({"command": "kill"})
         end_s, late = time.monotonic() + _KILL_WAIT_S, []
         while self._open and time.monotonic() < end_s:
             late += self.poll(0.1)
-        if self._job.poll() is None:
-            self._job.terminate()  # mpiexec ends its processes, also those of other hosts
-            with suppress(subprocess.TimeoutExpired):
-                self._job.wait(_KILL_WAIT_S)
-            self._job.kill()
+        self._end_job()
         self._late += late
         if self._open:
             self._late += self._gone()

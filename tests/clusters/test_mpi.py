@@ -3,14 +3,16 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from meshwright.clusters.base import Program, StartRequest
+from meshwright.clusters.base import Limits, Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.mpi import MpiCluster, MpiHandle, MpiOptions, implementation_of, plan_mpi
 from meshwright.clusters.mpi_rank import own_environment
 from meshwright.clusters.mpi_seat import Seat, seat_of
+from tests.launch.waiting import eventually
 
 REQUEST = StartRequest(
     name="j",
@@ -104,6 +106,12 @@ def test_ranks_are_not_tied_to_mpiexec_but_keep_what_the_job_says_itself() -> No
     assert found == {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMI_KEY": "s"}
 
 
+def told(handle: MpiHandle, found: list[dict[str, Any]]) -> bool:
+    """Takes what an mpiexec has to say; whether that is all."""
+    found += handle.poll(0.1)
+    return handle.done
+
+
 def test_an_mpiexec_that_ends_is_told_once_and_leaves_no_descriptor(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     plan = plan_mpi(replace(REQUEST, run_dir=tmp_path), MpiOptions("mpich"))
@@ -117,3 +125,26 @@ def test_an_mpiexec_that_ends_is_told_once_and_leaves_no_descriptor(tmp_path: Pa
         assert handle.done
         assert handle.poll(0.0) == []
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_mpiexec_under_which_no_rank_says_a_word_is_ended_after_the_time_to_join(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    request = replace(REQUEST, run_dir=tmp_path, limits=Limits(join_timeout_s=0.3))
+    plan = plan_mpi(request, MpiOptions("mpich"))
+    words = "echo 'ssh: connect to host b port 22: refused' >&2; exec sleep 600"
+    handle = MpiHandle(replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", words)),)), {})
+    found: list[dict[str, Any]] = []
+    assert eventually(lambda: told(handle, found), 60)
+    assert found[0]["message"] == "host b cannot be reached (mpiexec ended with code -15)"
+    handle.kill()
+
+
+def test_an_mpiexec_whose_ranks_have_spoken_may_take_its_time(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    plan = plan_mpi(replace(REQUEST, run_dir=tmp_path, limits=Limits(join_timeout_s=0.3)), MpiOptions("mpich"))
+    words = """echo '{"event": "started"}'; sleep 2; exit 7"""
+    handle = MpiHandle(replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", words)),)), {})
+    found = handle.poll(10.0)
+    assert eventually(lambda: told(handle, found), 60)
+    assert [(each["event"], each.get("code")) for each in found] == [("started", None), ("gone", 7)]
+    handle.kill()

@@ -69,6 +69,7 @@ def launched(lab: Hosts, mpiexec: str, folder: Path, hosts: tuple[str, ...]) -> 
     far = Launch(folder, {"far": cluster(lab, mpiexec, folder, hosts)}, own(f"mpi-lost-{len(hosts)}"))
     far.env["PYTHONPATH"] = os.environ["PYTHONPATH"]
     job = {"name": "j", "command": [sys.executable, "-c", PROGRAM], "nodes": 2, "nproc_per_node": 1, "cluster": "far"}
+    job["rendezvous"] = {"join_timeout": "20s"}
     job["failure"] = {"max_restarts": 2, "backoff": {"initial": "100ms"}, "shutdown_grace": "2s"}
     (folder / "job.yaml").write_text(json.dumps(job))
     launcher = far.start(folder / "job.yaml", apart=True)
