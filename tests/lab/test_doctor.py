@@ -85,7 +85,7 @@ def test_what_waits_in_the_queue_is_said_and_ctrl_c_or_a_kill_takes_it_out(slurm
                     "env",
                     "--default-signal=INT",
                     *slurm_far.words("doctor", str(job)),
-                ]  # whatever our shell ignores
+                ]
                 doctor = subprocess.Popen(words, cwd=slurm_far.folder, env=slurm_far.env, stderr=file)
             assert eventually(lambda: "waits for nodes: job" in log.read_text(), 60), log.read_text()  # noqa: B023
             assert "PENDING" in log.read_text()
