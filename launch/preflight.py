@@ -60,6 +60,9 @@ def on_fit_nodes(
         sick = judged(health, replace(examine(loaded, base), excluded=left_out))
         if not sick:
             return loaded
+        again = ", ".join(name for name in sick if name in left_out)
+        if again:  # it would be for ever
+            raise PreflightError(f"{again} not fit, and still among the nodes though left out; nothing was started")
         loaded, left_out = _without(loaded, sick), (*left_out, *sick)
 
 
