@@ -8,16 +8,21 @@ from typing import Any, cast
 import pytest
 
 from meshwright.clusters.base import StartPlan, StartRequest
+from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import Handle
+from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.ssh import SshOptions, plan_ssh
 from meshwright.launch import relaunch as module
 from meshwright.launch.engines import ssh_hosts
 from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.preflight import PreflightError
 from meshwright.launch.regroup import can_return, nodes_back
 from meshwright.launch.relaunch import Relaunch
+from meshwright.launch.report import outcome_of
 from meshwright.launch.request import request_of
 from meshwright.launch.spares import without
 from meshwright.launch.supervise import Interrupts, RunState
+from meshwright.parallel.errors import MeshwrightError
 from tests.launch.test_restarts import AGAIN
 from tests.launch.test_supervise import gone, result
 
@@ -118,6 +123,53 @@ def test_a_machine_at_fault_stays_out_though_it_answers(case: Case) -> None:
     assert case.after(*case.failed("b", 0, kind="node", excludes=["b"])) == ["a", "c"]
     assert case.after(*case.failed("a", 1)) == ["a", "c"]
     assert case.asked == [(), ()]
+
+
+@pytest.mark.parametrize("error", [UnavailableError("Ray did not place 2 nodes"), PreflightError("gpu9 not fit")])
+def test_a_start_that_cannot_be_had_keeps_what_ended_the_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch, error: MeshwrightError
+) -> None:
+    def refuse(self: Started, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
+        raise error
+
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    names = ("plan.json", "job.json", "excluded.json")
+    before = [(case.run_dir / name).read_text() for name in names]
+    plan = case.state.plan
+    monkeypatch.setattr(Started, "start", refuse)
+    assert case.after(*case.failed("a", 1, evidence="it went up in smoke", exit_code=7)) == []
+    told = case.state.decisions[1]
+    assert (told["again"], told["reason"], told["wait_s"]) == (False, str(error), 0.0)
+    assert (case.state.plan, case.state.attempt) == (plan, 1)
+    assert [(case.run_dir / name).read_text() for name in names] == before
+    outcome = outcome_of(case.state, Verdict(None), [], times_s=(0.0, 1.0))
+    assert (outcome.exit_code, outcome.attempts) == (7, 2)
+    assert outcome.reason == f"it went up in smoke; not started again: {error}"
+
+
+def test_a_lost_node_that_nobody_can_stand_in_for_keeps_its_words(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Started, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
+        raise UnavailableError("none is there")
+
+    monkeypatch.setattr(Started, "start", refuse)
+    assert case.after(gone("b", 255)) == []
+    outcome = outcome_of(case.state, Verdict(None), [], times_s=(0.0, 1.0))
+    assert outcome.exit_code == 69
+    assert outcome.reason == (
+        "the agent of b died (exit code 255); its ranks were ended; not started again: none is there"
+    )
+
+
+def test_nodes_of_another_start_are_examined_as_those_of_the_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def examined(cluster: Started, loaded: LoadedJob, base: Path) -> Started:
+        asked.append(base)
+        return cluster
+
+    monkeypatch.setattr(module, "examined_at_start", examined)
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    assert asked == [case.run_dir.parents[2]]
 
 
 def test_too_few_nodes_end_the_run_with_their_number_and_what_to_do(case: Case) -> None:
