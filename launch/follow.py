@@ -23,7 +23,7 @@ from meshwright.launch.page.live import LivePage
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.restarts import RestartLines, line_of
-from meshwright.launch.rundir import RunDirError, write_json
+from meshwright.launch.rundir import EXCLUDED_FILE, RunDirError, write_json
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 from meshwright.launch.trouble import trouble
@@ -161,7 +161,7 @@ class _LinePrinter:
 
 
 class _PlanOnDisk:
-    """Keeps plan.json as it is executed: names of nodes may be known only once they are placed."""
+    """Keeps plan.json as it is executed: names of nodes may be known only once they are placed, and others left out."""
 
     def __init__(self, plan: StartPlan) -> None:
         self._plan = plan
@@ -170,6 +170,8 @@ class _PlanOnDisk:
         if state.plan is not self._plan:
             self._plan = state.plan
             write_json(Path(state.plan.run_dir) / "plan.json", state.plan.as_dict())
+            if state.losses.excluded:
+                write_json(Path(state.plan.run_dir) / EXCLUDED_FILE, state.losses.excluded)
 
 
 def _bar(run: Run) -> "ProgressBar":

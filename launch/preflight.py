@@ -2,7 +2,7 @@
 
 fit      the run starts
 sick     abort: nothing starts, exit code 78 · warn: it starts all the same · exclude_node: hosts that the job names
-         besides those it needs take the places of sick ones, and are examined too; Slurm gives others
+         besides those it needs take the places of sick ones, and are examined too; Slurm and Ray give others
 
 On Slurm and Ray, which choose nodes themselves, that is when a run has them (`admission`); elsewhere before it is one.
 """

@@ -28,7 +28,7 @@ from meshwright.launch.regroup import can_return, change_words, nodes_back, used
 from meshwright.launch.request import limits_of, resolved_job
 from meshwright.launch.rundir import EXCLUDED_FILE, RunDirError, write_json
 from meshwright.launch.sizes import SizeError, shape_of, sized
-from meshwright.launch.spares import SpareError, range_of, without
+from meshwright.launch.spares import SpareError, names_of, range_of, without
 from meshwright.launch.supervise import Interrupts, RunState, now_unix_s
 from meshwright.parallel.errors import MeshwrightError
 
@@ -168,8 +168,9 @@ class Relaunch:
         """The job without nodes that are lost now, and with those that were lost before and are there again."""
         back = self.back(self._asked, losses.may_return)
         losses.take_back(back, now_unix_s())
-        if not back:
-            return without(self.loaded, tuple(lost))
+        if not back:  # where the cluster finds nodes, it may have left some out by itself
+            known = () if names_of(self.loaded.job) else losses.out
+            return without(self.loaded, tuple(dict.fromkeys((*known, *lost))))
         return without(self._asked, tuple(dict.fromkeys((*losses.out, *lost))))
 
     def _timed(self, loaded: LoadedJob, decision: Decision, until_unix_s: float) -> Decision:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -196,3 +197,20 @@ def test_hosts_are_asked_by_the_ssh_of_the_job(tmp_path: Path, case: Case, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert nodes_back(case.loaded, ("b", "c")) == ("c",)
     assert nodes_back(case.loaded, ()) == ()
+
+
+def test_what_the_cluster_left_out_by_itself_stays_out(
+    tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray.yaml").write_text("name: j\ncommand: [python]\nnodes: 2\ncluster: {type: ray}\n")
+    ray, jobs = load_job(tmp_path / "ray.yaml"), list[LoadedJob]()
+    case.relaunch = replace(case.relaunch, loaded=ray, back=lambda loaded, names: ())
+
+    def of(loaded: LoadedJob) -> Started:
+        jobs.append(loaded)
+        return Started(case.loaded, case.plans)
+
+    monkeypatch.setattr(module, "cluster_of", of)
+    told = {"why": "disk: full", "attempt": -1, "step": None, "lost": False, "time_unix_s": 1.0}
+    assert case.after({"event": "left_out", "node": "gpu9", **told}, gone("b", 255))
+    assert jobs[-1].job.as_dict()["cluster"]["exclude"] == ["gpu9", "b"]
