@@ -55,9 +55,12 @@ class Cluster(Protocol):
 
 @runtime_checkable
 class Admitting(Protocol):
-    """A cluster that gives a run its nodes only when it starts; what is set here sees them before ranks start there."""
+    """A cluster that gives a run its nodes only when it starts; what is set here sees them before ranks start there.
 
-    admit: Callable[[Reached], None] | None
+    It returns those that the run goes on without, each with why; the cluster gives others then.
+    """
+
+    admit: Callable[[Reached], list[dict[str, Any]]] | None
 
 
 @dataclass(frozen=True)

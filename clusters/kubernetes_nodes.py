@@ -55,18 +55,35 @@ def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> I
     Raises:
         UnavailableError: when there are none in time.
     """
-    name = job["metadata"]["name"]
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    kubectl("create", "-f", "-", text=json.dumps(job))
-    try:
+    with _created(job, kubectl, visit):
         found = _up(job, kubectl, visit)
         names = unique_names([(node, pod) for pod, node in found.items()])
         probe = ("-c", container["name"], "--", container["command"][0], *PROBE_ARGV[1:])
         words = {node: (*kubectl.words, "exec", "-i", pod, *probe) for node, pod in zip(names, found, strict=True)}
         with reached_by(words, "kubernetes", visit) as reached:
             yield reached
-    finally:
+
+
+@contextmanager
+def _created(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> Iterator[None]:
+    """A Job, which goes whatever happens, also where nobody knows whether it was created."""
+    name = job["metadata"]["name"]
+
+    def delete() -> None:
         kubectl("delete", "--ignore-not-found", "--wait=false", f"job/{name}")
+
+    try:
+        kubectl("create", "-f", "-", text=json.dumps(job))
+        yield
+    except BaseException as error:
+        if "(AlreadyExists)" not in str(error):  # that one is somebody else's
+            try:
+                delete()
+            except UnavailableError as left:
+                visit.tell(f"job/{name} may still be there until its deadline: {left}")
+        raise
+    delete()
 
 
 def _up(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> dict[str, str]:
@@ -78,6 +95,9 @@ def _up(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> dict[str, str
         found, why = placed(pods.get("items", []))
         if len(found) >= count:
             return found
+        ended = [each for each in pods.get("items", []) if each.get("status", {}).get("phase") == "Failed"]
+        if ended:  # which nothing starts again
+            raise UnavailableError(f"Kubernetes did not keep pod {ended[0]['metadata']['name']}: {_ended(ended[0])}")
         why = why or f"{len(found)} of {count} pods run"
         if time.monotonic() >= end_s:
             raise UnavailableError(
@@ -108,6 +128,13 @@ def placed(pods: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
         else:
             why = why or f"pod {pod['metadata']['name']}: {_waits(status)}"
     return found, why
+
+
+def _ended(pod: Mapping[str, Any]) -> str:
+    status = pod["status"]
+    ends = [each.get("state", {}).get("terminated") for each in status.get("containerStatuses", [])]
+    codes = [f"its container ended with code {each.get('exitCode')}" for each in ends if each]
+    return " ".join(filter(None, (status.get("reason"), status.get("message")))) or (codes or ["it failed"])[0]
 
 
 def _waits(status: Mapping[str, Any]) -> str:

@@ -1,13 +1,12 @@
 """Nodes of MPI, as a doctor reaches them: one mpiexec per node, which starts the probe there instead of a rank.
 
-Their names stand in the host file. Where there is none, mpiexec is asked once, by a program that prints them: it may
-know them from its options or from a queue.
+Their names stand in the host file. Where there is none, or it has others than plain names, mpiexec is asked once, by a
+program that prints them: it may know them from its options or from a queue.
 """
 
 import re
 import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshwright.clusters.errors import UnavailableError
@@ -16,20 +15,10 @@ from meshwright.clusters.probe import PROBE_ARGV
 if TYPE_CHECKING:
     from meshwright.clusters.mpi import MpiOptions
 
-__all__ = ["asked_names", "hosts_in", "names_of", "probe_words"]
+__all__ = ["asked_names", "names_of", "probe_words"]
 
 _ASK_S = 60.0
 _SAY_NAME = ("-c", "import socket; print('meshwright-node', socket.gethostname())")
-
-
-def hosts_in(text: str) -> list[str]:
-    """Names in a host file of Open MPI or MPICH, each once, in order.
-
-    >>> hosts_in("# all\\nh1 slots=4\\nh2:4\\nh1:2  # again\\n")
-    ['h1', 'h2']
-    """
-    lines = (line.partition("#")[0].split() for line in text.splitlines())
-    return list(dict.fromkeys(words[0].partition(":")[0] for words in lines if words))
 
 
 def probe_words(options: "MpiOptions", node: str) -> tuple[str, ...]:
@@ -58,8 +47,10 @@ def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str,
     Raises:
         UnavailableError: when it has fewer, or does not say.
     """
-    deal = ("--map-by", "ppr:1:node") if options.implementation == "openmpi" else ("-ppn", "1")
-    words = (options.mpiexec, "-n", str(num_nodes), *deal, *options.extra, options.python, *_SAY_NAME)
+    opens = options.implementation == "openmpi"
+    deal, flag = (("--map-by", "ppr:1:node"), "--hostfile") if opens else (("-ppn", "1"), "-f")
+    file = (flag, options.hostfile) if options.hostfile else ()
+    words = (options.mpiexec, "-n", str(num_nodes), *file, *deal, *options.extra, options.python, *_SAY_NAME)
     try:
         done = subprocess.run(
             words,
@@ -85,19 +76,16 @@ def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str,
 
 
 def names_of(options: "MpiOptions", num_nodes: int, environment: Mapping[str, str]) -> list[str]:
-    """Names of the nodes that a job of so many would get.
+    """Names of the nodes that a run of so many would get: the first of those that may be used.
 
     Raises:
         UnavailableError: when there are fewer.
     """
-    if options.hostfile is None:
+    if not options.hosts:
         return asked_names(options, num_nodes, environment)
-    try:
-        found = hosts_in(Path(options.hostfile).read_text())
-    except OSError as error:
-        raise UnavailableError(f"cluster.hostfile: {options.hostfile} cannot be read: {error.strerror}") from error
-    if len(found) < num_nodes:
+    if len(options.hosts) < num_nodes:
         raise UnavailableError(
-            f"cluster.hostfile: {options.hostfile} has {len(found)} hosts, the job wants {num_nodes}"
+            f"cluster.hostfile: {options.hostfile} has {len(options.hosts)} hosts that may be used, the job wants "
+            f"{num_nodes}"
         )
-    return found[:num_nodes]
+    return list(options.hosts[:num_nodes])

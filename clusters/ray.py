@@ -21,7 +21,7 @@ from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Event, Far, PipeHandle
 from meshwright.clusters.ray_access import attached, is_open
 from meshwright.clusters.ray_line import RayLine, agent_class
-from meshwright.clusters.ray_nodes import give_back, reached_in_actors, through_actors
+from meshwright.clusters.ray_nodes import give_back, node_name, reached_in_actors, through_actors
 from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_ARGV
@@ -83,15 +83,16 @@ def _node(request: StartRequest, *, index: int, per_node: int) -> NodePlan:
     )
 
 
-def _name(address: str, node_id: str) -> str:
-    """What a run calls a node of Ray: of one machine there may be several, and of one address another one later."""
-    return f"{address}-{node_id[:8]}"
+def _called(nodes: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """Id of each node -> all that it may be called."""
+    places = [(str(each["NodeManagerAddress"]), str(each["NodeID"])) for each in nodes]
+    return {own: {own, address, node_name(address, own)} for address, own in places}
 
 
 def _banned(nodes: Sequence[Mapping[str, Any]], exclude: Collection[str]) -> list[str]:
     """Ids of the living nodes that are not to be used."""
-    called = {each["NodeID"]: (each["NodeID"], each["NodeManagerAddress"]) for each in nodes if each["Alive"]}
-    return [node for node, (own, address) in called.items() if {own, address, _name(address, own)} & set(exclude)]
+    living = [each for each in nodes if each["Alive"]]
+    return [own for own, names in _called(living).items() if names & set(exclude)]
 
 
 def _renamed(node: NodePlan, name: str) -> NodePlan:
@@ -135,7 +136,7 @@ class RayCluster:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._bundle: dict[str, float] = {}
-        self.admit: Callable[[Reached], None] | None = None
+        self.admit: Callable[[Reached], list[dict[str, Any]]] | None = None
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request."""
@@ -166,6 +167,10 @@ class RayCluster:
                 "meshwright: this Ray cluster asks for no token: whoever reaches its ports can run programs there; "
                 "start it with RAY_AUTH_MODE=token\n"
             )
+        known = _called(ray.nodes()).values()
+        unknown = ", ".join(name for name in self._options.exclude if not any(name in names for names in known))
+        if unknown:
+            sys.stderr.write(f"meshwright: cluster.exclude: this Ray cluster has no node {unknown}\n")
         self._need(ray, len(plan.nodes))
 
     def _need(self, ray: Any, count: int) -> None:
@@ -183,16 +188,13 @@ class RayCluster:
             UnavailableError: when Ray has not placed the nodes in time, or they are too many for this process.
         """
         need_room(4 * len(plan.nodes), f"{len(plan.nodes)} nodes")
-        group, actors = self._placed(len(plan.nodes))
+        group, begun, others = self._begun(plan)
         try:
-            if self.admit is not None:
-                self.admit(through_actors(actors))
-            begun = [RayLine(actor, node.agent) for node, actor in zip(plan.nodes, actors, strict=True)]
             places = [line.place() for line in begun]
         except BaseException:
             give_back(group)
             raise
-        lines = {_name(*place): line for place, line in zip(places, begun, strict=True)}
+        lines = {node_name(*place): line for place, line in zip(places, begun, strict=True)}
         placed = [_placed_as(node, name) for node, name in zip(plan.nodes, lines, strict=True)]
         nodes = tuple(_renamed(node, name) for node, name in zip(plan.nodes, lines, strict=True))
         plan = replace(plan, nodes=nodes, meeting=replace(plan.meeting, host=places[0][0]))
@@ -205,8 +207,29 @@ class RayCluster:
         # a line is as much of a process as a handle needs
         agents = cast("Mapping[str, subprocess.Popen[bytes]]", lines)
         handle = _RayHandle(plan, agents, secrets, far=far, group=group)
-        handle.say(placed)
+        handle.say([*others, *placed])
         return handle
+
+    def _begun(self, plan: StartPlan) -> tuple[Any, list[RayLine], list[Event]]:
+        """A placement group whose nodes passed, their lines to agents, and what is told of others that did not."""
+        told: list[Event] = []
+        while True:
+            group, actors = self._placed(len(plan.nodes))
+            try:
+                out = [] if self.admit is None else self.admit(through_actors(actors))
+                if not out:
+                    return (
+                        group,
+                        [RayLine(*each) for each in zip(actors, (node.agent for node in plan.nodes), strict=True)],
+                        told,
+                    )
+            except BaseException:
+                give_back(group)
+                raise
+            give_back(group)
+            told += [{**each, "event": "left_out", "attempt": len(plan.limits.past) - 1} for each in out]
+            left_out = (*self._options.exclude, *(str(each["node"]) for each in out))
+            self._options = replace(self._options, exclude=left_out)
 
     def _placed(self, count: int) -> tuple[Any, list[Any]]:
         """The placement group, and an actor in each of its bundles."""

@@ -8,9 +8,14 @@ from contextlib import suppress
 from threading import Event, Thread
 from typing import Any
 
-__all__ = ["RayLine", "agent_class"]
+from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.lost import lost_in_ray
+
+__all__ = ["RayLine", "agent_class", "answered"]
 
 _PART_BYTES = 1 << 16
+_ANSWER_S = 120.0
+"""Ray starts an actor in seconds, and one of a busy node in some more."""
 
 
 def agent_class() -> type:
@@ -21,11 +26,15 @@ def agent_class() -> type:
 
         def start(self, argv: Sequence[str]) -> tuple[str, str]:
             """Starts the agent; returns the address of this node, and Ray's id of it."""
-            import ray
-
             self._agent = subprocess.Popen(
                 list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, bufsize=0
             )
+            return self.place()
+
+        def place(self) -> tuple[str, str]:
+            """The address of this node, and Ray's id of it."""
+            import ray
+
             find: Any = ray.util.get_node_ip_address
             return str(find()), str(ray.get_runtime_context().get_node_id())
 
@@ -47,7 +56,31 @@ def agent_class() -> type:
             """The agent's exit status."""
             return self._agent.wait()
 
+        def end(self) -> None:
+            """Kills the agent with what it started; this actor stays."""
+            if self._agent.poll() is None:
+                os.killpg(self._agent.pid, signal.SIGKILL)
+
     return NodeAgent
+
+
+def answered(asked: Any) -> Any:
+    """What actors answer, soon.
+
+    Args:
+        asked: what calls of them returned.
+
+    Raises:
+        UnavailableError: when one of them is lost, or does not answer in time.
+    """
+    import ray
+
+    try:
+        return ray.get(asked, timeout=_ANSWER_S)
+    except ray.exceptions.GetTimeoutError as error:
+        raise UnavailableError(f"a node that Ray has placed does not answer within {_ANSWER_S:g} s") from error
+    except ray.exceptions.RayError as error:
+        raise UnavailableError(lost_in_ray("a node that Ray has placed", "", str(error))) from error
 
 
 class RayLine:
@@ -72,10 +105,12 @@ class RayLine:
             Thread(target=target, args=(inward,), daemon=True).start()
 
     def place(self) -> tuple[str, str]:
-        """Address of the actor's node, and Ray's id of it, once it is placed and the agent runs."""
-        import ray
+        """Address of the actor's node, and Ray's id of it, once it is placed and the agent runs.
 
-        address, node = ray.get(self._started)
+        Raises:
+            UnavailableError: when the actor is lost, or does not answer in time.
+        """
+        address, node = answered(self._started)
         return address, node
 
     def _pass_on(self, inward: int) -> None:
@@ -119,6 +154,13 @@ class RayLine:
         if not self._gone.wait(timeout):
             raise subprocess.TimeoutExpired("the agent of an actor", timeout or 0.0)
         return -int(signal.SIGKILL) if self._code is None else self._code
+
+    def end(self) -> None:
+        """Has the actor kill the agent, and keeps the actor."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            self._actor.end.remote()
 
     def send_signal(self, number: int) -> None:
         """Kills the actor; the agent's line breaks, and it ends its ranks."""

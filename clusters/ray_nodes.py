@@ -1,16 +1,18 @@
 """Nodes of Ray, as a doctor reaches them: an actor with a probe on each, in a placement group as that of a run."""
 
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from meshwright.clusters.evidence import Reach
 from meshwright.clusters.probe import PROBE_ARGV
-from meshwright.clusters.ray_line import RayLine
-from meshwright.clusters.reaching import Line, Reached, unique_names
+from meshwright.clusters.ray_line import RayLine, answered
+from meshwright.clusters.reaching import Line, Reached
 
-__all__ = ["give_back", "reached_in_actors", "through_actors"]
+__all__ = ["give_back", "node_name", "reached_in_actors", "through_actors"]
+
+_END_S = 30.0
+"""Each end of a probe is a call of its actor; a run needs the actor afterwards."""
 
 
 def give_back(group: Any) -> None:
@@ -21,15 +23,22 @@ def give_back(group: Any) -> None:
         remove_placement_group(group)
 
 
+def node_name(address: str, node_id: str) -> str:
+    """What a run calls a node of Ray: of one machine there may be several, and of one address another one later.
+
+    >>> node_name("10.0.0.2", "6f1c09ab4711")
+    '10.0.0.2-6f1c09ab'
+    """
+    return f"{address}-{node_id[:8]}"
+
+
 def through_actors(actors: Sequence[Any]) -> Reached:
-    """Nodes with an actor each, which can have a probe until it is given an agent."""
-    import ray
+    """Nodes with an actor each, which can have a probe until it is given an agent.
 
-    def place(held: object) -> tuple[str, str]:
-        del held
-        return socket.gethostname(), ray.get_runtime_context().get_node_id()
-
-    names = unique_names(ray.get([actor.__ray_call__.remote(place) for actor in actors]))
+    Raises:
+        UnavailableError: when one of them is lost.
+    """
+    names = [node_name(*place) for place in answered([actor.place.remote() for actor in actors])]
     by_name: Mapping[str, Any] = dict(zip(names, actors, strict=True))
     reaches = tuple(Reach(name, PROBE_ARGV, by="ray") for name in names)
     return Reached(reaches, lambda reach: _line(by_name[reach.name]))
@@ -54,4 +63,4 @@ def reached_in_actors(placed: Callable[[], tuple[Any, Sequence[Any]]]) -> Iterat
 
 def _line(actor: Any) -> Line:
     line = RayLine(actor, PROBE_ARGV)
-    return Line(line, complaint=lambda: line.why, ends=[line.kill])
+    return Line(line, complaint=lambda: line.why, ends=[line.end, line.kill], end_s=_END_S)

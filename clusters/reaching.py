@@ -50,12 +50,21 @@ class Line:
         carrier: of the probe.
         complaint: what it complained of, once it is gone.
         ends: what ends a carrier that does not end by itself, one after the other.
+        end_s: how long each of them may take.
     """
 
-    def __init__(self, carrier: Carrier, *, complaint: Callable[[], str], ends: Sequence[Callable[[], object]]) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        *,
+        complaint: Callable[[], str],
+        ends: Sequence[Callable[[], object]],
+        end_s: float = _END_S,
+    ) -> None:
         assert carrier.stdin is not None, "it was started with pipes"
         assert carrier.stdout is not None, "it was started with pipes"
         self._carrier, self._complaint, self._ends = carrier, complaint, tuple(ends)
+        self._end_s = end_s
         self._in, self._out, self._rest = carrier.stdin, carrier.stdout, b""
 
     def fileno(self) -> int:
@@ -100,7 +109,7 @@ class Line:
         for act in (lambda: None, *self._ends):
             act()
             with suppress(subprocess.TimeoutExpired):
-                self._carrier.wait(_END_S)
+                self._carrier.wait(self._end_s)
                 break
         else:
             self._carrier.wait()

@@ -40,6 +40,10 @@ _NOT_ANSWERS = ("label", "pty", "kill-on-bad-exit")
 """Options of a step that would change what a probe says."""
 
 
+_OF_THE_USER = ("SLURM_JWT", "SLURM_CLUSTERS")
+"""What lets somebody in, and where: no allocation sets them."""
+
+
 def allocation_words(submission: Submission) -> tuple[str, ...]:
     """The exact words that get the nodes of a job for an examination; pure.
 
@@ -74,6 +78,8 @@ def _seconds(limit: str) -> int:
 def step_words(submission: Submission, job: str, node: str) -> tuple[str, ...]:
     """The exact words that run a probe on one node of a job that has its nodes; pure.
 
+    It shares all resources with other steps: one that cannot be ended would else have ranks wait for them for ever.
+
     Args:
         submission: of the job's plan.
         job: Slurm's id.
@@ -82,7 +88,7 @@ def step_words(submission: Submission, job: str, node: str) -> tuple[str, ...]:
     options = list(takewhile(lambda word: word.startswith("--"), submission.step[1:]))
     python = submission.step[1 + len(options)]
     kept = [word for word in options if _name(word) not in ("nodes", "ntasks", *_NOT_ANSWERS)]
-    place = (f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", *kept, "--chdir=/")
+    place = (f"--jobid={job}", f"--nodelist={node}", "--nodes=1", "--ntasks=1", *kept, "--overlap", "--chdir=/")
     return ("srun", *place, python, *PROBE_ARGV[1:])
 
 
@@ -117,7 +123,7 @@ def reached_by_slurm(submission: Submission, num_nodes: int, visit: Visit) -> It
 
 def _is_free(name: str) -> bool:
     """Whether a variable has nothing of an allocation in which the doctor may have been called."""
-    return not name.startswith(("SLURM_", "SLURMD_")) or name.startswith("SLURM_CONF")
+    return not name.startswith(("SLURM_", "SLURMD_")) or name.startswith("SLURM_CONF") or name in _OF_THE_USER
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,16 @@ def examined_at_start(cluster: Cluster | Queue, loaded: LoadedJob, base: Path) -
     """
     job = loaded.job
 
-    def see(reached: Reached) -> None:
-        sick = judged(job.health, _diagnosed(job, directories_of(loaded, base), reached))
-        if sick:
-            raise PreflightError(f"{', '.join(sick)} not fit, and {job.cluster.type} leaves no node out")
+    out: list[str] = []
+
+    def see(reached: Reached) -> list[dict[str, Any]]:
+        found = replace(_diagnosed(job, directories_of(loaded, base), reached), excluded=tuple(out))
+        sick = judged(job.health, found)
+        again = ", ".join(name for name in sick if name in out)
+        if again:  # it would be for ever
+            raise PreflightError(f"{again} not fit, and {job.cluster.type} gives it again; nothing started")
+        out.extend(sick)
+        return left_out(found, sick, attempt=-1)
 
     if isinstance(cluster, Admitting) and job.health.preflight:
         cluster.admit = see

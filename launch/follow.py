@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from meshwright.launch.page.live import LivePage
 from meshwright.launch.page.write import PAGE, try_to_write_page
 from meshwright.launch.report import Outcome, outcome_of
 from meshwright.launch.restarts import RestartLines, line_of
-from meshwright.launch.rundir import RunDirError, write_json
+from meshwright.launch.rundir import EXCLUDED_FILE, RunDirError, write_json
 from meshwright.launch.stream import MergedStream, Shown
 from meshwright.launch.supervise import Interrupts, RunState, supervise
 from meshwright.launch.trouble import trouble
@@ -94,17 +94,16 @@ def follow(
         MeshwrightError: when it cannot be started or followed; it was ended, and its exit record says why.
     """
     with signals or Interrupts() as interrupts:
-        state, stream = RunState.of(run.plan), _Output(run)
+        state = RunState.of(run.plan)
         try:
-            handle: Handle | None = start()
-            while handle is not None:
-                supervise(handle, state, interrupts, watchers=stream.watchers, mask=run.mask)
-                handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
+            with closing(_Output(run)) as stream:
+                handle: Handle | None = start()
+                while handle is not None:
+                    supervise(handle, state, interrupts, watchers=stream.watchers, mask=run.mask)
+                    handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
         except Exception as error:
             told = _recorded(run, state, error)
             raise told from (error.__cause__ if told is error else error)
-        finally:
-            stream.close()
         outcome = conclude(run, state, interrupts.numbers)
         return _kept(run, outcome, state, keep=keep)
 
@@ -129,7 +128,14 @@ def _recorded(run: Run, state: RunState, raised: Exception) -> Exception:
     )
     with suppress(RunDirError):  # that it cannot be is said, and ends the launcher
         write_json(run.directory / "exit.json", outcome.as_dict())
+        _write_page(run)
     return error
+
+
+def _write_page(run: Run) -> None:
+    """The last page of a run that logs steps; those before ask for it again."""
+    if run.job.train is not None:
+        try_to_write_page(run.directory)
 
 
 def _say_apart(names: Sequence[str]) -> None:
@@ -155,7 +161,7 @@ class _LinePrinter:
 
 
 class _PlanOnDisk:
-    """Keeps plan.json as it is executed: names of nodes may be known only once they are placed."""
+    """Keeps plan.json as it is executed: names of nodes may be known only once they are placed, and others left out."""
 
     def __init__(self, plan: StartPlan) -> None:
         self._plan = plan
@@ -164,6 +170,8 @@ class _PlanOnDisk:
         if state.plan is not self._plan:
             self._plan = state.plan
             write_json(Path(state.plan.run_dir) / "plan.json", state.plan.as_dict())
+            if state.losses.excluded:
+                write_json(Path(state.plan.run_dir) / EXCLUDED_FILE, state.losses.excluded)
 
 
 def _bar(run: Run) -> "ProgressBar":
@@ -251,8 +259,7 @@ def report(run: Run, outcome: Outcome) -> None:
                 sys.stderr.write(run.mask(f"--- end of {log}\n{log_end(log, 4096).rstrip()}\n"))
     elif outcome.restarts:
         sys.stderr.write("".join(f"meshwright: {line_of(each)}\n" for each in outcome.restarts))
-    if run.job.train is not None:
-        try_to_write_page(run.directory)
+    _write_page(run)
     told = places(run.directory)
     if run.as_json:
         told = json.dumps({**outcome.as_dict(), "run_dir": str(run.directory)}) + "\n"

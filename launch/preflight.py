@@ -2,7 +2,7 @@
 
 fit      the run starts
 sick     abort: nothing starts, exit code 78 · warn: it starts all the same · exclude_node: hosts that the job names
-         besides those it needs take the places of sick ones, and are examined too; Slurm gives others
+         besides those it needs take the places of sick ones, and are examined too; Slurm and Ray give others
 
 On Slurm and Ray, which choose nodes themselves, that is when a run has them (`admission`); elsewhere before it is one.
 """
@@ -60,6 +60,9 @@ def on_fit_nodes(
         sick = judged(health, replace(examine(loaded, base), excluded=left_out))
         if not sick:
             return loaded
+        again = ", ".join(name for name in sick if name in left_out)
+        if again:  # it would be for ever
+            raise PreflightError(f"{again} not fit, and still among the nodes though left out; nothing was started")
         loaded, left_out = _without(loaded, sick), (*left_out, *sick)
 
 

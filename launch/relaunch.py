@@ -8,26 +8,29 @@ and at a later restart more again.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from meshwright.clusters.base import StartRequest
+from meshwright.clusters.base import StartPlan, StartRequest
 from meshwright.clusters.contract import Handle, Queue
 from meshwright.clusters.failure import Failure
 from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import newest_step
 from meshwright.clusters.retry import Decision, decide, told_decision
 from meshwright.clusters.rounds import seen
+from meshwright.launch.admission import examined_at_start
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.losses import Losses
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.regroup import can_return, change_words, nodes_back, used_names
 from meshwright.launch.request import limits_of, resolved_job
-from meshwright.launch.rundir import EXCLUDED_FILE, write_json
+from meshwright.launch.rundir import EXCLUDED_FILE, RunDirError, write_json
 from meshwright.launch.sizes import SizeError, shape_of, sized
-from meshwright.launch.spares import SpareError, range_of, without
+from meshwright.launch.spares import SpareError, names_of, range_of, without
 from meshwright.launch.supervise import Interrupts, RunState, now_unix_s
+from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["Relaunch", "decision_on_end", "history_of"]
 
@@ -157,7 +160,18 @@ class Relaunch:
         if not decision.again:
             return None
         say(state)
-        return self._start(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
+        return self._tried(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
+
+    def _tried(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle | None:
+        """The new start, or None where it cannot be had: the run ended by what failed before, and that is kept."""
+        try:
+            return self._start(loaded, state, decision)
+        except MeshwrightError as error:
+            given_up = replace(decision, again=False, wait_s=0.0, reason=str(error), nodes=None)
+            state.decisions[state.attempt] = self._mask.inside(given_up.as_dict())
+            with suppress(RunDirError):
+                self._write(self.loaded, state.plan)
+            return None
 
     def _masked(self, decision: Decision) -> Decision:
         """Without secrets: ranks may have left them in what they wrote of their end, and this goes into files."""
@@ -169,8 +183,9 @@ class Relaunch:
         """The job without nodes that are lost now, and with those that were lost before and are there again."""
         back = self.back(self._asked, losses.may_return)
         losses.take_back(back, now_unix_s())
-        if not back:
-            return without(self.loaded, tuple(lost))
+        if not back:  # where the cluster finds nodes, it may have left some out by itself
+            known = () if names_of(self.loaded.job) else losses.out
+            return without(self.loaded, tuple(dict.fromkeys((*known, *lost))))
         return without(self._asked, tuple(dict.fromkeys((*losses.out, *lost))))
 
     def _timed(self, loaded: LoadedJob, decision: Decision, until_unix_s: float) -> Decision:
@@ -189,20 +204,28 @@ class Relaunch:
         return f"put more into {where} than `nodes` needs, or repair it, and launch again to go on from the checkpoint"
 
     def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:
-        run_dir, past = self.request.run_dir, (*history_of(state), decision)
+        past = (*history_of(state), decision)
         job = sized(loaded).job
         request = replace(self.request, limits=replace(limits_of(loaded), past=past, regroup=can_return(loaded)))
         if range_of(loaded.job) is not None:
             request = replace(request, num_nodes=job.num_nodes, num_ranks=job.num_ranks)
-        cluster = cluster_of(loaded)
+        cluster = examined_at_start(cluster_of(loaded), loaded, self.base)
         assert not isinstance(cluster, Queue), "a queue has launchers of its own"
         plan = cluster.plan(request)
+        self._write(loaded, plan)
+        handle = cluster.start(plan, {secret.name: secret.value for secret in request.program.secrets})
         self.loaded = loaded
         state.go_on(plan, decision)
-        write_json(run_dir / "plan.json", plan.as_dict())
-        write_json(run_dir / "job.json", resolved_job(loaded, request.run_id, self.base))
-        write_json(run_dir / EXCLUDED_FILE, state.losses.excluded)
-        return cluster.start(plan, {secret.name: secret.value for secret in request.program.secrets})
+        try:
+            write_json(self.request.run_dir / EXCLUDED_FILE, state.losses.excluded)
+        except BaseException:  # nobody would follow them
+            handle.kill()
+            raise
+        return handle
+
+    def _write(self, loaded: LoadedJob, plan: StartPlan) -> None:
+        write_json(self.request.run_dir / "plan.json", plan.as_dict())
+        write_json(self.request.run_dir / "job.json", resolved_job(loaded, self.request.run_id, self.base))
 
 
 def _waited(wait_s: float, interrupts: Interrupts) -> bool:

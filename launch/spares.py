@@ -81,7 +81,7 @@ def without(loaded: LoadedJob, names: tuple[str, ...]) -> LoadedJob:
     if job.cluster.type == "ssh":
         stated["cluster"]["hosts"] = [each for each in stated["cluster"]["hosts"] if each["name"] not in names]
     else:
-        stated["cluster"]["exclude"] = [*stated["cluster"]["exclude"], *names]
+        stated["cluster"]["exclude"] = list(dict.fromkeys((*stated["cluster"]["exclude"], *names)))
     try:
         return replace(loaded, job=type(job).model_validate(stated))
     except ValidationError as error:

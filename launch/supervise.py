@@ -24,7 +24,7 @@ _TICK_S = 0.1
 _CLOCKS_S = 5.0
 _IMPATIENT = 2
 _ENVELOPE = ("event", "node")
-_FREE = ("evidence", "reason", "message", "fault", "found")
+_FREE = ("evidence", "reason", "message", "fault", "found", "why")
 
 
 class Interrupts:
@@ -106,7 +106,7 @@ class RunState:
             self.results[node] = self._last_word(event)
         elif kind == "gone" and node not in self.results:
             self.losses.take(event, now_unix_s())
-        elif kind in ("decided", "health", "placed"):
+        elif kind in ("decided", "health", "left_out", "placed"):
             self._note(event)
         elif kind == "joined" and not event["shared"] and node not in self.apart:
             self.apart.append(node)
@@ -136,6 +136,9 @@ class RunState:
             return
         if event["event"] == "placed":
             self._place(event["node"], event["name"])
+            return
+        if event["event"] == "left_out":
+            self.losses.excluded.append({key: value for key, value in event.items() if key != "event"})
             return
         self.health.append({key: value for key, value in event.items() if key != "event"})
         if event["fault"] is not None:

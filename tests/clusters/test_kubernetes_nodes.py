@@ -65,6 +65,42 @@ def test_pods_that_do_not_start_are_said_why_and_go(home: Path) -> None:
     assert not list((home / "prod/train").glob("job-*"))
 
 
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [
+        ({"reason": "Evicted", "message": "low on memory"}, "Evicted low on memory"),
+        ({"containerStatuses": [{"state": {"terminated": {"exitCode": 127}}}]}, "its container ended with code 127"),
+    ],
+)
+def test_a_pod_that_failed_is_not_waited_for(home: Path, status: dict[str, object], why: str) -> None:
+    (home / "failed").write_text(json.dumps({"phase": "Failed", **status}))
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    with pytest.raises(UnavailableError, match=rf"did not keep pod .*-0: {why}"), queue.reached(REQUEST, Visit()):
+        pass
+    assert not list((home / "prod/train").glob("job-*"))
+
+
+def test_a_job_that_was_created_though_nobody_heard_of_it_goes_and_another_ones_stays(home: Path) -> None:
+    (home / "create-fails").write_text("error: the line broke")
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    with pytest.raises(UnavailableError, match="the line broke"), queue.reached(REQUEST, Visit()):
+        pass
+    assert not list((home / "prod/train").glob("job-*"))
+    (home / "create-fails").write_text('Error from server (AlreadyExists): jobs.batch "j" already exists')
+    with pytest.raises(UnavailableError, match="already exists"), queue.reached(REQUEST, Visit()):
+        pass
+    assert list((home / "prod/train").glob("job-*"))
+
+
+def test_the_first_error_is_told_though_the_job_cannot_be_deleted(home: Path) -> None:
+    (home / "keeps").touch()
+    told: list[str] = []
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    with pytest.raises(ValueError, match="the first"), queue.reached(REQUEST, Visit(tell=told.append)):
+        raise ValueError("the first")
+    assert "may still be there until its deadline: kubectl delete: error: the server is gone" in told[-1]
+
+
 def test_ctrl_c_takes_the_pods_away(home: Path) -> None:
     with pytest.raises(KeyboardInterrupt), KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()):
         raise KeyboardInterrupt

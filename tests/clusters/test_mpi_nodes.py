@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,20 +25,16 @@ def test_one_mpiexec_starts_the_probe_of_one_node() -> None:
     )
 
 
-def test_the_first_hosts_of_the_file_are_the_nodes(tmp_path: Path) -> None:
-    path = tmp_path / "hosts"
-    path.write_text("h1 slots=8\nh2:8\n\n# h3\nh4\n")
-    options = MpiOptions("openmpi", hostfile=str(path))
+def test_the_first_hosts_of_the_file_that_may_be_used_are_the_nodes() -> None:
+    options = MpiOptions("openmpi", hostfile="hosts", hosts=("h1", "h2", "h4"))
     assert names_of(options, 2, os.environ) == ["h1", "h2"]
-    with pytest.raises(UnavailableError, match=r"cluster.hostfile: .* has 3 hosts, the job wants 4"):
+    assert names_of(replace(options, hosts=("h2", "h4")), 2, os.environ) == ["h2", "h4"], "as a run that leaves h1 out"
+    with pytest.raises(UnavailableError, match=r"cluster.hostfile: hosts has 3 hosts that may be used, .* wants 4"):
         names_of(options, 4, os.environ)
-    path.unlink()
-    with pytest.raises(UnavailableError, match=r"cluster.hostfile: .* cannot be read: No such file"):
-        names_of(options, 1, os.environ)
 
 
 @pytest.mark.parametrize("kind", ["openmpi", "mpich"])
-def test_without_a_file_mpiexec_says_where_its_processes_are(tmp_path: Path, kind: str) -> None:
+def test_without_known_hosts_mpiexec_says_where_its_processes_are(tmp_path: Path, kind: str) -> None:
     words = tmp_path / "words"
     pretended = tmp_path / "mpiexec"
     pretended.write_text(
@@ -47,5 +44,7 @@ def test_without_a_file_mpiexec_says_where_its_processes_are(tmp_path: Path, kin
     options = MpiOptions(kind, mpiexec=str(pretended), python=sys.executable)
     assert names_of(options, 2, os.environ) == ["g1", "g2"]
     assert words.read_text().startswith({"openmpi": "-n 2 --map-by ppr:1:node ", "mpich": "-n 2 -ppn 1 "}[kind])
+    names_of(replace(options, hostfile="+n"), 2, os.environ)
+    assert words.read_text().startswith({"openmpi": "-n 2 --hostfile +n ", "mpich": "-n 2 -f +n "}[kind])
     with pytest.raises(UnavailableError, match=r"gives 2 nodes, the job wants 3; write cluster\.hostfile"):
         names_of(options, 3, os.environ)

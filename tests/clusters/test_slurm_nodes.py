@@ -33,7 +33,7 @@ def test_the_words_are_those_of_the_job_without_what_only_a_run_needs() -> None:
     )
     assert shlex.join(step_words(submission, "7", "gpu03")) == (
         "srun --jobid=7 --nodelist=gpu03 --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=12 --mpi=none "
-        "--cpu-bind=none --chdir=/ /opt/py -u -m meshwright.clusters.probe"
+        "--cpu-bind=none --overlap --chdir=/ /opt/py -u -m meshwright.clusters.probe"
     )
 
 
@@ -93,11 +93,18 @@ def test_what_slurm_says_of_a_job_that_it_cannot_run_is_told(commands: Path) -> 
 
 
 def test_an_allocation_around_the_doctor_is_not_taken_for_its_own(commands: Path) -> None:
-    around = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_NTASKS": "9", "SLURM_CONF": "/etc/mine"}
+    around = {
+        **os.environ,
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": "9",
+        "SLURM_CONF": "/etc/mine",
+        "SLURM_JWT": "t",
+        "SLURM_CLUSTERS": "c",
+    }
     (commands / "srun").write_text("#!/bin/sh\nenv | grep ^SLURM_ | sort | tr '\\n' ' ' >&2; exit 3\n")
     with QUEUE.reached(replace(REQUEST, num_nodes=1), Visit(around)) as reached:
         found = examine(reached, WISHES)
-    assert found.silent == {"n0": "SLURM_CONF=/etc/mine"}
+    assert found.silent == {"n0": "SLURM_CLUSTERS=c SLURM_CONF=/etc/mine SLURM_JWT=t"}
 
 
 def test_where_there_is_no_slurm_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """A stand-in for kubectl and its clusters on one machine: pods are processes here, started from the objects themselves.
 
 Every context of the kubeconfig is a folder; `current` names the one that kubectl takes unless told otherwise. What is
-written down in `asked` are the words of every call. A file `pending` keeps pods of a Job from starting, and `deaf-N`
-lets nobody into the pod of that index.
+written down in `asked` are the words of every call. A file `pending` keeps pods of a Job from starting, `failed` has
+their status, `create-fails` what is said once a Job was created, `keeps` lets nothing be deleted, and `deaf-N` lets
+nobody into the pod of that index.
 """
 
 import sys
@@ -43,6 +44,8 @@ if words[:3] == ["create", "secret", "generic"]:
 elif words[0] == "create" and (job := sys.stdin.read()).startswith("{"):
     whole = json.loads(job)
     (place / f"job-{whole['metadata']['name']}").write_text(job)
+    if (home / "create-fails").exists():
+        sys.exit((home / "create-fails").read_text())
 elif words[0] == "create":
     config, whole = yaml.safe_load_all(job)
     name = whole["metadata"]["name"]
@@ -57,6 +60,8 @@ elif words[:2] == ["get", "pods"] and option("selector").startswith("job-name=")
     if (home / "pending").exists():
         waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
         status = {"phase": "Pending", "containerStatuses": [{"state": {"waiting": waiting}}]}
+    if (home / "failed").exists():
+        status = json.loads((home / "failed").read_text())
     print(json.dumps({"items": [{"metadata": {"name": f"{job.name}-{index}"}, "spec": {"nodeName": f"gpu{index}"},
                                  "status": status} for index in range(count)]}))
 elif words[0] == "exec":
@@ -81,6 +86,8 @@ elif words[0] == "logs":
                 whole, part = at.split(".")
                 stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(int(whole)))
                 print(f"[pod/{path.stem}/node] {stamp}.{part}Z {text}")
+elif words[0] == "delete" and (home / "keeps").exists():
+    sys.exit("error: the server is gone")
 elif words[0] == "delete":
     for word in words[1:]:
         kind, _, name = word.partition("/")

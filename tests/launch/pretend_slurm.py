@@ -69,7 +69,7 @@ while waiting or running:
 """
 _SRUN = """\
 import json, os, signal, subprocess, sys
-words = [word for word in sys.argv[1:] if not word.startswith("--") or "=" not in word]
+words = [word for word in sys.argv[1:] if word != "--overlap" and (not word.startswith("--") or "=" not in word)]
 told = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
 own = os.path.join(os.path.dirname(__file__), f"env-{told.get('nodelist')}")
 env = {**os.environ, **(json.load(open(own)) if os.path.exists(own) else {})}

@@ -131,7 +131,7 @@ def test_a_node_that_slurm_gives_again_all_the_same_ends_the_run(tmp_path: Path,
 
 
 class _Admits:
-    admit: Callable[[Reached], None] | None = None
+    admit: Callable[[Reached], list[dict[str, Any]]] | None = None
 
 
 def test_a_cluster_that_gives_nodes_at_the_start_has_them_examined_there(
@@ -148,6 +148,25 @@ def test_a_cluster_that_gives_nodes_at_the_start_has_them_examined_there(
     with pytest.raises(PreflightError, match="gpu9 not fit"):
         cluster.admit(Reached((Reach("gpu9", PROBE_ARGV, by="ray"),)))
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_sick_node_is_named_to_the_cluster_which_gives_another_but_not_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "job.yaml").write_text(
+        "name: j\ncommand: ['true']\nhealth: {preflight: [disk], on_fail: exclude_node}\n"
+        "cluster: {type: ray}\nlogs: {dir: file/x/y}\n"
+    )
+    cluster = _Admits()
+    examined_at_start(cast("Any", cluster), load_job(tmp_path / "job.yaml"), tmp_path)
+    reached = Reached((Reach("gpu9", PROBE_ARGV, by="ray"),))
+    assert cluster.admit is not None
+    (told,) = cluster.admit(reached) or [{}]
+    assert (told["node"], told["lost"], told["why"][:6]) == ("gpu9", False, "disk: ")
+    with pytest.raises(PreflightError, match="gpu9 not fit, and ray gives it again"):
+        cluster.admit(reached)
+    assert "left out: gpu9" in capsys.readouterr().err
 
 
 def test_without_checks_nothing_is_set(tmp_path: Path) -> None:

@@ -84,6 +84,26 @@ def test_other_hosts_take_the_places_of_sick_ones_and_are_examined_too(
     assert capsys.readouterr().err.endswith("meshwright: disk checked; fit: 2 nodes; left out: a, c\n")
 
 
+def test_a_node_that_is_examined_again_though_it_was_left_out_ends_the_job(tmp_path: Path) -> None:
+    seen = []
+
+    def examine(loaded: LoadedJob, base: Path) -> Diagnosis:
+        seen.append(base)
+        assert len(seen) < 9, "for ever"
+        return Diagnosis(("a", "b"), (verdict("disk", "a", bad=True),))
+
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a\nb\nc\n" + "".join(f"d{each}\n" for each in range(20)))
+    loaded = job(
+        tmp_path,
+        "{preflight: [disk], on_fail: exclude_node}",
+        f"nodes: 2\nnproc_per_node: 1\ncluster: {{type: mpi, hostfile: {hosts}}}\n",
+    )
+    with pytest.raises(PreflightError, match="a not fit, and still among the nodes though left out"):
+        on_fit_nodes(loaded, tmp_path, examine=examine)
+    assert len(seen) == 2
+
+
 def test_what_cannot_be_left_out_stops_the_job(tmp_path: Path) -> None:
     exclude = "{preflight: [disk], on_fail: exclude_node}"
     with pytest.raises(PreflightError, match="c cannot be left out: the job wants 2 nodes, and 1 of the 2 hosts"):

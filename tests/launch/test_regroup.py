@@ -2,22 +2,28 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from meshwright.clusters.base import StartPlan, StartRequest
+from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import Handle
+from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.ssh import SshOptions, plan_ssh
 from meshwright.launch import relaunch as module
 from meshwright.launch.engines import ssh_hosts
 from meshwright.launch.load import LoadedJob, load_job
+from meshwright.launch.preflight import PreflightError
 from meshwright.launch.regroup import can_return, nodes_back
 from meshwright.launch.relaunch import Relaunch
+from meshwright.launch.report import outcome_of
 from meshwright.launch.request import request_of
 from meshwright.launch.spares import without
 from meshwright.launch.supervise import Interrupts, RunState
+from meshwright.parallel.errors import MeshwrightError
 from tests.launch.test_restarts import AGAIN
 from tests.launch.test_supervise import gone, result
 
@@ -120,6 +126,53 @@ def test_a_machine_at_fault_stays_out_though_it_answers(case: Case) -> None:
     assert case.asked == [(), ()]
 
 
+@pytest.mark.parametrize("error", [UnavailableError("Ray did not place 2 nodes"), PreflightError("gpu9 not fit")])
+def test_a_start_that_cannot_be_had_keeps_what_ended_the_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch, error: MeshwrightError
+) -> None:
+    def refuse(self: Started, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
+        raise error
+
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    names = ("plan.json", "job.json", "excluded.json")
+    before = [(case.run_dir / name).read_text() for name in names]
+    plan = case.state.plan
+    monkeypatch.setattr(Started, "start", refuse)
+    assert case.after(*case.failed("a", 1, evidence="it went up in smoke", exit_code=7)) == []
+    told = case.state.decisions[1]
+    assert (told["again"], told["reason"], told["wait_s"]) == (False, str(error), 0.0)
+    assert (case.state.plan, case.state.attempt) == (plan, 1)
+    assert [(case.run_dir / name).read_text() for name in names] == before
+    outcome = outcome_of(case.state, Verdict(None), [], times_s=(0.0, 1.0))
+    assert (outcome.exit_code, outcome.attempts) == (7, 2)
+    assert outcome.reason == f"it went up in smoke; not started again: {error}"
+
+
+def test_a_lost_node_that_nobody_can_stand_in_for_keeps_its_words(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Started, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
+        raise UnavailableError("none is there")
+
+    monkeypatch.setattr(Started, "start", refuse)
+    assert case.after(gone("b", 255)) == []
+    outcome = outcome_of(case.state, Verdict(None), [], times_s=(0.0, 1.0))
+    assert outcome.exit_code == 69
+    assert outcome.reason == (
+        "the agent of b died (exit code 255); its ranks were ended; not started again: none is there"
+    )
+
+
+def test_nodes_of_another_start_are_examined_as_those_of_the_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def examined(cluster: Started, loaded: LoadedJob, base: Path) -> Started:
+        asked.append(base)
+        return cluster
+
+    monkeypatch.setattr(module, "examined_at_start", examined)
+    assert case.after(gone("b", 255)) == ["a", "c"]
+    assert asked == [case.run_dir.parents[2]]
+
+
 def test_too_few_nodes_end_the_run_with_their_number_and_what_to_do(case: Case) -> None:
     assert case.after(gone("b", 255)) == ["a", "c"]
     assert case.after(gone("c", 255)) == []
@@ -144,3 +197,20 @@ def test_hosts_are_asked_by_the_ssh_of_the_job(tmp_path: Path, case: Case, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert nodes_back(case.loaded, ("b", "c")) == ("c",)
     assert nodes_back(case.loaded, ()) == ()
+
+
+def test_what_the_cluster_left_out_by_itself_stays_out(
+    tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray.yaml").write_text("name: j\ncommand: [python]\nnodes: 2\ncluster: {type: ray}\n")
+    ray, jobs = load_job(tmp_path / "ray.yaml"), list[LoadedJob]()
+    case.relaunch = replace(case.relaunch, loaded=ray, back=lambda loaded, names: ())
+
+    def of(loaded: LoadedJob) -> Started:
+        jobs.append(loaded)
+        return Started(case.loaded, case.plans)
+
+    monkeypatch.setattr(module, "cluster_of", of)
+    told = {"why": "disk: full", "attempt": -1, "step": None, "lost": False, "time_unix_s": 1.0}
+    assert case.after({"event": "left_out", "node": "gpu9", **told}, gone("b", 255))
+    assert jobs[-1].job.as_dict()["cluster"]["exclude"] == ["gpu9", "b"]

@@ -12,9 +12,15 @@ import pytest
 
 from meshwright.clusters.base import Limits, Program, StartPlan, StartRequest
 from meshwright.clusters.blame import Verdict
+from meshwright.clusters.contract import Handle
+from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.local import Machine, plan_local
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.clusters.sweep import carriers
+from meshwright.launch.follow import Run, follow
+from meshwright.launch.load import load_job
+from meshwright.launch.page.document import Live
+from meshwright.launch.page.write import write_page
 from meshwright.launch.relaunch import decision_on_end
 from meshwright.launch.report import outcome_of
 from meshwright.launch.supervise import RunState
@@ -268,3 +274,22 @@ def test_a_machine_at_fault_twice_is_left_out_and_the_run_goes_on_elsewhere(tmp_
     assert [(each["node"], each["attempt"]) for each in told["excluded"]] == [("node1", 1)]
     assert "uncorrectable ECC error" in told["excluded"][0]["why"]
     assert (told["attempts"], "node2:1 | on node2" in done.stdout) == (3, True)
+
+
+def test_a_run_that_cannot_be_followed_leaves_a_page_that_does_not_wait_for_another(tmp_path: Path) -> None:
+    followed = Run(
+        load_job(Path("examples/quickstart.yaml")).job, replace(plan(), run_dir=str(tmp_path)), (0,), (), 1.0
+    )
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+    def start() -> Handle:
+        write_page(tmp_path, state="running", live=Live(0, 1.0))
+        assert "refresh" in (tmp_path / "page.html").read_text()
+        raise UnavailableError("none is there")
+
+    with pytest.raises(UnavailableError, match="none is there"):
+        follow(followed, start)
+    assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 69
+    page = (tmp_path / "page.html").read_text()
+    assert ("refresh" in page, "none is there" in page) == (False, True)

@@ -203,3 +203,10 @@ def test_nodes_are_called_by_what_their_cluster_chose() -> None:
     state, _ = follow(placed, end("10.0.0.2-6f1c", 0, 0), gone("10.0.0.2-6f1c"), max_restarts=1)
     assert [node.name for node in state.plan.nodes] == ["node0", "10.0.0.2-6f1c"]
     assert list(state.losses.codes) == ["10.0.0.2-6f1c"]
+
+
+def test_a_node_that_its_cluster_gave_another_for_is_kept_with_why() -> None:
+    told = {"node": "gpu9", "why": "disk: full", "attempt": -1, "step": None, "lost": False, "time_unix_s": 1.0}
+    state, _ = follow({"event": "left_out", **told})
+    assert state.losses.excluded == [told]
+    assert state.losses.out == ("gpu9",)
