@@ -47,10 +47,7 @@ def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str,
     Raises:
         UnavailableError: when it has fewer, or does not say.
     """
-    opens = options.implementation == "openmpi"
-    deal, flag = (("--map-by", "ppr:1:node"), "--hostfile") if opens else (("-ppn", "1"), "-f")
-    file = (flag, options.hostfile) if options.hostfile else ()
-    words = (options.mpiexec, "-n", str(num_nodes), *file, *deal, *options.extra, options.python, *_SAY_NAME)
+    words = (options.mpiexec, "-n", str(num_nodes), *_deal(options), *options.extra, options.python, *_SAY_NAME)
     try:
         done = subprocess.run(
             words,
@@ -73,6 +70,13 @@ def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str,
             f"{options.mpiexec} gives {len(names)} nodes, the job wants {num_nodes}{why}; write cluster.hostfile"
         )
     return names
+
+
+def _deal(options: "MpiOptions") -> tuple[str, ...]:
+    """Words for one process per node."""
+    opens = options.implementation == "openmpi"
+    deal, flag = (("--map-by", "ppr:1:node"), "--hostfile") if opens else (("-ppn", "1"), "-f")
+    return (flag, options.hostfile, *deal) if options.hostfile else deal
 
 
 def names_of(options: "MpiOptions", num_nodes: int, environment: Mapping[str, str]) -> list[str]:

@@ -26,15 +26,11 @@ def agent_class() -> type:
 
         def start(self, argv: Sequence[str]) -> tuple[str, str]:
             """Starts the agent; returns the address of this node, and Ray's id of it."""
+            import ray
+
             self._agent = subprocess.Popen(
                 list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, bufsize=0
             )
-            return self.place()
-
-        def place(self) -> tuple[str, str]:
-            """The address of this node, and Ray's id of it."""
-            import ray
-
             find: Any = ray.util.get_node_ip_address
             return str(find()), str(ray.get_runtime_context().get_node_id())
 
@@ -55,11 +51,6 @@ def agent_class() -> type:
         def wait(self) -> int:
             """The agent's exit status."""
             return self._agent.wait()
-
-        def end(self) -> None:
-            """Kills the agent with what it started; this actor stays."""
-            if self._agent.poll() is None:
-                os.killpg(self._agent.pid, signal.SIGKILL)
 
     return NodeAgent
 
@@ -159,8 +150,12 @@ class RayLine:
         """Has the actor kill the agent, and keeps the actor."""
         import ray
 
+        def kill(held: Any) -> None:  # local, as the class is
+            if held._agent.poll() is None:
+                os.killpg(held._agent.pid, signal.SIGKILL)
+
         with suppress(ray.exceptions.RayError):
-            self._actor.end.remote()
+            self._actor.__ray_call__.remote(kill)
 
     def send_signal(self, number: int) -> None:
         """Kills the actor; the agent's line breaks, and it ends its ranks."""

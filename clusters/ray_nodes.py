@@ -38,7 +38,15 @@ def through_actors(actors: Sequence[Any]) -> Reached:
     Raises:
         UnavailableError: when one of them is lost.
     """
-    names = [node_name(*place) for place in answered([actor.place.remote() for actor in actors])]
+
+    def place(held: object) -> tuple[str, str]:
+        import ray
+
+        del held
+        find: Any = ray.util.get_node_ip_address
+        return str(find()), str(ray.get_runtime_context().get_node_id())
+
+    names = [node_name(*each) for each in answered([actor.__ray_call__.remote(place) for actor in actors])]
     by_name: Mapping[str, Any] = dict(zip(names, actors, strict=True))
     reaches = tuple(Reach(name, PROBE_ARGV, by="ray") for name in names)
     return Reached(reaches, lambda reach: _line(by_name[reach.name]))
