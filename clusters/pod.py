@@ -34,6 +34,7 @@ from meshwright.clusters.records import clean_line
 from meshwright.clusters.retry import policy_from, spent
 from meshwright.clusters.sending import OF_RANK, Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
+from meshwright.parallel.keyed import derived
 
 __all__ = ["code_of", "goes_on", "main"]
 
@@ -211,7 +212,8 @@ class _Pod:
     def __init__(self, words: Sequence[str]) -> None:
         told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
         times = int(os.environ.pop("MESHWRIGHT_RESTARTS", "") or 0)
-        self.plan, self.index, self.key = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"]), told["KEY"]
+        self.plan, self.index = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"])
+        self.key = derived(bytes.fromhex(told["KEY"]), "start").hex()  # attempts may have the same number again
         self.node, self.run_dir = self.plan["nodes"][self.index], Path(self.plan["run_dir"])
         self._saves, self._lead_s = words[0], float(words[1])
         make_run_dir(self.run_dir, json.loads(told["FILES"]))
