@@ -138,7 +138,7 @@ class _Agent:
         shared = probe is None or (run_dir / probe).exists()
         if not shared:
             make_run_dir(run_dir, self.message["files"])
-            self.sender = Sender(run_dir, self.channel.tell)
+            self.sender = Sender(run_dir, self.channel.tell, ranks=self.node["ranks"])
             conceal_while(self.concealer, Event())
         _open_log(run_dir, self.node["name"])
         self.channel.tell("joined", host=socket.gethostname(), shared=shared)

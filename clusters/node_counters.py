@@ -9,6 +9,7 @@ Files are bounded: the older half of a full one is made half as dense, so that a
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +22,6 @@ from meshwright.clusters.lines import write_all
 from meshwright.clusters.turns import Turns
 from meshwright.clusters.usage import (
     GpuUse,
-    Traffic,
     cpu_ticks,
     gpus_now,
     loopback_bytes,
@@ -41,7 +41,7 @@ Record = Mapping[str, Any]
 _EVERY_S, _FIRST_S = 5.0, 1.0
 _NODES_PER_S = 50
 _OF_ALL, _MOST, _LEAST = 50_000, 1_000, 50
-_NOTHING = Traffic(0, 0)
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 _HIGHEST = ("memory_used_bytes", "gpu_memory_used_bytes", "gpu_temperature_c")
 _NEWEST = ("time_unix_s", "node")
 
@@ -106,8 +106,7 @@ class NodeReader:
     ) -> None:
         self._gpus, self._turns, self._ask = gpus, turns, ask
         self._since_s, self._ticks = time.monotonic(), cpu_ticks()
-        self._loopback = loopback_bytes() or 0
-        self._network, self._rdma = network_traffic() or _NOTHING, rdma_traffic() or _NOTHING
+        self._loopback, self._network, self._rdma = loopback_bytes(), network_traffic(), rdma_traffic()
 
     def read(self) -> dict[str, Any]:
         """What is there, by the names that metrics.jsonl has for it; `gpu_*` of all GPUs of the node."""
@@ -122,13 +121,14 @@ class NodeReader:
         network, rdma, loopback, ticks = network_traffic(), rdma_traffic(), loopback_bytes(), cpu_ticks()
         found: dict[str, Any] = {"memory_used_bytes": memory_used_bytes()}
         if network is not None:
-            more, self._network = network.since(self._network), network
+            more, self._network = network.since(self._network or network), network
             found |= {"network_sent_bytes": more.sent_bytes, "network_received_bytes": more.received_bytes}
         if rdma is not None:
-            more, self._rdma = rdma.since(self._rdma), rdma
+            more, self._rdma = rdma.since(self._rdma or rdma), rdma
             found |= {"rdma_sent_bytes": more.sent_bytes, "rdma_received_bytes": more.received_bytes}
         if loopback is not None:
-            found["loopback_bytes"], self._loopback = max(0, loopback - self._loopback), loopback
+            before = loopback if self._loopback is None else self._loopback
+            found["loopback_bytes"], self._loopback = max(0, loopback - before), loopback
         if ticks is not None and self._ticks is not None and ticks[1] > self._ticks[1]:
             found["cpu_utilisation"] = round((ticks[0] - self._ticks[0]) / (ticks[1] - self._ticks[1]), 4)
         self._ticks = ticks
@@ -195,20 +195,27 @@ class NodeCounters:
 
     def _make_room(self) -> None:
         try:
-            records = [json.loads(line) for line in self._path.read_text().splitlines()]
+            lines = self._path.read_text(errors="replace").splitlines()
         except FileNotFoundError:
-            records = []
-        except ValueError:  # torn, with its disk full or its machine gone
-            self._path.unlink()
-            records = []
+            lines = []
+        records = [record for line in lines if (record := _record(line)) is not None]
         self._count = len(records)
-        while self._count >= self._most:
-            records = thinned(records)
+        while self._count >= self._most or len(lines) > len(records):
+            lines = []
+            records = thinned(records) if self._count >= self._most else records
             self._count = len(records)
             part = self._path.with_name(f".{self._path.name}.part")
             part.unlink(missing_ok=True)
             write_all(part, [_line(each) for each in records])
             os.replace(part, self._path)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line holds; None where it is torn, with its disk full or its machine gone."""
+    with suppress(ValueError):
+        found = json.loads(line)
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _line(record: Record) -> bytes:
@@ -226,5 +233,5 @@ def counters_of(plan: Mapping[str, Any], node: int, turns: Turns | None = None) 
     num_nodes, name = len(plan["nodes"]), plan["nodes"][node]["name"]
     seen = {**os.environ, **dict(plan["nodes"][node]["env"])}
     reader = NodeReader(shown_gpus(seen.get("CUDA_VISIBLE_DEVICES")), turns or Turns())
-    path = Path(plan["run_dir"], FOLDER, f"{name}.jsonl")
+    path = Path(plan["run_dir"], FOLDER, f"{_NOT_IN_NAMES.sub('-', name)}.jsonl")
     return NodeCounters(path, name, read=reader.read, interval_s=interval_of(num_nodes), most=most_of(num_nodes))

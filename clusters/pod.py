@@ -32,15 +32,15 @@ from meshwright.clusters.node_counters import FOLDER, thinned
 from meshwright.clusters.pod_past import Journal
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.retry import policy_from, spent
-from meshwright.clusters.sending import Sender, make_run_dir
+from meshwright.clusters.sending import OF_RANK, Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
+from meshwright.parallel.keyed import derived
 
 __all__ = ["code_of", "goes_on", "main"]
 
 _RETRY_S = 0.5
 _RECORD = re.compile(r"errors/[^/]+\.json|ranks/[0-9]+/error\.json|nodes/[^/]+\.jsonl")
 _MOST_COUNTED = 100
-_OF_RANK = re.compile(r"(?:logs/rank-|errors/rank-|ranks/)([0-9]+)")
 _KEPT = ("started", "exit", "decided", "health", "result")
 _CODES = {"setup_failed": 70, "rendezvous_failed": 76, "error": 70, "stopped": 143, "abandoned": 143}
 Event = Mapping[str, Any]
@@ -108,7 +108,7 @@ class _Printer:
     def __call__(self, event: str, **part: Any) -> None:
         """Takes what was written to a file; error records are kept until the end."""
         name, data = str(part["path"]), base64.b64decode(part["data"])
-        found = _OF_RANK.match(name)
+        found = OF_RANK.match(name)
         if name in self._printed or (found and int(found[1]) not in self._ranks):
             return
         if name.startswith("logs/rank-"):
@@ -220,7 +220,9 @@ class _Pod:
         told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
         restarts = os.environ.pop("MESHWRIGHT_RESTARTS", "")
         self._comes_again, times = bool(restarts), int(restarts or 0)  # told where somebody would start pods again
-        self.plan, self.index, self.key = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"]), told["KEY"]
+        self.plan, self.index = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"])
+        # attempts may have the same number again
+        self.key = derived(bytes.fromhex(told["KEY"]), f"start {times}").hex()
         self.node, self.run_dir = self.plan["nodes"][self.index], Path(self.plan["run_dir"])
         self._words = words
         make_run_dir(self.run_dir, json.loads(told["FILES"]))

@@ -30,7 +30,7 @@ class Journal:
     def keep(self, event: Mapping[str, Any]) -> None:
         """Writes an event down, for the pods of a later start."""
         with suppress(OSError), self._path(self._node).open("a") as file:
-            file.write(json.dumps({"times": self._times, "told": event}) + "\n")
+            file.write("\n" + json.dumps({"times": self._times, "told": event}) + "\n")  # ends one that is torn
 
     def _path(self, node: int | str) -> Path:
         return self._folder / f"events-{node}.jsonl"

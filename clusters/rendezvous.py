@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
 
 from meshwright.clusters.network import bind_free, dial
-from meshwright.parallel.keyed import Keyed
+from meshwright.parallel.keyed import Keyed, derived
 
 __all__ = ["KeyedBackend", "NodeMeeting", "Place", "meet_by_file", "meet_by_store"]
 
@@ -115,12 +115,11 @@ class NodeMeeting(RendezvousHandler):
         inner: torch's handler of the nodes.
         place: where stores listen.
         port: of the stores of ranks, one after the other; None takes any.
-        key: of the run.
+        key: of this attempt at the run: a port is believed in the round of it for which it was said.
     """
 
-    def __init__(self, inner: RendezvousHandler, place: Place, port: int | None = None, *, key: bytes) -> None:
-        self._inner, self._place, self._port = inner, place, port
-        self.key, self._keyed = key, Keyed(key, str(inner.get_run_id()))
+    def __init__(self, inner: Any, place: Place, port: int | None = None, *, key: bytes) -> None:
+        self._inner, self._place, self._port, self.key = inner, place, port, key
         self._store: TCPStore | None = None
 
     @property
@@ -139,15 +138,19 @@ class NodeMeeting(RendezvousHandler):
             if self._port is not None:
                 self._store = None  # lets go of the port
             self._store = self._place.listen(self._port)
-            found.store.set(_KEY_OF_RANKS, self._keyed.signed(_KEY_OF_RANKS, str(self._store.port)))
+            found.store.set(_KEY_OF_RANKS, self._keyed().signed(_KEY_OF_RANKS, str(self._store.port)))
         told = RendezvousStoreInfo(self._place.address, self._port_of_ranks(found.store))
         return RendezvousInfo(found.store, found.rank, found.world_size, told)
 
+    def _keyed(self) -> Keyed:
+        """Of this round, which ends only once every node has left it; torch tells it to nobody."""
+        return Keyed(self.key, f"{self.get_run_id()}, round {self._inner._state_holder.state.round}")
+
     def _port_of_ranks(self, store: Any) -> int:
-        """Where the first node says that ranks meet; what others say is passed over."""
-        end_s = time.monotonic() + _STORE_TIMEOUT.total_seconds()
+        """Where the first node says that ranks meet in this round; what others say is passed over."""
+        keyed, end_s = self._keyed(), time.monotonic() + _STORE_TIMEOUT.total_seconds()
         while time.monotonic() < end_s:
-            text = self._keyed.opened(_KEY_OF_RANKS, store.get(_KEY_OF_RANKS))
+            text = keyed.opened(_KEY_OF_RANKS, store.get(_KEY_OF_RANKS))
             if text is not None:
                 return int(text)
             time.sleep(_LOOK_S)
@@ -193,6 +196,11 @@ def _parameters(plan: Mapping[str, Any], node: int, endpoint: str) -> Rendezvous
     )
 
 
+def _of_attempt(key: bytes, plan: Mapping[str, Any]) -> bytes:
+    """A key with which nothing counts that was written in an attempt before."""
+    return derived(key, f"attempt {len(plan['limits']['past'])}")
+
+
 def meet_by_file(plan: Mapping[str, Any], node: int, *, key: bytes) -> NodeMeeting:
     """A meeting of nodes that are all on this machine: a file of the run directory; ranks' stores are on loopback.
 
@@ -207,7 +215,9 @@ def meet_by_file(plan: Mapping[str, Any], node: int, *, key: bytes) -> NodeMeeti
     parameters = _parameters(plan, node, str(Path(plan["run_dir"], "private", name)))
     backend, store = create_backend(parameters)
     handler = dynamic_rendezvous.create_handler(store, backend, parameters)
-    return NodeMeeting(handler, Place("127.0.0.1", _ANY, everywhere=False), plan["meeting"]["port"], key=key)
+    return NodeMeeting(
+        handler, Place("127.0.0.1", _ANY, everywhere=False), plan["meeting"]["port"], key=_of_attempt(key, plan)
+    )
 
 
 def meet_by_store(plan: Mapping[str, Any], node: int, *, place: Place, store: TCPStore, key: bytes) -> NodeMeeting:
@@ -221,5 +231,6 @@ def meet_by_store(plan: Mapping[str, Any], node: int, *, place: Place, store: TC
         key: of the run.
     """
     parameters = _parameters(plan, node, f"{place.address}:{store.port}")
+    key = _of_attempt(key, plan)
     backend = KeyedBackend(store, plan["run_id"], key)
     return NodeMeeting(dynamic_rendezvous.create_handler(store, backend, parameters), place, key=key)

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,25 @@ def _cannot(path: Path, error: OSError) -> str:
     )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, part: str = "part", if_wanted: Callable[[], bool] = lambda: True) -> None:
     """Writes a file that is whole or absent, also when the machine stops.
+
+    Args:
+        path: the file.
+        text: of it.
+        part: ends the name under which it is written first; of each writer where there may be several.
+        if_wanted: asked once all is written, whether it is to take the place of what is there.
 
     Raises:
         RunDirError: when it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    written = path.with_name(f".{path.name}.{part}")
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+        with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(written, path) if if_wanted() else written.unlink()
     except OSError as error:
         raise RunDirError(f"{path} cannot be written: {error.strerror}; free some space, or set logs.dir") from error
 

@@ -1,12 +1,13 @@
 """What torch itself recorded of this rank's collectives: its flight recorder, which also sees what our notes do not.
 
-torch 2.13 records in memory without being asked, over gloo (collectives only, whose state it leaves at "scheduled") and
-NCCL alike; TORCH_FR_BUFFER_SIZE=0 turns that off, and must be set before groups are made. Where it records nothing, or
-has no such recorder, nothing is claimed. It is asked in a thread, since what hangs may hold its lock.
+torch 2.13 records in memory without being asked: over gloo (collectives only, whose state it leaves at "scheduled") in
+one recorder, over NCCL in another, which torches without NCCL lack. TORCH_FR_BUFFER_SIZE=0 turns that off, and must be
+set before groups are made. Where nothing is recorded, nothing is claimed. It is asked in a thread, since what hangs may
+hold its lock. What a rank says of it is as short on any number of ranks, since each reads it of all.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from zlib import crc32
 
 __all__ = ["Recorded", "Recorder", "Started", "recorded_from", "save"]
 
+_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 _NEWEST = 100
 _RECENT = 32
+_OF_A_GROUP = 2
 _OF_ONE_SIZE = ("all_reduce", "broadcast", "reduce")
-_MOST_STARTED = 8
+_MOST_STARTED = 2
 _ANSWER_S = 2.0
 _SIZES = 60
 
@@ -29,18 +32,16 @@ class Started:
     """A collective that a rank has called and that is not over.
 
     Args:
-        group: name of its process group, alike on all of its ranks.
+        group: backend and name of its process group, alike on all of its ranks, such as "nccl:0".
         number: among the collectives of that group.
         kind: such as "all_reduce".
         words: what people are told of it: the group's description, sizes, element type, state.
-        ranks: that must come to it.
     """
 
     group: str
     number: int
     kind: str
     words: str
-    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Recorded:
     Args:
         started: collectives that are not over, the oldest first.
         last: group -> number of the collective that was called last, where that is known.
-        members: group -> digest of its ranks, since groups may share a name.
-        newest: "group/number" -> what was called, as far as that must be alike on all ranks.
+        members: group of this rank -> digest of its ranks, since groups may share a name.
+        newest: "group/number" -> what was called, as far as that must be alike on all ranks; the last of each group.
     """
 
     started: tuple[Started, ...] = ()
@@ -65,19 +66,19 @@ class Recorded:
         Args:
             others: what other ranks' recorders say.
 
-        >>> call = Started("0", 3, "all_reduce", "", (0, 1))
-        >>> Recorded((call,), {"0": 3}, {"0": 7}).missing({1: Recorded((), {"0": 2}, {"0": 7})})[1]
+        >>> call = Started("gloo:0", 3, "all_reduce", "")
+        >>> Recorded((call,), {"gloo:0": 3}, {"gloo:0": 7}).missing({1: Recorded((), {"gloo:0": 2}, {"gloo:0": 7})})[1]
         {1: 'its last is number 2'}
         """
         for call in self.started:
-            told = {rank: self._why(others[rank], call) for rank in call.ranks if rank in others}
+            told = {rank: self._why(others[rank], call) for rank in sorted(others)}
             absent = {rank: why for rank, why in told.items() if why}
             if absent:
                 return call, absent
         return None
 
     def _why(self, other: "Recorded", call: Started) -> str:
-        """How another rank is known not to have called this: fewer of that group, or something else instead."""
+        """How another rank of that group is known not to have called this: fewer, or something else instead."""
         if call.group not in other.last or other.members.get(call.group) != self.members.get(call.group):
             return ""
         if other.last[call.group] < call.number:
@@ -95,17 +96,20 @@ def recorded_from(saved: Mapping[str, Any]) -> Recorded:
     """
     if not saved:
         return Recorded()
-    started = tuple(Started(**{**each, "ranks": tuple(each["ranks"])}) for each in saved["started"])
-    return Recorded(started, saved["last"], saved["members"], saved["newest"])
+    return Recorded(
+        tuple(Started(**each) for each in saved["started"]), saved["last"], saved["members"], saved["newest"]
+    )
 
 
 def _dump() -> Mapping[str, Any]:
-    """All that torch has; nothing where its recorder is off, or where this torch has none."""
+    """All that torch's recorders have; nothing where they are off, or where this torch has none."""
     from torch._C import _distributed_c10d
 
-    ask: Any = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
-    found: Mapping[str, Any] = {} if ask is None else json.loads(ask(True, False))
-    return found
+    asked: list[Any] = [getattr(_distributed_c10d, name, None) for name in _DUMPS]
+    found: list[dict[str, Any]] = [json.loads(ask(True, False)) for ask in asked if ask is not None]
+    entries = [entry for each in found for entry in each.get("entries") or ()]
+    whole = {key: value for each in found for key, value in each.items()}
+    return {**whole, "entries": sorted(entries, key=lambda entry: entry.get("time_created_ns", 0))}
 
 
 def _groups() -> dict[str, tuple[int, ...]]:
@@ -121,15 +125,29 @@ def _told(dump: Mapping[str, Any], groups: Mapping[str, Sequence[int]]) -> dict[
     if not dump.get("entries"):
         return {}
     calls = [each for each in dump["entries"] if not each["is_p2p"] and each["process_group"][0] in groups]
-    whole = min(each["record_id"] for each in dump["entries"]) == 0  # otherwise the last of a group may be forgotten
-    last: dict[str, int] = dict.fromkeys(groups, 0) if whole else {}
+    last: dict[str, int] = {}
+    for backend in {_backend(each) for each in dump["entries"]}:
+        if min(each["record_id"] for each in dump["entries"] if _backend(each) == backend) == 0:
+            last.update({f"{backend}:{name}": 0 for name in groups})  # otherwise the last of a group may be forgotten
     for each in calls:
-        group = each["process_group"][0]
-        last[group] = max(last.get(group, 0), int(each["collective_seq_id"]))
-    members = {name: crc32(repr(tuple(ranks)).encode()) for name, ranks in groups.items()}
-    newest = {f"{each['process_group'][0]}/{each['collective_seq_id']}": _alike(each) for each in calls[-_RECENT:]}
-    started = list(_started(calls, groups))[:_MOST_STARTED]
-    return {"started": started, "last": last, "members": members, "newest": newest}
+        last[_group(each)] = max(last.get(_group(each), 0), int(each["collective_seq_id"]))
+    members = {name: crc32(repr(tuple(groups[name.partition(":")[2]])).encode()) for name in last}
+    started = [each for each in calls if not each["retired"] and each["state"] != "completed"][:_MOST_STARTED]
+    newest = {
+        f"{_group(each)}/{each['collective_seq_id']}": _alike(each)
+        for each in [*started, *calls[-_RECENT:]]
+        if each in started or int(each["collective_seq_id"]) > last[_group(each)] - _OF_A_GROUP
+    }
+    return {"started": [_started(each) for each in started], "last": last, "members": members, "newest": newest}
+
+
+def _backend(call: Mapping[str, Any]) -> str:
+    """Such as "nccl": each records and counts by itself, also of groups that have several."""
+    return str(call["profiling_name"]).partition(":")[0]
+
+
+def _group(call: Mapping[str, Any]) -> str:
+    return f"{_backend(call)}:{call['process_group'][0]}"
 
 
 def _alike(call: Mapping[str, Any]) -> str:
@@ -142,15 +160,12 @@ def _sizes(call: Mapping[str, Any]) -> str:
     return f"{'/'.join(dict.fromkeys(call['input_dtypes']))} {json.dumps(call['input_sizes'])[:_SIZES]}".lstrip()
 
 
-def _started(calls: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Any]]:
-    for each in calls:
-        if each["retired"] or each["state"] == "completed":
-            continue
-        group, described = each["process_group"]
-        name = f"process group {group}" + (f" ({described})" if described not in ("", "undefined") else "")
-        kind, number = each["profiling_name"].partition(":")[2], int(each["collective_seq_id"])
-        words = f"{kind} number {number} of {name}, {_sizes(each)}, {each['state']}"
-        yield {"group": group, "number": number, "kind": kind, "words": words, "ranks": list(groups[group])}
+def _started(call: Mapping[str, Any]) -> dict[str, Any]:
+    group, described = call["process_group"]
+    name = f"process group {group}" + (f" ({described})" if described not in ("", "undefined") else "")
+    kind, number = call["profiling_name"].partition(":")[2], int(call["collective_seq_id"])
+    words = f"{kind} number {number} of {name}, {_sizes(call)}, {call['state']}"
+    return {"group": _group(call), "number": number, "kind": kind, "words": words}
 
 
 class Recorder:

@@ -61,7 +61,7 @@ class LivePage:
         try:
             now = live.attempt, *self._found()
             if now != self._seen:
-                write_page(self._run_dir, state="running", live=live)
+                write_page(self._run_dir, state="running", live=live, if_wanted=lambda: not self._over.is_set())
                 self._seen = now
         except Exception as error:  # the run is what matters
             self._error = f"{type(error).__name__}: {error}"
@@ -81,7 +81,7 @@ class LivePage:
         return found
 
     def close(self) -> None:
-        """Writes no more, so that who writes the last page is alone."""
+        """Writes no more; a page that is not done by then takes no other's place."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(_LAST_S)

@@ -1,6 +1,7 @@
 """Writes the page of a run beside what it was made from, or where it is asked for."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from meshwright.launch.page.document import Live, document
@@ -13,7 +14,12 @@ PAGE = "page.html"
 
 
 def write_page(
-    run_dir: Path, *, state: str | None = None, output: Path | None = None, live: Live | None = None
+    run_dir: Path,
+    *,
+    state: str | None = None,
+    output: Path | None = None,
+    live: Live | None = None,
+    if_wanted: Callable[[], bool] = lambda: True,
 ) -> Path:
     """Writes one HTML file, readable by this user only; returns where.
 
@@ -22,12 +28,16 @@ def write_page(
         state: how the run stands, where there is no exit record.
         output: the file; page.html in the run directory unless given.
         live: where the run goes on, and its page is written again.
+        if_wanted: of such a page; asked whether it is still to take the place of the one before.
 
     Raises:
         RunDirError: when it cannot be written.
     """
-    path = run_dir / PAGE if output is None else output
-    write_text(path, document(read_view(run_dir, state), live))
+    path, text = run_dir / PAGE if output is None else output, document(read_view(run_dir, state), live)
+    if live is None:
+        write_text(path, text)
+    else:  # the last page may be written meanwhile
+        write_text(path, text, part="live.part", if_wanted=if_wanted)
     return path
 
 

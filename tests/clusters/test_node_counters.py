@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from meshwright.clusters import node_counters
 from meshwright.clusters.node_counters import NodeCounters, NodeReader, counters_of, interval_of, most_of, thinned
 from meshwright.clusters.turns import Turns
-from meshwright.clusters.usage import GpuUse, loopback_bytes
+from meshwright.clusters.usage import GpuUse, Traffic, loopback_bytes
 from tests.lab.nvml import with_gpus
 from tests.launch.waiting import eventually
 
@@ -51,12 +52,27 @@ def test_peaks_stay_and_shares_are_averaged_when_lines_become_one() -> None:
     assert thinned([{"x": 1}]) == [{"x": 1}]
 
 
-def test_a_run_that_starts_again_goes_on_with_its_file_and_a_torn_one_begins_anew(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_goes_on_with_its_file_and_only_torn_lines_are_lost(tmp_path: Path) -> None:
     path = tmp_path / "nodes/n0.jsonl"
     counted(path, most=40, times=39)
     assert len(counted(path, most=40, times=2)) < 40, "lines of before count"
-    path.write_text('{"node": "n0", "cou')
-    assert len(counted(path, most=40, times=2)) == 2
+    path.write_text('{"node": "n0"}\n7\n{"node": "n0", "cou')
+    assert len(counted(path, most=40, times=2)) == 3
+
+
+def test_a_name_with_odd_characters_is_that_of_a_file_that_is_sent(tmp_path: Path) -> None:
+    counters_of({"nodes": [{"name": "fe80::1", "env": []}], "run_dir": str(tmp_path)}, 0).write()
+    assert lines(tmp_path / "nodes/fe80--1.jsonl")[0]["node"] == "fe80::1"
+
+
+def test_what_could_not_be_read_at_the_start_is_no_peak_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("network_traffic", "rdma_traffic", "loopback_bytes"):
+        monkeypatch.setattr(node_counters, name, lambda: None)
+    reader = NodeReader(None, Turns(), lambda gpus: [])
+    for name in ("network_traffic", "rdma_traffic"):
+        monkeypatch.setattr(node_counters, name, lambda: Traffic(10**12, 10**12))
+    monkeypatch.setattr(node_counters, "loopback_bytes", lambda: 10**12)
+    assert {value for key, value in reader.read().items() if key.endswith("_bytes") and "memory" not in key} == {0}
 
 
 def test_a_disk_that_takes_nothing_is_no_error(tmp_path: Path) -> None:

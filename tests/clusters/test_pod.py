@@ -16,7 +16,7 @@ from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequ
 from meshwright.clusters.kubernetes import plan_kubernetes
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions
 from meshwright.clusters.network import bind_free, interfaces
-from meshwright.clusters.pod import code_of, goes_on
+from meshwright.clusters.pod import _Pod, code_of, goes_on
 from meshwright.clusters.retry import RetryPolicy
 from tests.launch.waiting import eventually
 
@@ -287,3 +287,18 @@ def test_an_agent_that_dies_without_a_word_is_a_failure() -> None:
     assert code_of([], -9) == 137
     assert code_of([], 0) == 70
     assert code_of([{"event": "result", "state": "rendezvous_failed", "message": ""}], 0) == 76
+
+
+def test_nothing_that_pods_of_another_start_signed_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(index: int, times: int) -> str:
+        node = {"name": "n", "ranks": [0]}
+        plan = {"nodes": [node, node], "run_dir": str(tmp_path / "run"), "secrets": [], "limits": {}}
+        told = {"MESHWRIGHT_PLAN": json.dumps(plan), "MESHWRIGHT_FILES": "{}", "MESHWRIGHT_KEY": "ab" * 32}
+        told |= {"JOB_COMPLETION_INDEX": str(index), "MESHWRIGHT_RESTARTS": str(times)}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        return _Pod(("USR2", "1")).key
+
+    keys = [[key(index, times) for index in (0, 1)] for times in (0, 1, 2)]
+    assert [len(set(each)) for each in keys] == [1, 1, 1], "pods of one start have the same"
+    assert len({each[0] for each in keys}) == 3

@@ -1,5 +1,6 @@
 """Nodes meet over a store that listens on one address, and believe only what is signed with the key of their run."""
 
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -8,12 +9,13 @@ import pytest
 from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousStateError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
+from meshwright.clusters import rendezvous
 from meshwright.clusters.rendezvous import KeyedBackend, NodeMeeting, Place, meet_by_store
-from meshwright.parallel.keyed import Keyed
+from meshwright.parallel.keyed import Keyed, derived
 
 KEY = bytes(range(32))
 PLACE = Place("127.0.0.1", (29400, 29999), everywhere=False)
-PLAN: dict[str, Any] = {"run_id": "r1", "nodes": [{}, {}], "limits": {"join_timeout_s": 30.0}}
+PLAN: dict[str, Any] = {"run_id": "r1", "nodes": [{}, {}], "limits": {"join_timeout_s": 30.0, "past": []}}
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ def both(nodes: list[NodeMeeting]) -> list[RendezvousInfo]:
 
 
 def test_where_ranks_meet_is_believed_of_the_first_node_only(capfd: pytest.CaptureFixture[str]) -> None:
-    store, writer = PLACE.listen(), Keyed(KEY, "r1")
+    store, writer = PLACE.listen(), Keyed(derived(KEY, "attempt 0"), "r1, round 0")
     node = meet_by_store(PLAN, 1, place=PLACE, store=PLACE.join(store.port), key=KEY)
     name = "meshwright_store_of_ranks"
     store.set(name, "4444")
@@ -92,6 +94,33 @@ def test_where_ranks_meet_is_believed_of_the_first_node_only(capfd: pytest.Captu
     thread.join(60)
     assert found == [29777]
     assert capfd.readouterr().err.count(f"{name} in the store was not written by this run") == 1
+
+
+def test_where_ranks_met_in_another_round_or_attempt_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, name = PLACE.listen(), "meshwright_store_of_ranks"
+    monkeypatch.setattr(rendezvous, "_STORE_TIMEOUT", timedelta(seconds=0.3))
+
+    def told(attempt: int, now: int) -> int:
+        plan = {**PLAN, "limits": {**PLAN["limits"], "past": [{}] * attempt}}
+        node = meet_by_store(plan, 1, place=PLACE, store=store, key=KEY)
+        node._inner._state_holder.state.round = now
+        return node._port_of_ranks(store)
+
+    store.set(name, Keyed(derived(KEY, "attempt 1"), "r1, round 2").signed(name, "29777"))
+    assert told(1, 2) == 29777
+    for attempt, now in ((1, 1), (1, 3), (0, 2), (2, 2)):
+        with pytest.raises(RendezvousStateError, match="did not say where ranks meet"):
+            told(attempt, now)
+
+
+def test_a_state_of_another_attempt_is_not_that_of_this_one() -> None:
+    store = PLACE.listen()
+    again = {**PLAN, "limits": {**PLAN["limits"], "past": [{}]}}
+    first, second = (meet_by_store(plan, 0, place=PLACE, store=store, key=KEY) for plan in (PLAN, again))
+    first._inner._state_holder.mark_dirty()
+    assert first._inner._state_holder.sync()
+    with pytest.raises(RendezvousStateError, match="not written by a node of this run"):
+        second._inner._state_holder.sync()
 
 
 def test_two_nodes_meet_and_every_round_has_a_new_store_of_ranks() -> None:

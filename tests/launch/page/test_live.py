@@ -1,5 +1,6 @@
 """While a run goes on, its page is written again where something is new; whatever befalls it, the run is left alone."""
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from meshwright.clusters.base import Limits, Meeting, StartPlan
 from meshwright.launch.page import live
 from meshwright.launch.page.live import LivePage
+from meshwright.launch.page.write import write_page
 from meshwright.launch.supervise import RunState
 from tests.launch.page.made import write_run
 
@@ -111,6 +113,33 @@ def test_a_file_system_that_hangs_keeps_nobody_and_gets_no_second_page(
     page(state(9))
     go_on.set()
     assert times == [1]
+
+
+def test_a_page_that_comes_late_does_not_take_the_place_of_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, began, go_on, sync = write_run(tmp_path / "r"), threading.Event(), threading.Event(), os.fsync
+
+    def hang(file: int) -> None:
+        if threading.current_thread().name == "page":
+            began.set()
+            go_on.wait(60)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", hang)
+    monkeypatch.setattr(live, "_LAST_S", 0.05)
+    page = LivePage(run_dir, print, every_s=0.0)
+    page(state())
+    assert began.wait(60)
+    page.close()
+    write_page(run_dir, state="succeeded")
+    last = (run_dir / "page.html").read_text()
+    go_on.set()
+    assert page._thread is not None
+    page._thread.join(60)
+    assert (run_dir / "page.html").read_text() == last
+    assert "succeeded" in last
+    assert not list(run_dir.glob(".page*")), "nothing is left behind"
 
 
 def test_a_page_that_takes_long_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
