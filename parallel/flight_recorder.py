@@ -125,12 +125,7 @@ def _told(dump: Mapping[str, Any], groups: Mapping[str, Sequence[int]]) -> dict[
     if not dump.get("entries"):
         return {}
     calls = [each for each in dump["entries"] if not each["is_p2p"] and each["process_group"][0] in groups]
-    last: dict[str, int] = {}
-    for backend in {_backend(each) for each in dump["entries"]}:
-        if min(each["record_id"] for each in dump["entries"] if _backend(each) == backend) == 0:
-            last.update({f"{backend}:{name}": 0 for name in groups})  # otherwise the last of a group may be forgotten
-    for each in calls:
-        last[_group(each)] = max(last.get(_group(each), 0), int(each["collective_seq_id"]))
+    last = _last(dump["entries"], calls, groups)
     members = {name: crc32(repr(tuple(groups[name.partition(":")[2]])).encode()) for name in last}
     started = [each for each in calls if not each["retired"] and each["state"] != "completed"][:_MOST_STARTED]
     newest = {
@@ -139,6 +134,18 @@ def _told(dump: Mapping[str, Any], groups: Mapping[str, Sequence[int]]) -> dict[
         if each in started or int(each["collective_seq_id"]) > last[_group(each)] - _OF_A_GROUP
     }
     return {"started": [_started(each) for each in started], "last": last, "members": members, "newest": newest}
+
+
+def _last(
+    entries: Sequence[Mapping[str, Any]], calls: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    last: dict[str, int] = {}
+    for backend in {_backend(each) for each in entries}:
+        if min(each["record_id"] for each in entries if _backend(each) == backend) == 0:
+            last.update({f"{backend}:{name}": 0 for name in groups})  # otherwise the last of a group may be forgotten
+    for each in calls:
+        last[_group(each)] = max(last.get(_group(each), 0), int(each["collective_seq_id"]))
+    return last
 
 
 def _backend(call: Mapping[str, Any]) -> str:
