@@ -198,7 +198,7 @@ class NodeCounters:
             lines = self._path.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             lines = []
-        records = [record for line in lines if (record := _record(line)) is not None]
+        records: list[Mapping[str, Any]] = [record for line in lines if (record := _record(line)) is not None]
         self._count = len(records)
         while self._count >= self._most or len(lines) > len(records):
             lines = []
