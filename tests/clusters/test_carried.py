@@ -234,7 +234,9 @@ def _ray(place: Place, found: Given) -> None:
     actor = agent_class()()
     with pytest.MonkeyPatch.context() as patch:
         util = types.SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1")
-        patch.setitem(sys.modules, "ray", types.SimpleNamespace(util=util))
+        context = types.SimpleNamespace(get_node_id=lambda: "6f1c")
+        pretended = types.SimpleNamespace(util=util, get_runtime_context=lambda: context)
+        patch.setitem(sys.modules, "ray", pretended)
         actor.start(["cat"])
     message = {"plan": asdict(plan), "node": 0, "secrets": found[2]}
     line = json.dumps(message).encode() + b"\n"
@@ -361,6 +363,10 @@ def test_a_run_directory_that_sbatch_would_read_otherwise_is_refused(name: str, 
         plan_slurm(replace(place.request((), {}, {}), run_dir=Path("/runs") / name), SlurmOptions())
 
 
+SAVES = ("USR2", "180")
+"""How a pod is told by what signal ranks save, and for how long."""
+
+
 @examples
 @given(tail=ANY.filter(lambda word: not re.search(r"[\ud800-\udfff]", word)))
 def test_kubernetes_expands_nothing_in_the_command_of_a_pod(tail: str, place: Place) -> None:
@@ -371,7 +377,7 @@ def test_kubernetes_expands_nothing_in_the_command_of_a_pod(tail: str, place: Pl
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     command = pod["containers"][0]["command"]
     assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", command[0])
-    assert [_expanded(word) for word in command] == [f"/opt/{tail}", "-u", "-m", "meshwright.clusters.pod"]
+    assert [_expanded(word) for word in command] == [f"/opt/{tail}", "-u", "-m", "meshwright.clusters.pod", *SAVES]
 
 
 def test_bytes_that_a_manifest_cannot_hold_are_refused(place: Place) -> None:

@@ -14,7 +14,7 @@ NODES = [{"name": "a", "index": 0}, {"name": "b", "index": 1}]
 
 
 def message(node: int, join_timeout_s: float = 20.0) -> dict[str, Any]:
-    limits = {"join_timeout_s": join_timeout_s}
+    limits = {"join_timeout_s": join_timeout_s, "past": []}
     plan = {"run_id": "r1", "run_dir": "/nowhere", "meeting": MEETING, "nodes": NODES, "limits": limits}
     return {"plan": plan, "node": node, "key": "00" * 32}
 

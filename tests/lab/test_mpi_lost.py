@@ -32,7 +32,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     lacking = missing_for_hosts()
     if lacking:
         pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
-    found = Hosts(tmp_path_factory.mktemp("mpi") / "lab", 3, token=os.getpid() + 7000)
+    found = Hosts(tmp_path_factory.mktemp("mpi") / "lab", 3, token=os.getpid() + 7777)
     try:
         found.up()
         found.wait()

@@ -55,7 +55,6 @@ def test_a_job_for_an_mpi_that_is_not_here_is_one_line(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("cluster: {type: mpi}\nfailure: {max_restarts: 2}\n", "failure.max_restarts"),
         ("cluster: {type: mpi}\nresources: {gpus_per_node: 2}\n", "resources.gpus_per_node"),
         ("cluster: {type: ray}\nresources: {gpu_type: H100}\n", "resources.gpu_type"),
         ("cluster: {type: kubernetes, image: x}\nrendezvous: {interface: eth0}\n", "rendezvous.interface"),
