@@ -171,6 +171,8 @@ def test_mpi_examines_the_hosts_of_its_file(
     code, told, said = _checked(far)
     assert (code, told.get("sick")) == (78, ["h2"]), said
     assert _bad(told) == [("disk", "h2")]
+    if kind == "mpich":  # which says nothing of a host that it does not reach, for the minute that each has to answer
+        return
     code, told, said = _checked(far, "--check", "ssh", "--set", "nodes=3")
     assert (code, told["sick"], told["healthy"]) == (78, ["h9"], ["h1", "h2"]), said
     assert "Could not resolve" in told["verdicts"][-1]["found"]
