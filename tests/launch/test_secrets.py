@@ -24,9 +24,11 @@ print("here", token, flush=True)
 sys.stdout.write("and " + token[:6]); sys.stdout.flush()
 time.sleep(0.3)
 print(token[6:], repr(token), json.dumps(token), flush=True)
-pathlib.Path(f"up-{rank}").touch()
+attempt = os.environ["MESHWRIGHT_ATTEMPT"]
+pathlib.Path(f"up-{attempt}-{rank}").touch()
 while not os.path.exists("looked"): time.sleep(0.05)
 if rank: time.sleep(60)
+while not os.path.exists(f"up-{attempt}-1"): time.sleep(0.05)  # half a secret is none that could be masked
 try:
     raise RuntimeError(token)
 except RuntimeError:
@@ -75,7 +77,7 @@ def test_a_secret_that_a_rank_prints_and_dies_of_is_nowhere(tmp_path: Path, kind
     run_dir = tmp_path / "runs/j" / run_id
     try:
         said = typed(tmp_path, "launch", "job.yaml", "--run-id", run_id, "--detach")
-        assert eventually(lambda: len(list(tmp_path.glob("up-*"))) == 2), said
+        assert eventually(lambda: len(list(tmp_path.glob("up-0-*"))) == 2), said
         assert eventually(lambda: not holding(run_dir / "logs"), 20), "while it runs, too"
         said += typed(tmp_path, "ps") + typed(tmp_path, "logs", run_id)
         (tmp_path / "looked").touch()
