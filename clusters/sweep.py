@@ -17,6 +17,8 @@ from pathlib import Path
 __all__ = ["carriers", "main", "sweep"]
 
 _PROC = Path("/proc")
+_LOOKS = 2
+_PAUSE_S = 0.01
 
 
 def _state(pid: int) -> str:
@@ -44,17 +46,18 @@ def carriers(run_id: str, node: int | None = None, attempt: int | None = None) -
 
 
 def sweep(run_id: str, node: int | None = None, attempt: int | None = None, *, timeout_s: float = 5.0) -> int:
-    """Kills every process that carries the run id, again and again until none is left; tells how many it hit."""
+    """Kills every process that carries the run id, again and again until none is left; tells how many it hit.
+
+    None is left when two looks find none: the environment of a process that just executes a program cannot be read.
+    """
     end_s = time.monotonic() + timeout_s
     hit: set[int] = set()
-    while time.monotonic() < end_s:
+    looks = 0
+    while looks < _LOOKS and time.monotonic() < end_s:
+        time.sleep(_PAUSE_S if looks or hit else 0.0)
         found = list(carriers(run_id, node, attempt))
-        if not found:
-            break
-        for pid in found:
-            if _kill(pid, run_id):
-                hit.add(pid)
-        time.sleep(0.01)
+        looks = 0 if found else looks + 1
+        hit.update(pid for pid in found if _kill(pid, run_id))
     return len(hit)
 
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from meshwright.clusters import sweep as module
 from meshwright.clusters.sweep import carriers, sweep
 
@@ -52,3 +54,17 @@ def test_who_sweeps_after_an_attempt_leaves_the_next_one_alone() -> None:
         for each in attempts:
             each.kill()
             each.wait()
+
+
+def test_a_process_that_one_look_misses_since_it_just_executes_a_program_is_found_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_id, look, missed = f"missed-{os.getpid()}", module.carriers, [True]
+    child = subprocess.Popen(["sleep", "60"], env=os.environ | {"MESHWRIGHT_RUN_ID": run_id}, start_new_session=True)
+    monkeypatch.setattr(module, "carriers", lambda *asked: () if missed and missed.pop() else look(*asked))
+    try:
+        assert sweep(run_id) == 1
+        assert child.wait(5) == -9
+    finally:
+        child.kill()
+        child.wait()
