@@ -58,7 +58,7 @@ def lost_in_mpi(code: int, log: str) -> str:
             return f"{words.format(host=found[1])} (mpiexec ended with code {code})"
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip(" -=\t")), "")
     said = f": {last[:200]}" if last else ""
-    return f"mpiexec ended with code {code} and does not say which host was lost{said}; see logs/mpiexec.log"
+    return f"mpiexec ended with code {code} and names no host that it lost{said}; see logs/mpiexec.log"
 
 
 def lost_in_ray(name: str, address: str, error: str) -> str:

@@ -48,8 +48,8 @@ HYDRA = """\
         (ORTE.replace("ORTE", "PRTE").replace("[[16919,0],3]", "[prterun-h1-34@0,1]"), "host h7 was lost"),
         (HYDRA, "a process on host h3 was killed"),
         ("ssh: connect to host h2 port 22: No route to host\n", "host h2 cannot be reached"),
-        ("something\nelse\n---\n", "does not say which host was lost: else; see logs/mpiexec.log"),
-        ("", "does not say which host was lost; see"),
+        ("something\nelse\n---\n", "names no host that it lost: else; see logs/mpiexec.log"),
+        ("", "names no host that it lost; see"),
     ],
 )
 def test_both_mpis_name_the_host_in_their_own_words(log: str, words: str) -> None:
