@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.lab.hosts import Hosts, missing_for_hosts
+from tests.lab.hosts import Hosts, missing_for_hosts, pretended
 
 __all__ = ["NODES", "Nodes", "here_environment", "hosts", "loopback"]
 
@@ -69,14 +69,8 @@ def hosts() -> Iterator[Nodes]:
     """
     if lacking := missing_for_hosts():
         raise SystemExit(f"no hosts here: {lacking}")
-    with tempfile.TemporaryDirectory(prefix="meshwright-hosts-") as folder:
-        found = Hosts(Path(folder), NODES)
-        try:
-            found.up()
-            found.wait()
-            yield _reached(found)
-        finally:
-            found.down()
+    with tempfile.TemporaryDirectory(prefix="meshwright-hosts-") as folder, pretended(Path(folder), NODES) as found:
+        yield _reached(found)
 
 
 def _reached(found: Hosts) -> Nodes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.hosts import Hosts, missing_for_hosts
+from tests.lab.hosts import Hosts, missing_for_hosts, pretended
 from tests.lab.launches import QUICKSTART, Launch, losses
 from tests.lab.slurm import Slurm, missing_for_slurm
 
@@ -56,13 +56,8 @@ def apart(lab_folder: Path) -> Path:
 def hosts(lab_folder: Path, apart: Path) -> Iterator[Hosts]:
     """Two hosts with sshd."""
     _or_say(missing_for_hosts())
-    found = Hosts(lab_folder)
-    try:
-        found.up(private=apart)
-        found.wait()
+    with pretended(lab_folder, private=apart) as found:
         yield found
-    finally:
-        found.down()
 
 
 @pytest.fixture(scope="session")

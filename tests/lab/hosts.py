@@ -10,11 +10,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["WITH_US", "Host", "Hosts", "missing_for_hosts", "run"]
+__all__ = ["WITH_US", "Host", "Hosts", "missing_for_hosts", "pretended", "run"]
 
 WITH_US = ("setpriv", "--pdeathsig", "KILL")
 """Before the words of a daemon: it ends when we do, however that is."""
@@ -220,3 +220,17 @@ class Hosts:
             run("ip", "link", "del", f"{self._veth}{index}", check=False)
             run("ip", "netns", "del", host.namespace, check=False)
         run("ip", "link", "del", self.bridge, check=False)
+
+
+@contextmanager
+def pretended(
+    folder: Path, number: int = 2, *, token: int | None = None, private: Path | None = None
+) -> Iterator[Hosts]:
+    """Hosts that answer, for a while; see `Hosts`, and `up` for `private`."""
+    found = Hosts(folder, number, token=token)
+    try:
+        found.up(private=private)
+        found.wait()
+        yield found
+    finally:
+        found.down()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.sweep import carriers
-from tests.lab.hosts import Host, Hosts, missing_for_hosts
+from tests.lab.hosts import Host, Hosts, missing_for_hosts, pretended
 from tests.lab.launches import Launch, finish, write_job, write_training
 from tests.lab.test_ssh import SLEEP, cluster
 from tests.launch.waiting import eventually, kill_all
@@ -28,13 +28,8 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     lacking = missing_for_hosts()
     if lacking:
         pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
-    found = Hosts(tmp_path_factory.mktemp("lost") / "lab", 5, token=os.getpid() + 5000)
-    try:
-        found.up()
-        found.wait()
+    with pretended(tmp_path_factory.mktemp("lost") / "lab", 5, token=os.getpid() + 5000) as found:
         yield found
-    finally:
-        found.down()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from meshwright.clusters.sweep import carriers
-from tests.lab.hosts import Hosts, missing_for_hosts
+from tests.lab.hosts import Hosts, missing_for_hosts, pretended
 from tests.lab.launches import Launch, finish
 from tests.lab.test_mpi import mpiexec
 from tests.launch.own import own
@@ -32,13 +32,8 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     lacking = missing_for_hosts()
     if lacking:
         pytest.skip(f"THE LAB IS NOT RUN: {lacking}")
-    found = Hosts(tmp_path_factory.mktemp("mpi") / "lab", 3, token=os.getpid() + 7777)
-    try:
-        found.up()
-        found.wait()
+    with pretended(tmp_path_factory.mktemp("mpi") / "lab", 3, token=os.getpid() + 7777) as found:
         yield found
-    finally:
-        found.down()
 
 
 def cluster(lab: Hosts, mpiexec: str, folder: Path, hosts: tuple[str, ...]) -> dict[str, Any]:
