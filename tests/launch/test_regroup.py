@@ -12,6 +12,7 @@ from meshwright.clusters.base import StartPlan, StartRequest
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import Handle
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.request import Secret
 from meshwright.clusters.ssh import SshOptions, plan_ssh
 from meshwright.launch import relaunch as module
 from meshwright.launch.engines import ssh_hosts
@@ -106,6 +107,15 @@ def test_a_host_that_is_back_takes_part_from_the_next_restart_on(case: Case) -> 
     told, job = (json.loads((case.run_dir / name).read_text()) for name in ("excluded.json", "job.json"))
     assert [(each["node"], "back_unix_s" in each) for each in told] == [("b", True)]
     assert job["parallel"]["dp"] == 3
+
+
+def test_no_secret_of_what_is_told_of_an_end_is_in_the_plan_of_the_next_start(case: Case) -> None:
+    program = replace(case.relaunch.request.program, secrets=(Secret("TOKEN", "from_env TOKEN", "hunter22"),))
+    case.relaunch = replace(case.relaunch, request=replace(case.relaunch.request, program=program))
+    assert case.after({**gone("b"), "exit_code": 69, "message": "ValueError: hunter22 refused"}) == ["a", "c"]
+    (before,) = case.plans[-1].limits.past
+    assert before.failure.evidence == "ValueError: *** refused"
+    assert all("hunter22" not in path.read_text() for path in (case.run_dir / "plan.json", case.run_dir / "job.json"))
 
 
 def test_a_host_that_stays_away_is_asked_again_and_one_lost_twice_is_not(case: Case) -> None:
