@@ -37,6 +37,8 @@ def change_words(before: Sequence[str], now: Sequence[str] | int, excludes: Sequ
     'on other nodes than 10.0.0.2-6f1c'
     >>> change_words(("10.0.0.2-6f1c", "10.0.0.3-21aa"), 1, ("10.0.0.2-6f1c",))
     'it shrinks from 2 nodes to 1, without 10.0.0.2-6f1c'
+    >>> change_words(("10.0.0.2-6f1c",), 3, ())
+    'it grows from 1 node to 3'
     """
     known = () if isinstance(now, int) else now
     new, lost = ", ".join(name for name in known if name not in before), ", ".join(excludes)
@@ -50,9 +52,8 @@ def change_words(before: Sequence[str], now: Sequence[str] | int, excludes: Sequ
 
 def _resized(before: int, now: int, *, new: str, lost: str) -> str:
     sides = [f"without {lost}" if lost else "", f"with {new}" if new else ""]
-    return ", ".join(
-        [f"it {'shrinks' if now < before else 'grows'} from {before} nodes to {now}", *filter(None, sides)]
-    )
+    verb, noun = "shrinks" if now < before else "grows", "node" if before == 1 else "nodes"
+    return ", ".join([f"it {verb} from {before} {noun} to {now}", *filter(None, sides)])
 
 
 def can_return(cluster: Cluster | Queue, loaded: LoadedJob) -> bool:

@@ -116,7 +116,7 @@ def test_an_elastic_training_takes_the_nodes_there_are_and_goes_on_without_one_t
     assert launcher.returncode == 0, output
     assert not list(carriers(far.run_id))
     assert "ranks start on 2 of at most 3 nodes, as many as ray has for them (dp=2, num_microbatches=2)" in output
-    assert f"it shrinks from 2 nodes to 1, without {lost} (1 rank, num_microbatches=3)" in output
+    assert f"it shrinks from 2 nodes to 1, without {lost} (one rank, num_microbatches=3)" in output
     told, now = (json.loads((run_dir / name).read_text()) for name in ("exit.json", "job.json"))
     assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([2, 1], [lost])]
     assert (now["nodes"], now["parallel"]["dp"], now["parallel"]["num_microbatches"]) == (1, 1, 3)
