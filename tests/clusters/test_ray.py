@@ -129,14 +129,16 @@ def test_an_elastic_run_is_refused_where_fewer_nodes_than_its_min_could_ever_run
         cluster.check(plan)
 
 
-def test_an_elastic_run_does_not_wait_for_nodes_that_are_not_there(three: list[dict[str, Any]]) -> None:
+def test_an_elastic_run_does_not_wait_for_nodes_that_are_not_there(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
-    cluster = RayCluster(RayOptions("a:1"))
+    placements, cluster = Placements(monkeypatch, lambda count, seconds: False), RayCluster(RayOptions("a:1"))
     plan = cluster.plan(ELASTIC)
     three[0] |= {"Alive": False}
     with pytest.raises(FewerNodesError, match="of Ray's nodes 2 can run it") as raised:
         cluster._begun(plan)
-    assert raised.value.have == 2
+    assert (raised.value.have, placements.asked) == (2, [])
 
 
 def test_a_node_that_does_not_pass_shrinks_an_elastic_run(
