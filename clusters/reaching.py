@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from typing import IO, Any, Protocol
 
 from meshwright.clusters.evidence import Reach
 
-__all__ = ["Carrier", "Line", "Reached", "Visit", "carried", "reached_by", "unique_names"]
+__all__ = ["Carrier", "Line", "Reached", "Visit", "answering", "carried", "reached_by", "unique_names"]
 
 _END_S = 2.0
 _TELLING = re.compile(
@@ -205,6 +206,36 @@ def reached_by(words: Mapping[str, Sequence[str]], by: str, visit: Visit) -> Ite
     """
     reaches = tuple(Reach(name, tuple(each), by) for name, each in words.items())
     yield Reached(reaches, partial(carried, environment=visit.environment))
+
+
+def answering(words: Mapping[str, Sequence[str]], within_s: float) -> tuple[str, ...]:
+    """Nodes on which something can be run now, all asked at once.
+
+    Args:
+        words: node -> what runs something there that ends with 0.
+        within_s: how long they have for it.
+
+    >>> answering({"a": ["true"], "b": ["false"], "c": ["sleep", "60"]}, 0.5)
+    ('a',)
+    """
+    null, until_s = subprocess.DEVNULL, time.monotonic() + within_s
+    asked = {
+        name: subprocess.Popen(each, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        for name, each in words.items()
+    }
+    return tuple(name for name, each in asked.items() if _ended_well(each, until_s))
+
+
+def _ended_well(process: "subprocess.Popen[bytes]", until_s: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(max(0.0, until_s - time.monotonic())) == 0
+    process.terminate()  # what mpiexec started is ended by it alone
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return False
 
 
 def unique_names(places: Sequence[tuple[str, str]]) -> list[str]:

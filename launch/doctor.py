@@ -15,6 +15,7 @@ from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.ssh import SshOptions, ssh_words
 from meshwright.clusters.verdicts import Diagnosis
 from meshwright.launch.exits import Exit
+from meshwright.launch.given import counted
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of
@@ -104,8 +105,9 @@ def reached_for(options: DoctorOptions, loaded: LoadedJob | None, base: Path) ->
         with reached_by(named or {"node0": PROBE_ARGV}, "ssh" if named else "here", visit) as found:
             yield found
         return
-    request = request_of(loaded, "doctor", base=base, reveal=False)
-    with cluster_of(loaded).reached(request, visit) as found:
+    cluster, request = cluster_of(loaded), request_of(loaded, "doctor", base=base, reveal=False)
+    request = request_of(counted(cluster, loaded, request), "doctor", base=base, reveal=False)
+    with cluster.reached(request, visit) as found:
         yield found
 
 

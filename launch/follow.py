@@ -75,7 +75,7 @@ class Run:
 
 def follow(
     run: Run,
-    start: Callable[[], Handle],
+    start: Callable[[RunState], Handle],
     *,
     keep: Callable[[Outcome, RunState], bool] = lambda outcome, state: True,
     relaunch: "Relaunch | None" = None,
@@ -85,7 +85,7 @@ def follow(
 
     Args:
         run: what is started.
-        start: the one thing that starts it.
+        start: the one thing that starts it; it may do so by another plan, which it leaves in the state.
         keep: whether the end is the end; otherwise no exit record is written.
         relaunch: starts a run again of which nothing is left.
         signals: what collects them, where not all end the run.
@@ -97,7 +97,7 @@ def follow(
         state = RunState.of(run.plan)
         try:
             with closing(_Output(run)) as stream:
-                handle: Handle | None = start()
+                handle: Handle | None = start(state)
                 while handle is not None:
                     supervise(handle, state, interrupts, watchers=stream.watchers, mask=run.mask)
                     handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)

@@ -74,8 +74,8 @@ def run_of(folder: Path) -> Run:
     return Run(job, plan_local(request, Machine("box", 2)), None, ("hunter22",), 1.0)
 
 
-def raising(error: Exception) -> Callable[[], Any]:
-    def start() -> Any:
+def raising(error: Exception) -> Callable[[object], Any]:
+    def start(state: object) -> Any:
         raise error
 
     return start
@@ -102,7 +102,7 @@ def test_a_run_that_cannot_be_started_has_a_record_that_says_why(
 def test_a_run_that_cannot_be_followed_is_ended_and_recorded(tmp_path: Path) -> None:
     handle = _Full(failed(errno.EMFILE))
     with pytest.raises(UnavailableError, match="Too many open files"):
-        follow(run_of(tmp_path), lambda: handle)
+        follow(run_of(tmp_path), lambda state: handle)
     assert handle.killed
     assert json.loads((tmp_path / "r1/exit.json").read_text())["exit_code"] == 69
 
@@ -117,5 +117,5 @@ def test_a_disk_that_is_full_is_said_though_no_record_can_be_written(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunDirError, match="its logs cannot be written: No space left"):
-        follow(run, lambda: _Full(failed(errno.ENOSPC)))
+        follow(run, lambda state: _Full(failed(errno.ENOSPC)))
     assert not (tmp_path / "r1/exit.json").exists()
