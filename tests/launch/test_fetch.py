@@ -1,8 +1,6 @@
 """Runs in Kubernetes from any terminal: pods are processes here, kubectl and its controllers are pretended."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,13 @@ import yaml
 
 from meshwright.clusters.contract import Job, Lost, Said
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.network import interfaces
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.cli import main
 from meshwright.launch.fetch import end_of, fetch, note_cancelled
 from meshwright.launch.runs import Known
 from tests.launch.own import own
-from tests.launch.pretend_kubectl import write_kubectl
+from tests.launch.pods import clusters_at
+from tests.launch.pods import pod_job as job
 from tests.launch.typed import begin, meshwright
 from tests.launch.waiting import eventually, kill_all
 
@@ -41,26 +39,7 @@ RAISE = FAIL.replace("raise SystemExit(7) from ", "raise ")
 @pytest.fixture
 def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kubectl with two clusters, of which the job names the one that is not current."""
-    if all(address.startswith("127.") for address in interfaces().values()):
-        pytest.skip("this machine has no address besides loopback, at which pods could meet")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("TOKEN", "tok-123")
-    return write_kubectl(tmp_path / "bin", "dev", "arn:aws:eks:eu:1:cluster/prod")
-
-
-def job(folder: Path, code: str, **more: object) -> Path:
-    cluster = {"type": "kubernetes", "image": "x", "namespace": "train", "secret": "tokens", "python": sys.executable}
-    told = {
-        "name": "j",
-        "command": [sys.executable, "-c", code],
-        "nodes": 2,
-        "nproc_per_node": 1,
-        "secrets": {"TOKEN": {"from_env": "TOKEN"}},
-        "failure": {"shutdown_grace": "2s"},
-        "cluster": {**cluster, "context": "arn:aws:eks:eu:1:cluster/prod"},
-    }
-    (folder / "job.yaml").write_text(yaml.safe_dump({**told, **more}))
-    return folder / "job.yaml"
+    return clusters_at(tmp_path, monkeypatch)
 
 
 def lines(run_id: str, *said: str) -> list[str]:
@@ -153,7 +132,7 @@ def test_the_end_of_a_run_that_nobody_watched_is_found_by_whoever_asks_with_its_
     told = (tmp_path / "runs/j" / run_id / "exit.json").read_text()
     assert "ValueError: bad token ***" in json.loads(told)["first_failure"]["traceback"]
     followed = meshwright(tmp_path, "logs", "-f", run_id)
-    assert set(lines(run_id, "here is 0", "here is 1")) <= set(followed.stdout.splitlines())
+    assert lines(run_id, "", "here is 1")[1] in followed.stdout.splitlines(), "what pod 0 said went with it"
     assert "tok-123" not in told + followed.stdout
 
 
