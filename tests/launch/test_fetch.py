@@ -226,6 +226,22 @@ def test_lines_come_in_the_order_of_their_times_each_once_whoever_looks(run: Kno
     assert all(since_s is not None and 10 <= since_s < 60 for since_s in queue.asked[1:])
 
 
+def test_lines_that_an_earlier_pod_left_are_found_where_nobody_had_fetched_them(run: Known) -> None:
+    def left(rank: int, at: int, *lines: str) -> Said:
+        told = {"meshwright": {"node": f"j-r1-node-0-{rank}", "rank": rank, "left": lines}}
+        return Said(f"j-r1-node-0-{rank}", at, json.dumps(told))
+
+    queue = Cluster(from_rank(1, 10, "a"), from_rank(1, 20, "b"))
+    fetch(run, told(queue))
+    queue.lines += [from_rank(1, 30, "c"), left(1, 40, "a", "b", "c", "d"), from_rank(1, 50, "e"), left(0, 60, "f")]
+    queue.lines += [left(7, 70, "of no rank"), left(1, 80, "c", "d", "e")]
+    fetch(run, told(queue))
+    assert text_of(run, "logs/rank-1.log") == "a\nb\nc\nd\ne\n"
+    assert text_of(run, "logs/rank-0.log") == "f\n"
+    merged = [line.partition(" | ")[2] for line in text_of(run, "merged.log").splitlines()]
+    assert merged == ["a", "b", "c", "d", "e", "f"]
+
+
 def test_words_of_a_pod_itself_are_shown_too_such_as_that_its_image_has_no_meshwright(run: Known) -> None:
     fetch(run, told(Cluster(Said("j-r1-node-0-1", 1, "python3: No module named meshwright"))))
     assert text_of(run, "launcher.log") == "j-r1-node-0-1 | python3: No module named meshwright\n"

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from meshwright.clusters.sweep import carriers
 from meshwright.launch.cli import main
 from meshwright.launch.doctor import DoctorOptions
 from tests.launch.own import own
 from tests.launch.pods import PROD, clusters_at, pod_job
-from tests.launch.typed import meshwright
+from tests.launch.typed import begin, meshwright
+from tests.launch.waiting import eventually, kill_all
+from tests.launch.worker.runs import MODEL, run_dir, train_here, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_state")]
 
@@ -84,3 +88,152 @@ def test_nodes_that_cannot_be_examined_end_the_launch_and_nothing_stays(
     said = capsys.readouterr().err
     assert ("0/2 nodes are available" if trouble == "no nodes" else "the server is gone") in said
     assert [path for kind in ("jobset", "configmap", "secret", "job") for path in train.glob(f"{kind}-*")] == []
+
+
+HELD = """
+import os, time
+from pathlib import Path
+
+
+class Held(Tiny):
+    passes = 0
+
+    def forward(self, *args, **named):
+        self.passes += 1
+        if os.environ["MESHWRIGHT_ATTEMPT"] == "0" and self.passes > 14:
+            Path(HERE, "at-" + os.environ["RANK"]).touch()
+            if os.environ["RANK"] == "1" and Path(HERE, "crash").exists():
+                raise ValueError("as it was told")
+            time.sleep(0.5)
+        return super().forward(*args, **named)
+
+
+def build(width=16, dropout=0.1):
+    return Held(width, dropout)
+"""
+STEPS = 60
+
+
+def training(folder: Path) -> Path:
+    """A training of two pods whose checkpoints lie on their claim, and whose first attempt is slow after some steps."""
+    path = write_job(folder, steps=STEPS, every=5)
+    (folder / "tiny.py").write_text(f"HERE = {str(folder)!r}\n{MODEL}{HELD}")
+    told = yaml.safe_load(path.read_text())
+    del told["logs"]
+    told["checkpoint"] = {"every_steps": 5, "dir": "checkpoints", "lead": "60s"}
+    told["failure"] = {"shutdown_grace": "5s", "max_restarts": 3, "backoff": {"initial": "0s"}}
+    keys = {"name": "j", "command": None, "secrets": None}
+    return pod_job(folder, "", {"claim": "runs", "secret": None}, **{**told, **keys})
+
+
+def losses_of(path: Path) -> dict[int, float]:
+    """The last loss of each step in metrics.jsonl."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {each["step"]: each["loss"] for each in records if "loss" in each}
+
+
+def status_of(train: Path, run_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((train / f"status-j-{run_id}").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "restarts"), [("crash", "exit", 0), ("kill-1", "node", 1), ("evict-0", "preempt", 1)]
+)
+def test_a_training_goes_on_from_the_checkpoint_on_its_claim_with_the_same_losses(
+    tmp_path: Path, train: Path, trouble: str, kind: str, restarts: int
+) -> None:
+    run_id = own(f"k8s-{trouble}")
+    path = training(tmp_path)
+    try:
+        watching = begin(tmp_path, "launch", str(path), "--run-id", run_id)
+        assert eventually(lambda: len(list(tmp_path.glob("at-*"))) == 2, 240), watching.poll()
+        (tmp_path / trouble if trouble == "crash" else train / trouble).touch()
+        out, err = watching.communicate(timeout=400)
+    finally:
+        kill_all(carriers(run_id))
+    assert watching.returncode == 0, out + err
+    assert status_of(train, run_id)["restarts"] == restarts
+    record = json.loads((tmp_path / "runs/j" / run_id / "exit.json").read_text())
+    assert [(each["kind"], each["attempt"]) for each in record["restarts"]] == [(kind, 0)]
+    claim = train / "claim-runs"
+    (metrics,) = claim.glob("runs/j/*/metrics.jsonl")
+    local = write_job(tmp_path / "one", steps=STEPS, every=50)
+    train_here(local, f"one-{trouble}")
+    wanted = losses_of(run_dir(local, f"one-{trouble}") / "metrics.jsonl")
+    assert len(wanted) == STEPS
+    assert losses_of(metrics) == pytest.approx(wanted, rel=1e-5)
+    assert "step 5" in out or "from step" in out, out
+
+
+def restarting(**failure: object) -> dict[str, object]:
+    return {"failure": {"shutdown_grace": "2s", "backoff": {"initial": "0s"}, **failure}}
+
+
+UP = """
+import os, sys, time
+from pathlib import Path
+rank, attempt = os.environ["RANK"], os.environ["MESHWRIGHT_ATTEMPT"]
+print("attempt", attempt, "of", rank, flush=True)
+Path(HERE, f"up-{attempt}-{rank}").touch()
+while not Path(HERE, f"go-{attempt}").exists():
+    time.sleep(0.05)
+"""
+
+
+def up(folder: Path, attempt: int) -> bool:
+    """Whether all ranks of an attempt run."""
+    return eventually(lambda: len(list(folder.glob(f"up-{attempt}-*"))) == 2, 240)
+
+
+def test_what_agents_gave_up_is_not_started_again_and_everybody_learns_whose_fault_it_was(
+    tmp_path: Path, train: Path
+) -> None:
+    run_id = own("k8s-given-up")
+    code = f"HERE = {str(tmp_path)!r}\n{UP}\nif rank == '1': sys.exit(7)\ntime.sleep(600)\n"
+    path = pod_job(tmp_path, code, {"claim": "runs"}, **restarting(max_restarts=1))
+    for attempt in (0, 1):
+        (tmp_path / f"go-{attempt}").touch()
+    try:
+        done = meshwright(tmp_path, "launch", str(path), "--run-id", run_id, "--detach")
+        assert done.returncode == 0, done.stderr
+        assert eventually(lambda: "conditions" in status_of(train, run_id), 240)
+    finally:
+        kill_all(carriers(run_id))
+    told = status_of(train, run_id)
+    assert (told["restarts"], "PodFailurePolicy" in told["conditions"][0]["message"]) == (0, True), told
+    (run,) = json.loads(meshwright(tmp_path, "ps", "--all", "--json").stdout)["runs"]
+    assert (run["state"], run["exit_code"]) == ("failed", 7)
+    assert run["detail"] == f"rank 1 on j-{run_id}-node-0-1 failed first; not started again: the only restart is used"
+    attached = meshwright(tmp_path, "attach", run_id)
+    assert (attached.returncode, run["detail"] in attached.stdout + attached.stderr) == (7, True)
+
+
+def test_restarts_of_ranks_and_of_pods_count_together_and_lines_of_all_attempts_are_found(
+    tmp_path: Path, train: Path
+) -> None:
+    run_id = own("k8s-counted")
+    code = f"HERE = {str(tmp_path)!r}\n{UP}\nif (rank, attempt) == ('1', '0'): sys.exit(7)\ntime.sleep(600)\n"
+    path = pod_job(tmp_path, code, {"claim": "runs"}, **restarting(max_restarts=2))
+    try:
+        watching = begin(tmp_path, "launch", str(path), "--run-id", run_id)
+        assert up(tmp_path, 0)
+        (tmp_path / "go-0").touch()  # then rank 1 fails, and agents start ranks again
+        assert up(tmp_path, 1)
+        (train / "lose-1").touch()
+        assert up(tmp_path, 2)
+        (train / "kill-0").touch()
+        out, err = watching.communicate(timeout=300)
+    finally:
+        kill_all(carriers(run_id))
+    assert watching.returncode == 69, out + err
+    assert status_of(train, run_id)["restarts"] == 2
+    assert not list(tmp_path.glob("up-3-*")), "started more often than the job allows"
+    record = json.loads((tmp_path / "runs/j" / run_id / "exit.json").read_text())
+    told = [(each["attempt"], each["kind"]) for each in record["restarts"]]
+    assert told == [(0, "exit"), (1, "node")]
+    went = "a pod was killed, evicted, or went with its node"
+    assert record["reason"] == f"{went}; not started again: all 2 restarts are used"
+    logged = meshwright(tmp_path, "logs", run_id).stdout.splitlines()
+    wanted = [f"attempt {attempt} of {rank}" for attempt in (0, 1, 2) for rank in (0, 1)]
+    assert sorted(line.partition(" | ")[2] for line in logged if "attempt" in line) == wanted
