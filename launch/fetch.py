@@ -220,10 +220,14 @@ def _events(
     spoke = {node for node, record in records.items() if any(each["event"] == "result" for each in record["events"])}
     silent = [node.name for node in plan.nodes if node.name in disrupted or node.name not in spoke]
     silent.sort(key=lambda node: (node not in disrupted, node not in lost))
-    return told + [_of_silent(node, lost.get(node), ended) for node in silent]
+    over = any(event["event"] == "decided" and not event["again"] for event in told)
+    return told + [_of_silent(node, lost.get(node), ended, over=over) for node in silent]
 
 
-def _of_silent(node: str, lost: Lost | None, ended: Job) -> dict[str, Any]:
+def _of_silent(node: str, lost: Lost | None, ended: Job, *, over: bool) -> dict[str, Any]:
+    """What became of a node that said no last word; once the run was over its pod was deleted, which is no loss."""
+    if lost is None and over:
+        return {"event": "result", "node": node, "state": "stopped"}
     if lost is None and not ended.exit_code:
         return {"event": "result", "node": node, "state": "succeeded"}
     lost = lost or Lost(ended.exit_code or int(Exit.UNAVAILABLE), f"{node} ended without a word; {ended.detail}")

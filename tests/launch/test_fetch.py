@@ -257,6 +257,14 @@ def test_a_pod_of_a_later_start_that_died_without_a_word_is_not_taken_for_the_on
     assert (found["exit_code"], found["reason"]) == (137, "j-r1-node-0-1 was killed: OOMKilled")
 
 
+def test_a_pod_that_was_deleted_since_the_run_was_over_is_not_taken_for_lost(run: Known) -> None:
+    first = {"kind": "node", "rank": None, "host": "", "exit_code": 69, "evidence": "a pod was killed", "step": None}
+    decided = {"event": "decided", "attempt": 2, "again": False, "reason": "all 2 restarts are used", **first}
+    queue = Cluster(record(0, 1, decided, result("stopped")), lost={"j-r1-node-0-0": Lost(69, "pod 0 ended with 69")})
+    found = ended(run, queue, 1)
+    assert (found["exit_code"], found["reason"]) == (69, "a pod was killed; not started again: all 2 restarts are used")
+
+
 def test_the_rank_whose_error_record_is_the_earliest_is_blamed_not_the_one_that_died_first(run: Known) -> None:
     lost = "RuntimeError: Connection closed by peer [10.0.0.1]"
     why = {"rank": 1, "time_unix_s": 1.5, "traceback": "ValueError: no", "exit_code": 1}

@@ -68,6 +68,19 @@ def test_a_run_is_kept_from_sick_nodes_and_its_first_pods_come_to_those_that_wer
     }
 
 
+def test_a_doctor_is_given_other_nodes_than_those_that_are_left_out(
+    tmp_path: Path, train: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (train.parents[2] / "deaf-gpu1").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["doctor", str(pod_job(tmp_path, WHERE)), "--check", "ssh"]
+    assert main(words) == 78
+    assert "to go on without: --exclude gpu1" in capsys.readouterr().out
+    assert main([*words, "--exclude", "gpu1", "--exclude", "gpu0/x2k9p"]) == 0
+    assert "gpu2, gpu3" in capsys.readouterr().out
+    assert objects(train, "job") == []
+
+
 @pytest.mark.parametrize("trouble", ["no nodes", "no answer"])
 def test_nodes_that_cannot_be_examined_end_the_launch_and_nothing_stays(
     tmp_path: Path,
@@ -186,6 +199,12 @@ def up(folder: Path, attempt: int) -> bool:
     return eventually(lambda: len(list(folder.glob(f"up-{attempt}-*"))) == 2, 240)
 
 
+def said(folder: Path, run_id: str) -> set[str]:
+    """Lines of ranks that somebody who looks has fetched."""
+    merged = folder / "runs/j" / run_id / "merged.log"
+    return {line.partition(" | ")[2] for line in merged.read_text().splitlines()} if merged.exists() else set()
+
+
 def test_what_agents_gave_up_is_not_started_again_and_everybody_learns_whose_fault_it_was(
     tmp_path: Path, train: Path
 ) -> None:
@@ -213,6 +232,7 @@ def test_restarts_of_ranks_and_of_pods_count_together_and_lines_of_all_attempts_
     tmp_path: Path, train: Path
 ) -> None:
     run_id = own("k8s-counted")
+    wanted = [f"attempt {attempt} of {rank}" for attempt in (0, 1, 2) for rank in (0, 1)]
     code = f"HERE = {str(tmp_path)!r}\n{UP}\nif (rank, attempt) == ('1', '0'): sys.exit(7)\ntime.sleep(600)\n"
     path = pod_job(tmp_path, code, {"claim": "runs"}, **restarting(max_restarts=2))
     try:
@@ -222,6 +242,7 @@ def test_restarts_of_ranks_and_of_pods_count_together_and_lines_of_all_attempts_
         assert up(tmp_path, 1)
         (train / "lose-1").touch()
         assert up(tmp_path, 2)
+        assert eventually(lambda: said(tmp_path, run_id) >= set(wanted), 60), "also by pods that nobody had asked"
         (train / "kill-0").touch()
         out, err = watching.communicate(timeout=300)
     finally:
@@ -235,5 +256,4 @@ def test_restarts_of_ranks_and_of_pods_count_together_and_lines_of_all_attempts_
     went = "a pod was killed, evicted, or went with its node"
     assert record["reason"] == f"{went}; not started again: all 2 restarts are used"
     logged = meshwright(tmp_path, "logs", run_id).stdout.splitlines()
-    wanted = [f"attempt {attempt} of {rank}" for attempt in (0, 1, 2) for rank in (0, 1)]
     assert sorted(line.partition(" | ")[2] for line in logged if "attempt" in line) == wanted
