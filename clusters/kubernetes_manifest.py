@@ -14,6 +14,7 @@ from typing import Any
 
 from meshwright.clusters.base import StartPlan
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.kubernetes_nodes import NodeChoice
 from meshwright.clusters.kubernetes_policy import RESTARTS, job_policy, jobset_policy
 from meshwright.clusters.kubernetes_schema import faults, schema_of
 
@@ -27,8 +28,8 @@ _MOST_BYTES = 100_000
 
 
 @dataclass(frozen=True)
-class KubernetesOptions:
-    """What is asked of a cluster.
+class KubernetesOptions(NodeChoice):
+    """What is asked of a cluster, besides which of its nodes.
 
     Args:
         image: of the pods, with meshwright in it.
@@ -40,7 +41,6 @@ class KubernetesOptions:
         secret: name of the Secret that has the job's secrets, one key per variable.
         claim: name of the volume claim for run directories; None keeps them in the pod.
         runtime: of a TrainJob.
-        node_selector: labels that nodes must have.
         resources: of each pod, such as {"nvidia.com/gpu": "8"}.
         files: name -> text of what ranks read in the run directory.
     """
@@ -54,7 +54,6 @@ class KubernetesOptions:
     secret: str | None = None
     claim: str | None = None
     runtime: str = "torch-distributed"
-    node_selector: Mapping[str, str] = field(default_factory=dict)
     resources: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -172,7 +171,7 @@ def _pod(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": math.ceil(_lead_s(plan) + plan.limits.shutdown_grace_s) + 10,
         "automountServiceAccountToken": False,
-        **({"nodeSelector": dict(options.node_selector)} if options.node_selector else {}),
+        **options.choice(),
         "containers": [container],
         "volumes": [{"name": "runs", **volume}],
     }
@@ -201,7 +200,7 @@ def _jobset(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
 
 
 def _trainjob(plan: StartPlan, options: KubernetesOptions) -> dict[str, Any]:
-    if options.claim or options.node_selector:
+    if options.claim or options.choice():
         raise UnavailableError(
             "a TrainJob takes volumes and nodes from its runtime; use kind: jobset for claim or nodes"
         )

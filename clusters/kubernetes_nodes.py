@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from meshwright.clusters.errors import UnavailableError
@@ -15,11 +16,62 @@ from meshwright.clusters.kubectl import Kubectl
 from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.reaching import Reached, Visit, reached_by, unique_names
 
-__all__ = ["placed", "probe_job", "reached_in_pods"]
+__all__ = ["NodeChoice", "machine_of", "placed", "probe_job", "reached_in_pods"]
 
 _MOST_S = 900
 _LOOK_S = 1.0
 _GRACE_S = 5
+_MARK = "/"
+"""Between the names of a node and of one of its pods; neither has one."""
+
+
+def machine_of(name: str) -> str:
+    """The node of Kubernetes that a name in an examination stands for.
+
+    >>> machine_of("gpu7/x2k9p"), machine_of("gpu7")
+    ('gpu7', 'gpu7')
+    """
+    return name.partition(_MARK)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeChoice:
+    """Which nodes pods come to, at every start of them.
+
+    Args:
+        node_selector: labels that nodes must have.
+        exclude: nodes that pods never come to.
+        prefer: nodes that pods come to where these are free.
+    """
+
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    prefer: tuple[str, ...] = ()
+
+    def choice(self) -> dict[str, Any]:
+        """Keys of a pod's spec; none where any node will do.
+
+        Nodes are meant by their own names, as pods tell them, not by a label, which may have another value and which
+        who has only a namespace may not read. A requirement of a name takes one.
+
+        >>> NodeChoice().choice()
+        {}
+        """
+        out = [_named("NotIn", name) for name in self.exclude]
+        drawn = [{"weight": 100, "preference": {"matchFields": [_named("In", name)]}} for name in self.prefer]
+        required = {"nodeSelectorTerms": [{"matchFields": out}]}
+        found = {
+            **({"requiredDuringSchedulingIgnoredDuringExecution": required} if out else {}),
+            **({"preferredDuringSchedulingIgnoredDuringExecution": drawn} if drawn else {}),
+        }
+        return {
+            **({"nodeSelector": dict(self.node_selector)} if self.node_selector else {}),
+            **({"affinity": {"nodeAffinity": found}} if found else {}),
+        }
+
+
+def _named(operator: str, name: str) -> dict[str, Any]:
+    return {"key": "metadata.name", "operator": operator, "values": [name]}
 
 
 def probe_job(jobset: Mapping[str, Any], *, python: str, most_s: float) -> dict[str, Any]:
@@ -45,7 +97,7 @@ def probe_job(jobset: Mapping[str, Any], *, python: str, most_s: float) -> dict[
 
 @contextmanager
 def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> Iterator[Reached]:
-    """Nodes with a waiting pod each, until this is left.
+    """Nodes with a waiting pod each, until this is left; `gpu7/x2k9p` is one of several pods of one node.
 
     Args:
         job: of the pods.
@@ -58,7 +110,7 @@ def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> I
     (container,) = job["spec"]["template"]["spec"]["containers"]
     with _created(job, kubectl, visit):
         found = _up(job, kubectl, visit)
-        names = unique_names([(node, pod) for pod, node in found.items()])
+        names = unique_names([(node, pod.rpartition("-")[2]) for pod, node in found.items()], _MARK)
         probe = ("-c", container["name"], "--", container["command"][0], *PROBE_ARGV[1:])
         words = {node: (*kubectl.words, "exec", "-i", pod, *probe) for node, pod in zip(names, found, strict=True)}
         with reached_by(words, "kubernetes", visit) as reached:

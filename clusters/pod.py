@@ -8,18 +8,17 @@ whose name the plan has and whose port is fixed; a pod that comes before the nam
 SIGTERM means that the pod has to go: ranks that heed the signal may save and leave before they are ended.
 """
 
-import base64
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,19 +27,16 @@ from meshwright.clusters.deaths import exit_code_of
 from meshwright.clusters.kubernetes_policy import AGAIN_CODE, AGAIN_CODES, wants
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.masking import Concealer, Mask, conceal_while, logs_of
-from meshwright.clusters.node_counters import FOLDER, thinned
+from meshwright.clusters.pod_lines import Printer, left_of
 from meshwright.clusters.pod_past import Journal
-from meshwright.clusters.records import clean_line
 from meshwright.clusters.retry import policy_from, spent
-from meshwright.clusters.sending import OF_RANK, Sender, make_run_dir
+from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
 from meshwright.parallel.keyed import derived
 
 __all__ = ["code_of", "goes_on", "main"]
 
 _RETRY_S = 0.5
-_RECORD = re.compile(r"errors/[^/]+\.json|ranks/[0-9]+/error\.json|nodes/[^/]+\.jsonl")
-_MOST_COUNTED = 100
 _KEPT = ("started", "exit", "decided", "health", "result")
 _CODES = {"setup_failed": 70, "rendezvous_failed": 76, "error": 70, "stopped": 143, "abandoned": 143}
 Event = Mapping[str, Any]
@@ -87,66 +83,6 @@ def goes_on(events: Sequence[Event], limits: Mapping[str, Any], *, told: bool) -
         return bool(decided[0]["again"])  # and then other pods did not come
     succeeded = kinds["result"][0]["state"] == "succeeded"
     return (told or bool(decided)) and not succeeded and wants(policy, "preempt")
-
-
-class _Printer:
-    """Prints what grows in the logs of ranks, a line at a time, each with its host and rank, without secrets.
-
-    Args:
-        host: of this pod.
-        ranks: of this pod; on a volume that pods share, logs of others lie beside theirs.
-        mask: takes secrets out.
-        printed: names of files that pods of an earlier start have printed.
-    """
-
-    def __init__(self, host: str, ranks: Collection[int], mask: Mask, *, printed: Collection[str] = ()) -> None:
-        self._host, self._ranks, self._mask, self._printed = host, ranks, mask, printed
-        self._counted = f"{FOLDER}/{host}.jsonl"
-        self._rest: dict[str, bytes] = {}
-        self.records: dict[str, str] = {}
-
-    def __call__(self, event: str, **part: Any) -> None:
-        """Takes what was written to a file; error records are kept until the end."""
-        name, data = str(part["path"]), base64.b64decode(part["data"])
-        found = OF_RANK.match(name)
-        if name in self._printed or (found and int(found[1]) not in self._ranks):
-            return
-        if name.startswith("logs/rank-"):
-            *lines, self._rest[name] = (self._rest.get(name, b"") + data).split(b"\n")
-            self._print(name, lines)
-        elif _RECORD.fullmatch(name) and (name == self._counted or not name.startswith(FOLDER)):
-            self.records[name] = (self.records[name] if part["at"] else "") + data.decode(errors="replace")
-
-    def _print(self, name: str, lines: list[bytes]) -> None:
-        rank = name.split("-")[1].partition(".")[0]
-        sys.stdout.write("".join(f"{self._host}:{rank} {self._mask(clean_line(line))}\n" for line in lines))
-        sys.stdout.flush()
-
-    def begin(self, events: Sequence[Event]) -> None:
-        """Prints a record without an end, in the place of that of an earlier pod: this one may not come to its own."""
-        self._record({"node": self._host, "events": events, "files": {}})
-
-    def finish(self, code: int, events: Sequence[Event]) -> None:
-        """Prints lines that were not ended, and the record by which who looks from outside tells what happened."""
-        for name, line in self._rest.items():
-            self._print(name, [line] if line else [])
-        files = {}
-        for name, text in self.records.items():
-            with suppress(ValueError):  # a rank that was killed while it wrote
-                files[name] = _few(text) if name.endswith(".jsonl") else json.loads(text)
-        self._record({"node": self._host, "exit_code": code, "events": events, "files": files})
-
-    def _record(self, told: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps({"meshwright": self._mask.inside(told)}) + "\n")
-        sys.stdout.flush()
-
-
-def _few(text: str) -> list[Mapping[str, Any]]:
-    """Counters of a node, as few as fit into a line of a log."""
-    records: list[Mapping[str, Any]] = [json.loads(line) for line in text.splitlines()]
-    while len(records) > _MOST_COUNTED:
-        records = thinned(records)
-    return records
 
 
 def _first_pod(meeting: Mapping[str, Any], timeout_s: float) -> str | None:
@@ -232,15 +168,14 @@ class _Pod:
         self.past = self.journal.past()
         self.plan["limits"]["past"] = [each.as_saved() for each in self.past]
         printed = {f"logs/{path.name}" for path in self.run_dir.glob("logs/rank-*.log")} if times else set()
-        self.printer = _Printer(self.node["name"], self.node["ranks"], self._mask, printed=printed)
+        self.printer = Printer(self.node["name"], self.node["ranks"], self._mask, printed=printed)
 
     def run(self) -> int:
         """Runs the node to its end; returns the exit code."""
-        most = self.plan["limits"]["max_restarts"]
-        if len(self.past) > most:
-            return self._end(LOST_CODE, [{"event": "result", "state": "stopped", "message": spent(most)}])
         if self.past:
-            self.printer.begin(self.journal.told(self.past))
+            self.printer.begin(self.journal.told(self.past), left_of(self.run_dir, self.node["ranks"]))
+        if len(self.past) > self.plan["limits"]["max_restarts"]:
+            return self._given_up(spent(self.plan["limits"]["max_restarts"]))
         agent = spawn_agent()
         line = _Line(agent, self._words[0], float(self._words[1]))
         signal.signal(signal.SIGTERM, line.go)
@@ -260,6 +195,11 @@ class _Pod:
             self._again(events)
             return self._end(code, events, AGAIN_CODE)
         return self._end(code, events, 1 if code in AGAIN_CODES and self.plan["limits"]["max_restarts"] else code)
+
+    def _given_up(self, why: str) -> int:
+        """Ends before anything is started, since ranks and pods together were started too often."""
+        self.past = (*self.past[:-1], replace(self.past[-1], again=False, reason=why))
+        return self._end(LOST_CODE, [{"event": "result", "state": "stopped", "message": why}])
 
     def _meet(self, line: _Line) -> None:
         address = _first_pod(self.plan["meeting"], self.plan["limits"]["join_timeout_s"]) if self.index else None

@@ -12,7 +12,7 @@ from meshwright.clusters.retry import Decision, told_decision
 
 __all__ = ["Journal"]
 
-_ANEW = "the JobSet started its pods again"
+_ANEW, _WENT = "the JobSet started its pods again", "a pod was killed, evicted, or went with its node"
 
 
 class Journal:
@@ -53,7 +53,7 @@ class Journal:
         decided = {event["attempt"]: replace(told_decision(event), again=True) for event in told}
         number = max((event["attempt"] + 1 for event in events if event["event"] == "started"), default=0)
         return tuple(
-            decided.get(attempt) or Decision(True, _ANEW, 0.0, attempt, Failure("", "node", 69, evidence=_ANEW))
+            decided.get(attempt) or Decision(True, _ANEW, 0.0, attempt, Failure("", "node", 69, evidence=_WENT))
             for attempt in range(max(number, self._times))
         )
 

@@ -238,14 +238,15 @@ def _ended_well(process: "subprocess.Popen[bytes]", until_s: float) -> bool:
     return False
 
 
-def unique_names(places: Sequence[tuple[str, str]]) -> list[str]:
+def unique_names(places: Sequence[tuple[str, str]], mark: str = "-") -> list[str]:
     """Names of nodes: those of their machines, with the end of another name where a machine has several nodes.
 
     Args:
         places: machine of each node, and a name of the node that no other has.
+        mark: between the two.
 
     >>> unique_names([("gpu1", "ab12cd34ef"), ("gpu2", "0011223344"), ("gpu2", "5566778899")])
     ['gpu1', 'gpu2-223344', 'gpu2-778899']
     """
     often = Counter(machine for machine, _ in places)
-    return [machine if often[machine] == 1 else f"{machine}-{name[-6:]}" for machine, name in places]
+    return [machine if often[machine] == 1 else f"{machine}{mark}{name[-6:]}" for machine, name in places]

@@ -40,8 +40,6 @@ _ALL = (
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
 _RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a number of nodes"))
-_DOCTOR = "remove it; `meshwright doctor JOB.yaml` acts on it, in pods like those of the run"
-_UNEXAMINED = tuple(Gap(f"health.{key}", _DOCTOR) for key in ("preflight", "on_fail", "allreduce"))
 _UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
@@ -71,11 +69,10 @@ GAPS = {
         *_RIGID,
         *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
-        *_UNEXAMINED,
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
         Gap("resources.exclusive", "ask for all of a node by resources"),
         Gap("rendezvous.interface", "remove it: pods have one", ("auto",)),
-        Gap("failure.exclude_bad_nodes", "cordon the node"),
+        Gap("failure.exclude_bad_nodes", "cordon the node: its JobSet starts pods again, and takes no word of a node"),
     ),
     "mpi": (
         *_ALL,
@@ -104,7 +101,7 @@ def check_capabilities(loaded: LoadedJob) -> None:
         Problem(loaded.where(key), key, f"the {cluster} cluster does not act on {gap.key} yet; {gap.instead}")
         for key, gap in _asked(loaded, GAPS[cluster])
     ]
-    problems += [Problem(loaded.where(key), key, text) for key, text in _nodes(loaded)]
+    problems += [Problem(loaded.where(key), key, text) for key, text in (*_nodes(loaded), *_of_trainjob(loaded))]
     if problems:
         raise JobError(problems)
 
@@ -130,6 +127,14 @@ def _unnamed(job: "Job") -> str | None:
     if have:
         return f"nodes.min={fewest}, but the cluster names {have} hosts that may be used; add hosts, or write fewer"
     return "only mpiexec knows its hosts: name them in cluster.hostfile, plain names a line each, or write a number"
+
+
+def _of_trainjob(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
+    """What a JobSet of ours can do, but none that a runtime makes of a TrainJob."""
+    job = loaded.job
+    if job.cluster.type == "kubernetes" and job.cluster.kind == "trainjob" and job.health.preflight:
+        text = "a TrainJob takes its nodes from its runtime, and could not be kept to those that are fit"
+        yield "health.preflight", f"{text}; use cluster.kind: jobset, or examine them by `meshwright doctor`"
 
 
 def _asked(loaded: LoadedJob, gaps: tuple[Gap, ...]) -> Iterator[tuple[str, Gap]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.evidence import CHECKS, Reach, Wishes
+from meshwright.clusters.kubernetes_nodes import machine_of
 from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.ssh import SshOptions, ssh_words
@@ -125,9 +126,10 @@ def _tell(line: str) -> None:
 
 def without_nodes(loaded: LoadedJob | None, names: tuple[str, ...]) -> LoadedJob | None:
     """A job whose queue is told to leave nodes out; of other jobs they are left out of what is reached."""
-    if loaded is None or loaded.job.cluster.type != "slurm" or not names:
+    if loaded is None or not names or loaded.job.cluster.type not in ("slurm", "kubernetes"):
         return loaded
-    cluster = loaded.job.cluster
+    cluster: Any = loaded.job.cluster
+    names = tuple(map(machine_of, names)) if cluster.type == "kubernetes" else names
     told = cluster.model_copy(update={"exclude": (*cluster.exclude, *names)})
     return replace(loaded, job=loaded.job.model_copy(update={"cluster": told}))
 

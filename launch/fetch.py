@@ -20,6 +20,7 @@ from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import DistantQueue, Job, Lost, Said
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.pod_lines import last_lines, missing_of
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.sending import Keeper
@@ -92,7 +93,8 @@ class Fetched:
                 for name, line in self._lines(*ranks[who], clean_line(text.encode())):
                     lines.setdefault(name, []).append(line)
             elif each.text.startswith(_RECORD):
-                self._keep_record(each)
+                for name, line in self._of_record(each, ranks, lines):
+                    lines.setdefault(name, []).append(line)
             else:  # the pod's own words, such as that there is no meshwright in its image
                 lines.setdefault(f"logs/agent-{each.node}.log", []).append(each.text)
                 lines.setdefault("launcher.log", []).append(f"{each.node} | {clean_line(each.text.encode())}")
@@ -107,13 +109,24 @@ class Fetched:
         if self._shown is None or rank in self._shown:
             yield "launcher.log", line
 
-    def _keep_record(self, said: Said) -> None:
+    def _of_record(
+        self, said: Said, ranks: Mapping[str, tuple[str, int]], lines: Mapping[str, list[str]]
+    ) -> list[tuple[str, str]]:
+        """Keeps a record; of one of lines that an earlier pod left, those that nobody had fetched before it went."""
         try:
             record = json.loads(said.text)["meshwright"]
-            self.records[said.node] = {"events": record["events"]}
-            files: Mapping[str, Any] = record["files"]
+            if "left" in record:
+                host, rank = ranks[f"{record['node']}:{record['rank']}"]
+                known = [*last_lines(self._run_dir / log_name(rank)), *lines.get(log_name(rank), [])]
+                missing = missing_of(known, [str(line) for line in record["left"]])
+                return [each for line in missing for each in self._lines(host, rank, line)]
+            self._keep_record(said.node, record["events"], record["files"])
         except (ValueError, KeyError, TypeError):
-            return  # of another version in the image
+            pass  # of another version in the image
+        return []
+
+    def _keep_record(self, node: str, events: Any, files: Mapping[str, Any]) -> None:
+        self.records[node] = {"events": events}
         for name, value in files.items():
             lines = value if name.endswith(".jsonl") else [value]
             data = base64.b64encode("".join(f"{json.dumps(line)}\n" for line in lines).encode()).decode()
@@ -207,10 +220,14 @@ def _events(
     spoke = {node for node, record in records.items() if any(each["event"] == "result" for each in record["events"])}
     silent = [node.name for node in plan.nodes if node.name in disrupted or node.name not in spoke]
     silent.sort(key=lambda node: (node not in disrupted, node not in lost))
-    return told + [_of_silent(node, lost.get(node), ended) for node in silent]
+    over = any(event["event"] == "decided" and not event["again"] for event in told)
+    return told + [_of_silent(node, lost.get(node), ended, over=over) for node in silent]
 
 
-def _of_silent(node: str, lost: Lost | None, ended: Job) -> dict[str, Any]:
+def _of_silent(node: str, lost: Lost | None, ended: Job, *, over: bool) -> dict[str, Any]:
+    """What became of a node that said no last word; once the run was over its pod was deleted, which is no loss."""
+    if lost is None and over:
+        return {"event": "result", "node": node, "state": "stopped"}
     if lost is None and not ended.exit_code:
         return {"event": "result", "node": node, "state": "succeeded"}
     lost = lost or Lost(ended.exit_code or int(Exit.UNAVAILABLE), f"{node} ended without a word; {ended.detail}")

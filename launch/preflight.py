@@ -5,6 +5,8 @@ sick     abort: nothing starts, exit code 78 · warn: it starts all the same · 
          besides those it needs take the places of sick ones, and are examined too; Slurm and Ray give others
 
 On Slurm and Ray, which choose nodes themselves, that is when a run has them (`admission`); elsewhere before it is one.
+On Kubernetes pods like those of the run show which nodes it would get: it is kept from sick ones and drawn to those
+that are fit, also when its pods are started again.
 """
 
 import sys
@@ -13,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshwright.clusters.kubernetes_nodes import machine_of
 from meshwright.clusters.verdicts import Diagnosis
 from meshwright.launch.doctor import DoctorOptions, examine_job
 from meshwright.launch.exits import Exit
@@ -57,13 +60,31 @@ def on_fit_nodes(
         return loaded
     left_out: tuple[str, ...] = ()
     while True:
-        sick = judged(health, replace(examine(loaded, base), excluded=left_out))
+        found = replace(examine(loaded, base), excluded=left_out)
+        sick = _machines(loaded, judged(health, found))
         if not sick:
-            return loaded
+            unfit = _machines(loaded, found.sick)
+            return _drawn(loaded, tuple(each for each in _machines(loaded, found.nodes) if each not in unfit))
         again = ", ".join(name for name in sick if name in left_out)
         if again:  # it would be for ever
             raise PreflightError(f"{again} not fit, and still among the nodes though left out; nothing was started")
         loaded, left_out = _without(loaded, sick), (*left_out, *sick)
+
+
+def _machines(loaded: LoadedJob, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Nodes by the names that their cluster has for them: several pods of Kubernetes may be on one."""
+    if loaded.job.cluster.type != "kubernetes":
+        return names
+    return tuple(dict.fromkeys(map(machine_of, names)))
+
+
+def _drawn(loaded: LoadedJob, fit: tuple[str, ...]) -> LoadedJob:
+    """A job whose nodes are only chosen when it starts, on those that were found fit as far as they are still free."""
+    cluster = loaded.job.cluster
+    if cluster.type != "kubernetes":
+        return loaded
+    told = cluster.model_copy(update={"prefer": tuple(dict.fromkeys((*cluster.prefer, *fit)))})
+    return replace(loaded, job=loaded.job.model_copy(update={"cluster": told}))
 
 
 def judged(health: "Health", found: Diagnosis) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ def _failure(
         return "failed", verdict.first.exit_code, verdict.reason + _given_up(state)
     if len(state.results) == len(state.plan.nodes) and not state.over:
         return "succeeded", 0, ""
-    told = state.decisions.get(state.attempt)
+    told = state.decisions.get(max((state.attempt, *state.decisions)))
     if told is not None and not told["again"]:  # no rank failed: agents ended them for what they saw of a machine
         return "failed", told["exit_code"], f"{told['evidence']}; not started again: {told['reason']}"
     return "failed", int(Exit.INTERNAL), "the agents ended without a word"

@@ -23,8 +23,8 @@ NAMED = ("local", "ssh", "mpi")
 """Clusters whose jobs name their nodes; in the others it is the cluster that knows them."""
 
 
-_FINDS = "ray"
-"""The cluster that finds nodes itself in place of those that are left out, and says so where there are none."""
+_FIND = ("ray", "kubernetes")
+"""Clusters that find nodes themselves in place of those that are left out, and say so where there are none."""
 
 
 class SpareError(MeshwrightError):
@@ -73,7 +73,7 @@ def without(loaded: LoadedJob, names: tuple[str, ...]) -> LoadedJob:
         return loaded
     job, who, known = loaded.job, ", ".join(names), names_of(loaded.job)
     kept = [name for name in known if name not in names]
-    if job.cluster.type != _FINDS and len(kept) < fewest_of(job):
+    if job.cluster.type not in _FIND and len(kept) < fewest_of(job):
         least = "" if fewest_of(job) == job.num_nodes else "at least "
         spare = f"{len(kept)} of the {len(known)} hosts it names are left" if known else "it names no other hosts"
         raise SpareError(f"{who} cannot be left out: the job wants {least}{fewest_of(job)} nodes, and {spare}")

@@ -211,7 +211,17 @@ class _Sized(Block):
         return ()
 
 
-class KubernetesCluster(_Sized):
+class _PodNodes(_Sized):
+    """Which nodes of Kubernetes pods come to."""
+
+    node_selector: dict[Line, Line] = Field(default_factory=dict, description="Labels that nodes must have.")
+    exclude: Listed[Word] = Field(
+        default=(), description="Nodes that are not to be used, by their names in Kubernetes; also after a restart."
+    )
+    prefer: Listed[Word] = Field(default=(), description="Nodes to be used where they are free, by such names.")
+
+
+class KubernetesCluster(_PodNodes):
     """A namespace of Kubernetes with the operator of JobSet or of Kubeflow Trainer."""
 
     type: Literal["kubernetes"] = Field(description="Kind of cluster: Kubernetes, through kubectl.")
@@ -224,7 +234,6 @@ class KubernetesCluster(_Sized):
     secret: Word | None = Field(default=None, description="Secret that has the job's secrets, one key per variable.")
     claim: Word | None = Field(default=None, description="Volume claim for run directories; by default the pod's disk.")
     runtime: Word = Field(default="torch-distributed", description="Training runtime of a trainjob.")
-    node_selector: dict[Line, Line] = Field(default_factory=dict, description="Labels that nodes must have.")
 
 
 class MpiCluster(_Sized):

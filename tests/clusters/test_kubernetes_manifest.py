@@ -18,6 +18,7 @@ models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install 
 
 AGAIN = replace(REQUEST, limits=replace(REQUEST.limits, max_restarts=5))
 SELECTING = replace(OPTIONS, node_selector={"gpu": "h100"}, resources={"memory": "8Gi"}, context="prod")
+SELECTING = replace(SELECTING, exclude=("gpu1", "gpu-2.local"), prefer=("gpu3", "gpu4"))
 BARE = replace(OPTIONS, claim=None, kind="TrainJob")
 
 
@@ -75,6 +76,22 @@ def test_a_jobset_passes_its_published_model_and_its_job_the_schema_of_kubernete
         _, jobset = _objects(options, request)
         assert lost(jobset, models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict()) == []
         assert not refused(job_of(jobset))
+
+
+def test_each_node_is_meant_by_a_requirement_of_its_own() -> None:
+    """A requirement of a field takes one value; more would be refused, which schemas do not say."""
+    _, jobset = _objects(SELECTING)
+    spec = job_of(jobset)["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (term,) = spec["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [(each["key"], each["operator"], each["values"]) for each in term["matchFields"]] == [
+        ("metadata.name", "NotIn", ["gpu1"]),
+        ("metadata.name", "NotIn", ["gpu-2.local"]),
+    ]
+    drawn = spec["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [(each["weight"], each["preference"]["matchFields"][0]["values"]) for each in drawn] == [
+        (100, ["gpu3"]),
+        (100, ["gpu4"]),
+    ]
 
 
 def test_a_trainjob_passes_its_published_model() -> None:

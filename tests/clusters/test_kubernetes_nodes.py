@@ -13,7 +13,7 @@ from meshwright.clusters.evidence import Wishes
 from meshwright.clusters.examine import examine
 from meshwright.clusters.health import diagnose
 from meshwright.clusters.kubernetes import KubernetesQueue
-from meshwright.clusters.kubernetes_nodes import probe_job
+from meshwright.clusters.kubernetes_nodes import machine_of, probe_job
 from meshwright.clusters.reaching import Visit
 from tests.clusters.test_kubernetes import OPTIONS, REQUEST
 from tests.launch.pretend_kubectl import write_kubectl
@@ -39,7 +39,7 @@ def test_the_pods_are_those_of_the_run_but_wait_and_know_no_secret() -> None:
 
 @pytest.mark.parametrize("kind", ["JobSet", "TrainJob"])
 def test_nodes_are_examined_in_pods_by_their_real_names_and_nothing_stays(home: Path, kind: str) -> None:
-    (home / "deaf-1").touch()
+    (home / "deaf-gpu1").touch()
     options = replace(OPTIONS, kind=kind, claim=None, context="other")
     with KubernetesQueue(options).reached(REQUEST, Visit()) as reached:
         assert [(each.name, each.by) for each in reached.reaches] == [("gpu0", "kubernetes"), ("gpu1", "kubernetes")]
@@ -53,12 +53,31 @@ def test_nodes_are_examined_in_pods_by_their_real_names_and_nothing_stays(home: 
     assert all(line.startswith("--context other --namespace train ") for line in asked.splitlines())
 
 
+def test_pods_of_one_node_are_told_apart_and_their_node_is_known(home: Path) -> None:
+    (home / "same").touch()
+    with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()) as reached:
+        names = [each.name for each in reached.reaches]
+    assert names == ["gpu0/0", "gpu0/1"]
+    assert [machine_of(name) for name in names] == ["gpu0", "gpu0"]
+
+
+def test_pods_that_are_examined_keep_from_the_nodes_that_the_run_keeps_from(home: Path) -> None:
+    options = replace(OPTIONS, claim=None, exclude=("gpu0", "gpu2"), prefer=("gpu3",))
+    with KubernetesQueue(options).reached(REQUEST, Visit()) as reached:
+        assert [each.name for each in reached.reaches] == ["gpu3", "gpu1"]
+    (home / "prod/train/nodes").write_text("gpu0 gpu1")
+    why = "within 0.2 s: pod .*: 0/2 nodes are available"
+    with pytest.raises(UnavailableError, match=why), KubernetesQueue(options).reached(REQUEST, Visit(most_s=0.2)):
+        pass
+    assert not list((home / "prod/train").glob("job-*"))
+
+
 def test_pods_that_do_not_start_are_said_why_and_go(home: Path) -> None:
     (home / "pending").touch()
     told: list[str] = []
-    wait = Visit(most_s=0.5, tell=told.append)
+    wait = Visit(most_s=4.0, tell=told.append)
     queue = KubernetesQueue(replace(OPTIONS, claim=None))
-    why = r"within 0\.5 s: pod .*: ImagePullBackOff Back-off.*--wait"
+    why = r"within 4 s: pod .*: ImagePullBackOff Back-off.*--wait"
     with pytest.raises(UnavailableError, match=why), queue.reached(REQUEST, wait):
         pass
     assert "ImagePullBackOff" in told[0]
@@ -75,7 +94,7 @@ def test_pods_that_do_not_start_are_said_why_and_go(home: Path) -> None:
 def test_a_pod_that_failed_is_not_waited_for(home: Path, status: dict[str, object], why: str) -> None:
     (home / "failed").write_text(json.dumps({"phase": "Failed", **status}))
     queue = KubernetesQueue(replace(OPTIONS, claim=None))
-    with pytest.raises(UnavailableError, match=rf"did not keep pod .*-0: {why}"), queue.reached(REQUEST, Visit()):
+    with pytest.raises(UnavailableError, match=rf"did not keep pod .*-0-gpu0: {why}"), queue.reached(REQUEST, Visit()):
         pass
     assert not list((home / "prod/train").glob("job-*"))
 

@@ -209,8 +209,10 @@ def test_a_pod_that_has_to_go_lets_ranks_save_and_the_next_pods_count_on(tmp_pat
     said = [pod.communicate(timeout=120)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert [text.count("attempt 1 from 0") for text in said] == [1, 1], said
-    assert "attempt 0" not in "".join(said), "what pods before them printed is not printed again"
-    first = [json.loads(text.splitlines()[0])["meshwright"]["events"] for text in said]
+    assert ":0 attempt 0" not in said[0], "what pods before them printed are no lines of theirs"
+    records = [[json.loads(line)["meshwright"] for line in text.splitlines() if line[0] == "{"] for text in said]
+    assert [found[0].get("left") == ["attempt 0 from nothing"] for found in records] == [shared, shared]
+    first = [found[int(shared)]["events"] for found in records]
     assert [any(each["event"] == "result" for each in events) for events in first] == [False, False], "not the end yet"
     for text in said:
         events = _record(text)["events"]

@@ -39,7 +39,7 @@ def test_attempts_of_all_starts_count_and_one_that_nobody_explained_is_one_too(t
     journal(tmp_path, 0, 1).keep(started(2))  # and then all were killed
     past = journal(tmp_path, 1, 2).past()
     assert [(each.attempt, each.failure.kind) for each in past][2:] == [(2, "node")]
-    assert past[2].failure.evidence == "the JobSet started its pods again"
+    assert (past[2].reason, past[2].failure.evidence[:17]) == ("the JobSet started its pods again", "a pod was killed,")
 
 
 def test_what_pods_of_this_start_write_is_not_behind_them(tmp_path: Path) -> None:

@@ -105,3 +105,10 @@ def test_a_host_is_left_out_on_mpi_only_where_the_host_file_has_another(tmp_path
 @pytest.mark.parametrize("key", ["signal: TERM", "lead: 30s"])
 def test_ranks_of_a_pod_that_has_to_go_are_warned_as_the_job_says(tmp_path: Path, key: str) -> None:
     check_capabilities(load(tmp_path, f"cluster: {{type: kubernetes, image: i}}\ncheckpoint: {{{key}}}\n"))
+
+
+def test_nodes_are_examined_before_a_jobset_but_not_before_a_trainjob(tmp_path: Path) -> None:
+    text = "health: {preflight: [gpu], on_fail: exclude_node}\ncluster: {type: kubernetes, image: i, kind: KIND}\n"
+    check_capabilities(load(tmp_path, text.replace("KIND", "jobset")))
+    with pytest.raises(JobError, match=r"health.preflight: a TrainJob takes its nodes from its runtime.*kind: jobset"):
+        check_capabilities(load(tmp_path, text.replace("KIND", "trainjob")))

@@ -1,8 +1,6 @@
 """Runs in Kubernetes from any terminal: pods are processes here, kubectl and its controllers are pretended."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,13 @@ import yaml
 
 from meshwright.clusters.contract import Job, Lost, Said
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.network import interfaces
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.cli import main
 from meshwright.launch.fetch import end_of, fetch, note_cancelled
 from meshwright.launch.runs import Known
 from tests.launch.own import own
-from tests.launch.pretend_kubectl import write_kubectl
+from tests.launch.pods import clusters_at
+from tests.launch.pods import pod_job as job
 from tests.launch.typed import begin, meshwright
 from tests.launch.waiting import eventually, kill_all
 
@@ -41,26 +39,7 @@ RAISE = FAIL.replace("raise SystemExit(7) from ", "raise ")
 @pytest.fixture
 def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kubectl with two clusters, of which the job names the one that is not current."""
-    if all(address.startswith("127.") for address in interfaces().values()):
-        pytest.skip("this machine has no address besides loopback, at which pods could meet")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("TOKEN", "tok-123")
-    return write_kubectl(tmp_path / "bin", "dev", "arn:aws:eks:eu:1:cluster/prod")
-
-
-def job(folder: Path, code: str, **more: object) -> Path:
-    cluster = {"type": "kubernetes", "image": "x", "namespace": "train", "secret": "tokens", "python": sys.executable}
-    told = {
-        "name": "j",
-        "command": [sys.executable, "-c", code],
-        "nodes": 2,
-        "nproc_per_node": 1,
-        "secrets": {"TOKEN": {"from_env": "TOKEN"}},
-        "failure": {"shutdown_grace": "2s"},
-        "cluster": {**cluster, "context": "arn:aws:eks:eu:1:cluster/prod"},
-    }
-    (folder / "job.yaml").write_text(yaml.safe_dump({**told, **more}))
-    return folder / "job.yaml"
+    return clusters_at(tmp_path, monkeypatch)
 
 
 def lines(run_id: str, *said: str) -> list[str]:
@@ -153,7 +132,7 @@ def test_the_end_of_a_run_that_nobody_watched_is_found_by_whoever_asks_with_its_
     told = (tmp_path / "runs/j" / run_id / "exit.json").read_text()
     assert "ValueError: bad token ***" in json.loads(told)["first_failure"]["traceback"]
     followed = meshwright(tmp_path, "logs", "-f", run_id)
-    assert set(lines(run_id, "here is 0", "here is 1")) <= set(followed.stdout.splitlines())
+    assert lines(run_id, "", "here is 1")[1] in followed.stdout.splitlines(), "what pod 0 said went with it"
     assert "tok-123" not in told + followed.stdout
 
 
@@ -247,6 +226,22 @@ def test_lines_come_in_the_order_of_their_times_each_once_whoever_looks(run: Kno
     assert all(since_s is not None and 10 <= since_s < 60 for since_s in queue.asked[1:])
 
 
+def test_lines_that_an_earlier_pod_left_are_found_where_nobody_had_fetched_them(run: Known) -> None:
+    def left(rank: int, at: int, *lines: str) -> Said:
+        told = {"meshwright": {"node": f"j-r1-node-0-{rank}", "rank": rank, "left": lines}}
+        return Said(f"j-r1-node-0-{rank}", at, json.dumps(told))
+
+    queue = Cluster(from_rank(1, 10, "a"), from_rank(1, 20, "b"))
+    fetch(run, told(queue))
+    queue.lines += [from_rank(1, 30, "c"), left(1, 40, "a", "b", "c", "d"), from_rank(1, 50, "e"), left(0, 60, "f")]
+    queue.lines += [left(7, 70, "of no rank"), left(1, 80, "c", "d", "e")]
+    fetch(run, told(queue))
+    assert text_of(run, "logs/rank-1.log") == "a\nb\nc\nd\ne\n"
+    assert text_of(run, "logs/rank-0.log") == "f\n"
+    merged = [line.partition(" | ")[2] for line in text_of(run, "merged.log").splitlines()]
+    assert merged == ["a", "b", "c", "d", "e", "f"]
+
+
 def test_words_of_a_pod_itself_are_shown_too_such_as_that_its_image_has_no_meshwright(run: Known) -> None:
     fetch(run, told(Cluster(Said("j-r1-node-0-1", 1, "python3: No module named meshwright"))))
     assert text_of(run, "launcher.log") == "j-r1-node-0-1 | python3: No module named meshwright\n"
@@ -260,6 +255,14 @@ def test_a_pod_of_a_later_start_that_died_without_a_word_is_not_taken_for_the_on
     queue.gone = {"j-r1-node-0-1": Lost(137, "j-r1-node-0-1 was killed: OOMKilled")}
     found = ended(run, queue, 137)
     assert (found["exit_code"], found["reason"]) == (137, "j-r1-node-0-1 was killed: OOMKilled")
+
+
+def test_a_pod_that_was_deleted_since_the_run_was_over_is_not_taken_for_lost(run: Known) -> None:
+    first = {"kind": "node", "rank": None, "host": "", "exit_code": 69, "evidence": "a pod was killed", "step": None}
+    decided = {"event": "decided", "attempt": 2, "again": False, "reason": "all 2 restarts are used", **first}
+    queue = Cluster(record(0, 1, decided, result("stopped")), lost={"j-r1-node-0-0": Lost(69, "pod 0 ended with 69")})
+    found = ended(run, queue, 1)
+    assert (found["exit_code"], found["reason"]) == (69, "a pod was killed; not started again: all 2 restarts are used")
 
 
 def test_the_rank_whose_error_record_is_the_earliest_is_blamed_not_the_one_that_died_first(run: Known) -> None:

@@ -129,3 +129,28 @@ def test_a_launch_on_a_machine_that_lacks_gpus_starts_nothing(
     capsys.readouterr()
     main(["launch", "job.yaml", "--dry-run"])
     assert "the job wants" not in capsys.readouterr().err
+
+
+def test_on_kubernetes_a_run_is_kept_from_sick_nodes_and_drawn_to_fit_ones(tmp_path: Path) -> None:
+    seen: list[tuple[str, ...]] = []
+    rounds = [("gpu1/aaaaa", "gpu1/bbbbb", "gpu2", "gpu3"), ("gpu2", "gpu3", "gpu4", "gpu5/ccccc")]
+
+    def examine(loaded: LoadedJob, base: Path) -> Diagnosis:
+        del base
+        names = rounds[len(seen)]
+        seen.append(loaded.job.cluster.exclude)  # type: ignore[union-attr]
+        sick = ("gpu1/bbbbb", "gpu3") if len(seen) == 1 else ("gpu4",) if health.endswith("warn}") else ()
+        return Diagnosis(names, tuple(verdict("disk", name, bad=name in sick) for name in names))
+
+    health = "{preflight: [disk], on_fail: exclude_node}"
+    pods = "nodes: 4\ncluster: {type: kubernetes, image: i, prefer: [mine]}\n"
+    cluster = on_fit_nodes(job(tmp_path, health, pods), tmp_path, examine=examine).job.cluster
+    assert seen == [(), ("gpu1", "gpu3")]
+    assert (cluster.exclude, cluster.prefer) == (  # type: ignore[union-attr]
+        ("gpu1", "gpu3"),
+        ("mine", "gpu2", "gpu3", "gpu4", "gpu5"),
+    )
+    seen.clear()
+    health = "{preflight: [disk], on_fail: warn}"
+    cluster = on_fit_nodes(job(tmp_path, health, pods), tmp_path, examine=examine).job.cluster
+    assert (cluster.exclude, cluster.prefer) == ((), ("mine", "gpu2"))  # type: ignore[union-attr]
