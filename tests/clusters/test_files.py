@@ -84,6 +84,21 @@ def test_a_launcher_is_heard_of_until_it_has_ended_and_no_longer(handle: StepHan
     assert not alive_file(tmp_path).exists()
 
 
+def test_a_launcher_that_waits_for_the_queue_is_heard_of_and_one_that_looks_no_more_is_not(
+    handle: StepHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched() -> int:
+        return alive_file(tmp_path).stat().st_mtime_ns
+
+    before = touched()
+    assert eventually(lambda: touched() > before, 20), "nothing is asked of the handle meanwhile"
+    monkeypatch.setattr("meshwright.clusters.files._STALLED_S", 0.0)
+    time.sleep(0.5)  # for a touch that had begun
+    before = touched()
+    time.sleep(5.0)
+    assert touched() == before
+
+
 def test_a_node_that_has_ended_cannot_be_cut_off(handle: StepHandle, tmp_path: Path) -> None:
     FileLine(step_folder(tmp_path), 1).tell("result", state="succeeded", message="")
     assert [event["event"] for event in handle.poll(1.0)] == ["result"]
