@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -219,23 +219,32 @@ def answering(words: Mapping[str, Sequence[str]], within_s: float) -> tuple[str,
     ('a',)
     """
     null, until_s = subprocess.DEVNULL, time.monotonic() + within_s
-    asked = {
-        name: subprocess.Popen(each, stdin=null, stdout=null, stderr=null, start_new_session=True)
-        for name, each in words.items()
-    }
-    return tuple(name for name, each in asked.items() if _ended_well(each, until_s))
+    asked: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, each in words.items():
+            asked[name] = subprocess.Popen(each, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        _wait(asked.values(), until_s)
+        return tuple(name for name, each in asked.items() if each.poll() == 0)
+    finally:
+        _end(asked.values())
 
 
-def _ended_well(process: "subprocess.Popen[bytes]", until_s: float) -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        return process.wait(max(0.0, until_s - time.monotonic())) == 0
-    process.terminate()  # what mpiexec started is ended by it alone
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_END_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return False
+def _wait(processes: Iterable["subprocess.Popen[bytes]"], until_s: float) -> None:
+    for each in processes:
+        with suppress(subprocess.TimeoutExpired):
+            each.wait(max(0.0, until_s - time.monotonic()))
+
+
+def _end(processes: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Ends those that are left, all at once; what mpiexec started is ended by it alone, so it is asked first."""
+    left = [each for each in processes if each.poll() is None]
+    for each in left:
+        each.terminate()
+    _wait(left, time.monotonic() + _END_S)
+    for each in left:
+        with suppress(ProcessLookupError):
+            os.killpg(each.pid, signal.SIGKILL)
+        each.wait()
 
 
 def unique_names(places: Sequence[tuple[str, str]], mark: str = "-") -> list[str]:

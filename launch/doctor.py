@@ -179,7 +179,9 @@ def examine_job(options: DoctorOptions, loaded: LoadedJob | None, base: Path) ->
     from meshwright.clusters.examine import examine
     from meshwright.clusters.health import diagnose
 
-    wishes, told = wishes_of(options, loaded, base), without_nodes(loaded, options.exclude)
+    wishes, told = wishes_of(options, loaded, base), loaded
+    if not options.hosts:  # which are reached whatever a queue gives
+        told = without_nodes(loaded, options.exclude)
     with reached_for(options, told, base) as reached:
         found = reached if told is not loaded else left_in(reached, options.exclude)
         return diagnose(examine(found, wishes), wishes, options.exclude)

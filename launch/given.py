@@ -14,6 +14,7 @@ from meshwright.clusters.errors import FewerNodesError
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import shape_of, sized
 from meshwright.launch.spares import fewest_of, names_of, range_of
+from meshwright.launch.supervise import Interrupts
 
 __all__ = ["counted", "counts", "started"]
 
@@ -46,6 +47,7 @@ def started(
     *,
     secrets: Mapping[str, str],
     write: Callable[[LoadedJob, StartPlan], object],
+    interrupts: Interrupts,
 ) -> tuple[LoadedJob, StartPlan, Handle]:
     """Starts a job, if it is elastic on fewer nodes where not all are to be had; says so.
 
@@ -55,6 +57,7 @@ def started(
         planned: makes the plan of it on as many nodes as it has.
         secrets: their values.
         write: keeps job and plan before they are started.
+        interrupts: signals to the launcher; after one no further number of nodes is tried.
 
     Returns:
         the job with the number of nodes it has, its plan, and the run.
@@ -68,6 +71,8 @@ def started(
         try:
             return loaded, plan, cluster.start(plan, secrets)
         except FewerNodesError as error:
+            if interrupts.numbers:
+                raise
             loaded = _fewer(loaded, error)
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def follow_run(known: Known, run: Run, cluster: Cluster, *, relaunch: Relaunch) 
     if outcome is not None:
         write_json(run.directory / "exit.json", outcome.as_dict())
     else:
-        outcome = follow(run, lambda state: relaunch.first(cluster, state), relaunch=relaunch)
+        outcome = follow(run, partial(relaunch.first, cluster), relaunch=relaunch)
     report(run, outcome)
     return outcome.exit_code
 

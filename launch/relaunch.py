@@ -142,12 +142,13 @@ class Relaunch:
         self._secrets = {secret.name: secret.value for secret in self.request.program.secrets}
         self._mask = Mask(self._secrets.values())
 
-    def first(self, cluster: Cluster, state: RunState) -> Handle:
+    def first(self, cluster: Cluster, state: RunState, interrupts: Interrupts) -> Handle:
         """The first start, of an elastic job on as many nodes as its cluster has by now.
 
         Args:
             cluster: of the job.
             state: of the run, with the plan that was made for all nodes; takes the one that is started.
+            interrupts: signals to the launcher; after one no further number of nodes is tried.
         """
         whole = state.plan
 
@@ -166,7 +167,9 @@ class Relaunch:
         if counts(loaded) and job.num_nodes < loaded.job.num_nodes:
             asked = f"ranks start on {job.num_nodes} of at most {loaded.job.num_nodes} nodes"
             sys.stderr.write(f"meshwright: {asked}, as many as {job.cluster.type} has for them ({shape_of(job)})\n")
-        self.loaded, state.plan, handle = started(cluster, loaded, planned, secrets=self._secrets, write=write)
+        self.loaded, state.plan, handle = started(
+            cluster, loaded, planned, secrets=self._secrets, write=write, interrupts=interrupts
+        )
         return handle
 
     def __call__(self, state: RunState, interrupts: Interrupts, say: Callable[[RunState], object]) -> Handle | None:
@@ -193,12 +196,18 @@ class Relaunch:
         if not told.again:
             return None
         say(state)
-        return self._tried(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
+        return (
+            self._tried(loaded, state, decision, interrupts=interrupts)
+            if _waited(decision.wait_s, interrupts)
+            else None
+        )
 
-    def _tried(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle | None:
+    def _tried(
+        self, loaded: LoadedJob, state: RunState, decision: Decision, *, interrupts: Interrupts
+    ) -> Handle | None:
         """The new start, or None where it cannot be had: the run ended by what failed before, and that is kept."""
         try:
-            return self._start(loaded, state, decision)
+            return self._start(loaded, state, decision, interrupts=interrupts)
         except MeshwrightError as error:
             given_up = replace(decision, again=False, wait_s=0.0, reason=str(error), nodes=None)
             state.decisions[state.attempt] = self._mask.inside(given_up.as_dict())
@@ -242,18 +251,19 @@ class Relaunch:
         where = names.get(self.loaded.job.cluster.type, "cluster.hosts")
         return f"put more into {where} than `nodes` needs, or repair it, and launch again to go on from the checkpoint"
 
-    def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:
+    def _start(self, loaded: LoadedJob, state: RunState, decision: Decision, *, interrupts: Interrupts) -> Handle:
         cluster = examined_at_start(cluster_of(loaded), loaded, self.base)
         assert not isinstance(cluster, Queue), "a queue has launchers of its own"
 
         def planned(each: LoadedJob) -> StartPlan:
             past = (*history_of(state), self._told(each, decision, state))
-            return cluster.plan(
-                self._request(each, replace(limits_of(each), past=past, regroup=can_return(cluster, each)))
-            )
+            limits = replace(limits_of(each), past=past, regroup=can_return(cluster, each))
+            return cluster.plan(self._request(each, limits))
 
         loaded = counted(cluster, loaded, self.request)
-        loaded, plan, handle = started(cluster, loaded, planned, secrets=self._secrets, write=self._write)
+        loaded, plan, handle = started(
+            cluster, loaded, planned, secrets=self._secrets, write=self._write, interrupts=interrupts
+        )
         decision = self._told(loaded, decision, state)
         state.decisions[state.attempt] = decision.as_dict()
         self.loaded = loaded

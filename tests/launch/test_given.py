@@ -13,6 +13,7 @@ from meshwright.launch.given import counted, started
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.request import request_of
 from meshwright.launch.sizes import sized
+from meshwright.launch.supervise import Interrupts
 
 JOB = "name: j\ncommand: [python, -c, pass]\nnproc_per_node: 2\nparallel: {tp: 4, dp: 2}\n"
 RAY = "nodes: {min: 2, max: 4}\ncluster: {type: ray}\n"
@@ -63,7 +64,9 @@ def start(cluster: Knowing, loaded: LoadedJob, folder: Path) -> tuple[LoadedJob,
 
     loaded = ask(cluster, loaded, folder)
     secrets = {"TOKEN": "hunter22"}
-    found, plan, handle = started(cast(Cluster, cluster), loaded, planned, secrets=secrets, write=write)
+    found, plan, handle = started(
+        cast(Cluster, cluster), loaded, planned, secrets=secrets, write=write, interrupts=Interrupts()
+    )
     assert (plan, handle) == (written[-1], "handle")
     assert written == cluster.asked, "what ranks read is there before they start"
     return found, written
@@ -105,4 +108,25 @@ def test_a_number_that_is_fixed_is_not_made_smaller(tmp_path: Path) -> None:
     cluster = Knowing(4, gives=2)
     with pytest.raises(UnavailableError, match="Ray did not place 4 nodes"):
         start(cluster, job(tmp_path, "nodes: 4\ncluster: {type: ray}\n"), tmp_path)
+    assert cluster.asked == [4]
+
+
+def test_after_an_interrupt_no_further_number_of_nodes_is_tried(tmp_path: Path) -> None:
+    interrupts = Interrupts()
+
+    class Interrupted(Knowing):
+        def start(self, plan: int, secrets: Mapping[str, str]) -> Handle:
+            interrupts.numbers.append(2)
+            return super().start(plan, secrets)
+
+    cluster, loaded = Interrupted(4, 1), job(tmp_path, RAY)
+    with pytest.raises(FewerNodesError):
+        started(
+            cast(Cluster, cluster),
+            ask(cluster, loaded, tmp_path),
+            lambda each: cast(StartPlan, sized(each).job.num_nodes),
+            secrets={"TOKEN": "hunter22"},
+            write=lambda *_: None,
+            interrupts=interrupts,
+        )
     assert cluster.asked == [4]

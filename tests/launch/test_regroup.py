@@ -284,7 +284,7 @@ class RayCase(Case):
 
     def begin(self) -> int:
         """Starts it for the first time; the number of nodes."""
-        self.relaunch.first(cast(Cluster, self.cluster), self.state)
+        self.relaunch.first(cast(Cluster, self.cluster), self.state, Interrupts())
         return len(self.state.plan.nodes)
 
 
