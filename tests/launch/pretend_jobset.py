@@ -22,12 +22,28 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-__all__ = ["free_node"]
+__all__ = ["free_node", "going"]
 
 _LOOK_S = 0.05
 _MARK = "PRETENDED_POD"
 _SECRETS = {"TOKEN": "tok-123"}
 Spec = Mapping[str, Any]
+
+
+def going(place: Path, *nodes: str, grace_s: float = 0.0) -> set[str]:
+    """Nodes whose pods of an examination were deleted, but have not gone yet.
+
+    Args:
+        place: of the namespace.
+        nodes: more of them.
+        grace_s: that these take.
+    """
+    path = place / "going"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if nodes:
+        known.update(dict.fromkeys(nodes, time.time() + grace_s))
+        path.write_text(json.dumps(known))
+    return {node for node, end_s in known.items() if end_s > time.time()}
 
 
 def free_node(place: Path, pod: Spec, taken: Collection[str], count: int) -> str | None:
@@ -39,6 +55,7 @@ def free_node(place: Path, pod: Spec, taken: Collection[str], count: int) -> str
         taken: nodes that have a pod.
         count: of pods; so many nodes are free where there is no such file.
     """
+    taken = {*taken, *going(place)}
     told = pod.get("affinity", {}).get("nodeAffinity", {})
     required = told.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [{}])
     drawn = told.get("preferredDuringSchedulingIgnoredDuringExecution", [])
