@@ -5,6 +5,8 @@ examination is over, or by themselves at its deadline.
 """
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from meshwright.clusters.reaching import Reached, Visit, reached_by, unique_name
 
 __all__ = ["NodeChoice", "machine_of", "placed", "probe_job", "reached_in_pods"]
 
-_MOST_S = 900
+_MOST_S = 600
 _LOOK_S = 1.0
 _GRACE_S = 5
 _GOING_S = 60
@@ -111,15 +113,37 @@ def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> I
 
     Raises:
         UnavailableError: when there are none in time.
+        SystemExit: on SIGTERM and SIGHUP, so that the pods go; with 128 and the signal's number.
     """
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    with _created(job, kubectl, visit):
+    with _ending_by_signals(), _created(job, kubectl, visit):
         found = _up(job, kubectl, visit)
         names = unique_names([(node, pod.rpartition("-")[2]) for pod, node in found.items()], _MARK)
         probe = ("-c", container["name"], "--", container["command"][0], *PROBE_ARGV[1:])
         words = {node: (*kubectl.words, "exec", "-i", pod, *probe) for node, pod in zip(names, found, strict=True)}
         with reached_by(words, "kubernetes", visit) as reached:
             yield reached
+
+
+@contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise, where they would end this process as it stands, and its pods would stay."""
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # a second one would keep the pods from going
+        raise SystemExit(128 + number)
+
+    try:
+        for each in ours:
+            signal.signal(each, end)
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,45 @@ def test_ctrl_c_takes_the_pods_away(home: Path) -> None:
         raise KeyboardInterrupt
     assert not list((home / "prod/train").glob("job-*"))
     assert "delete" in (home / "asked").read_text()
+
+
+def twice(number: int) -> None:
+    """Sends this process a signal, and another one while it heeds the first."""
+    assert catches(os.getpid(), number), "else it would end the tests"
+    try:
+        os.kill(os.getpid(), number)
+    finally:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_takes_the_pods_away_though_a_second_comes(home: Path, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        queue = KubernetesQueue(replace(OPTIONS, claim=None))
+        with pytest.raises(SystemExit) as raised, queue.reached(REQUEST, Visit()):
+            twice(number)
+        assert raised.value.code == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert not list((home / "prod/train").glob("job-*"))
+
+
+def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none(home: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    def names() -> list[str]:
+        with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()) as reached:
+            return [each.name for each in reached.reaches]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(names).result() == ["gpu0", "gpu1"]
 
 
 def test_the_job_is_valid_json_without_variables(home: Path) -> None:
