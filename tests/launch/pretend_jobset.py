@@ -5,7 +5,8 @@
 runs the JobSet (or TrainJob) NAME whose objects `pretend_kubectl` has put into PLACE. A pod is a process of this
 machine, with the environment of its container and nothing in common with other pods but a claim. Files in PLACE say
 what there is and what happens: `nodes` has the names of nodes (by default there are enough, gpu0 and so on), one pod
-each; `kill-1` kills the container of pod 1, `evict-1` evicts the pod, and `lose-1` loses its node.
+each, and `busy` those that others hold until a run is submitted; `kill-1` kills the container of pod 1, `evict-1`
+evicts the pod, and `lose-1` loses its node.
 """
 
 import json
@@ -55,7 +56,8 @@ def free_node(place: Path, pod: Spec, taken: Collection[str], count: int) -> str
         taken: nodes that have a pod.
         count: of pods; so many nodes are free where there is no such file.
     """
-    taken = {*taken, *going(place)}
+    busy = place / "busy"
+    taken = {*taken, *going(place), *(busy.read_text().split() if busy.exists() else ())}
     told = pod.get("affinity", {}).get("nodeAffinity", {})
     required = told.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [{}])
     drawn = told.get("preferredDuringSchedulingIgnoredDuringExecution", [])

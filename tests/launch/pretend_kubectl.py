@@ -52,6 +52,7 @@ elif words[0] == "create" and (job := sys.stdin.read()).startswith("{"):
 elif words[0] == "create":
     import yaml
     config, whole = yaml.safe_load_all(job)
+    (place / "busy").unlink(missing_ok=True)
     name = whole["metadata"]["name"]
     (place / f"configmap-{name}").write_text(json.dumps(config))
     (place / f"{whole['kind'].lower()}-{name}").write_text(json.dumps(whole))
