@@ -138,10 +138,12 @@ class _Warner:
 
     def __init__(self, warning: Callable[[bool], str | None], say: Callable[..., None]) -> None:
         self._warning, self._say = warning, say
-        self._next_s, self.asked = 0.0, False
+        self._next_s, self.asked, self.over = 0.0, False, False
 
     def warn(self) -> None:
         """Says it, if it is time."""
+        if self.over:  # agents that are asked to end now are by us, whatever the queue says
+            return
         asked, self.asked = self.asked, False
         number = self._warning(asked)
         if number == "":
@@ -248,7 +250,7 @@ class StepHandle:
 
     def kill(self) -> None:
         """Ends everything of this run at once, and takes what was secret away."""
-        late = []
+        late, self._warner.over = [], True
         if not self._ended:
             self._say("kill")
             end_s = time.monotonic() + _KILL_WAIT_S

@@ -127,6 +127,20 @@ def test_a_warning_is_repeated_for_those_that_do_not_listen_yet(tmp_path: Path) 
         handle.kill()
 
 
+def test_what_agents_hear_when_they_are_killed_is_no_warning(tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def warning(each: bool) -> None:
+        asked.append(each)
+
+    handle = started(tmp_path, reached=True, warning=warning)
+    FileLine(step_folder(tmp_path), 1).tell("asked")
+    handle.kill()
+    while not handle.done:
+        handle.poll(0.1)
+    assert True not in asked
+
+
 def test_agents_that_are_asked_to_end_without_a_warning_are_told_to(tmp_path: Path) -> None:
     handle = started(tmp_path, reached=True, warning=lambda asked: "" if asked else None)
     try:
