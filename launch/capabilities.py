@@ -10,7 +10,7 @@ from typing import Any
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import check_sizes
-from meshwright.launch.spares import NAMED, can_shrink
+from meshwright.launch.spares import NAMED, can_shrink, range_of
 
 __all__ = ["GAPS", "Gap", "check_capabilities"]
 
@@ -63,7 +63,6 @@ GAPS = {
     "kubernetes": (
         *_ALL,
         Gap("after", "launch one job after the other"),
-        *_RIGID,
         *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
@@ -121,7 +120,12 @@ def _nodes(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
 def _of_trainjob(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
     """What a JobSet of ours can do, but none that a runtime makes of a TrainJob."""
     job = loaded.job
-    if job.cluster.type == "kubernetes" and job.cluster.kind == "trainjob" and job.health.preflight:
+    if job.cluster.type != "kubernetes" or job.cluster.kind != "trainjob":
+        return
+    if range_of(job) is not None:
+        text = "a TrainJob ends only once all of its pods have, and has as many as its trainer asks for"
+        yield "nodes.min", f"{text}; use cluster.kind: jobset, or write a number of nodes"
+    if job.health.preflight:
         text = "a TrainJob takes its nodes from its runtime, and could not be kept to those that are fit"
         yield "health.preflight", f"{text}; use cluster.kind: jobset, or examine them by `meshwright doctor`"
 

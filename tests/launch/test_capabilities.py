@@ -61,10 +61,17 @@ def test_an_override_is_refused_as_one(tmp_path: Path) -> None:
         check_capabilities(load(tmp_path, "", "binding=numa"))
 
 
-@pytest.mark.parametrize("kind", ["mpi", "ray", "kubernetes, image: i"])
+@pytest.mark.parametrize("kind", ["mpi", "ray"])
 def test_a_range_of_nodes_is_refused_where_a_lost_node_ends_the_run(tmp_path: Path, kind: str) -> None:
     with pytest.raises(JobError, match=r"does not act on nodes.min yet; write a number of nodes"):
         check_capabilities(load(tmp_path, f"cluster: {{type: {kind}}}\nnodes: {{min: 1, max: 2}}\nnproc_per_node: 1\n"))
+
+
+def test_a_range_of_nodes_is_for_jobsets_and_refused_of_a_trainjob(tmp_path: Path) -> None:
+    text = "nodes: {min: 1, max: 2}\nnproc_per_node: 1\ncluster: {type: kubernetes, image: i, kind: KIND}\n"
+    check_capabilities(load(tmp_path, text.replace("KIND", "jobset")))
+    with pytest.raises(JobError, match=r"nodes.min: a TrainJob ends only once all of its pods have.*kind: jobset"):
+        check_capabilities(load(tmp_path, text.replace("KIND", "trainjob")))
 
 
 def test_the_fewest_nodes_must_be_able_to_run_the_job(tmp_path: Path) -> None:
