@@ -61,9 +61,8 @@ class Fetched:
         self.job = json.loads((run_dir / "job.json").read_text())
         whole = run_dir / ASKED_FILE  # of an elastic run: pods may be others at its next start
         self._whole = json.loads(whole.read_text()) if whole.exists() else None
-        self._names = {node.name for node in self.plan.nodes}
-        if self._whole is not None:
-            self._names = {node["name"] for node in self._whole["plan"]["nodes"]}
+        most = self.plan if self._whole is None else plan_from(self._whole["plan"])
+        self._names, self._num_ranks = {node.name for node in most.nodes}, most.world_size
         self._asked_unix_s: float | None = None
         self._last: dict[str, int] = {}
         self.records: dict[str, dict[str, Any]] = {}
@@ -96,7 +95,7 @@ class Fetched:
         for each in new:
             who, _, text = each.text.partition(" ")
             host, _, rank = who.rpartition(":")
-            if host in self._names and rank.isdecimal():
+            if self._is_rank(host, rank):
                 for name, line in self._lines(host, int(rank), clean_line(text.encode())):
                     lines.setdefault(name, []).append(line)
             elif each.text.startswith(_RECORD):
@@ -107,6 +106,10 @@ class Fetched:
                 lines.setdefault("launcher.log", []).append(f"{each.node} | {clean_line(each.text.encode())}")
         for name, found in lines.items():
             self._append(name, "\n".join(found))
+
+    def _is_rank(self, host: str, rank: str) -> bool:
+        """Whether a node of the run may have a rank; of an elastic run each may have any, one start after the other."""
+        return host in self._names and rank.isdecimal() and int(rank) < self._num_ranks
 
     def _lines(self, host: str, rank: int, text: str) -> Iterator[tuple[str, str]]:
         """Files that get a line of a rank, and how it reads there."""
@@ -122,6 +125,8 @@ class Fetched:
             record = json.loads(said.text)["meshwright"]
             if "left" in record:
                 host, rank = str(record["node"]), int(record["rank"])
+                if not self._is_rank(host, str(rank)):
+                    return []
                 known = [*last_lines(self._run_dir / log_name(rank)), *lines.get(log_name(rank), [])]
                 missing = missing_of(known, [str(line) for line in record["left"]])
                 return [each for line in missing for each in self._lines(host, rank, line)]
