@@ -52,9 +52,9 @@ class _Agent:
         self.torch_agent: Any = None
         self.sender: Sender | None = None
         self.concealer = Concealer(Path(self.plan["run_dir"]), message["secrets"].values(), logs=logs_of(self.node))
-        self.asking = Asking(channel.tell, self.stop)
-        self.joining = Joining(message, channel.tell, self._cut_off)
         self._heard_s = time.monotonic()
+        self.asking = Asking(channel.tell, self.stop, silent_s=lambda: time.monotonic() - self._heard_s)
+        self.joining = Joining(message, channel.tell, self._cut_off)
 
     def listen(self, messages: Any) -> None:
         """Obeys the launcher until it is gone."""

@@ -8,7 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import inf, prod
 from typing import TYPE_CHECKING, Any, Protocol
+
+from meshwright.clusters.calibrate_functions import in_turns, measured_functions, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +37,8 @@ PRODUCTS: Mapping[str, Sequence[tuple[int, int, int]]] = {
         *((width, out, 8192) for width, out in ((1024, 4096), (4096, 4096), (4096, 14336))),
     ),
 }
-_BETWEEN = {
-    "cpu": ((64, 64), (256, 64), (256, 256), (1024, 256), (1024, 512)),
-    "cuda": ((1024, 1024), (4096, 1024), (4096, 4096), (8192, 4096), (8192, 8192)),
-}  # tokens, width
+_BETWEEN = ((1024, 1024), (4096, 1024), (4096, 4096), (8192, 4096), (8192, 8192))  # tokens, width
+_BATCHED = ((64, 64, 16, 16), (128, 128, 64, 16), (192, 192, 32, 12), (256, 256, 32, 8))  # m, n, k, products
 _MOVED = 2.5 * (
     2 * 2 + 2 * 3 + 2 * 4
 )  # elements of the width: two norms, two sums, a wide activation; backward 1.5 times
@@ -111,10 +112,10 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
 
     Returns:
         products [m, n, k, precision, seconds], memory [bytes, seconds] of what
-        stands between products, attention [sequences, heads, positions, width,
-        seconds], attention_backward (the same), op_s (start of an operation), layer_s
-        (a layer's operations in one direction), exponentials_per_s, drawn_per_s
-        (random numbers, written).
+        stands between products, of a CPU functions {name: [bytes, seconds] of an element} and batched
+        [m, n, k, products, seconds], attention [sequences, heads, positions, width, seconds],
+        attention_backward (the same), op_s (start of an operation), layer_s (a layer's operations
+        in one direction), exponentials_per_s, drawn_per_s (random numbers, written).
     """
     import torch
 
@@ -128,7 +129,7 @@ def measured_device(device: "torch.device", *, brief: bool, begin: Callable[[str
         for m, n, k in PRODUCTS[device.type][:: 3 if brief or name != first else 1]:
             found["products"].append([m, n, k, name, _product_s((m, n, k), device, dtype)])
     begin("memory")
-    found["memory"] = [_between(*shape, device) for shape in _BETWEEN[device.type]]
+    found |= _unhidden(timed) if device.type == "cpu" else {"memory": [_between(*shape, device) for shape in _BETWEEN]}
     begin("attention")
     found |= _attentions(device)
     begin("starts of operations")
@@ -154,13 +155,41 @@ def _product_s(shape: tuple[int, int, int], device: "torch.device", dtype: "torc
     from torch.nn import functional
 
     m, n, k = shape
-    timed = _timer(device)
-    rows, weight, gradient = (torch.randn(*each, device=device).to(dtype) for each in ((m, k), (n, k), (m, n)))
+    each = sum(rows * columns for rows, columns in ((m, k), (n, k), (m, n)))
+
+    def operands() -> "list[torch.Tensor]":
+        return [torch.randn(*each, device=device).to(dtype) for each in ((m, k), (n, k), (m, n))]
+
+    given = in_turns(operands, dtype.itemsize * each if device.type == "cpu" else inf)
 
     def three() -> None:
+        rows, weight, gradient = next(given)
         functional.linear(rows, weight)
         torch.mm(gradient, weight)
         torch.mm(gradient.T, rows)
+
+    return _timer(device)(three) / 3
+
+
+def _unhidden(timed: _Timer) -> dict[str, Any]:
+    """What a CPU takes for bytes, and besides them."""
+    batched = [[*shape, _batched_s(shape, timed)] for shape in _BATCHED]
+    return {"memory": streamed(timed), "functions": measured_functions(timed), "batched": batched}
+
+
+def _batched_s(shape: tuple[int, int, int, int], timed: _Timer) -> float:
+    """Seconds of many small products, on average, as they lie where attention is not fused."""
+    import torch
+
+    m, n, k, batch = shape
+    sizes = ((m, k), (n, k), (m, n))
+    given = in_turns(lambda: [torch.randn(batch, *each) for each in sizes], 4 * batch * sum(map(prod, sizes)))
+
+    def three() -> None:
+        rows, others, scores = next(given)
+        torch.bmm(rows, others.mT)
+        torch.bmm(scores, others)
+        torch.bmm(scores.mT, rows)
 
     return timed(three) / 3
 
@@ -171,9 +200,8 @@ def _between(tokens: int, width: int, device: "torch.device") -> list[float]:
     from torch.nn import functional
 
     timed = _timer(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     narrow, wide = (
-        torch.randn(tokens, width * times, device=device, dtype=dtype, requires_grad=True) for times in (1, 4)
+        torch.randn(tokens, width * times, device=device, dtype=torch.bfloat16, requires_grad=True) for times in (1, 4)
     )
     ones = torch.ones_like(narrow)
 

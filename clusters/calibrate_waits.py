@@ -4,14 +4,20 @@ Ranks that do the same are never done at the same time: their processors are int
 fewer. If delays come one apart from the other, what ranks differ by grows with the root of the time between meetings,
 so one number says how much: the seconds that a meeting costs after one second of computing. Measured by computing for
 some milliseconds and meeting, again and again; what remains of a round beside its computing, in turns, and its meeting.
+Spans of several lengths are tried: where ranks take turns, what they differ by depends on whether a span ends with a
+turn.
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["steadied", "unsteadiness"]
 
-_ROUNDS, _SEGMENT_S, _WIDTH = 60, 4e-3, 256
+_ROUNDS, _SEGMENT_S, _WIDTH = 40, 4e-3, 256
+_SPANS = (1, 3, 5)  # segments between meetings
 _KEPT = 0.9  # of rounds: the longest are other programs'
 
 
@@ -38,22 +44,29 @@ def unsteadiness(group: Any, *, turns: float) -> float:
     matrix, flag = torch.zeros(_WIDTH, _WIDTH), torch.zeros(1)
     repeats = torch.tensor(float(_repeats(matrix)))
     dist.broadcast(repeats, 0, group=group)
-    rounds, met, computed = [], [], []
-    for _ in range(_ROUNDS):
-        start_s, before_s = time.perf_counter(), time.thread_time()
-        for _ in range(int(repeats)):
-            torch.mm(matrix, matrix)
-        computed.append(time.thread_time() - before_s)
-        dist.all_reduce(flag, group=group)
-        rounds.append(time.perf_counter() - start_s)
-    for _ in range(_ROUNDS):
-        start_s = time.perf_counter()
-        dist.all_reduce(flag, group=group)
-        met.append(time.perf_counter() - start_s)
-    busy_s = turns * steadied(computed)
-    found = torch.tensor(max(0.0, steadied(rounds) - busy_s - steadied(met)) / busy_s**0.5)
+    met_s = steadied([_round_s(matrix, flag, group, repeats=0)[1] for _ in range(_ROUNDS)])
+    waited_s = roots = 0.0
+    for span in _SPANS:
+        rounds = [_round_s(matrix, flag, group, repeats=span * int(repeats)) for _ in range(_ROUNDS)]
+        busy_s = turns * steadied([computed_s for computed_s, _ in rounds])
+        waited_s += steadied([took_s for _, took_s in rounds]) - busy_s - met_s
+        roots += busy_s**0.5
+    found = torch.tensor(max(0.0, waited_s) / roots)
     dist.all_reduce(found, group=group)
     return float(found) / dist.get_world_size(group)
+
+
+def _round_s(matrix: "torch.Tensor", flag: "torch.Tensor", group: Any, *, repeats: int) -> tuple[float, float]:
+    """Own seconds of so many products, and all seconds until ranks have met after them."""
+    import torch
+    import torch.distributed as dist
+
+    start_s, before_s = time.perf_counter(), time.thread_time()
+    for _ in range(repeats):
+        torch.mm(matrix, matrix)
+    computed_s = time.thread_time() - before_s
+    dist.all_reduce(flag, group=group)
+    return computed_s, time.perf_counter() - start_s
 
 
 def _repeats(matrix: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.clusters import fitting
 from meshwright.clusters.hardware import Gpu
-from meshwright.clusters.simulated.efficiency import Compute, Efficiency, Links, Reserves
+from meshwright.clusters.simulated.efficiency import Compute, Efficiency, Links, Reserves, Unhidden
 
 __all__ = ["CalibrationError", "Machine", "entry", "hardware_of", "is_calibration"]
 
@@ -110,7 +110,7 @@ def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compu
     turns = max(1.0, told["ranks"] * told["threads"] / machine.cores) if cpu else 1.0
     first = told["products"][0][3]
     (memory, _), memory_error = fitting.memory(told)
-    (rate, _, kernel_s), product_error = fitting.products(told, first)
+    (rate, operands, kernel_s), product_error = fitting.products(told, first)
     (share, softmax), attention_error = fitting.attention(told, rate, kernel_s)
     (backward,), backward_error = fitting.attention_backward(told, rate, kernel_s, share, softmax)
     layer_s = told["layer_s"] * turns
@@ -126,11 +126,22 @@ def _compute(told: Mapping[str, Any], machine: Machine, gpu: Gpu) -> tuple[Compu
         waiting_s=layer_s,
         unaligned=1.0,
         attention_backward=backward,
-        drawn_s=max(0.0, 1 / told["drawn_per_s"] - _DRAWN_BYTES / memory) * turns if cpu else 0.0,
+        unhidden=_unhidden(told, (rate, operands, kernel_s), memory, turns=turns) if cpu else Unhidden(),
     )
     errors = {"products": product_error, "memory": memory_error, "attention": attention_error}
     errors["attention_backward"] = backward_error
     return compute, {name: round(100 * each, 1) for name, each in errors.items()}
+
+
+def _unhidden(told: Mapping[str, Any], of_products: Sequence[float], memory: float, *, turns: float) -> Unhidden:
+    """What a CPU takes besides bytes and FLOPs."""
+
+    def besides(num_bytes: float, took_s: float) -> float:
+        return max(0.0, took_s - num_bytes / memory) * turns
+
+    (batched,), _ = fitting.batched(told, of_products)
+    functions = {name: besides(*each) for name, each in told["functions"].items()}
+    return Unhidden(drawn_s=besides(_DRAWN_BYTES, 1 / told["drawn_per_s"]), function_s=functions, batched=batched)
 
 
 def _exchanges(told: Mapping[str, Any] | None, gpu: Gpu) -> tuple[Links, dict[str, float]]:
@@ -192,10 +203,9 @@ def hardware_of(path: Path, *, ranks: int = 1) -> tuple[Gpu, Efficiency]:
     known = sorted(told["by_ranks"])
     parts = told["by_ranks"][next((each for each in known if each >= ranks), known[-1])]
     try:
-        return Gpu(**told["gpu"]), Efficiency(
-            Compute(**parts["compute"]), Links(**parts["links"]), Reserves(**parts["reserves"])
-        )
-    except TypeError as error:
+        compute = Compute(**{**parts["compute"], "unhidden": Unhidden(**parts["compute"]["unhidden"])})
+        return Gpu(**told["gpu"]), Efficiency(compute, Links(**parts["links"]), Reserves(**parts["reserves"]))
+    except (KeyError, TypeError) as error:
         raise CalibrationError(
             f"{path} was written by another version of meshwright ({error}); write it again"
         ) from error

@@ -5,7 +5,7 @@ There are two kinds. On a `Cluster` (local, ssh) the launcher starts the agents 
 `DistantQueue` (Kubernetes) it has none, and whoever looks at the run fetches what its nodes said.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from meshwright.clusters.base import StartPlan, StartRequest
 from meshwright.clusters.reaching import Reached, Visit
 
-__all__ = ["Admitting", "Cluster", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Said"]
+__all__ = ["Admitting", "Cluster", "Counting", "DistantQueue", "Handle", "Job", "Lost", "Queue", "Returning", "Said"]
 
 
 class Handle(Protocol):
@@ -50,7 +50,32 @@ class Cluster(Protocol):
         """Raises where the plan could not be executed here and now."""
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
-        """Executes a plan."""
+        """Executes a plan.
+
+        Raises:
+            FewerNodesError: when it cannot be had on so many nodes, and an elastic job may try fewer.
+            UnavailableError: when it cannot be had.
+        """
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A cluster that knows its nodes, where a job does not name them: an elastic job starts on as many as there are."""
+
+    def count(self, request: StartRequest) -> int:
+        """Nodes that have what is asked of each and are not left out, in use or not.
+
+        Raises:
+            UnavailableError: when the cluster does not say.
+        """
+
+
+@runtime_checkable
+class Returning(Protocol):
+    """A cluster whose nodes may be there again after they were lost."""
+
+    def back(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of some nodes that were lost which are there again; asks for seconds, not minutes."""
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from meshwright.parallel.errors import MeshwrightError
 
-__all__ = ["ClusterError", "RendezvousError", "UnavailableError"]
+__all__ = ["ClusterError", "FewerNodesError", "RendezvousError", "UnavailableError"]
 
 
 class ClusterError(MeshwrightError):
@@ -15,6 +15,19 @@ class UnavailableError(ClusterError):
     """Machines or devices that are not there, or not enough of them."""
 
     exit_code = 69
+
+
+class FewerNodesError(UnavailableError):
+    """So many nodes cannot be had now, and fewer may be.
+
+    Args:
+        message: why not.
+        have: as many as may be.
+    """
+
+    def __init__(self, message: str, have: int) -> None:
+        super().__init__(message)
+        self.have = have
 
 
 class RendezvousError(ClusterError):

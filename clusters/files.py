@@ -6,7 +6,7 @@ alive            touched by the launcher; agents end when that stops, and whoeve
 """
 
 import json
-import math
+import os
 import secrets as tokens
 import shutil
 import subprocess
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
@@ -27,6 +28,7 @@ __all__ = ["FileLine", "StepHandle", "alive_file", "step_folder"]
 
 _LOOK_S = 0.1
 _ALIVE_S = 2.0
+_STALLED_S = 60.0  # without a look at agents, which no command that the launcher waits for takes
 _LOST_AFTER_S = 120.0  # attributes of files on network file systems can be a minute old
 _KILL_WAIT_S = 5.0
 _WARN_S = 1.0
@@ -77,8 +79,8 @@ class FileLine:
                 said = commands.read()
             yield from said
             self._lines.flush()
-            with suppress(OSError):
-                now = (self._folder / "alive").stat().st_mtime
+            with suppress(OSError), (self._folder / "alive").open("rb") as file:  # a network file system looks anew
+                now = os.fstat(file.fileno()).st_mtime
                 if now != touched:
                     touched = now
                     yield {"command": "alive"}
@@ -97,15 +99,25 @@ class _Kept:
 
     def __init__(self, folder: Path, start: Mapping[str, Any], names: Sequence[str]) -> None:
         self._start, self._alive = folder / "start.json", folder / "alive"
-        self._away, self._touched_s = set(names), 0.0
+        self._away, self._looked_s, self._over = set(names), time.monotonic(), Event()
         write_all(self._start, [json.dumps(start).encode() + b"\n"])
+        self._touch()
+        self._thread = Thread(target=self._go_on, name="alive", daemon=True)
+        self._thread.start()
 
-    def touch(self) -> None:
-        """Is heard of, every two seconds."""
-        if time.monotonic() - self._touched_s > _ALIVE_S:
-            self._touched_s = time.monotonic()
-            with suppress(OSError):  # agents bear with it for a while
-                self._alive.touch(mode=0o600)
+    def look(self) -> None:
+        """The launcher looks at its agents."""
+        self._looked_s = time.monotonic()
+
+    def _touch(self) -> None:
+        with suppress(OSError):  # agents bear with it for a while
+            self._alive.touch(mode=0o600)
+
+    def _go_on(self) -> None:
+        """Is heard of, every two seconds, also while the launcher waits for the queue; not where it looks no more."""
+        while not self._over.wait(_ALIVE_S):
+            if time.monotonic() - self._looked_s < _STALLED_S:
+                self._touch()
 
     def take(self, name: str) -> None:
         """An agent has read plan, secrets and key; once all have, nobody needs them there."""
@@ -115,7 +127,8 @@ class _Kept:
 
     def end(self) -> None:
         """The key is taken away, and nobody waits to hear of this start any more."""
-        self._touched_s = math.inf
+        self._over.set()
+        self._thread.join(_ALIVE_S)
         for path in (self._start, self._alive):
             path.unlink(missing_ok=True)
 
@@ -125,10 +138,12 @@ class _Warner:
 
     def __init__(self, warning: Callable[[bool], str | None], say: Callable[..., None]) -> None:
         self._warning, self._say = warning, say
-        self._next_s, self.asked = 0.0, False
+        self._next_s, self.asked, self.over = 0.0, False, False
 
     def warn(self) -> None:
         """Says it, if it is time."""
+        if self.over:  # agents that are asked to end now are by us, whatever the queue says
+            return
         asked, self.asked = self.asked, False
         number = self._warning(asked)
         if number == "":
@@ -171,7 +186,6 @@ class StepHandle:
         self._left = set(self._tails)
         self._ended, self._cut = False, False
         self._late: list[dict[str, Any]] = []
-        self._kept.touch()
         self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _say(self, command: str, **fields: object) -> None:
@@ -184,7 +198,7 @@ class StepHandle:
 
     def poll(self, timeout_s: float) -> list[dict[str, Any]]:
         """Events since the last call, waiting for one at most so long."""
-        self._kept.touch()
+        self._kept.look()
         self._warner.warn()
         self._commands.flush()
         end_s = time.monotonic() + timeout_s
@@ -236,7 +250,7 @@ class StepHandle:
 
     def kill(self) -> None:
         """Ends everything of this run at once, and takes what was secret away."""
-        late = []
+        late, self._warner.over = [], True
         if not self._ended:
             self._say("kill")
             end_s = time.monotonic() + _KILL_WAIT_S

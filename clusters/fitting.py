@@ -8,9 +8,9 @@ from math import exp, hypot, log, log2
 from statistics import fmean
 from typing import Any
 
-from meshwright.parallel.work import FUSED_BACKWARD, Product
+from meshwright.parallel.work import FUSED_BACKWARD, Product, besides
 
-__all__ = ["Fit", "attention", "attention_backward", "by_kind", "memory", "products", "ring"]
+__all__ = ["Fit", "attention", "attention_backward", "batched", "by_kind", "memory", "products", "ring"]
 
 _GRID, _ZOOMS = 11, 8
 _RINGS = ("all_reduce", "all_gather")
@@ -69,7 +69,7 @@ def attention(told: Mapping[str, Any], rate: float, kernel_s: float) -> Fit:
     def error(at: Sequence[float]) -> float:
         def took_s(*shape: float) -> float:
             batch, heads, positions, width = shape
-            scores = batch * heads * positions**2 / 2
+            scores = batch * heads * positions**2 * _causal(told, positions)
             return float(4 * scores * width / (rate * at[0]) + scores * at[1] / per_s + kernel_s)
 
         return _error(took_s, told["attention"])
@@ -84,13 +84,33 @@ def attention_backward(told: Mapping[str, Any], rate: float, kernel_s: float, *k
     def error(at: Sequence[float]) -> float:
         def took_s(*shape: float) -> float:
             batch, heads, positions, width = shape
-            scores = batch * heads * positions**2 / 2
+            scores = batch * heads * positions**2 * _causal(told, positions)
             products_s = FUSED_BACKWARD * 4 * scores * width / (rate * share)
             return float(at[0] * (products_s + scores * softmax / told["exponentials_per_s"] + kernel_s))
 
         return _error(took_s, told["attention_backward"])
 
     return _least(error, (1e-1, 1e1))
+
+
+def _causal(told: Mapping[str, Any], positions: float) -> float:
+    """Share of scores that causal attention computes."""
+    return 0.5 * (1.0 + besides(0.5, int(positions))) if told["device"] == "cpu" else 0.5
+
+
+def batched(told: Mapping[str, Any], of_products: Sequence[float]) -> Fit:
+    """Share of the products' rate in many small ones at once; `of_products` is what `products` found."""
+    rate, operands, start_s = of_products
+
+    def error(at: Sequence[float]) -> float:
+        def took_s(*sizes: int) -> float:
+            m, n, k, batch = sizes
+            product = Product(m, n, k, batch, "fp32")
+            return hypot(product.flops / (rate * at[0]), product.bytes() / operands) + start_s
+
+        return _error(took_s, told["batched"])
+
+    return _least(error, (1e-2, 2.0))
 
 
 def ring(told: Mapping[str, Any]) -> Fit:

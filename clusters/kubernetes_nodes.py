@@ -5,6 +5,8 @@ examination is over, or by themselves at its deadline.
 """
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,14 @@ from meshwright.clusters.reaching import Reached, Visit, reached_by, unique_name
 
 __all__ = ["NodeChoice", "machine_of", "placed", "probe_job", "reached_in_pods"]
 
-_MOST_S = 900
+_MOST_S = 600
 _LOOK_S = 1.0
 _GRACE_S = 5
+_GOING_S = 60
+_WAIT = "import os, signal, time; signal.signal(15, lambda *_: os._exit(143)); time.sleep({most_s})"
+"""What a pod does: the first process of a container does not end on SIGTERM unless it says so."""
+
+_DELETE = ("delete", "--ignore-not-found")
 _MARK = "/"
 """Between the names of a node and of one of its pods; neither has one."""
 
@@ -87,7 +94,7 @@ def probe_job(jobset: Mapping[str, Any], *, python: str, most_s: float) -> dict[
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     kept = {key: value for key, value in container.items() if key not in ("env", "ports", "command")}
-    wait = f"import time; time.sleep({deadline_s})"
+    wait = _WAIT.format(most_s=deadline_s)
     pod["containers"] = [{**kept, "command": [python, "-c", wait]}]
     pod["terminationGracePeriodSeconds"] = _GRACE_S
     meta = {key: jobset["metadata"][key] for key in ("name", "namespace", "labels")}
@@ -106,9 +113,10 @@ def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> I
 
     Raises:
         UnavailableError: when there are none in time.
+        SystemExit: on SIGTERM and SIGHUP, so that the pods go; with 128 and the signal's number.
     """
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    with _created(job, kubectl, visit):
+    with _ending_by_signals(), _created(job, kubectl, visit):
         found = _up(job, kubectl, visit)
         names = unique_names([(node, pod.rpartition("-")[2]) for pod, node in found.items()], _MARK)
         probe = ("-c", container["name"], "--", container["command"][0], *PROBE_ARGV[1:])
@@ -118,24 +126,52 @@ def reached_in_pods(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> I
 
 
 @contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise, where they would end this process as it stands, and its pods would stay."""
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # a second one would keep the pods from going
+        raise SystemExit(128 + number)
+
+    try:
+        for each in ours:
+            signal.signal(each, end)
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
+@contextmanager
 def _created(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> Iterator[None]:
     """A Job, which goes whatever happens, also where nobody knows whether it was created."""
     name = job["metadata"]["name"]
-
-    def delete() -> None:
-        kubectl("delete", "--ignore-not-found", "--wait=false", f"job/{name}")
-
     try:
         kubectl("create", "-f", "-", text=json.dumps(job))
         yield
+        _gone(name, kubectl, visit)
     except BaseException as error:
         if "(AlreadyExists)" not in str(error):  # that one is somebody else's
             try:
-                delete()
+                kubectl(*_DELETE, "--wait=false", f"job/{name}")
             except UnavailableError as left:
                 visit.tell(f"job/{name} may still be there until its deadline: {left}")
         raise
-    delete()
+
+
+def _gone(name: str, kubectl: Kubectl, visit: Visit) -> None:
+    """Deletes a Job, and waits for its pods to go, which keep their nodes from those of the run until then."""
+    words = ("--cascade=foreground", "--wait=true", f"--timeout={_GOING_S}s")
+    try:
+        kubectl(*_DELETE, *words, f"job/{name}", timeout_s=_GOING_S + 30.0)
+    except UnavailableError as error:
+        if "timed out" not in str(error):
+            raise
+        visit.tell(f"pods of job/{name} are not gone after {_GOING_S} s, and may keep others from their nodes: {error}")
 
 
 def _up(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> dict[str, str]:

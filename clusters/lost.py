@@ -1,4 +1,4 @@
-"""Which node was lost, from what MPI, Ray and Kubernetes say of it. Pure."""
+"""Which node was lost, and why, from what ssh, MPI, Ray and Kubernetes say of it. Pure."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from meshwright.clusters.contract import Lost
 
-__all__ = ["LOST_CODE", "host_in_mpi", "lost_in_mpi", "lost_in_ray", "pods_ended"]
+__all__ = ["LOST_CODE", "explain_end", "host_in_mpi", "lost_in_mpi", "lost_in_ray", "pods_ended"]
 
 LOST_CODE = 69
 """Exit code of a run that ends with it."""
@@ -27,6 +27,32 @@ _NODE_REASONS = {
     "TerminationByKubelet": "its node shut down, or had too little left",
 }
 """Reasons of a pod's condition DisruptionTarget (kubernetes.io, Disruptions, Pod disruption conditions)."""
+
+
+_SSH = (
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|host key is known for",
+        77,
+        "its host key is not the one that is known, or none is known: compare `ssh-keyscan {name} | ssh-keygen -lf -` "
+        "with the fingerprint that the machine's owner tells you, then put the key into known_hosts, or write "
+        "cluster.host_keys: accept-new for machines that were never seen",
+    ),
+    (
+        r"Permission denied|Too many authentication failures",
+        77,
+        "it refuses this user and key; try `ssh -o BatchMode=yes {name} true`, and see cluster.user and identity_file",
+    ),
+    (
+        r"Could not resolve|Connection refused|timed out|No route to host|Network is unreachable|Connection closed",
+        69,
+        "it cannot be reached; is it up, and are its name, cluster.port and cluster.jump right?",
+    ),
+    (
+        r"No module named '?meshwright|ModuleNotFoundError",
+        69,
+        "its Python has no meshwright; install it there, or name another interpreter with cluster.python",
+    ),
+)
 
 
 def host_in_mpi(log: str) -> str | None:
@@ -76,6 +102,28 @@ def lost_in_ray(name: str, address: str, error: str) -> str:
     where = address or (next(filter(None, found.groups())) if found else "")
     first = next((line.strip() for line in error.splitlines() if line.strip()), "").rstrip(".")
     return f"{name}{f' at {where}' if where else ''} was lost{f': {first[:300]}' if first else ''}"
+
+
+def explain_end(name: str, code: int, log: str) -> Mapping[str, Any]:
+    """What the end of a connection means whose agent said nothing: fields of its last event.
+
+    Args:
+        name: of the host.
+        code: exit status of ssh: 255 is ssh's own, or a signal that killed the agent; others are the agent's.
+        log: what ssh and the agent's start wrote to standard error.
+
+    >>> explain_end("gpu02", 255, "ssh: connect to host gpu02 port 22: Connection refused")["exit_code"]
+    69
+    """
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
+    said = f" (ssh says: {last})" if last else ""
+    for pattern, exit_code, advice in _SSH:
+        if re.search(pattern, log):
+            return {"exit_code": exit_code, "message": f"host {name}: {advice.format(name=name)}{said}"}
+    if code in (126, 127):
+        return {"exit_code": 69, "message": f"host {name}: the agent could not be started{said}; see cluster.python"}
+    what = "the connection was lost, or the agent was killed" if code == 255 else f"the agent ended with code {code}"
+    return {"exit_code": 69, "message": f"host {name}: {what}{said}; its ranks were ended"}
 
 
 def pods_ended(pods: Iterable[Mapping[str, Any]]) -> list[tuple[str, Lost]]:

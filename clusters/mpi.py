@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.failure import kind_of
 from meshwright.clusters.lost import LOST_CODE, host_in_mpi, lost_in_mpi
 from meshwright.clusters.mpi_hosts import narrowed, same_host
-from meshwright.clusters.mpi_nodes import names_of, probe_words
+from meshwright.clusters.mpi_nodes import back_of, names_of, probe_words
+from meshwright.clusters.pipes import event_of
 from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.records import log_end
 from meshwright.clusters.spawn import words_for
@@ -175,6 +176,10 @@ class MpiCluster:
         if find_spec("mpi4py") is None:
             raise UnavailableError("mpi4py is not installed; pip install 'meshwright[mpi]'")
 
+    def back(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of some hosts on which an mpiexec of its own can run something."""
+        return back_of(self._options, names)
+
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> "MpiHandle":
         """Executes a plan: one mpiexec, whose complaints go to logs/mpiexec.log."""
         file, wanted = self._options.hostfile, {node.name for node in plan.nodes}
@@ -240,7 +245,7 @@ class MpiHandle:
                 events += self._gone()
                 continue
             *lines, self._rest = (self._rest + data).split(b"\n")
-            events += [event for line in lines if (event := _event(line)) is not None]
+            events += [event for line in lines if (event := event_of(line)) is not None]
             self._until_s = math.inf if events else self._until_s
         return events
 
@@ -288,12 +293,3 @@ class MpiHandle:
         if self._open:
             self._late += self._gone()
         sweep(self._plan.run_id)
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    """An event; None for what a program of MPI prints by itself."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "event" in found else None

@@ -6,18 +6,20 @@ program that prints them: it may know them from its options or from a queue.
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.probe import PROBE_ARGV
+from meshwright.clusters.reaching import answering
 
 if TYPE_CHECKING:
     from meshwright.clusters.mpi import MpiOptions
 
-__all__ = ["asked_names", "names_of", "probe_words"]
+__all__ = ["asked_names", "back_of", "names_of", "probe_words"]
 
 _ASK_S = 60.0
+_ANSWER_S = 15.0
 _SAY_NAME = ("-c", "import socket; print('meshwright-node', socket.gethostname())")
 
 
@@ -28,12 +30,26 @@ def probe_words(options: "MpiOptions", node: str) -> tuple[str, ...]:
         options: of the job's mpiexec.
         node: its name in the host file.
     """
+    return _words_on(options, node, PROBE_ARGV[1:])
+
+
+def back_of(options: "MpiOptions", names: Sequence[str]) -> tuple[str, ...]:
+    """Those of some hosts on which mpiexec can run a Python.
+
+    Args:
+        options: of the job's mpiexec.
+        names: in the host file.
+    """
+    return answering({name: _words_on(options, name, ("-c", "pass")) for name in names}, _ANSWER_S)
+
+
+def _words_on(options: "MpiOptions", node: str, program: Sequence[str]) -> tuple[str, ...]:
     if options.implementation == "openmpi":
         hosts = ("--hostfile", options.hostfile) if options.hostfile else ()
         place: tuple[str, ...] = (*hosts, *options.extra, "--host", node, "--bind-to", "none")
     else:  # which takes a host file or names
         place = (*options.extra, "-hosts", node, "-bind-to", "none")
-    return (options.mpiexec, "-n", "1", *place, options.python, *PROBE_ARGV[1:])
+    return (options.mpiexec, "-n", "1", *place, options.python, *program)
 
 
 def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str, str]) -> list[str]:

@@ -20,7 +20,7 @@ from meshwright.clusters.descriptors import need_room
 from meshwright.clusters.spawn import end_agent
 from meshwright.clusters.sweep import sweep
 
-__all__ = ["Far", "PipeHandle", "agents_of", "part_of"]
+__all__ = ["Far", "PipeHandle", "agents_of", "event_of", "part_of"]
 
 _MAX_LINE_BYTES = 1 << 26
 _KILL_WAIT_S = 3.0
@@ -147,7 +147,7 @@ class PipeHandle:
         if len(self._rest[name]) > _MAX_LINE_BYTES:
             self._agents[name].kill()
             self._rest[name] = b""
-        found = [event for line in lines if (event := _event(line)) is not None]
+        found = [event for line in lines if (event := event_of(line)) is not None]
         for event in found:
             if event["event"] == "meeting":  # the first node listens: tell the others
                 for other in self._agents:
@@ -226,8 +226,8 @@ def part_of(plan: Mapping[str, Any], node: int) -> dict[str, Any]:
     return {**plan, "nodes": nodes}
 
 
-def _event(line: bytes) -> Event | None:
-    """An event; None for what a login shell may print before the agent speaks."""
+def event_of(line: bytes) -> Event | None:
+    """An event; None for what a login shell prints before an agent speaks, or a program of MPI by itself."""
     try:
         found = json.loads(line)
     except ValueError:

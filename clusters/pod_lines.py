@@ -139,12 +139,21 @@ def missing_of(known: Sequence[str], left: Sequence[str]) -> list[str]:
     """Lines that are not known, of those that somebody left.
 
     Args:
-        known: the last lines that are known, from the begin on as they were written.
-        left: the last lines that were written.
+        known: the last lines that are known, in the order in which they were fetched.
+        left: the last lines that were written, in the order in which they were.
 
     >>> missing_of(["a", "b", "c"], ["b", "c", "d"]), missing_of(["a"], ["c"]), missing_of(["a", "b"], ["b"])
     (['d'], ['c'], [])
     """
     sizes = range(min(len(known), len(left)), 0, -1)
     overlap = next((size for size in sizes if list(known[-size:]) == list(left[:size])), 0)
-    return list(left[overlap:])
+    if overlap:
+        return list(left[overlap:])
+    seen = list(known[-len(left) :]) if left else []  # in another order, as logs of attempts are fetched
+    missing = []
+    for line in left:
+        if line in seen:
+            seen.remove(line)
+        else:
+            missing.append(line)
+    return missing

@@ -7,7 +7,7 @@ lines go through the actors' calls, and ranks meet by themselves.
 import secrets as tokens
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,19 +16,22 @@ from typing import Any, cast
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.descriptors import need_room
-from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.errors import FewerNodesError, UnavailableError
 from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Event, Far, PipeHandle
 from meshwright.clusters.ray_access import attached, is_open
+from meshwright.clusters.ray_fit import banned, bundle_words, called, fewer, fitting, living, usable, why_infeasible
 from meshwright.clusters.ray_line import RayLine, agent_class
 from meshwright.clusters.ray_nodes import give_back, node_name, reached_in_actors, through_actors
 from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_ARGV
 
-__all__ = ["RayCluster", "RayOptions", "plan_ray", "why_infeasible"]
+__all__ = ["RayCluster", "RayOptions", "plan_ray"]
 
 _LOST_AFTER_S = 30.0
+_FEWER_S = 10.0
+"""How long Ray may take to place fewer nodes, when it had all its time for more."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def plan_ray(request: StartRequest, options: RayOptions) -> StartPlan:
         "ray",
         nodes=[_node(request, index=index, per_node=per_node) for index in range(request.num_nodes)],
         meeting=request.meeting,
-        variant=f"at {options.address}, {request.num_nodes} x {_words(_bundle(request, options))}, STRICT_SPREAD",
+        variant=f"at {options.address}, {request.num_nodes} x {bundle_words(_bundle(request, options))}, STRICT_SPREAD",
     )
 
 
@@ -83,18 +86,6 @@ def _node(request: StartRequest, *, index: int, per_node: int) -> NodePlan:
     )
 
 
-def _called(nodes: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
-    """Id of each node -> all that it may be called."""
-    places = [(str(each["NodeManagerAddress"]), str(each["NodeID"])) for each in nodes]
-    return {own: {own, address, node_name(address, own)} for address, own in places}
-
-
-def _banned(nodes: Sequence[Mapping[str, Any]], exclude: Collection[str]) -> list[str]:
-    """Ids of the living nodes that are not to be used."""
-    living = [each for each in nodes if each["Alive"]]
-    return [own for own, names in _called(living).items() if names & set(exclude)]
-
-
 def _renamed(node: NodePlan, name: str) -> NodePlan:
     env = tuple((key, name if key == "MESHWRIGHT_HOST" else value) for key, value in node.env)
     return replace(node, name=name, env=env)
@@ -102,28 +93,6 @@ def _renamed(node: NodePlan, name: str) -> NodePlan:
 
 def _placed_as(node: NodePlan, name: str) -> Event:
     return {"event": "placed", "node": node.name, "name": name}
-
-
-def _words(bundle: Mapping[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {count:g}" for name, count in bundle.items()) + "}"
-
-
-def why_infeasible(bundle: Mapping[str, float], count: int, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why a cluster can never give so many nodes with so much each; None where it can.
-
-    Args:
-        bundle: what is asked of each node.
-        count: of nodes.
-        nodes: everything each living node has, in use or not.
-
-    >>> why_infeasible({"CPU": 1, "GPU": 8}, 2, [{"CPU": 64, "GPU": 8}, {"CPU": 64}])
-    'asked for 2 nodes with {CPU: 1, GPU: 8}; of 2 nodes 1 has that much: {CPU: 64, GPU: 8}, {CPU: 64}'
-    """
-    fit = sum(all(node.get(name, 0.0) >= wanted for name, wanted in bundle.items()) for node in nodes)
-    if fit >= count:
-        return None
-    has = ", ".join(_words({name: each[name] for name in ("CPU", "GPU") if name in each}) for each in nodes)
-    return f"asked for {count} nodes with {_words(bundle)}; of {len(nodes)} nodes {fit} has that much: {has}"
 
 
 class RayCluster:
@@ -136,6 +105,7 @@ class RayCluster:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._bundle: dict[str, float] = {}
+        self._told: list[Event] = []
         self.admit: Callable[[Reached], list[dict[str, Any]]] | None = None
 
     def plan(self, request: StartRequest) -> StartPlan:
@@ -143,13 +113,23 @@ class RayCluster:
         self._bundle = _bundle(request, self._options)
         return plan_ray(request, self._options)
 
+    def count(self, request: StartRequest) -> int:
+        """Living nodes that have what is asked of each and are not left out, in use or not."""
+        self._bundle = _bundle(request, self._options)
+        return fitting(self._bundle, usable(attached(self._options.address).nodes(), self._options.exclude))
+
+    def back(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of some nodes that Ray has still, or again."""
+        there = called(living(attached(self._options.address).nodes())).values()
+        return tuple(name for name in names if any(name in each for each in there))
+
     def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
         """Nodes that Ray gives for an examination, with all that the job wants of each."""
         del visit  # Ray has a time of its own for it: cluster.ready_timeout
         self._bundle = _bundle(request, self._options)
 
         def placed() -> tuple[Any, list[Any]]:
-            self._need(attached(self._options.address), request.num_nodes)
+            self._need(attached(self._options.address), request.num_nodes, request.limits.fewest_nodes)
             return self._placed(request.num_nodes)
 
         return reached_in_actors(placed)
@@ -167,24 +147,24 @@ class RayCluster:
                 "meshwright: this Ray cluster asks for no token: whoever reaches its ports can run programs there; "
                 "start it with RAY_AUTH_MODE=token\n"
             )
-        known = _called(ray.nodes()).values()
+        known = called(ray.nodes()).values()
         unknown = ", ".join(name for name in self._options.exclude if not any(name in names for names in known))
         if unknown:
             sys.stderr.write(f"meshwright: cluster.exclude: this Ray cluster has no node {unknown}\n")
-        self._need(ray, len(plan.nodes))
+        self._need(ray, len(plan.nodes), plan.limits.fewest_nodes)
 
-    def _need(self, ray: Any, count: int) -> None:
-        """Makes sure that the cluster can ever give so many nodes."""
-        nodes, banned = ray.nodes(), _banned(ray.nodes(), self._options.exclude)
-        has = [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in banned]
-        why = why_infeasible(self._bundle, count, has)
+    def _need(self, ray: Any, count: int, fewest: int | None) -> None:
+        """Makes sure that the cluster can ever give so many nodes, or the fewest that an elastic job runs on."""
+        why = why_infeasible(self._bundle, fewest or count, usable(ray.nodes(), self._options.exclude))
         if why is not None:
-            raise UnavailableError(f"Ray could never place this run: {why}{self._left_out()}")
+            least = "" if fewest is None else f" on nodes.min = {fewest} nodes"
+            raise UnavailableError(f"Ray could never place this run{least}: {why}{self._left_out()}")
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
         """Executes a plan: an actor per node, each with an agent that is told its part.
 
         Raises:
+            FewerNodesError: when an elastic run may be had on fewer nodes.
             UnavailableError: when Ray has not placed the nodes in time, or they are too many for this process.
         """
         need_room(4 * len(plan.nodes), f"{len(plan.nodes)} nodes")
@@ -212,43 +192,44 @@ class RayCluster:
 
     def _begun(self, plan: StartPlan) -> tuple[Any, list[RayLine], list[Event]]:
         """A placement group whose nodes passed, their lines to agents, and what is told of others that did not."""
-        told: list[Event] = []
         while True:
-            group, actors = self._placed(len(plan.nodes))
+            group, actors = self._placed(len(plan.nodes), plan.limits.fewest_nodes)
             try:
                 out = [] if self.admit is None else self.admit(through_actors(actors))
                 if not out:
                     return (
                         group,
                         [RayLine(*each) for each in zip(actors, (node.agent for node in plan.nodes), strict=True)],
-                        told,
+                        self._told,
                     )
             except BaseException:
                 give_back(group)
                 raise
             give_back(group)
-            told += [{**each, "event": "left_out", "attempt": len(plan.limits.past) - 1} for each in out]
+            self._told += [{**each, "event": "left_out", "attempt": len(plan.limits.past) - 1} for each in out]
             left_out = (*self._options.exclude, *(str(each["node"]) for each in out))
             self._options = replace(self._options, exclude=left_out)
 
-    def _placed(self, count: int) -> tuple[Any, list[Any]]:
-        """The placement group, and an actor in each of its bundles."""
+    def _placed(self, count: int, fewest: int | None = None) -> tuple[Any, list[Any]]:
+        """The placement group, and an actor in each of its bundles.
+
+        Args:
+            count: of nodes.
+            fewest: of an elastic run, which does not wait for nodes that are not there.
+        """
         ray = attached(self._options.address)
+        fit = fitting(self._bundle, usable(ray.nodes(), self._options.exclude))
+        if fewest is not None and fewest <= fit < count:
+            raise FewerNodesError(f"of Ray's nodes {fit} can run it{self._left_out()}", fit)
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        banned = _banned(ray.nodes(), self._options.exclude)
-        others = [{"ray.io/node-id": f"!in({','.join(banned)})"}] * count if banned else None
+        out = banned(ray.nodes(), self._options.exclude)
+        others = [{"ray.io/node-id": f"!in({','.join(out)})"}] * count if out else None
         group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD", bundle_label_selector=others)
         if not group.wait(timeout_seconds=self._options.ready_timeout_s):
             give_back(group)
-            free = ray.available_resources()
-            left = ", ".join(f"{name} {free[name]:g}" for name in ("CPU", "GPU") if name in free)
-            asked = f"{count} nodes with {_words(self._bundle)}"
-            raise UnavailableError(
-                f"Ray did not place {asked} within {self._options.ready_timeout_s:g} s; free on all nodes "
-                f"together: {left or 'nothing'}{self._left_out()}; wait for other jobs, or ask for less"
-            )
+            raise self._unplaced(count, fewest, ray.available_resources())
         made = ray.remote(agent_class())
         return group, [
             made.options(
@@ -259,6 +240,18 @@ class RayCluster:
             ).remote()
             for index in range(count)
         ]
+
+    def _unplaced(self, count: int, fewest: int | None, free: Mapping[str, float]) -> UnavailableError:
+        """Why nodes were not to be had in time; of an elastic run fewer are waited for less long."""
+        left = ", ".join(f"{name} {free[name]:g}" for name in ("CPU", "GPU") if name in free)
+        asked, within_s = f"{count} nodes with {bundle_words(self._bundle)}", self._options.ready_timeout_s
+        least = " (nodes.min)" if count == fewest else ""
+        why = f"Ray did not place {asked}{least} within {within_s:g} s; free on all nodes together: "
+        why += f"{left or 'nothing'}{self._left_out()}"
+        if fewest is None or count <= fewest:
+            return UnavailableError(f"{why}; wait for other jobs, or ask for less")
+        self._options = replace(self._options, ready_timeout_s=min(within_s, _FEWER_S))
+        return FewerNodesError(why, fewer(self._bundle, count, fewest=fewest, free=free))
 
     def _left_out(self) -> str:
         return f"; left out: {', '.join(self._options.exclude)}" if self._options.exclude else ""

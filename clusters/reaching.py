@@ -10,8 +10,9 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from typing import IO, Any, Protocol
 
 from meshwright.clusters.evidence import Reach
 
-__all__ = ["Carrier", "Line", "Reached", "Visit", "carried", "reached_by", "unique_names"]
+__all__ = ["Carrier", "Line", "Reached", "Visit", "answering", "carried", "reached_by", "unique_names"]
 
 _END_S = 2.0
 _TELLING = re.compile(
@@ -205,6 +206,45 @@ def reached_by(words: Mapping[str, Sequence[str]], by: str, visit: Visit) -> Ite
     """
     reaches = tuple(Reach(name, tuple(each), by) for name, each in words.items())
     yield Reached(reaches, partial(carried, environment=visit.environment))
+
+
+def answering(words: Mapping[str, Sequence[str]], within_s: float) -> tuple[str, ...]:
+    """Nodes on which something can be run now, all asked at once.
+
+    Args:
+        words: node -> what runs something there that ends with 0.
+        within_s: how long they have for it.
+
+    >>> answering({"a": ["true"], "b": ["false"], "c": ["sleep", "60"]}, 0.5)
+    ('a',)
+    """
+    null, until_s = subprocess.DEVNULL, time.monotonic() + within_s
+    asked: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, each in words.items():
+            asked[name] = subprocess.Popen(each, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        _wait(asked.values(), until_s)
+        return tuple(name for name, each in asked.items() if each.poll() == 0)
+    finally:
+        _end(asked.values())
+
+
+def _wait(processes: Iterable["subprocess.Popen[bytes]"], until_s: float) -> None:
+    for each in processes:
+        with suppress(subprocess.TimeoutExpired):
+            each.wait(max(0.0, until_s - time.monotonic()))
+
+
+def _end(processes: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Ends those that are left, all at once; what mpiexec started is ended by it alone, so it is asked first."""
+    left = [each for each in processes if each.poll() is None]
+    for each in left:
+        each.terminate()
+    _wait(left, time.monotonic() + _END_S)
+    for each in left:
+        with suppress(ProcessLookupError):
+            os.killpg(each.pid, signal.SIGKILL)
+        each.wait()
 
 
 def unique_names(places: Sequence[tuple[str, str]], mark: str = "-") -> list[str]:

@@ -5,7 +5,6 @@ input and never stand in any argv.
 """
 
 import os
-import re
 import secrets as tokens
 import shlex
 import shutil
@@ -19,15 +18,17 @@ from typing import Any
 
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.lost import explain_end
 from meshwright.clusters.pipes import Far, PipeHandle, agents_of
 from meshwright.clusters.probe import PROBE_ARGV
-from meshwright.clusters.reaching import Reached, Visit, reached_by
+from meshwright.clusters.reaching import Reached, Visit, answering, reached_by
 from meshwright.clusters.sending import Keeper
 from meshwright.clusters.spawn import AGENT_WORDS, words_for
 
-__all__ = ["SshCluster", "SshHost", "SshOptions", "deal_ranks", "explain_end", "plan_ssh", "python_words", "ssh_words"]
+__all__ = ["SshCluster", "SshHost", "SshOptions", "deal_ranks", "plan_ssh", "python_words", "ssh_words"]
 
 _ALIVE_COUNT = 3
+_ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,11 @@ class SshCluster:
         if key is not None and not Path(os.path.expanduser(key)).is_file():
             raise UnavailableError(f"cluster.identity_file: {os.path.expanduser(key)} does not exist")
 
+    def back(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of some hosts on which ssh can run a command."""
+        words = {name: ssh_words(self._options, name, ("true",)) for name in names}
+        return answering(words, self._options.connect_timeout_s + _ANSWER_S)
+
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> PipeHandle:
         """Executes a plan: one connection per host, each told its part."""
         run_dir = Path(plan.run_dir)
@@ -250,51 +256,3 @@ def _connection_log(run_dir: Path, name: str) -> str:
         return (run_dir / "logs" / f"ssh-{name}.log").read_text(errors="replace")
     except OSError:
         return ""
-
-
-_CAUSES = (
-    (
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|host key is known for",
-        77,
-        "its host key is not the one that is known, or none is known: compare `ssh-keyscan {name} | ssh-keygen -lf -` "
-        "with the fingerprint that the machine's owner tells you, then put the key into known_hosts, or write "
-        "cluster.host_keys: accept-new for machines that were never seen",
-    ),
-    (
-        r"Permission denied|Too many authentication failures",
-        77,
-        "it refuses this user and key; try `ssh -o BatchMode=yes {name} true`, and see cluster.user and identity_file",
-    ),
-    (
-        r"Could not resolve|Connection refused|timed out|No route to host|Network is unreachable|Connection closed",
-        69,
-        "it cannot be reached; is it up, and are its name, cluster.port and cluster.jump right?",
-    ),
-    (
-        r"No module named '?meshwright|ModuleNotFoundError",
-        69,
-        "its Python has no meshwright; install it there, or name another interpreter with cluster.python",
-    ),
-)
-
-
-def explain_end(name: str, code: int, log: str) -> Mapping[str, Any]:
-    """What the end of a connection means whose agent said nothing: fields of its last event.
-
-    Args:
-        name: of the host.
-        code: exit status of ssh: 255 is ssh's own, or a signal that killed the agent; others are the agent's.
-        log: what ssh and the agent's start wrote to standard error.
-
-    >>> explain_end("gpu02", 255, "ssh: connect to host gpu02 port 22: Connection refused")["exit_code"]
-    69
-    """
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
-    said = f" (ssh says: {last})" if last else ""
-    for pattern, exit_code, advice in _CAUSES:
-        if re.search(pattern, log):
-            return {"exit_code": exit_code, "message": f"host {name}: {advice.format(name=name)}{said}"}
-    if code in (126, 127):
-        return {"exit_code": 69, "message": f"host {name}: the agent could not be started{said}; see cluster.python"}
-    what = "the connection was lost, or the agent was killed" if code == 255 else f"the agent ended with code {code}"
-    return {"exit_code": 69, "message": f"host {name}: {what}{said}; its ranks were ended"}

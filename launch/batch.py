@@ -247,7 +247,7 @@ def _run(run_dir: Path, times: int, queued: list[bool]) -> int:
         started_unix_s=now_unix_s() if known is None or known.sweep else known.started_unix_s,
     )
 
-    def start() -> Handle:
+    def start(*_: object) -> Handle:
         admit(run, ended=notice.heard, without=lambda out: _queued_without(run, out, notice.heard))
         return StepHandle(plan, secrets, words=step, warning=notice, reached=controller_answers)
 

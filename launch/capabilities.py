@@ -5,12 +5,15 @@ The schema of jobs is wider than any one cluster; a key with the value it has an
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.errors import JobError, Problem
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.sizes import check_sizes
-from meshwright.launch.spares import NAMED, can_shrink, range_of
+from meshwright.launch.spares import NAMED, can_shrink, fewest_of, names_of, range_of
+
+if TYPE_CHECKING:
+    from meshwright.launch.spec.job import Job
 
 __all__ = ["GAPS", "Gap", "check_capabilities"]
 
@@ -36,7 +39,6 @@ _ALL = (
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
-_RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a number of nodes"))
 _UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
@@ -72,14 +74,12 @@ GAPS = {
     ),
     "mpi": (
         *_ALL,
-        *_RIGID,
         *_UNWATCHED,
         *_UNWARNED,
         Gap("resources", "remove it; the host file says what nodes have"),
     ),
     "ray": (
         *_ALL,
-        *_RIGID,
         *_UNWARNED,
         Gap("resources.gpu_type", "remove it"),
         Gap("resources.exclusive", "ask for all CPUs of a node by cluster.cpus_per_node"),
@@ -112,9 +112,19 @@ def _nodes(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
         yield "failure.exclude_bad_nodes", text
     if job.health.watch is not None and job.health.watch.on_fault == "restart" and not job.failure.exclude_bad_nodes:
         yield "health.watch.on_fault", "a restart on the same node has the same fault: set failure.exclude_bad_nodes"
-    wrong = check_sizes(loaded)
+    wrong = check_sizes(loaded) or _unnamed(job)
     if wrong is not None:
         yield "nodes.min", wrong
+
+
+def _unnamed(job: "Job") -> str | None:
+    """What is wrong with the nodes of an elastic job whose cluster does not know them, and it does not name enough."""
+    have, fewest = len(names_of(job)), fewest_of(job)
+    if job.cluster.type not in NAMED or range_of(job) is None or have >= fewest:
+        return None
+    if have:
+        return f"nodes.min={fewest}, but the cluster names {have} hosts that may be used; add hosts, or write fewer"
+    return "only mpiexec knows its hosts: name them in cluster.hostfile, plain names a line each, or write a number"
 
 
 def _of_trainjob(loaded: LoadedJob) -> Iterator[tuple[str, str]]:

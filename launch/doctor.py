@@ -16,6 +16,7 @@ from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.ssh import SshOptions, ssh_words
 from meshwright.clusters.verdicts import Diagnosis
 from meshwright.launch.exits import Exit
+from meshwright.launch.given import counted
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.registry import cluster_of
 from meshwright.launch.request import request_of
@@ -105,8 +106,9 @@ def reached_for(options: DoctorOptions, loaded: LoadedJob | None, base: Path) ->
         with reached_by(named or {"node0": PROBE_ARGV}, "ssh" if named else "here", visit) as found:
             yield found
         return
-    request = request_of(loaded, "doctor", base=base, reveal=False)
-    with cluster_of(loaded).reached(request, visit) as found:
+    cluster, request = cluster_of(loaded), request_of(loaded, "doctor", base=base, reveal=False)
+    request = request_of(counted(cluster, loaded, request), "doctor", base=base, reveal=False)
+    with cluster.reached(request, visit) as found:
         yield found
 
 
@@ -177,7 +179,9 @@ def examine_job(options: DoctorOptions, loaded: LoadedJob | None, base: Path) ->
     from meshwright.clusters.examine import examine
     from meshwright.clusters.health import diagnose
 
-    wishes, told = wishes_of(options, loaded, base), without_nodes(loaded, options.exclude)
+    wishes, told = wishes_of(options, loaded, base), loaded
+    if not options.hosts:  # which are reached whatever a queue gives
+        told = without_nodes(loaded, options.exclude)
     with reached_for(options, told, base) as reached:
         found = reached if told is not loaded else left_in(reached, options.exclude)
         return diagnose(examine(found, wishes), wishes, options.exclude)

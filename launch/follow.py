@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from meshwright.clusters.base import StartPlan, log_name
 from meshwright.clusters.blame import Blame, Verdict, judge
 from meshwright.clusters.contract import Handle
+from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.masking import Concealer, Mask, conceal_while
 from meshwright.clusters.records import error_records, hang_record, last_words, log_end
 from meshwright.launch.exits import Exit
@@ -75,7 +76,7 @@ class Run:
 
 def follow(
     run: Run,
-    start: Callable[[], Handle],
+    start: Callable[[RunState, Interrupts], Handle],
     *,
     keep: Callable[[Outcome, RunState], bool] = lambda outcome, state: True,
     relaunch: "Relaunch | None" = None,
@@ -85,7 +86,8 @@ def follow(
 
     Args:
         run: what is started.
-        start: the one thing that starts it.
+        start: the one thing that starts it; it may do so by another plan, which it leaves in the state. Where it
+            cannot, and somebody interrupts meanwhile, that is the end.
         keep: whether the end is the end; otherwise no exit record is written.
         relaunch: starts a run again of which nothing is left.
         signals: what collects them, where not all end the run.
@@ -97,7 +99,7 @@ def follow(
         state = RunState.of(run.plan)
         try:
             with closing(_Output(run)) as stream:
-                handle: Handle | None = start()
+                handle = _begun(start, state, interrupts)
                 while handle is not None:
                     supervise(handle, state, interrupts, watchers=stream.watchers, mask=run.mask)
                     handle = None if relaunch is None else relaunch(state, interrupts, stream.said.moved)
@@ -106,6 +108,16 @@ def follow(
             raise told from (error.__cause__ if told is error else error)
         outcome = conclude(run, state, interrupts.numbers)
         return _kept(run, outcome, state, keep=keep)
+
+
+def _begun(start: Callable[[RunState, Interrupts], Handle], state: RunState, interrupts: Interrupts) -> Handle | None:
+    """A started run; None where it could not be had, and nobody wants it any more."""
+    try:
+        return start(state, interrupts)
+    except UnavailableError:
+        if not interrupts.numbers:
+            raise
+        return None
 
 
 def _kept(run: Run, outcome: Outcome, state: RunState, *, keep: Callable[[Outcome, RunState], bool]) -> Outcome:

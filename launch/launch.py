@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from meshwright.clusters.base import StartPlan
-from meshwright.clusters.contract import Cluster, Handle, Queue
+from meshwright.clusters.contract import Cluster, Queue
 from meshwright.clusters.spawn import end_warm, warm_agent
 from meshwright.launch.admission import examined_at_start
 from meshwright.launch.after import after_others, wait_for_others
@@ -98,7 +99,7 @@ def _launch(options: LaunchOptions, base: Path) -> int:
         return _hand_over(known, cluster.submit(plan, secrets), options)
     run = Run(loaded.job, plan, known.shown, tuple(secrets.values()), started_unix_s, options.as_json)
     relaunch = Relaunch(loaded, base, request, started_unix_s)
-    return _act(known, options, lambda: follow_run(known, run, lambda: cluster.start(plan, secrets), relaunch=relaunch))
+    return _act(known, options, lambda: follow_run(known, run, cluster, relaunch=relaunch))
 
 
 def _act(known: Known, options: LaunchOptions, act: Callable[[], int]) -> int:
@@ -153,21 +154,21 @@ def _sweep(options: LaunchOptions, opened: OpenJob, sweep: SweepPlan) -> int:
     return launch_sweep(options, opened, sweep)
 
 
-def follow_run(known: Known, run: Run, start: Callable[[], Handle], *, relaunch: Relaunch) -> int:
+def follow_run(known: Known, run: Run, cluster: Cluster, *, relaunch: Relaunch) -> int:
     """Starts a run and follows it to its end; returns its exit code.
 
     Args:
         known: what is on disk of it.
         run: what is started.
-        start: the one thing that starts it.
-        relaunch: starts it again, where its policy has that and its agents cannot.
+        cluster: that it is started on.
+        relaunch: starts it, and again where its policy has that and its agents cannot.
     """
     remember(known.of_this_process())
     outcome = wait_for_others(known, run.plan.limits.after, sys.stderr.write)
     if outcome is not None:
         write_json(run.directory / "exit.json", outcome.as_dict())
     else:
-        outcome = follow(run, start, relaunch=relaunch)
+        outcome = follow(run, partial(relaunch.first, cluster), relaunch=relaunch)
     report(run, outcome)
     return outcome.exit_code
 

@@ -52,6 +52,7 @@ class LoadedJob:
         path: the file it was read from.
         text: the file as written, without overrides.
         keys: every dotted key the user wrote, overrides included.
+        have: nodes that its cluster has for it, where the job does not name them; None where that is not known.
     """
 
     job: "Job"
@@ -59,6 +60,7 @@ class LoadedJob:
     text: str = field(repr=False)
     keys: frozenset[str] = field(repr=False)
     _root: Table = field(repr=False)
+    have: int | None = None
 
     def where(self, key: str = "") -> str:
         """Where a dotted key was written, "job.yaml:12:9"; for a key that was not, the nearest one above it."""

@@ -1,18 +1,16 @@
 """Which nodes a run goes on with: who takes whose place, whether it shrinks or grows, and who is back."""
 
-import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 
-from meshwright.clusters.ssh import ssh_words
-from meshwright.launch.engines import ssh_options
+from meshwright.clusters.contract import Cluster, Queue, Returning
+from meshwright.clusters.errors import UnavailableError
 from meshwright.launch.load import LoadedJob
+from meshwright.launch.registry import cluster_of
 from meshwright.launch.sizes import sized
 from meshwright.launch.spares import names_of, range_of
 
 __all__ = ["can_return", "change_words", "nodes_back", "used_names"]
-
-_ANSWER_S = 5.0
 
 
 def used_names(loaded: LoadedJob) -> tuple[str, ...]:
@@ -21,8 +19,13 @@ def used_names(loaded: LoadedJob) -> tuple[str, ...]:
     return names_of(job)[: job.num_nodes]
 
 
-def change_words(before: Sequence[str], now: Sequence[str], excludes: Sequence[str]) -> str:
+def change_words(before: Sequence[str], now: Sequence[str] | int, excludes: Sequence[str]) -> str:
     """What becomes of the nodes of a run, for people.
+
+    Args:
+        before: their names.
+        now: their names from now on, or their number where the cluster chooses them.
+        excludes: those that are left out.
 
     >>> change_words(("a", "b"), ("a", "c"), ("b",))
     'c in place of b'
@@ -30,47 +33,44 @@ def change_words(before: Sequence[str], now: Sequence[str], excludes: Sequence[s
     'it shrinks from 3 nodes to 2, without b'
     >>> change_words(("a", "c"), ("a", "b", "c"), ())
     'it grows from 2 nodes to 3, with b'
-    >>> change_words((), (), ("10.0.0.2-6f1c",))
+    >>> change_words(("10.0.0.2-6f1c", "10.0.0.3-21aa"), 2, ("10.0.0.2-6f1c",))
     'on other nodes than 10.0.0.2-6f1c'
+    >>> change_words(("10.0.0.2-6f1c", "10.0.0.3-21aa"), 1, ("10.0.0.2-6f1c",))
+    'it shrinks from 2 nodes to 1, without 10.0.0.2-6f1c'
+    >>> change_words(("10.0.0.2-6f1c",), 3, ())
+    'it grows from 1 node to 3'
     """
-    new = ", ".join(name for name in now if name not in before)
-    lost = ", ".join(excludes)
-    if not now and lost:  # the cluster chooses them
+    known = () if isinstance(now, int) else now
+    new, lost = ", ".join(name for name in known if name not in before), ", ".join(excludes)
+    count = now if isinstance(now, int) else len(now)
+    if count != len(before):
+        return _resized(len(before), count, new=new, lost=lost)
+    if lost and not known:
         return f"on other nodes than {lost}"
-    if len(now) == len(before):
-        return f"{new} in place of {lost}" if new else "on the same nodes"
-    verb = "shrinks" if len(now) < len(before) else "grows"
+    return f"{new} in place of {lost}" if new else "on the same nodes"
+
+
+def _resized(before: int, now: int, *, new: str, lost: str) -> str:
     sides = [f"without {lost}" if lost else "", f"with {new}" if new else ""]
-    return ", ".join([f"it {verb} from {len(before)} nodes to {len(now)}", *filter(None, sides)])
+    verb, noun = "shrinks" if now < before else "grows", "node" if before == 1 else "nodes"
+    return ", ".join([f"it {verb} from {before} {noun} to {now}", *filter(None, sides)])
 
 
-def can_return(loaded: LoadedJob) -> bool:
-    """Whether an elastic job has fewer nodes than it takes, and machines that may come back."""
-    return loaded.job.cluster.type == "ssh" and len(used_names(loaded)) < loaded.job.num_nodes
+def can_return(cluster: Cluster | Queue, loaded: LoadedJob) -> bool:
+    """Whether an elastic job has fewer nodes than it takes, and its cluster nodes that may come back."""
+    return isinstance(cluster, Returning) and sized(loaded).job.num_nodes < loaded.job.num_nodes
 
 
 def nodes_back(loaded: LoadedJob, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of some hosts of an elastic job on which ssh can run a command; pretended nodes never come back.
+    """Those of some nodes of an elastic job that are there again; pretended nodes never come back.
 
     Args:
         loaded: as asked for.
-        names: of hosts that were lost.
+        names: of nodes that were lost.
     """
-    job = loaded.job
-    if job.cluster.type != "ssh" or range_of(job) is None:
+    if range_of(loaded.job) is None or not names:
         return ()
-    options, null = ssh_options(job.cluster), subprocess.DEVNULL
-    asked = [
-        subprocess.Popen(ssh_words(options, name, ("true",)), stdin=null, stdout=null, stderr=null) for name in names
-    ]
-    return tuple(
-        name for name, each in zip(names, asked, strict=True) if _answered(each, options.connect_timeout_s + _ANSWER_S)
-    )
-
-
-def _answered(asked: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        return asked.wait(timeout_s) == 0
-    asked.kill()
-    asked.wait()
-    return False
+    with suppress(UnavailableError):  # the new start will say so
+        cluster = cluster_of(loaded)
+        return cluster.back(names) if isinstance(cluster, Returning) else ()
+    return ()

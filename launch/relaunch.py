@@ -6,14 +6,16 @@ on a plan that follows from the job without nodes that are lost or at fault. An 
 and at a later restart more again.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from meshwright.clusters.base import StartPlan, StartRequest
-from meshwright.clusters.contract import Handle, Queue
+from meshwright.clusters.base import Limits, StartPlan, StartRequest
+from meshwright.clusters.contract import Cluster, Handle, Queue
+from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.failure import Failure
 from meshwright.clusters.masking import Mask
 from meshwright.clusters.records import newest_step
@@ -21,6 +23,7 @@ from meshwright.clusters.retry import Decision, decide, told_decision
 from meshwright.clusters.rounds import seen
 from meshwright.launch.admission import examined_at_start
 from meshwright.launch.exits import Exit
+from meshwright.launch.given import counted, counts, started
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.losses import Losses
 from meshwright.launch.registry import cluster_of
@@ -118,7 +121,7 @@ def history_of(state: RunState) -> list[Decision]:
 
 @dataclass
 class Relaunch:
-    """Starts a run again of which nothing is left, as its failure policy allows.
+    """Starts a run, and again when nothing of it is left, as its failure policy allows.
 
     Args:
         loaded: its job; kept up to date.
@@ -136,7 +139,38 @@ class Relaunch:
 
     def __post_init__(self) -> None:
         self._asked = self.loaded
-        self._mask = Mask(secret.value for secret in self.request.program.secrets)
+        self._secrets = {secret.name: secret.value for secret in self.request.program.secrets}
+        self._mask = Mask(self._secrets.values())
+
+    def first(self, cluster: Cluster, state: RunState, interrupts: Interrupts) -> Handle:
+        """The first start, of an elastic job on as many nodes as its cluster has by now.
+
+        Args:
+            cluster: of the job.
+            state: of the run, with the plan that was made for all nodes; takes the one that is started.
+            interrupts: signals to the launcher; after one no further number of nodes is tried.
+        """
+        whole = state.plan
+
+        def planned(each: LoadedJob) -> StartPlan:
+            if sized(each).job.num_nodes == sized(replace(each, have=None)).job.num_nodes:
+                return whole
+            return cluster.plan(self._request(each, replace(whole.limits, regroup=can_return(cluster, each))))
+
+        def write(each: LoadedJob, plan: StartPlan) -> None:
+            if plan is not state.plan:
+                self._write(each, plan)
+                state.plan = plan
+
+        loaded = counted(cluster, self.loaded, self.request)
+        job = sized(loaded).job
+        if counts(loaded) and job.num_nodes < loaded.job.num_nodes:
+            asked = f"ranks start on {job.num_nodes} of at most {loaded.job.num_nodes} nodes"
+            sys.stderr.write(f"meshwright: {asked}, as many as {job.cluster.type} has for them ({shape_of(job)})\n")
+        self.loaded, state.plan, handle = started(
+            cluster, loaded, planned, secrets=self._secrets, write=write, interrupts=interrupts
+        )
+        return handle
 
     def __call__(self, state: RunState, interrupts: Interrupts, say: Callable[[RunState], object]) -> Handle | None:
         """A new start of a run of which nothing is left; None where its end is the end.
@@ -150,22 +184,30 @@ class Relaunch:
         if decision is None or interrupts.numbers:
             return None
         decision, loaded = self._masked(decision), self.loaded
+        told = decision
         if decision.again:
             try:
-                loaded = self._regrouped(state.losses, decision.excludes)
-                decision = self._timed(loaded, decision, state.losses.until_unix_s)
+                loaded = self._counted(self._regrouped(state.losses, decision.excludes))
+                decision = _after_the_lost(decision, state.losses.until_unix_s)
+                told = self._told(loaded, decision, state)
             except (SpareError, SizeError) as error:
-                decision = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
-        state.decisions[state.attempt] = decision.as_dict()
-        if not decision.again:
+                told = replace(decision, again=False, wait_s=0.0, reason=f"{error}; {self._advice()}")
+        state.decisions[state.attempt] = told.as_dict()
+        if not told.again:
             return None
         say(state)
-        return self._tried(loaded, state, decision) if _waited(decision.wait_s, interrupts) else None
+        return (
+            self._tried(loaded, state, decision, interrupts=interrupts)
+            if _waited(decision.wait_s, interrupts)
+            else None
+        )
 
-    def _tried(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle | None:
+    def _tried(
+        self, loaded: LoadedJob, state: RunState, decision: Decision, *, interrupts: Interrupts
+    ) -> Handle | None:
         """The new start, or None where it cannot be had: the run ended by what failed before, and that is kept."""
         try:
-            return self._start(loaded, state, decision)
+            return self._start(loaded, state, decision, interrupts=interrupts)
         except MeshwrightError as error:
             given_up = replace(decision, again=False, wait_s=0.0, reason=str(error), nodes=None)
             state.decisions[state.attempt] = self._mask.inside(given_up.as_dict())
@@ -188,32 +230,42 @@ class Relaunch:
             return without(self.loaded, tuple(dict.fromkeys((*known, *lost))))
         return without(self._asked, tuple(dict.fromkeys((*losses.out, *lost))))
 
-    def _timed(self, loaded: LoadedJob, decision: Decision, until_unix_s: float) -> Decision:
-        """With the wait for ranks that are only cut off and may save until then, and with who is new."""
-        wait_s = max(decision.wait_s, until_unix_s - time.time())
-        before, now = used_names(self.loaded), used_names(loaded)
-        words = change_words(before, now, decision.excludes)
-        if len(now) != len(before):
-            decision = replace(decision, nodes=(len(before), len(now)))
-            words = f"{words} ({shape_of(sized(loaded).job)})"
-        return replace(decision, wait_s=round(wait_s, 3), reason=f"{decision.reason}; {words}")
+    def _counted(self, loaded: LoadedJob) -> LoadedJob:
+        """The job with the number of nodes that its cluster has now, as far as it says."""
+        with suppress(UnavailableError):  # the start will say so
+            return counted(cluster_of(loaded), loaded, self.request) if counts(loaded) else loaded
+        return loaded
+
+    def _told(self, loaded: LoadedJob, decision: Decision, state: RunState) -> Decision:
+        """With who is new, and how many there are."""
+        job = sized(loaded).job
+        before: Sequence[str] = used_names(self.loaded) or [node.name for node in state.plan.nodes]
+        words = change_words(before, used_names(loaded) or job.num_nodes, decision.excludes)
+        if job.num_nodes != len(before):
+            decision = replace(decision, nodes=(len(before), job.num_nodes))
+            words = f"{words} ({shape_of(job)})"
+        return replace(decision, reason=f"{decision.reason}; {words}")
 
     def _advice(self) -> str:
         names = {"local": "cluster.simulate_nodes", "mpi": "cluster.hostfile"}
         where = names.get(self.loaded.job.cluster.type, "cluster.hosts")
         return f"put more into {where} than `nodes` needs, or repair it, and launch again to go on from the checkpoint"
 
-    def _start(self, loaded: LoadedJob, state: RunState, decision: Decision) -> Handle:
-        past = (*history_of(state), decision)
-        job = sized(loaded).job
-        request = replace(self.request, limits=replace(limits_of(loaded), past=past, regroup=can_return(loaded)))
-        if range_of(loaded.job) is not None:
-            request = replace(request, num_nodes=job.num_nodes, num_ranks=job.num_ranks)
+    def _start(self, loaded: LoadedJob, state: RunState, decision: Decision, *, interrupts: Interrupts) -> Handle:
         cluster = examined_at_start(cluster_of(loaded), loaded, self.base)
         assert not isinstance(cluster, Queue), "a queue has launchers of its own"
-        plan = cluster.plan(request)
-        self._write(loaded, plan)
-        handle = cluster.start(plan, {secret.name: secret.value for secret in request.program.secrets})
+
+        def planned(each: LoadedJob) -> StartPlan:
+            past = (*history_of(state), self._told(each, decision, state))
+            limits = replace(limits_of(each), past=past, regroup=can_return(cluster, each))
+            return cluster.plan(self._request(each, limits))
+
+        loaded = counted(cluster, loaded, self.request)
+        loaded, plan, handle = started(
+            cluster, loaded, planned, secrets=self._secrets, write=self._write, interrupts=interrupts
+        )
+        decision = self._told(loaded, decision, state)
+        state.decisions[state.attempt] = decision.as_dict()
         self.loaded = loaded
         state.go_on(plan, decision)
         try:
@@ -223,9 +275,21 @@ class Relaunch:
             raise
         return handle
 
+    def _request(self, loaded: LoadedJob, limits: Limits) -> StartRequest:
+        """What is asked of the cluster for a start, by an elastic job on as many nodes as it has."""
+        if range_of(loaded.job) is None:
+            return replace(self.request, limits=limits)
+        job = sized(loaded).job
+        return replace(self.request, limits=limits, num_nodes=job.num_nodes, num_ranks=job.num_ranks)
+
     def _write(self, loaded: LoadedJob, plan: StartPlan) -> None:
         write_json(self.request.run_dir / "plan.json", plan.as_dict())
         write_json(self.request.run_dir / "job.json", resolved_job(loaded, self.request.run_id, self.base))
+
+
+def _after_the_lost(decision: Decision, until_unix_s: float) -> Decision:
+    """With the wait for ranks that are only cut off and may save until then."""
+    return replace(decision, wait_s=round(max(decision.wait_s, until_unix_s - time.time()), 3))
 
 
 def _waited(wait_s: float, interrupts: Interrupts) -> bool:

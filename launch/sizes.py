@@ -122,12 +122,15 @@ def size_of(job: "Job", have: int) -> "Job":
 
 
 def sized(loaded: LoadedJob) -> LoadedJob:
-    """A job on as many of the nodes that it names as it can run on; where it names none, on the most it takes.
+    """A job on as many of the nodes that it names as it can run on; where it names none, of those its cluster has.
+
+    Where that is not known either, it is on the most it takes.
 
     Raises:
-        SizeError: when it names too few.
+        SizeError: when they are too few.
     """
-    return replace(loaded, job=size_of(loaded.job, len(names_of(loaded.job)) or loaded.job.num_nodes))
+    have = len(names_of(loaded.job)) or loaded.have or loaded.job.num_nodes
+    return replace(loaded, job=size_of(loaded.job, have))
 
 
 def check_sizes(loaded: LoadedJob) -> str | None:

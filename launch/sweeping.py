@@ -109,7 +109,7 @@ def _run(series: Series, member: Member) -> int:
     assert not isinstance(cluster, Queue), "that one takes all at once"
     run = Run(member.loaded.job, member.plan, known.shown, tuple(member.secrets.values()), known.started_unix_s)
     relaunch = Relaunch(member.loaded, series.base, member.request, known.started_unix_s)
-    return follow_run(known, run, lambda: cluster.start(member.plan, member.secrets), relaunch=relaunch)
+    return follow_run(known, run, cluster, relaunch=relaunch)
 
 
 class _Running:

@@ -44,7 +44,7 @@ def directories_of(loaded: LoadedJob, base: Path) -> tuple[str, ...]:
     job = loaded.job
     runs = run_dir_of(loaded, "doctor", base).parent
     if job.cluster.type == "kubernetes":
-        runs = Path(MOUNT)
+        runs = base = Path(MOUNT)
     checkpoints = base / fill(job.checkpoint.dir, name=job.name, run_id="doctor")
     return (str(runs), *([str(checkpoints.absolute())] if job.checkpoint.every_steps else []))
 

@@ -4,6 +4,7 @@ Operations are taken as they are started, one kernel each: every one reads its i
 nothing.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from meshwright.parallel.work import FUSED_BACKWARD, Attention, Product, Sent, Work
+from meshwright.parallel.work import FUNCTIONS, FUSED_BACKWARD, Attention, Product, Sent, Work, besides
 
 __all__ = ["Tally", "moved_bytes", "precision_of", "storage_of", "tensors_of"]
 
@@ -76,6 +77,7 @@ class Tally:
     moved_bytes: float = 0.0
     operations: int = 0
     drawn: float = 0.0
+    computed: Counter[str] = field(default_factory=Counter)
     sent: list[Sent] = field(default_factory=list)
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
@@ -96,6 +98,9 @@ class Tally:
             return
         self.operations += 1
         self.drawn += outputs[0].numel() if name in _DRAWS else 0
+        function = _function(name, kwargs)
+        if function in FUNCTIONS:
+            self.computed[function] += outputs[0].numel()
         products = list(_products(name, args, outputs))
         if name in _FUSED:
             self.attentions.append(_fused(name, args))
@@ -113,6 +118,7 @@ class Tally:
             moved_bytes=self.moved_bytes,
             operations=self.operations,
             drawn=self.drawn,
+            computed=tuple(sorted(self.computed.items())),
             sent=tuple(self.sent),
             saved_bytes=self.saved_bytes,
             working_bytes=self.working_bytes,
@@ -163,9 +169,20 @@ def _fused(name: str, args: Any) -> Attention:
     back = _FUSED[name]
     query, key, value = args[back : back + 3]
     rest = args[back + 3 + 2 * back :]  # dropout, and whether it is causal
-    seen = query[..., 0].numel() * key.shape[-2] * (0.5 if len(rest) > 1 and rest[1] else 1.0)
+    share = 0.5 if len(rest) > 1 and rest[1] else 1.0
+    seen = query[..., 0].numel() * key.shape[-2] * share
     flops = 2 * seen * (query.shape[-1] + value.shape[-1]) * (FUSED_BACKWARD if back else 1.0)
-    return Attention(flops, seen, precision_of(query))
+    return Attention(flops, seen, precision_of(query), besides(share, key.shape[-2], borders=int(share < 1.0)))
+
+
+def _function(name: str, kwargs: Any) -> str:
+    """The name of an operation without what says that it changes its operand, and with how it approximates.
+
+    >>> _function("exp_", {}), _function("gelu", {"approximate": "tanh"})
+    ('exp', 'gelu_tanh')
+    """
+    how = kwargs.get("approximate", "none")
+    return name.removesuffix("_") if how == "none" else f"{name}_{how}"
 
 
 def _products(name: str, args: Any, outputs: list[Tensor]) -> Iterator[Product]:

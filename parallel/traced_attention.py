@@ -12,7 +12,7 @@ from meshwright.parallel.blockwise.calls import AttentionCall
 from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.blockwise.sizes import Blockwise
 from meshwright.parallel.operations import precision_of
-from meshwright.parallel.work import FUSED_BACKWARD, Attention, Sent
+from meshwright.parallel.work import FUSED_BACKWARD, Attention, Sent, besides
 
 __all__ = ["Fetched", "OwnAttention", "Shared", "attend_fused"]
 
@@ -22,6 +22,7 @@ Fetched = Callable[[Tensor, Tensor, Tensor], tuple[Sequence[Sent], Sequence[Sent
 
 Given = tuple[Tensor, Tensor, Tensor]
 
+_WHOLE = Band(None, None)
 _MOST_BLOCKS = 16  # of queries, and of keys, that are gone through one by one
 
 
@@ -57,10 +58,9 @@ class OwnAttention:
         """[b, heads, s_q, d_v]."""
         if self._shared is None and _is_plain(asked):
             return self._by_blocks(asked)
-        band = asked.mask if isinstance(asked.mask, Band) else Band(None, None)
-        share = _share(band, asked.query.shape[2] * (1 if self._shared is None else self._shared.num_keys))
+        band = asked.mask if isinstance(asked.mask, Band) else _WHOLE
         given = asked.query, asked.key, asked.value
-        return attend_fused(self._tracer, given, share=share, shared=self._shared)
+        return attend_fused(self._tracer, given, band=band, shared=self._shared)
 
     def _by_blocks(self, asked: AttentionCall) -> Tensor:
         mask = asked.mask if isinstance(asked.mask, Band) else None  # others would be asked for values
@@ -85,26 +85,34 @@ def _share(band: Band, length: int) -> float:
 
 
 def attend_fused(
-    tracer: Any, given: Given, *, share: float = 1.0, mask: Tensor | None = None, shared: Shared | None = None
+    tracer: Any,
+    given: Given,
+    *,
+    band: Band = _WHOLE,
+    mask: Tensor | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """Attention [..., heads, queries, width] that keeps its inputs, its output and one number a query.
 
     Args:
         tracer: that counts.
         given: query, key and value [..., heads, positions, width]; those two may have fewer heads.
-        share: of all scores, those that are computed.
+        band: of scores that are computed.
         mask: that is read, and kept, as scores.
         shared: of a sequence that ranks share.
     """
     query, key, value = given
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in given)
-    seen = query[..., 0].numel() * key.shape[-2] * (1 if shared is None else shared.num_keys) * share
+    wider = 1 if shared is None else shared.num_keys
+    share = _share(band, query.shape[-2] * wider)
+    seen = query[..., 0].numel() * key.shape[-2] * wider * share
+    more = besides(share, key.shape[-2] * wider, borders=sum(side is not None for side in (band.left, band.right)))
     flops = 2 * seen * (query.shape[-1] + value.shape[-1])
     sent = ((), ()) if shared is None else shared.fetched(query, key, value)
     masks = [] if mask is None else [mask]
     read_bytes = sum(each.numel() * each.itemsize for each in masks)
-    asked = _Asked(tracer, Attention(flops, seen, precision_of(query)), read_bytes, sent)
+    asked = _Asked(tracer, Attention(flops, seen, precision_of(query), more), read_bytes, sent)
     found: Tensor = _Attend.apply(asked, query, key, value, *masks)  # type: ignore[no-untyped-call]
     return found
 

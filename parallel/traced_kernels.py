@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from meshwright.parallel.blockwise.mask import Band
 from meshwright.parallel.meta import MetaAnswers, grouped_on_shapes, unnoticed
 from meshwright.parallel.operations import precision_of
 from meshwright.parallel.traced_attention import attend_fused
@@ -57,9 +58,9 @@ class Kernels(TorchFunctionMode):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
         """Attention [..., heads, queries, width]; a mask that is given has all scores computed."""
         given = _given(others, named)
-        mask, share = given.get("attn_mask"), 0.5 if given.get("is_causal") else 1.0
+        mask, band = given.get("attn_mask"), Band(None, 0 if given.get("is_causal") else None)
         scores = None if mask is None else _as_scores(mask, query.dtype)
-        return attend_fused(self._tracer, (query, key, value), share=share, mask=scores)
+        return attend_fused(self._tracer, (query, key, value), band=band, mask=scores)
 
 
 def _as_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:

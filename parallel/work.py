@@ -8,13 +8,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ELEMENT_BYTES", "FUSED_BACKWARD", "Attention", "Passes", "Precision", "Product", "Sent", "Traced", "Work"]
+__all__ = [
+    "CPU_KEYS",
+    "ELEMENT_BYTES",
+    "FUNCTIONS",
+    "FUSED_BACKWARD",
+    "Attention",
+    "Passes",
+    "Precision",
+    "Product",
+    "Sent",
+    "Traced",
+    "Work",
+    "besides",
+]
 
 Precision = Literal["fp64", "fp32", "bf16", "fp8", "fp4"]
 """Of products: "bf16" stands for fp16 as well; operands of fp8 and fp4 are counted with what is read to make them."""
 
 ELEMENT_BYTES = {"fp64": 8.0, "fp32": 4.0, "bf16": 2.0, "fp8": 2.0, "fp4": 2.0}
 """Of an operand, by precision."""
+
+FUNCTIONS = (
+    "exp",
+    "tanh",
+    "sigmoid",
+    "gelu",
+    "gelu_tanh",
+    "gelu_backward",
+    "gelu_backward_tanh",
+    "silu",
+    "silu_backward",
+    "_softmax",
+    "_softmax_backward_data",
+    "_safe_softmax",
+    "_log_softmax",
+    "_log_softmax_backward_data",
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "index",
+    "index_put",
+    "where",
+)
+"""Operations that take a CPU longer than their bytes, by torch's names for them (and how they approximate, where they
+do): functions of each element, sums over rows, elements that are picked."""
+
+CPU_KEYS = 512
+"""Keys that torch's fused attention goes through at once on a CPU."""
 
 FUSED_BACKWARD = 2.5
 """FLOPs of fused attention backward over those forward (FlashAttention-2, arXiv 2307.08691, section 4.1: five products
@@ -67,11 +107,30 @@ class Attention:
         flops: of its products.
         scores: exponentials.
         precision: of its operands.
+        besides: what a CPU computes more than that; see `besides`.
     """
 
     flops: float
     scores: float
     precision: str = "bf16"
+    besides: float = 0.0
+
+
+def besides(share: float, length: int, *, borders: int = 1) -> float:
+    """Scores that a CPU computes besides those that are not masked, as a share of these.
+
+    It goes through many keys at once, so that half of them, on average, lie beyond each border of a mask.
+
+    Args:
+        share: of all scores, those that are not masked.
+        length: keys.
+        borders: at which scores begin, or end, to be masked.
+
+    >>> besides(0.5, 256), besides(0.5, 1024), besides(1.0, 1024, borders=0)
+    (1.0, 0.5, 0.0)
+    """
+    seen = max(share, 1.0 / length)
+    return min(1.0, seen + borders * CPU_KEYS / 2 / length) / seen - 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +161,7 @@ class Work:
         moved_bytes: read and written by all other operations.
         operations: started by the host, on tensors; views aside.
         drawn: random numbers.
+        computed: names of `FUNCTIONS`, each with the elements made by it.
         sent: collectives, in order.
         saved_bytes: kept for backward.
         working_bytes: held at once at most, besides what was there before and what is kept.
@@ -114,6 +174,7 @@ class Work:
     moved_bytes: float = 0.0
     operations: float = 0.0
     drawn: float = 0.0
+    computed: tuple[tuple[str, float], ...] = ()
     sent: tuple[Sent, ...] = ()
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
@@ -137,6 +198,7 @@ class Work:
             moved_bytes=self.moved_bytes + other.moved_bytes,
             operations=self.operations + other.operations,
             drawn=self.drawn + other.drawn,
+            computed=self.computed + other.computed,
             sent=self.sent + other.sent,
             saved_bytes=self.saved_bytes + other.saved_bytes,
             working_bytes=max(self.working_bytes, other.working_bytes),

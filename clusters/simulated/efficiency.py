@@ -17,12 +17,32 @@ from meshwright.clusters.simulated.cluster import Cluster, Group
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.work import Attention, Product, Work
 
-__all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "fitted"]
+__all__ = ["FILE", "Compute", "Efficiency", "Links", "Reserves", "Unhidden", "fitted"]
 
 FILE = Path(__file__).parents[1] / "catalog" / "efficiency.yaml"
 _WIDE = {"fp32": 1.0, "fp64": 0.5}  # rates over that of fp32
 _HOST_LINK = 0.8  # of the link to the host's memory, what copies reach: PCI Express in SimAI's constants
 _ALIGNED = 8  # elements of 2 bytes in the 16 that tensor cores load at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unhidden:
+    """What a CPU takes longer for than for the bytes and FLOPs of it; a GPU hides that behind its memory.
+
+    Args:
+        drawn_s: to draw one random number, besides writing it.
+        function_s: name of `parallel.work.FUNCTIONS` -> for one element of it, besides its bytes.
+        batched: share of the products' rate in many small ones at once.
+    """
+
+    drawn_s: float = 0.0
+    function_s: Mapping[str, float] = field(default_factory=dict)
+    batched: float = 1.0
+
+    def took_s(self, work: Work) -> float:
+        """Seconds of a work besides its bytes."""
+        functions_s = sum(number * self.function_s.get(name, 0.0) for name, number in work.computed)
+        return work.drawn * self.drawn_s + functions_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +61,7 @@ class Compute:
         waiting_s: the same where the host waits for the GPU in each layer; on top.
         unaligned: slow-down of products whose inner width is no multiple of 16 bytes.
         attention_backward: times what FLOPs and exponentials of fused attention say that backward takes.
-        drawn_s: to draw one random number, besides writing it; nothing where that is hidden behind memory.
+        unhidden: what a CPU takes besides.
     """
 
     matmul: float
@@ -55,7 +75,7 @@ class Compute:
     waiting_s: float
     unaligned: float
     attention_backward: float = 1.0
-    drawn_s: float = 0.0
+    unhidden: Unhidden = field(default_factory=Unhidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +136,14 @@ class Efficiency:
         products_s = sum(self.matmul_s(each, gpu) for each in work.products)
         attentions_s = sum(self.attention_s(each, gpu) for each in work.attentions)
         attentions_s *= self.compute.attention_backward if backward else 1.0
-        between_s = self.memory_s(work.moved_bytes, gpu) + work.drawn * self.compute.drawn_s
+        between_s = self.memory_s(work.moved_bytes, gpu) + self.compute.unhidden.took_s(work)
         return products_s + between_s + attentions_s
 
     def matmul_s(self, product: Product, gpu: Gpu) -> float:
         """Seconds of one product, which computes while it reads and writes."""
         rate = self.flops_per_s(gpu, product.precision)
         slower = 1.0 if product.k % _ALIGNED == 0 and product.n % _ALIGNED == 0 else self.compute.unaligned
+        slower /= self.compute.unhidden.batched if product.batch > 1 else 1.0
         rate_of_operands = (gpu.operand_bytes_per_s or gpu.memory_bytes_per_s) * self.compute.memory
         moved_s = (product.bytes() + product.more_bytes) / rate_of_operands
         return hypot(product.flops / rate * slower, moved_s) + self.compute.kernel_s
@@ -144,7 +165,8 @@ class Efficiency:
         """Seconds of fused attention in one direction."""
         rate = self.flops_per_s(gpu, attention.precision) * self.compute.attention
         exponentials_s = attention.scores * self.compute.softmax / gpu.exponentials_per_s
-        return attention.flops / rate + exponentials_s + self.compute.kernel_s
+        more = attention.besides if gpu.generation == "cpu" else 0.0
+        return (attention.flops / rate + exponentials_s) * (1.0 + more) + self.compute.kernel_s
 
     def host_s(self, num_bytes: float, gpu: Gpu) -> float:
         """Seconds to copy so many bytes between a GPU and the host's memory; of a CPU, within its own.

@@ -60,7 +60,7 @@ class Training:
     say: Callable[[str], None]
     files: StepFiles
     step: int = 0
-    saved: int = -1
+    saved: int = 0  # before the first step there is nothing to go on from, and no state of an optimizer
     started_s: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:

@@ -12,7 +12,7 @@ from meshwright.clusters.calibrate import written
 from meshwright.clusters.calibrate_device import PRODUCTS
 from meshwright.clusters.calibration import CalibrationError, Machine, entry, hardware_of, is_calibration
 from meshwright.clusters.simulated import Cluster
-from meshwright.parallel.work import Product
+from meshwright.parallel.work import Product, besides
 
 HOST = Machine(name="host", processor="cpu", cores=4, memory_bytes=8e9, date="2026-01-01")
 RATES = {"fp32": 60e9, "bf16": 20e9}
@@ -34,8 +34,9 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
     products = [[*each, product(*each) * (wrong if at % 2 else 1)] for at, each in enumerate(shapes)]
     heads = [(64, 16), (256, 32), (1024, 128), (512, 8)]
     rate = 0.5 * RATES["fp32"]
-    attention = [[2, 4, s, w, 4 * s**2 * (4 * w / rate + 3 / EXP) + START_S] for s, w in heads]
-    backward = [[2, 4, s, w, BACK * (4 * s**2 * (10 * w / rate + 3 / EXP) + START_S)] for s, w in heads]
+    scores = {s: 8 * s**2 * 0.5 * (1 + besides(0.5, s)) for s, _ in heads}
+    attention = [[2, 4, s, w, scores[s] * (4 * w / rate + 3 / EXP) + START_S] for s, w in heads]
+    backward = [[2, 4, s, w, BACK * (scores[s] * (10 * w / rate + 3 / EXP) + START_S)] for s, w in heads]
     sizes = (2**10, 2**16, 2**20, 2**23)
     exchanged = [[name, ranks, size, ring(size) * times] for size in sizes for name, times in _TIMES.items()]
     exchanged += [[name, 2, size, *_straight(name, size)] for size in sizes for name in _STRAIGHT]
@@ -50,6 +51,8 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
         "exponentials_per_s": EXP,
         "drawn_per_s": 1 / (DRAWN_S + 4 / MEMORY),
         "products": products,
+        "functions": {"tanh": [8.0, 8.0 / MEMORY + TANH_S], "exp": [8.0, 4.0 / MEMORY]},
+        "batched": [[*each, _batched_s(*each)] for each in ((64, 64, 32, 8), (128, 32, 128, 4))],
         "memory": [[size, 2e-5 + size / MEMORY] for size in (1e5, 1e6, 1e7)],
         "attention": attention,
         "attention_backward": backward,
@@ -60,7 +63,12 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
 
 _TIMES = {"all_gather": 1, "all_reduce": 2}
 _STRAIGHT = {"reduce_scatter": (5e-4, 1e9), "all_to_all": (2e-4, 4e9), "send": (1e-4, 3e9)}  # latency, bytes per second
-BACK, DRAWN_S = 1.3, 6e-9
+BACK, DRAWN_S, TANH_S, BATCHED = 1.3, 6e-9, 2e-9, 0.6
+
+
+def _batched_s(m: int, n: int, k: int, batch: int) -> float:
+    product = Product(m, n, k, batch, precision="fp32")
+    return hypot(product.flops / (BATCHED * RATES["fp32"]), product.bytes() / MEMORY) + START_S
 
 
 def _straight(name: str, size: float) -> list[float]:
@@ -88,7 +96,9 @@ def test_the_numbers_that_times_were_made_from_are_found_again(path: Path) -> No
     assert (reached.compute.attention, reached.compute.softmax) == pytest.approx((0.5, 3.0), rel=0.1)
     assert (gpu.nvlink_bytes_per_s, reached.links.nvlink_s) == pytest.approx((LINK, LATENCY_S), rel=0.01)
     assert reached.compute.attention_backward == pytest.approx(BACK, rel=0.03)
-    assert reached.compute.drawn_s == pytest.approx(DRAWN_S, rel=0.01)
+    assert reached.compute.unhidden.drawn_s == pytest.approx(DRAWN_S, rel=0.01)
+    assert reached.compute.unhidden.function_s == pytest.approx({"tanh": TANH_S, "exp": 0.0}, rel=0.01)
+    assert reached.compute.unhidden.batched == pytest.approx(BATCHED, rel=0.05)
     assert reached.links.unsteady == 0.01
     assert reached.compute.host_s == reached.compute.waiting_s == 2e-4
     assert reached.reserves.overhead_bytes == 3e8
@@ -110,8 +120,13 @@ def test_an_entry_prices_what_it_was_made_from(path: Path) -> None:
 
 def test_ranks_that_outnumber_cores_take_turns(path: Path) -> None:
     (_, four), (_, eight) = (hardware_of(path, ranks=each) for each in (4, 8))
-    for name in ("kernel_s", "host_s", "waiting_s", "softmax", "drawn_s"):
+    for name in ("kernel_s", "host_s", "waiting_s", "softmax"):
         assert getattr(eight.compute, name) == pytest.approx(2 * getattr(four.compute, name), rel=1e-4), name
+    beside, alone = eight.compute.unhidden, four.compute.unhidden
+    assert (beside.drawn_s, beside.function_s["tanh"]) == pytest.approx(
+        (2 * alone.drawn_s, 2 * alone.function_s["tanh"]), rel=1e-4
+    )
+    assert beside.batched == alone.batched
     for name in ("matmul", "memory"):
         assert getattr(eight.compute, name) == pytest.approx(getattr(four.compute, name) / 2, rel=1e-4), name
 

@@ -84,6 +84,21 @@ def test_a_launcher_is_heard_of_until_it_has_ended_and_no_longer(handle: StepHan
     assert not alive_file(tmp_path).exists()
 
 
+def test_a_launcher_that_waits_for_the_queue_is_heard_of_and_one_that_looks_no_more_is_not(
+    handle: StepHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched() -> int:
+        return alive_file(tmp_path).stat().st_mtime_ns
+
+    before = touched()
+    assert eventually(lambda: touched() > before, 20), "nothing is asked of the handle meanwhile"
+    monkeypatch.setattr("meshwright.clusters.files._STALLED_S", 0.0)
+    time.sleep(0.5)  # for a touch that had begun
+    before = touched()
+    time.sleep(5.0)
+    assert touched() == before
+
+
 def test_a_node_that_has_ended_cannot_be_cut_off(handle: StepHandle, tmp_path: Path) -> None:
     FileLine(step_folder(tmp_path), 1).tell("result", state="succeeded", message="")
     assert [event["event"] for event in handle.poll(1.0)] == ["result"]
@@ -110,6 +125,20 @@ def test_a_warning_is_repeated_for_those_that_do_not_listen_yet(tmp_path: Path) 
         assert asked[:3] == [False, True, False]
     finally:
         handle.kill()
+
+
+def test_what_agents_hear_when_they_are_killed_is_no_warning(tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def warning(each: bool) -> None:
+        asked.append(each)
+
+    handle = started(tmp_path, reached=True, warning=warning)
+    FileLine(step_folder(tmp_path), 1).tell("asked")
+    handle.kill()
+    while not handle.done:
+        handle.poll(0.1)
+    assert True not in asked
 
 
 def test_agents_that_are_asked_to_end_without_a_warning_are_told_to(tmp_path: Path) -> None:

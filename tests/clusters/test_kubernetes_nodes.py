@@ -2,6 +2,11 @@
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +22,7 @@ from meshwright.clusters.kubernetes_nodes import machine_of, probe_job
 from meshwright.clusters.reaching import Visit
 from tests.clusters.test_kubernetes import OPTIONS, REQUEST
 from tests.launch.pretend_kubectl import write_kubectl
+from tests.launch.waiting import eventually
 
 WISHES = Wishes(checks=("clock", "ports"), write_bytes=0, timeout_s=60.0)
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,6 +41,45 @@ def test_the_pods_are_those_of_the_run_but_wait_and_know_no_secret() -> None:
     job = probe_job(jobset, python="python3", most_s=600.0)
     assert job == yaml.safe_load((GOLDEN / "probe-job.yaml").read_text())
     assert "env" in jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_a_pod_ends_at_once_when_it_is_told_to_also_as_the_first_process_of_its_container() -> None:
+    jobset = yaml.safe_load((GOLDEN / "jobset.yaml").read_text())
+    job = probe_job(jobset, python=sys.executable, most_s=600.0)
+    process = subprocess.Popen(job["spec"]["template"]["spec"]["containers"][0]["command"])
+    try:
+        assert eventually(lambda: catches(process.pid, signal.SIGTERM)), "else the kernel would not tell it"
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+        process.wait()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_the_next_pods_find_the_nodes_free_of_those_that_were_examined(home: Path) -> None:
+    (home / "prod/train").mkdir()
+    (home / "prod/train/nodes").write_text("gpu0 gpu1")
+    for _ in range(2):
+        with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit(most_s=0.2)) as reached:
+            assert [each.name for each in reached.reaches] == ["gpu0", "gpu1"]
+
+
+def test_pods_that_do_not_go_are_told_of_and_end_nothing(home: Path) -> None:
+    told: list[str] = []
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    (home / "stays").write_text("error: timed out waiting for the condition on jobs/j")
+    with queue.reached(REQUEST, Visit(tell=told.append)):
+        pass
+    assert "not gone after 60 s, and may keep others from their nodes: kubectl delete: error: timed out" in told[-1]
+    (home / "stays").write_text("error: the server is gone")
+    with pytest.raises(UnavailableError, match="the server is gone"), queue.reached(REQUEST, Visit()):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["JobSet", "TrainJob"])
@@ -125,6 +170,45 @@ def test_ctrl_c_takes_the_pods_away(home: Path) -> None:
         raise KeyboardInterrupt
     assert not list((home / "prod/train").glob("job-*"))
     assert "delete" in (home / "asked").read_text()
+
+
+def twice(number: int) -> None:
+    """Sends this process a signal, and another one while it heeds the first."""
+    assert catches(os.getpid(), number), "else it would end the tests"
+    try:
+        os.kill(os.getpid(), number)
+    finally:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_takes_the_pods_away_though_a_second_comes(home: Path, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        queue = KubernetesQueue(replace(OPTIONS, claim=None))
+        with pytest.raises(SystemExit) as raised, queue.reached(REQUEST, Visit()):
+            twice(number)
+        assert raised.value.code == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert not list((home / "prod/train").glob("job-*"))
+
+
+def test_a_signal_that_is_ignored_stays_so_and_other_threads_take_none(home: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    def names() -> list[str]:
+        with KubernetesQueue(replace(OPTIONS, claim=None)).reached(REQUEST, Visit()) as reached:
+            return [each.name for each in reached.reaches]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(names).result() == ["gpu0", "gpu1"]
 
 
 def test_the_job_is_valid_json_without_variables(home: Path) -> None:

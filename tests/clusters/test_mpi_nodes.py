@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.clusters import mpi_nodes as module
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.mpi import MpiOptions
-from meshwright.clusters.mpi_nodes import names_of, probe_words
+from meshwright.clusters.mpi_nodes import back_of, names_of, probe_words
 
 OPEN = MpiOptions("openmpi", hostfile="hosts", python="/opt/py", extra=("--mca", "plm_rsh_agent", "myssh"))
 MPICH = MpiOptions("mpich", hostfile="hosts", python="/opt/py", extra=("-launcher-exec", "myssh"))
@@ -48,3 +49,17 @@ def test_without_known_hosts_mpiexec_says_where_its_processes_are(tmp_path: Path
     assert words.read_text().startswith({"openmpi": "-n 2 --hostfile +n ", "mpich": "-n 2 -f +n "}[kind])
     with pytest.raises(UnavailableError, match=r"gives 2 nodes, the job wants 3; write cluster\.hostfile"):
         names_of(options, 3, os.environ)
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("openmpi", "--host"), ("mpich", "-hosts")])
+def test_a_host_is_back_where_an_mpiexec_of_its_own_runs_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flag: str
+) -> None:
+    monkeypatch.setattr(module, "_ANSWER_S", 1.0)
+    pretended = tmp_path / "mpiexec"
+    answers = f"*'{flag} h2 '*) exit 1;; *'{flag} h3 '*) exec sleep 60;; *'{flag} h1 '*' -c pass') exit 0;; *) exit 2;;"
+    pretended.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    pretended.chmod(0o755)
+    options = MpiOptions(kind, mpiexec=str(pretended), python=sys.executable)
+    assert back_of(options, ("h1", "h2", "h3", "h4")) == ("h1",)
+    assert back_of(options, ()) == ()

@@ -42,7 +42,10 @@ def test_of_many_lines_the_last_are_left_and_none_is_torn(tmp_path: Path) -> Non
         ("abc", "xyz", "xyz"),
         ("xx", "xxx", "x"),
         ("abc", "", ""),
-        ("ab", "xab", "xab"),
+        ("ab", "xab", "x"),
+        ("sta", "stpab", "pb"),
+        ("abc", "bba", "b"),
+        ("abcdef", "xya", "xya"),
     ],
 )
 def test_only_what_was_not_known_is_missing(known: str, left: str, missing: str) -> None:

@@ -1,7 +1,9 @@
 """Ray: the plan, and what can never be placed."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 import pytest
 
 from meshwright.clusters import ray as module
-from meshwright.clusters.base import Program, StartRequest
-from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.ray import RayCluster, RayOptions, plan_ray, why_infeasible
+from meshwright.clusters.base import Limits, Program, StartRequest
+from meshwright.clusters.errors import FewerNodesError, UnavailableError
+from meshwright.clusters.ray import RayCluster, RayOptions, plan_ray
 from meshwright.clusters.ray_line import RayLine, agent_class, answered
 from meshwright.clusters.ray_nodes import through_actors
 from meshwright.clusters.reaching import Reached
+from tests.clusters.test_ray_fit import alive
 
 REQUEST = StartRequest("j", "r", Path("/runs/r"), Program(("x",), Path("/w")), 2, None, 16, 8)
 
@@ -26,24 +29,6 @@ def test_a_plan_says_what_is_asked_of_each_node() -> None:
     assert plan_ray(replace(REQUEST, ranks_per_node="gpu"), RayOptions()).world_size == 16
     with pytest.raises(UnavailableError, match="write a number"):
         plan_ray(replace(REQUEST, ranks_per_node="auto"), RayOptions())
-
-
-@pytest.mark.parametrize(
-    ("nodes", "feasible"),
-    [
-        ([{"CPU": 8, "GPU": 8}] * 2, True),
-        ([{"CPU": 8, "GPU": 8}] * 3, True),
-        ([{"CPU": 16, "GPU": 16}], False),
-        ([{"CPU": 8, "GPU": 8}, {"CPU": 8, "GPU": 4}], False),
-        ([], False),
-    ],
-)
-def test_a_spread_needs_as_many_nodes_that_each_have_enough(nodes: list[dict[str, float]], feasible: bool) -> None:
-    assert (why_infeasible({"CPU": 1, "GPU": 8}, 2, nodes) is None) == feasible
-
-
-def alive(node: str, address: str, *, lives: bool = True) -> dict[str, Any]:
-    return {"NodeID": node, "NodeManagerAddress": address, "Alive": lives, "Resources": {"CPU": 16.0, "GPU": 8.0}}
 
 
 @pytest.mark.parametrize("exclude", ["10.0.0.2", "bbbbbbbbcc", "10.0.0.2-bbbbbbbb"])
@@ -74,7 +59,8 @@ def test_a_node_that_does_not_pass_is_given_back_and_another_placed(monkeypatch:
     cluster, calls = RayCluster(RayOptions("a:1", exclude=("10.0.0.9",))), list[Any]()
     plan = cluster.plan(REQUEST)
 
-    def placed(count: int) -> tuple[str, list[str]]:
+    def placed(count: int, fewest: int | None) -> tuple[str, list[str]]:
+        assert fewest is None
         calls.append(("place", count, cluster._options.exclude))
         return f"group{len(calls)}", ["one", "two"]
 
@@ -94,6 +80,133 @@ def test_a_node_that_does_not_pass_is_given_back_and_another_placed(monkeypatch:
         ("back", "group1"),
         ("place", 2, ("10.0.0.9", "10.0.0.2-b")),
     ]
+
+
+ELASTIC = replace(REQUEST, num_nodes=3, num_ranks=24, limits=Limits(fewest_nodes=2))
+THREE = [alive("aaaaaaaacc", "10.0.0.1"), alive("bbbbbbbbcc", "10.0.0.2"), alive("cccccccccc", "10.0.0.3")]
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Three nodes as Ray tells of them, to be changed; all that they have is free."""
+    nodes = [dict(each) for each in THREE]
+
+    def free() -> dict[str, float]:
+        living = [each["Resources"] for each in nodes if each["Alive"]]
+        return {name: sum(each[name] for each in living) for name in ("CPU", "GPU")}
+
+    pretended = SimpleNamespace(nodes=lambda: nodes, available_resources=free)
+    monkeypatch.setattr(module, "attached", lambda address: pretended)
+    monkeypatch.setattr(module, "is_open", lambda address: False)
+    monkeypatch.setattr(module, "give_back", lambda group: None)
+    return nodes
+
+
+def test_nodes_that_live_fit_and_are_not_left_out_are_counted(three: list[dict[str, Any]]) -> None:
+    assert RayCluster(RayOptions("a:1")).count(ELASTIC) == 3
+    assert RayCluster(RayOptions("a:1", exclude=("10.0.0.2-bbbbbbbb",))).count(ELASTIC) == 2
+    three[2] |= {"Resources": {"CPU": 64.0}}
+    assert RayCluster(RayOptions("a:1", exclude=("10.0.0.2",))).count(ELASTIC) == 1
+    three[0] |= {"Alive": False}
+    assert RayCluster(RayOptions("a:1")).count(ELASTIC) == 1
+
+
+def test_lost_nodes_are_there_again_only_under_the_name_of_one_that_lives(three: list[dict[str, Any]]) -> None:
+    three[1] |= {"Alive": False}
+    names = ("10.0.0.1-aaaaaaaa", "10.0.0.2-bbbbbbbb", "10.0.0.3-dddddddd")
+    assert RayCluster(RayOptions("a:1")).back(names) == names[:1]
+
+
+def test_an_elastic_run_is_refused_where_fewer_nodes_than_its_min_could_ever_run_it(
+    three: list[dict[str, Any]],
+) -> None:
+    cluster = RayCluster(RayOptions("a:1"))
+    plan = cluster.plan(ELASTIC)
+    three[0] |= {"Alive": False}
+    cluster.check(plan)
+    three[1] |= {"Alive": False}
+    with pytest.raises(UnavailableError, match=r"this run on nodes.min = 2 nodes: asked for 2 nodes with"):
+        cluster.check(plan)
+
+
+def test_an_elastic_run_does_not_wait_for_nodes_that_are_not_there(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    placements, cluster = Placements(monkeypatch, lambda count, seconds: False), RayCluster(RayOptions("a:1"))
+    plan = cluster.plan(ELASTIC)
+    three[0] |= {"Alive": False}
+    with pytest.raises(FewerNodesError, match="of Ray's nodes 2 can run it") as raised:
+        cluster._begun(plan)
+    assert (raised.value.have, placements.asked) == (2, [])
+
+
+def test_a_node_that_does_not_pass_shrinks_an_elastic_run(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    cluster, answers = RayCluster(RayOptions("a:1")), [[{"node": "10.0.0.2-bbbbbbbb", "why": "disk: full"}], []]
+    placements = Placements(monkeypatch, lambda count, seconds: True)
+    monkeypatch.setattr(module, "through_actors", lambda actors: Reached(()))
+    monkeypatch.setattr(module, "RayLine", lambda actor, argv: actor)
+    cluster.admit = lambda reached: answers.pop(0)
+    with pytest.raises(FewerNodesError, match=r"of Ray's nodes 2 can run it; left out: 10.0.0.2-bbbbbbbb"):
+        cluster._begun(cluster.plan(ELASTIC))
+    _, begun, told = cluster._begun(cluster.plan(replace(ELASTIC, num_nodes=2, num_ranks=16)))
+    assert (len(begun), [each["node"] for each in told]) == (2, ["10.0.0.2-bbbbbbbb"]), "who was left out is told"
+    assert [(count, banned) for count, banned, _ in placements.asked] == [(3, ""), (2, "!in(bbbbbbbbcc)")]
+    del three
+
+
+class Placements:
+    """Instead of placement groups: what was asked of them, and whether they are placed.
+
+    Args:
+        monkeypatch: takes the place of Ray's.
+        answer: number of nodes and seconds -> whether they are placed in that time.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: "Callable[[int, float], bool]") -> None:
+        self.asked: list[tuple[int, str, float]] = []
+
+        def group(bundles: list[Any], *, strategy: str, bundle_label_selector: Any) -> Any:
+            banned = bundle_label_selector[0]["ray.io/node-id"] if bundle_label_selector else ""
+
+            def wait(timeout_seconds: float) -> bool:
+                self.asked.append((len(bundles), banned, timeout_seconds))
+                return answer(len(bundles), timeout_seconds)
+
+            return SimpleNamespace(wait=wait)
+
+        made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=object))
+        # ray.util has a function of that name
+        monkeypatch.setattr(import_module("ray.util.placement_group"), "placement_group", group)
+        monkeypatch.setattr("ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy", lambda *_, **__: None)
+        monkeypatch.setattr(module, "agent_class", lambda: None)
+        monkeypatch.setattr(module.attached(""), "remote", lambda kind: made, raising=False)
+
+
+def test_nodes_that_others_hold_are_waited_for_once_and_then_fewer_tried_down_to_the_min(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    placements = Placements(monkeypatch, lambda count, seconds: False)
+    cluster = RayCluster(RayOptions("a:1", ready_timeout_s=60.0))
+    free = {"CPU": 48.0, "GPU": 16.0}
+    monkeypatch.setattr(module.attached(""), "available_resources", lambda: free)
+    with pytest.raises(FewerNodesError, match=r"did not place 3 nodes with {.*} within 60 s; free") as caught:
+        cluster._begun(cluster.plan(ELASTIC))
+    assert caught.value.have == 2
+    least = cluster.plan(replace(ELASTIC, num_nodes=2, num_ranks=16))
+    with pytest.raises(UnavailableError, match=r"did not place 2 nodes with .* \(nodes.min\) within 10 s") as refused:
+        cluster._begun(least)
+    assert not isinstance(refused.value, FewerNodesError)
+    assert [(count, seconds) for count, _, seconds in placements.asked] == [(3, 60.0), (2, 10.0)]
+    rigid = RayCluster(RayOptions("a:1"))
+    with pytest.raises(UnavailableError, match=r"3 nodes .* within 60 s; .*; wait for other jobs") as stated:
+        rigid._begun(rigid.plan(replace(ELASTIC, limits=Limits())))
+    assert not isinstance(stated.value, FewerNodesError)
+    del three
 
 
 class Called:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from meshwright.clusters.base import Meeting, Program, Secret, StartRequest
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.lost import explain_end
 from meshwright.clusters.ssh import (
     SshCluster,
     SshHost,
     SshOptions,
     deal_ranks,
-    explain_end,
     plan_ssh,
     ssh_words,
 )

@@ -1,4 +1,4 @@
-"""A host that mpiexec loses is left out for another of its host file, or the run says that there is none."""
+"""A host that mpiexec loses is left out for another of its file, or the run goes on with fewer, or says why not."""
 
 import json
 import os
@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
+from meshwright.clusters.mpi import MpiCluster, MpiOptions
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts, missing_for_hosts, pretended
-from tests.lab.launches import Launch, finish
+from tests.lab.launches import Launch, finish, losses, write_training
 from tests.lab.test_mpi import mpiexec
 from tests.launch.own import own
 from tests.launch.waiting import eventually
+from tests.launch.worker.runs import train_here
 
 __all__ = ["mpiexec"]
 
+STEPS = 40
 PROGRAM = """
 import os, pathlib, time
 rank, attempt, host = (os.environ[name] for name in ("RANK", "MESHWRIGHT_ATTEMPT", "MESHWRIGHT_HOST"))
@@ -92,12 +95,52 @@ def test_a_host_that_is_lost_is_left_out_for_another_of_the_file(three: Hosts, t
     assert {"h1:0 | attempt 1 on h1 h1", "h3:1 | attempt 1 on h3 h3"} <= set(output.splitlines())
 
 
+@pytest.mark.parametrize("mpiexec", ["mpich"], indirect=True)  # what follows is the launcher's
 def test_without_another_host_the_run_ends_and_says_so(three: Hosts, tmp_path: Path, mpiexec: str) -> None:
     _up(three)
     code, output, told = launched(three, mpiexec, tmp_path / "run", ("h1", "h2"))
     assert code == 69, output
     assert "h2 cannot be left out: the job wants 2 nodes, and 1 of the 2 hosts it names are left" in output
     assert "put more into cluster.hostfile" in told["given_up"]
+
+
+@pytest.mark.parametrize("mpiexec", ["openmpi"], indirect=True)
+def test_an_elastic_training_goes_on_with_fewer_hosts_and_one_that_is_there_again_is_found(
+    three: Hosts, tmp_path: Path, mpiexec: str
+) -> None:
+    _up(three)
+    sets = ("parallel.dp=3", "nproc_per_node=1", "train.precision=float64", "model.arguments={width: 16, dropout: 0.0}")
+    calm = write_training(tmp_path / "calm", steps=STEPS, every=STEPS)
+    train_here(calm, "r1", *sets, "parallel.dp=1")
+    folder = tmp_path / "run"
+    known = cluster(three, mpiexec, folder, ("h1", "h2", "h3"))
+    far = Launch(folder, {"far": known}, own("mpi-fewer"))
+    far.env["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    job, run_dir = write_training(folder, steps=STEPS, every=5, pause_s=0.1), folder / "runs" / far.run_id
+    more = ("cluster=far", "nodes={min: 2, max: 3}", "failure.max_restarts=3", "failure.backoff.initial=100ms")
+    launcher = far.start(job, *(word for each in (*sets, *more) for word in ("--set", each)), apart=True)
+    saved, h2 = folder / "checkpoints", next(host for host in three.hosts if host.name == "h2")
+    try:
+        assert eventually(lambda: any(saved.glob("step-*")) or launcher.poll() is not None, 120)
+        h2.end()
+        output, _ = launcher.communicate(timeout=120)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    assert eventually(lambda: not list(carriers(far.run_id)), 30)
+    told, now = (json.loads((run_dir / name).read_text()) for name in ("exit.json", "job.json"))
+    assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([3, 2], [h2.address])], output
+    assert f"it shrinks from 3 nodes to 2, without {h2.address} (dp=2, num_microbatches=2)" in output
+    assert (now["nodes"], now["parallel"]["dp"], now["parallel"]["num_microbatches"]) == (2, 2, 2)
+    undisturbed, found = losses(calm.parent / "runs" / own("r1")), losses(run_dir)
+    assert [each[:2] for each in found] == [each[:2] for each in undisturbed], "every step once"
+    assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, undisturbed, strict=True))
+    mpi = MpiCluster(MpiOptions("openmpi", mpiexec, known["hostfile"], extra=tuple(known["extra"])))
+    names = (three.hosts[0].address, h2.address)
+    assert mpi.back(names) == names[:1]
+    h2.boot()
+    three.wait()
+    assert mpi.back(names) == names, "a later restart takes it again"
 
 
 def _up(lab: Hosts) -> None:

@@ -1,4 +1,4 @@
-"""Nodes of a real Ray cluster are lost, and a run goes on with others, or says why there are none."""
+"""Nodes of a real Ray cluster are lost, and a run goes on with others, or an elastic one with fewer."""
 
 import json
 import os
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from meshwright.clusters.sweep import carriers
-from tests.lab.launches import Launch, finish
+from tests.lab.launches import Launch, finish, losses, write_training
 from tests.lab.test_ray import started
 from tests.launch.own import own
 from tests.launch.waiting import eventually
+from tests.launch.worker.runs import train_here
 
 PROGRAM = """
 import os, pathlib, time
@@ -25,6 +26,7 @@ part.write_text(f"{os.getpid()} {host}")
 part.rename(f"up-{attempt}-{rank}")
 time.sleep(600 if attempt == "0" else 0)
 """
+STEPS = 40
 LOST_S = 150  # Ray finds a node lost after 15 s or so, and ranks that may still be there have half a minute
 
 
@@ -59,16 +61,16 @@ def _below(pid: int) -> list[int]:
 
 @pytest.fixture(params=[3, 2])
 def ray(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Of three nodes, or two."""
+    """Of so many nodes."""
     processes: list[subprocess.Popen[bytes]] = []
     with started(tmp_path_factory, request.param, processes) as address:
         yield Cluster(address, processes)
 
 
-def test_a_node_that_is_lost_is_left_out_and_the_run_goes_on_or_says_why_not(tmp_path: Path, ray: Cluster) -> None:
-    spare = len(ray.processes) > 2
+@pytest.mark.parametrize("ray", [3], indirect=True)
+def test_a_node_that_is_lost_is_left_out_and_the_run_goes_on_with_another(tmp_path: Path, ray: Cluster) -> None:
     cluster = {"type": "ray", "address": ray.address, "ready_timeout": "30s"}
-    far = Launch(tmp_path / "run", {"far": cluster}, own(f"ray-lost-{len(ray.processes)}"))
+    far = Launch(tmp_path / "run", {"far": cluster}, own("ray-lost"))
     job = {"name": "j", "command": [sys.executable, "-c", PROGRAM], "nodes": 2, "nproc_per_node": 1, "cluster": "far"}
     job["failure"] = {"max_restarts": 2, "backoff": {"initial": "100ms"}, "shutdown_grace": "2s"}
     (far.folder / "job.yaml").write_text(json.dumps(job))
@@ -86,14 +88,49 @@ def test_a_node_that_is_lost_is_left_out_and_the_run_goes_on_or_says_why_not(tmp
     told = far.record()
     assert f"on other nodes than {lost}" in output
     assert not list(carriers(far.run_id))
-    if spare:
-        assert launcher.returncode == 0, output
-        assert [(each["kind"], each["excludes"]) for each in told["restarts"]] == [("node", [lost])], output
-        assert [each["node"] for each in told["excluded"]] == [lost]
-        assert [f"attempt 1 on {lost}" in output, output.count("| attempt 1 on ")] == [False, 2]
-    else:
-        assert launcher.returncode == 69, output
-        assert [told["restarts"], told["excluded"]] == [[], []], output
-        assert f"{lost} at " in told["reason"]
-        assert "; not started again: Ray did not place 2 nodes with {CPU: 1} within 30 s" in told["reason"]
-        assert f"left out: {lost}" in told["reason"]
+    assert launcher.returncode == 0, output
+    assert [(each["kind"], each["excludes"]) for each in told["restarts"]] == [("node", [lost])], output
+    assert [each["node"] for each in told["excluded"]] == [lost]
+    assert [f"attempt 1 on {lost}" in output, output.count("| attempt 1 on ")] == [False, 2]
+
+
+@pytest.mark.parametrize("ray", [2], indirect=True)
+def test_an_elastic_training_takes_the_nodes_there_are_and_goes_on_without_one_that_is_lost(
+    tmp_path: Path, ray: Cluster
+) -> None:
+    sets = ("parallel.dp=3", "nproc_per_node=1", "train.precision=float64", "model.arguments={width: 16, dropout: 0.0}")
+    calm = write_training(tmp_path / "calm", steps=STEPS, every=STEPS)
+    train_here(calm, "r1", *sets, "parallel.dp=1")
+    far = Launch(tmp_path / "run", {"far": {"type": "ray", "address": ray.address}}, own("ray-fewer"))
+    job, run_dir = write_training(far.folder, steps=STEPS, every=5, pause_s=0.1), far.folder / "runs" / far.run_id
+    more = ("cluster=far", "nodes={min: 1, max: 3}", "failure.max_restarts=2", "failure.backoff.initial=100ms")
+    launcher = far.start(job, *(word for each in (*sets, *more) for word in ("--set", each)))
+    try:
+        saved = far.folder / "checkpoints"
+        assert eventually(lambda: any(saved.glob("step-*")) or launcher.poll() is not None, 150)
+        names = [node["name"] for node in json.loads((run_dir / "plan.json").read_text())["nodes"]]
+        lost = next(names[rank] for rank, pid in enumerate(ranks(far.run_id)) if ray.kill_node_of(pid))
+        output, _ = launcher.communicate(timeout=LOST_S + 60)
+    finally:
+        finish(launcher)
+    assert launcher.returncode == 0, output
+    assert not list(carriers(far.run_id))
+    assert "ranks start on 2 of at most 3 nodes, as many as ray has for them (dp=2, num_microbatches=2)" in output
+    assert f"it shrinks from 2 nodes to 1, without {lost} (one rank, num_microbatches=3)" in output
+    told, now = (json.loads((run_dir / name).read_text()) for name in ("exit.json", "job.json"))
+    assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([2, 1], [lost])]
+    assert (now["nodes"], now["parallel"]["dp"], now["parallel"]["num_microbatches"]) == (1, 1, 3)
+    assert "resumed from " in (run_dir / "logs/rank-0.attempt-1.log").read_text()
+    undisturbed, found = losses(calm.parent / "runs" / own("r1")), losses(run_dir)
+    assert [each[:2] for each in found] == [each[:2] for each in undisturbed], "every step once"
+    assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, undisturbed, strict=True))
+
+
+def ranks(run_id: str) -> list[int]:
+    """Process ids of the ranks of a run, by rank."""
+    found = {}
+    for pid in carriers(run_id):
+        variables = dict(word.partition(b"=")[::2] for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        if b"RANK" in variables:
+            found[int(variables[b"RANK"])] = pid
+    return [pid for _, pid in sorted(found.items())]

@@ -5,8 +5,8 @@
 runs the JobSet (or TrainJob) NAME whose objects `pretend_kubectl` has put into PLACE. A pod is a process of this
 machine, with the environment of its container and nothing in common with other pods but a claim. Files in PLACE say
 what there is and what happens: `nodes` has the names of nodes (by default there are enough, gpu0 and so on), one pod
-each; `kill-1` kills the container of pod 1, `evict-1` evicts the pod, and `lose-1` loses its node; while there is a
-`hold-1` pod 1 is pending.
+each, and `busy` those that others hold until a run is submitted; `kill-1` kills the container of pod 1, `evict-1`
+evicts the pod, and `lose-1` loses its node; while there is a `hold-1` pod 1 is pending.
 """
 
 import json
@@ -23,12 +23,28 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-__all__ = ["free_node"]
+__all__ = ["free_node", "going"]
 
 _LOOK_S = 0.05
 _MARK = "PRETENDED_POD"
 _SECRETS = {"TOKEN": "tok-123"}
 Spec = Mapping[str, Any]
+
+
+def going(place: Path, *nodes: str, grace_s: float = 0.0) -> set[str]:
+    """Nodes whose pods of an examination were deleted, but have not gone yet.
+
+    Args:
+        place: of the namespace.
+        nodes: more of them.
+        grace_s: that these take.
+    """
+    path = place / "going"
+    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if nodes:
+        known.update(dict.fromkeys(nodes, time.time() + grace_s))
+        path.write_text(json.dumps(known))
+    return {node for node, end_s in known.items() if end_s > time.time()}
 
 
 def free_node(place: Path, pod: Spec, taken: Collection[str], count: int) -> str | None:
@@ -40,6 +56,8 @@ def free_node(place: Path, pod: Spec, taken: Collection[str], count: int) -> str
         taken: nodes that have a pod.
         count: of pods; so many nodes are free where there is no such file.
     """
+    busy = place / "busy"
+    taken = {*taken, *going(place), *(busy.read_text().split() if busy.exists() else ())}
     told = pod.get("affinity", {}).get("nodeAffinity", {})
     required = told.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [{}])
     drawn = told.get("preferredDuringSchedulingIgnoredDuringExecution", [])

@@ -3,7 +3,8 @@
 Every context of the kubeconfig is a folder; `current` names the one that kubectl takes unless told otherwise. What is
 written down in `asked` are the words of every call. A file `pending` keeps pods of a Job from starting, `failed` has
 their status, `same` puts all on one node, `create-fails` is what is said once a Job was created, `keeps` lets nothing
-be deleted, and `deaf-N` lets nobody into a pod on node N. Folders of namespaces have what `pretend_jobset` heeds.
+be deleted, `stays` is what is said where its pods are waited for, and `deaf-N` lets nobody into a pod on node N. Pods
+of a Job that nobody waited for hold their nodes for a grace; folders of namespaces have what `pretend_jobset` heeds.
 """
 
 import sys
@@ -51,6 +52,7 @@ elif words[0] == "create" and (job := sys.stdin.read()).startswith("{"):
 elif words[0] == "create":
     import yaml
     config, whole = yaml.safe_load_all(job)
+    (place / "busy").unlink(missing_ok=True)
     name = whole["metadata"]["name"]
     (place / f"configmap-{name}").write_text(json.dumps(config))
     (place / f"{whole['kind'].lower()}-{name}").write_text(json.dumps(whole))
@@ -72,6 +74,7 @@ elif words[:2] == ["get", "pods"] and option("selector").startswith("job-name=")
         taken.append(node)
         items.append({"metadata": {"name": f"{job.name}-{index}-{index if one else node}"},
                       "spec": {"nodeName": node} if node else {}, "status": status if node else full})
+    (place / f"on-{job.name}").write_text(" ".join(filter(None, taken)))
     print(json.dumps({"items": items}))
 elif words[0] == "exec":
     if (home / f"deaf-{words[2].rpartition('-')[2]}").exists():
@@ -102,7 +105,13 @@ elif words[0] == "delete":
         kind, _, name = word.partition("/")
         path = place / f"{kind}-{name}"
         if name and path.exists():
+            on = place / f"on-{path.name}"
+            if on.exists() and not (option("wait") == "true" and option("cascade") == "foreground"):
+                grace_s = json.loads(path.read_text())["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+                pretend_jobset.going(place, *on.read_text().split(), grace_s=grace_s)
             path.unlink()
+            if (home / "stays").exists() and option("wait") == "true":
+                sys.exit((home / "stays").read_text())
             print(f"{kind}/{name}" if option("output") == "name" else f"{kind} \\"{name}\\" deleted")
             if kind in ("jobset", "trainjob"):
                 (place / f"deleted-{name}").touch()

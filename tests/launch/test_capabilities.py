@@ -61,10 +61,26 @@ def test_an_override_is_refused_as_one(tmp_path: Path) -> None:
         check_capabilities(load(tmp_path, "", "binding=numa"))
 
 
-@pytest.mark.parametrize("kind", ["mpi", "ray"])
-def test_a_range_of_nodes_is_refused_where_a_lost_node_ends_the_run(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(JobError, match=r"does not act on nodes.min yet; write a number of nodes"):
-        check_capabilities(load(tmp_path, f"cluster: {{type: {kind}}}\nnodes: {{min: 1, max: 2}}\nnproc_per_node: 1\n"))
+RANGE = "nodes: {min: 2, max: 3}\nnproc_per_node: 1\n"
+
+
+@pytest.mark.parametrize("hosts", [None, "+n0\n+n1\n"])
+def test_an_elastic_job_on_mpi_names_its_hosts(tmp_path: Path, hosts: str | None) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(hosts or "")
+    cluster = "cluster: {type: mpi}\n" if hosts is None else f"cluster: {{type: mpi, hostfile: {file}}}\n"
+    with pytest.raises(JobError, match=r"4:9: nodes.min: only mpiexec knows its hosts: name them in cluster.hostfile"):
+        check_capabilities(load(tmp_path, cluster + RANGE))
+    named = f"cluster: {{type: mpi, hostfile: {file}, exclude: [b]}}\n"
+    file.write_text("a slots=2\nc slots=2\n")
+    check_capabilities(load(tmp_path, named + RANGE))
+    file.write_text("a slots=2\nb slots=2\n")
+    with pytest.raises(JobError, match=r"nodes.min: nodes.min=2, but the cluster names 1 hosts that may be used; add"):
+        check_capabilities(load(tmp_path, named + RANGE))
+
+
+def test_an_elastic_job_on_ray_names_none(tmp_path: Path) -> None:
+    check_capabilities(load(tmp_path, f"cluster: {{type: ray}}\n{RANGE}"))
 
 
 def test_a_range_of_nodes_is_for_jobsets_and_refused_of_a_trainjob(tmp_path: Path) -> None:

@@ -52,20 +52,22 @@ def test_a_sick_node_ends_the_launch_and_nothing_is_submitted(tmp_path: Path, tr
 def test_a_run_is_kept_from_sick_nodes_and_its_first_pods_come_to_those_that_were_examined(
     tmp_path: Path, train: Path
 ) -> None:
-    (train.parents[2] / "deaf-gpu1").touch()
+    (train.parents[2] / "deaf-gpu2").touch()
     train.mkdir(exist_ok=True)
     (train / "nodes").write_text("gpu0 gpu1 gpu2 gpu3")
+    (train / "busy").write_text("gpu0")  # free again for the run, which is drawn to others all the same
     done = meshwright(tmp_path, "launch", str(examined(tmp_path, "exclude_node")), "--run-id", own("k8s-fit"))
     assert done.returncode == 0, done.stderr
-    assert "left out: gpu1" in done.stderr
-    assert nodes_of(train) == {"gpu0", "gpu2"}
+    assert "left out: gpu2" in done.stderr
+    assert nodes_of(train) == {"gpu1", "gpu3"}
     assert objects(train, "job") == []
     (jobset,) = objects(train, "jobset")
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert set(pod["affinity"]["nodeAffinity"]) == {
-        "requiredDuringSchedulingIgnoredDuringExecution",
-        "preferredDuringSchedulingIgnoredDuringExecution",
-    }
+    out = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [(each["operator"], each["values"]) for each in out[0]["matchFields"]] == [("NotIn", ["gpu2"])]
+    drawn = pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    fields = [field for each in drawn for field in each["preference"]["matchFields"]]
+    assert [(each["operator"], each["values"]) for each in fields] == [("In", ["gpu1"]), ("In", ["gpu3"])]
 
 
 def test_a_doctor_is_given_other_nodes_than_those_that_are_left_out(

@@ -10,14 +10,16 @@ import pytest
 
 from meshwright.clusters.base import StartPlan, StartRequest
 from meshwright.clusters.blame import Verdict
-from meshwright.clusters.contract import Handle
-from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.contract import Cluster, Handle
+from meshwright.clusters.errors import FewerNodesError, UnavailableError
+from meshwright.clusters.ray import RayOptions, plan_ray
 from meshwright.clusters.request import Secret
 from meshwright.clusters.ssh import SshOptions, plan_ssh
 from meshwright.launch import relaunch as module
 from meshwright.launch.engines import ssh_hosts
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.preflight import PreflightError
+from meshwright.launch.registry import cluster_of
 from meshwright.launch.regroup import can_return, nodes_back
 from meshwright.launch.relaunch import Relaunch
 from meshwright.launch.report import outcome_of
@@ -47,6 +49,9 @@ class Started:
 
     def plan(self, request: StartRequest) -> StartPlan:
         return plan_ssh(request, self._hosts, SshOptions())
+
+    def back(self, names: Sequence[str]) -> tuple[str, ...]:
+        raise AssertionError("a test says who is back")
 
     def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
         self._plans.append(plan)
@@ -193,10 +198,11 @@ def test_too_few_nodes_end_the_run_with_their_number_and_what_to_do(case: Case) 
 
 
 def test_only_machines_of_elastic_jobs_that_have_too_few_may_come_back(tmp_path: Path, case: Case) -> None:
-    assert (can_return(case.loaded), can_return(without(case.loaded, ("b",)))) == (False, True)
+    cluster = cluster_of(case.loaded)
+    assert [can_return(cluster, each) for each in (case.loaded, without(case.loaded, ("b",)))] == [False, True]
     path = tmp_path / "local.yaml"
     path.write_text("name: j\ncommand: [python]\nnodes: {min: 1, max: 2}\ncluster: {simulate_nodes: 1}\n")
-    assert not can_return(load_job(path))
+    assert not can_return(cluster_of(load_job(path)), load_job(path))
     assert nodes_back(load_job(path), ("node1",)) == ()
 
 
@@ -224,3 +230,127 @@ def test_what_the_cluster_left_out_by_itself_stays_out(
     told = {"why": "disk: full", "attempt": -1, "step": None, "lost": False, "time_unix_s": 1.0}
     assert case.after({"event": "left_out", "node": "gpu9", **told}, gone("b", 255))
     assert jobs[-1].job.as_dict()["cluster"]["exclude"] == ["gpu9", "b"]
+
+
+RAY = """
+name: j
+command: [python, -c, pass]
+nodes: {min: 1, max: 3}
+nproc_per_node: 1
+parallel: {dp: 3}
+failure: {max_restarts: 5, backoff: {initial: 0s}}
+cluster: {type: ray}
+"""
+
+
+class Knows(Started):
+    """A cluster that knows its nodes, and calls them n0, n1, ..."""
+
+    has, gives = 3, 3
+
+    def __init__(self, loaded: LoadedJob, plans: list[StartPlan], run_dir: Path) -> None:
+        del loaded
+        self._plans, self._run_dir = plans, run_dir
+
+    def count(self, request: StartRequest) -> int:
+        return self.has
+
+    def plan(self, request: StartRequest) -> StartPlan:
+        return plan_ray(request, RayOptions())
+
+    def start(self, plan: StartPlan, secrets: Mapping[str, str]) -> Handle:
+        told = json.loads((self._run_dir / "job.json").read_text()) if (self._run_dir / "job.json").exists() else None
+        assert told is None or (told["nodes"], told["parallel"]["dp"]) == (len(plan.nodes), len(plan.nodes))
+        if len(plan.nodes) > self.gives:
+            raise FewerNodesError(f"Ray did not place {len(plan.nodes)} nodes", len(plan.nodes) - 1)
+        return super().start(plan, secrets)
+
+
+class RayCase(Case):
+    """A run on a cluster that knows its nodes."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "job.yaml").write_text(RAY)
+        self.loaded, self.plans, self.asked, self.answering = load_job(folder / "job.yaml"), [], [], ()
+        request = request_of(self.loaded, "r1", base=folder)
+        request.run_dir.mkdir(parents=True)
+        self.run_dir = request.run_dir
+        monkeypatch.setattr(Knows, "has", 3)
+        monkeypatch.setattr(Knows, "gives", 3)
+        monkeypatch.setattr(module, "cluster_of", lambda loaded: Knows(loaded, self.plans, self.run_dir))
+        self.relaunch = Relaunch(self.loaded, folder, request, 0.0, self._back)
+        self.cluster = Knows(self.loaded, self.plans, self.run_dir)
+        self.state = RunState(self.cluster.plan(request))
+
+    def begin(self) -> int:
+        """Starts it for the first time; the number of nodes."""
+        self.relaunch.first(cast(Cluster, self.cluster), self.state, Interrupts())
+        return len(self.state.plan.nodes)
+
+
+@pytest.fixture
+def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayCase:
+    return RayCase(tmp_path, monkeypatch)
+
+
+def test_a_run_on_a_cluster_that_knows_its_nodes_shrinks_and_grows_with_them(
+    ray: RayCase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = ray.state.plan
+    assert (ray.begin(), ray.state.plan is whole, ray.plans[0].limits.regroup) == (3, True, False)
+    assert not (ray.run_dir / "job.json").exists(), "it was written for so many"
+    monkeypatch.setattr(Knows, "has", 2)
+    assert len(ray.after(gone("node1", 69))) == 2
+    assert (ray.plans[1].world_size, ray.plans[1].limits.regroup) == (2, True), "a node may join"
+    monkeypatch.setattr(Knows, "has", 4)
+    assert len(ray.after(*ray.failed("node0", 1))) == 3
+    assert not ray.plans[2].limits.regroup
+    first, second = (ray.state.decisions[attempt] for attempt in (0, 1))
+    assert (first["nodes"], second["nodes"]) == ([3, 2], [2, 3])
+    assert first["reason"].endswith("it shrinks from 3 nodes to 2, without node1 (dp=2, num_microbatches=2)")
+    assert second["reason"].endswith("it grows from 2 nodes to 3 (dp=3, num_microbatches=1)")
+    assert [each.nodes for each in ray.plans[2].limits.past] == [(3, 2), (2, 3)]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_first_start_on_fewer_nodes_is_said_kept_and_may_grow(
+    ray: RayCase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Knows, "has", 2)
+    assert ray.begin() == 2
+    assert ray.plans == [ray.state.plan]
+    assert (ray.state.plan.limits.regroup, ray.state.plan.limits.fewest_nodes) == (True, 1)
+    told, plan = (json.loads((ray.run_dir / name).read_text()) for name in ("job.json", "plan.json"))
+    assert (told["nodes"], told["parallel"]["num_microbatches"], plan["world_size"]) == (2, 2, 2)
+    assert capsys.readouterr().err == (
+        "meshwright: ranks start on 2 of at most 3 nodes, as many as ray has for them (dp=2, num_microbatches=2)\n"
+    )
+
+
+def test_what_a_cluster_does_not_give_is_what_the_record_has(ray: RayCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Knows, "gives", 2)
+    assert ray.begin() == 2
+    assert json.loads((ray.run_dir / "job.json").read_text())["parallel"]["dp"] == 2
+    monkeypatch.setattr(Knows, "gives", 1)
+    assert len(ray.after(gone("node1", 69))) == 1
+    told = ray.state.decisions[0]
+    assert told["nodes"] == [2, 1]
+    assert told["reason"].endswith("it shrinks from 2 nodes to 1, without node1 (1 ranks)")
+    assert ray.plans[-1].limits.past[-1].nodes == (2, 1)
+    monkeypatch.setattr(Knows, "gives", 0)
+    before = [(ray.run_dir / name).read_text() for name in ("plan.json", "job.json")]
+    assert ray.after(gone("node0", 69)) == []
+    assert ray.state.decisions[1]["reason"] == "Ray did not place 1 nodes"
+    assert [(ray.run_dir / name).read_text() for name in ("plan.json", "job.json")] == before
+
+
+def test_a_cluster_that_does_not_say_how_many_it_has_is_found_by_the_start(
+    ray: RayCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Knows, request: StartRequest) -> int:
+        raise UnavailableError("no Ray cluster at 'auto'")
+
+    assert ray.begin() == 3
+    monkeypatch.setattr(Knows, "count", refuse)
+    assert ray.after(gone("node1", 69)) == []
+    assert (ray.state.decisions[0]["again"], ray.state.decisions[0]["reason"]) == (False, "no Ray cluster at 'auto'")

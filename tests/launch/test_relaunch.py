@@ -283,7 +283,7 @@ def test_a_run_that_cannot_be_followed_leaves_a_page_that_does_not_wait_for_anot
     (tmp_path / "logs").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
-    def start() -> Handle:
+    def start(*_: object) -> Handle:
         write_page(tmp_path, state="running", live=Live(0, 1.0))
         assert "refresh" in (tmp_path / "page.html").read_text()
         raise UnavailableError("none is there")

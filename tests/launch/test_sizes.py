@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from meshwright.clusters.mpi import MpiOptions, plan_mpi
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.request import request_of, resolved_job
@@ -108,6 +110,30 @@ def test_a_job_starts_on_as_many_nodes_as_there_are(tmp_path: Path) -> None:
     assert (resolved["nodes"], resolved["parallel"]["dp"]) == (3, 3)  # type: ignore[index]
     assert request.limits.sizes[0] == "2 to 4, as many as there are when ranks start"
     assert request.limits.sizes[3] == "2: dp=2, num_microbatches=2"
+
+
+def test_hosts_of_a_host_file_that_are_fewer_than_the_most_make_the_mesh_of_as_many(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("a slots=2\nb slots=2\nc slots=2\n")
+    cluster = f"cluster: {{type: mpi, hostfile: {file}}}"
+    loaded = job(tmp_path, "{dp: 8}", f"nodes: {{min: 2, max: 4}}\nnproc_per_node: 2\n{cluster}\n")
+    request = request_of(loaded, "r1", base=tmp_path)
+    plan = plan_mpi(request, MpiOptions("mpich", hostfile=str(file), hosts=loaded.job.cluster.names))
+    assert [(node.name, node.ranks) for node in plan.nodes] == [("a", (0, 1)), ("b", (2, 3)), ("c", (4, 5))]
+    assert plan.nodes[0].agent[:3] == ("mpiexec", "-n", "6")
+    two = without(loaded, ("b",))
+    assert (sized(two).job.num_nodes, sized(two).job.parallel.dp, sized(two).job.parallel.num_microbatches) == (2, 4, 2)
+    with pytest.raises(SpareError, match="c cannot be left out: the job wants at least 2 nodes, and 1 of the 2 hosts"):
+        without(two, ("c",))
+
+
+@pytest.mark.parametrize(("have", "nodes"), [(None, 4), (9, 4), (3, 2), (2, 2)])
+def test_where_the_cluster_knows_its_nodes_the_job_is_on_as_many_as_it_said(
+    tmp_path: Path, have: int | None, nodes: int
+) -> None:
+    loaded = replace(job(tmp_path, "{tp: 2, dp: 2}", "nodes: {min: 2, max: 4}\ncluster: {type: ray}\n"), have=have)
+    assert sized(loaded).job.num_nodes == nodes, "half a tensor group is no use"
+    assert resolved_job(loaded, "r1", tmp_path)["nodes"] == nodes
 
 
 def test_nodes_can_be_left_out_down_to_the_fewest(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from meshwright.clusters.local import Machine, plan_local
 from meshwright.clusters.request import Program, StartRequest
 from meshwright.launch.follow import Run, follow
 from meshwright.launch.rundir import RunDirError, create_run_dir
+from meshwright.launch.supervise import Interrupts
 from meshwright.launch.trouble import trouble
 from meshwright.parallel.errors import MeshwrightError
 
@@ -74,8 +76,8 @@ def run_of(folder: Path) -> Run:
     return Run(job, plan_local(request, Machine("box", 2)), None, ("hunter22",), 1.0)
 
 
-def raising(error: Exception) -> Callable[[], Any]:
-    def start() -> Any:
+def raising(error: Exception) -> Callable[[object, object], Any]:
+    def start(state: object, interrupts: object) -> Any:
         raise error
 
     return start
@@ -102,7 +104,7 @@ def test_a_run_that_cannot_be_started_has_a_record_that_says_why(
 def test_a_run_that_cannot_be_followed_is_ended_and_recorded(tmp_path: Path) -> None:
     handle = _Full(failed(errno.EMFILE))
     with pytest.raises(UnavailableError, match="Too many open files"):
-        follow(run_of(tmp_path), lambda: handle)
+        follow(run_of(tmp_path), lambda *_: handle)
     assert handle.killed
     assert json.loads((tmp_path / "r1/exit.json").read_text())["exit_code"] == 69
 
@@ -117,5 +119,14 @@ def test_a_disk_that_is_full_is_said_though_no_record_can_be_written(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunDirError, match="its logs cannot be written: No space left"):
-        follow(run, lambda: _Full(failed(errno.ENOSPC)))
+        follow(run, lambda *_: _Full(failed(errno.ENOSPC)))
     assert not (tmp_path / "r1/exit.json").exists()
+
+
+def test_a_run_that_cannot_be_had_when_somebody_has_interrupted_it_is_interrupted(tmp_path: Path) -> None:
+    def start(state: object, interrupts: Interrupts) -> Any:
+        interrupts.numbers.append(signal.SIGINT)
+        raise UnavailableError("Ray did not place 3 nodes")
+
+    outcome = follow(run_of(tmp_path), start)
+    assert (outcome.state, outcome.exit_code) == ("interrupted", 130)

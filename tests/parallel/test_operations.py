@@ -61,3 +61,10 @@ def test_a_convolution_is_a_product_of_pixels_with_filters() -> None:
     tally = _counted(lambda x: layer(x).sum().backward(), x)
     assert tally.products == [Product(50, 3, 18, 2, precision="fp32")] * 3
     assert tally.products[0].flops == 2 * 2 * 25 * 6 * 18
+
+
+def test_elements_of_functions_are_counted_by_name_in_place_or_not() -> None:
+    tally = _counted(lambda x: torch.nn.functional.gelu(x.tanh_().tanh(), approximate="tanh"), torch.zeros(2, 3))
+    assert tally.computed == {"tanh": 12, "gelu_tanh": 6}
+    assert tally.work().computed == (("gelu_tanh", 6), ("tanh", 12))
+    assert not _counted(lambda x: x + x, torch.zeros(2, 3)).computed

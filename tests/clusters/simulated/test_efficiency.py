@@ -8,8 +8,8 @@ import yaml
 
 from meshwright.clusters.hardware import gpu
 from meshwright.clusters.simulated import Cluster, fitted
-from meshwright.clusters.simulated.efficiency import FILE, Compute, Links, Reserves
-from meshwright.parallel.work import Product, Work
+from meshwright.clusters.simulated.efficiency import FILE, Compute, Links, Reserves, Unhidden
+from meshwright.parallel.work import Attention, Product, Work
 
 A100, H100 = gpu("A100"), gpu("H100")
 REACHED = fitted()
@@ -103,6 +103,25 @@ def test_eight_gpus_of_a_node_reach_what_nccl_was_measured_at() -> None:
 
 def test_random_numbers_cost_besides_their_bytes_where_drawing_is_not_hidden() -> None:
     work = Work(moved_bytes=4e6, drawn=1e6)
-    slow = replace(REACHED, compute=replace(REACHED.compute, drawn_s=1e-8))
+    slow = replace(REACHED, compute=replace(REACHED.compute, unhidden=Unhidden(drawn_s=1e-8)))
     assert REACHED.busy_s(work, H100) == REACHED.memory_s(4e6, H100)
     assert slow.busy_s(work, H100) == pytest.approx(REACHED.memory_s(4e6, H100) + 1e-2)
+
+
+def test_functions_and_small_products_cost_a_cpu_more_than_bytes_and_flops() -> None:
+    slow = replace(REACHED, compute=replace(REACHED.compute, unhidden=Unhidden(function_s={"tanh": 1e-9}, batched=0.5)))
+    work = Work(moved_bytes=4e6, computed=(("tanh", 1e6), ("exp", 1e9)))
+    assert slow.busy_s(work, H100) == pytest.approx(REACHED.memory_s(4e6, H100) + 1e-3)
+    assert slow.matmul_s(BIG, H100) == REACHED.matmul_s(BIG, H100)
+    many = replace(BIG, batch=4)
+    assert slow.matmul_s(many, H100) == pytest.approx(2 * REACHED.matmul_s(many, H100), rel=0.01)
+
+
+def test_a_cpu_computes_half_a_block_of_keys_beyond_the_border_of_a_mask() -> None:
+    host = replace(H100, generation="cpu")
+    plain, masked = Attention(1e9, 1e6), Attention(1e9, 1e6, besides=1.0)
+    start_s = REACHED.compute.kernel_s
+    assert REACHED.attention_s(masked, H100) == REACHED.attention_s(plain, H100)
+    assert REACHED.attention_s(masked, host) - start_s == pytest.approx(
+        2 * (REACHED.attention_s(plain, host) - start_s)
+    )

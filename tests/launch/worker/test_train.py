@@ -35,6 +35,16 @@ def test_a_run_learns_measures_and_leaves_its_records(tmp_path: Path) -> None:
     assert losses(job, "two") == losses(job, "one")
 
 
+def test_a_run_that_is_ended_before_its_first_step_leaves_nothing_that_the_next_could_not_go_on_from(
+    tmp_path: Path,
+) -> None:
+    job = write_job(tmp_path, steps=3)
+    assert "stopped at step 0" in train_here(job, "one", "train.stop_after=1ms")
+    said = train_here(job, "two")
+    assert "resumed from" not in said
+    assert [step for step, _ in losses(job, "two")] == [1, 2, 3]
+
+
 def test_the_same_seed_gives_the_same_curve_on_any_number_of_ranks(tmp_path: Path) -> None:
     curves = []
     for parallel in ("{}", "{dp: 2}", "{fsdp: 2}"):
