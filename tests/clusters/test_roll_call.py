@@ -1,5 +1,6 @@
 """The roll call of pods over sockets of this machine: who is counted, who is told, and who waits."""
 
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +14,13 @@ from meshwright.clusters.network import bind_free, interfaces
 from meshwright.clusters.roll_call import Answering, Calling
 from tests.launch.waiting import eventually
 
-KEY, OTHER = "ab" * 32, "cd" * 32
 SIZES = (1, 2, 3)
+
+
+@pytest.fixture
+def key() -> str:
+    """One of each test's own: pods that another test left behind call at the port that this one takes."""
+    return secrets.token_hex(32)
 
 
 @pytest.fixture
@@ -35,13 +41,15 @@ def begun(act: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def answering(plan: Mapping[str, Any], index: int, key: str = KEY) -> tuple[Answering, list[Any]]:
+def answering(plan: Mapping[str, Any], index: int, key: str) -> tuple[Answering, list[Any]]:
     pod = Answering(plan, index, key)
     return pod, begun(pod.pods)
 
 
-def test_ranks_start_when_all_are_there_and_everybody_learns_where_agents_meet(plan: Mapping[str, Any]) -> None:
-    calling, others = Calling(plan, KEY), [answering(plan, index) for index in (2, 1)]
+def test_ranks_start_when_all_are_there_and_everybody_learns_where_agents_meet(
+    plan: Mapping[str, Any], key: str
+) -> None:
+    calling, others = Calling(plan, key), [answering(plan, index, key) for index in (2, 1)]
     assert calling.pods(SIZES, window_s=60.0, most_s=60.0) == (0, 1, 2)
     assert eventually(lambda: all(told == [(0, 1, 2)] for _, told in others), 30)
     calling.meet("10.0.0.1", 29401)
@@ -49,12 +57,12 @@ def test_ranks_start_when_all_are_there_and_everybody_learns_where_agents_meet(p
 
 
 def test_a_pod_that_comes_late_waits_and_says_so_once(
-    plan: Mapping[str, Any], capfd: pytest.CaptureFixture[str]
+    plan: Mapping[str, Any], key: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    calling, (_, told) = Calling(plan, KEY), answering(plan, 2)
+    calling, (_, told) = Calling(plan, key), answering(plan, 2, key)
     assert eventually(lambda: calling.came == (0, 2), 30)
     assert calling.pods(SIZES, window_s=0.1, most_s=60.0) == (0, 2)
-    _, late = answering(plan, 1)
+    _, late = answering(plan, 1, key)
     assert eventually(lambda: calling.came == (0, 1, 2), 30)
     assert told == [(0, 2)]
     calling.meet("10.0.0.1", 29401)
@@ -64,26 +72,26 @@ def test_a_pod_that_comes_late_waits_and_says_so_once(
     assert said.count("this pod has no ranks: the run has 2 nodes without it") == 1
 
 
-def test_a_pod_that_the_mesh_cannot_use_waits(plan: Mapping[str, Any]) -> None:
-    calling, others = Calling(plan, KEY), [answering(plan, index) for index in (1, 2)]
+def test_a_pod_that_the_mesh_cannot_use_waits(plan: Mapping[str, Any], key: str) -> None:
+    calling, others = Calling(plan, key), [answering(plan, index, key) for index in (1, 2)]
     assert calling.pods((2,), window_s=60.0, most_s=60.0) == (0, 1)
     assert eventually(lambda: others[0][1] == [(0, 1)], 30)
     assert others[1][1] == []
 
 
-def test_too_few_are_waited_for_until_it_is_said_that_they_are(plan: Mapping[str, Any]) -> None:
-    calling, _ = Calling(plan, KEY), answering(plan, 1)
+def test_too_few_are_waited_for_until_it_is_said_that_they_are(plan: Mapping[str, Any], key: str) -> None:
+    calling, _ = Calling(plan, key), answering(plan, 1, key)
     with pytest.raises(RendezvousError, match=r"2 of 3 pods came within 1 s .* no fewer than 3 nodes"):
         calling.pods((3,), window_s=0.5, most_s=1.0)
     later = begun(lambda: calling.pods((3,), window_s=0.1, most_s=60.0))
-    _, told = answering(plan, 2)
+    _, told = answering(plan, 2, key)
     assert eventually(lambda: later == [(0, 1, 2)] == told, 30), "as soon as they are enough"
 
 
 def test_strangers_are_not_counted_and_tell_nobody_anything(
-    plan: Mapping[str, Any], capfd: pytest.CaptureFixture[str]
+    plan: Mapping[str, Any], key: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    calling, (_, told) = Calling(plan, KEY), answering(plan, 1, OTHER)
+    calling, (_, told) = Calling(plan, key), answering(plan, 1, "cd" * 32)
     place = (plan["meeting"]["host"], plan["meeting"]["port"])
     with socket.create_connection(place) as silent, socket.create_connection(place) as loud:
         loud.sendall(b"x" * 100 + b"\nabc 2\n")
@@ -110,13 +118,13 @@ def recorded(plan: Mapping[str, Any], port: int) -> Iterator[tuple[bytes, bytes]
             yield first.readline(), b""
 
 
-def test_what_was_overheard_does_not_count_again(plan: Mapping[str, Any]) -> None:
-    calling = Calling(plan, KEY)
+def test_what_was_overheard_does_not_count_again(plan: Mapping[str, Any], key: str) -> None:
+    calling = Calling(plan, key)
     with bind_free(plan["meeting"]["host"], None, (29400, 29999)) as free:
         port = free.getsockname()[1]
     between = {**plan, "meeting": {**plan["meeting"], "port": port}}
     heard = recorded(plan, port)
-    _, told = answering(between, 1)
+    _, told = answering(between, 1, key)
     _, answer = next(heard)
     assert eventually(lambda: calling.came == (0, 1), 30)
     assert calling.pods(SIZES, window_s=0.1, most_s=60.0) == (0, 1)
@@ -130,7 +138,7 @@ def test_what_was_overheard_does_not_count_again(plan: Mapping[str, Any]) -> Non
             pass
     assert calling.came == (0,)
     with bind_free(plan["meeting"]["host"], port, (1, 1)) as held:
-        pod, told = answering(between, 2)
+        pod, told = answering(between, 2, key)
         near, _ = held.accept()
         with near:
             near.sendall(b"0" * 32 + b"\n")
@@ -141,8 +149,8 @@ def test_what_was_overheard_does_not_count_again(plan: Mapping[str, Any]) -> Non
         del pod
 
 
-def test_the_first_pod_waits_for_those_with_ranks_only(plan: Mapping[str, Any]) -> None:
-    calling, (_, told) = Calling(plan, KEY), answering(plan, 1)
+def test_the_first_pod_waits_for_those_with_ranks_only(plan: Mapping[str, Any], key: str) -> None:
+    calling, (_, told) = Calling(plan, key), answering(plan, 1, key)
     assert eventually(lambda: calling.came == (0, 1), 30)
     calling.pods((1,), window_s=0.1, most_s=60.0)
     calling.wait_for((0,))
