@@ -5,19 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshwright.clusters.calibrate_functions import _calls, measured_functions, streamed, streamed_s
-from meshwright.parallel.operations import Tally
 from meshwright.parallel.work import FUNCTIONS
-
-
-class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tally = Tally()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = func(*args, **(kwargs or {}))
-        self.tally.note(func, args, kwargs or {}, made=made)
-        return made
+from tests.parallel.counting import Counting
 
 
 def _called(call):  # type: ignore[no-untyped-def]
@@ -34,7 +23,7 @@ def test_every_function_that_a_trace_counts_is_timed() -> None:
 def test_what_is_timed_is_counted_under_its_name_with_its_bytes(name: str) -> None:
     rows = torch.randn(512, 256)
     _, call = _calls(rows, torch.randn(512, 256))[name]
-    with _Counting() as counting:
+    with Counting() as counting:
         call()
     num_bytes, took_s = measured_functions(_called)[name]
     assert counting.tally.computed == {name: rows.numel()}

@@ -164,7 +164,7 @@ def _goes_on(slurm: Slurm, run_dir: Path, job: str) -> tuple[int, int]:
     assert eventually(lambda: _state(slurm, job) == "PENDING", 60), slurm.type("squeue")
     assert eventually(lambda: _hurried(slurm, job) != "PENDING", 60), slurm.type("squeue")
     assert eventually(lambda: "resumed from" in log.read_text(), 60), log.read_text()
-    return last, int(re.findall(r"resumed from .* at step (\d+)", log.read_text())[-1])
+    return last, int(re.findall(r"resumed from .* at step (\d+)", log.read_text())[0])  # it may be warned again
 
 
 def test_a_real_preemption_is_used_to_save_and_costs_no_step(launch: Callable[..., Launch], slurm: Slurm) -> None:

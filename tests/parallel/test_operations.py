@@ -3,25 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshwright.parallel.operations import Tally, moved_bytes
 from meshwright.parallel.work import Product
-
-
-class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tally = Tally()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = func(*args, **(kwargs or {}))
-        self.tally.note(func, args, kwargs or {}, made=made)
-        return made
+from tests.parallel.counting import Counting
 
 
 def _counted(work, *tensors: Tensor) -> Tally:  # type: ignore[no-untyped-def]
-    with _Counting() as counting:
+    with Counting() as counting:
         work(*tensors)
     return counting.tally
 
