@@ -6,7 +6,7 @@ names in a plan; their values travel beside it, on the agent's standard input.
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from meshwright.clusters.request import Limits, Meeting, Pairs, Program, Secret, StartRequest
@@ -23,6 +23,7 @@ __all__ = [
     "Submission",
     "identity",
     "log_name",
+    "under_names",
 ]
 
 RUN_FILES = ("job.yaml", "job.json", "plan.json", "merged.log", "exit.json")
@@ -169,6 +170,20 @@ def identity(request: StartRequest, name: str, index: int) -> Pairs:
         ("MESHWRIGHT_RUN_DIR", str(request.run_dir)),
         ("MESHWRIGHT_RUN_ID", request.run_id),
     )
+
+
+def under_names(nodes: Sequence[NodePlan], names: Sequence[str]) -> tuple[NodePlan, ...]:
+    """Nodes of a plan by the names that they have, once somebody has chosen them.
+
+    Args:
+        nodes: of a plan.
+        names: at least as many.
+    """
+
+    def env(node: NodePlan, name: str) -> Pairs:
+        return tuple((key, name if key == "MESHWRIGHT_HOST" else value) for key, value in node.env)
+
+    return tuple(replace(node, name=name, env=env(node, name)) for node, name in zip(nodes, names, strict=False))
 
 
 def _limits(limits: Limits) -> list[str]:

@@ -44,10 +44,12 @@ def jobset_policy(limits: Limits) -> dict[str, Any]:
 def job_policy(limits: Limits) -> Mapping[str, Any]:
     """What a Job makes of a pod that failed: one that went with its node counts, a run that was given up is the end.
 
-    Kubernetes does not say in these rules why a pod had to go, so both kinds of such failures must be worth it.
+    Kubernetes does not say in these rules why a pod had to go, so both kinds of such failures must be worth it. Of an
+    elastic run some pods may be pending, or wait, to the end: it ends with its first one.
     """
+    ends = {} if limits.fewest_nodes is None else {"successPolicy": {"rules": [{"succeededIndexes": "0"}]}}
     if not limits.max_restarts:
-        return {}
+        return ends
     codes = [AGAIN_CODE, *([137] if wants(limits.retry, "signal") else [])]
     gone = "Count" if wants(limits.retry, "node", "preempt") else "FailJob"
     asked = {"containerName": "node", "operator": "NotIn", "values": codes}
@@ -55,4 +57,4 @@ def job_policy(limits: Limits) -> Mapping[str, Any]:
         {"action": gone, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "FailJob", "onExitCodes": asked},
     ]
-    return {"podFailurePolicy": {"rules": rules}}
+    return {"podFailurePolicy": {"rules": rules}, **ends}

@@ -3,7 +3,8 @@
 It is told by variables: MESHWRIGHT_PLAN and MESHWRIGHT_FILES (JSON), MESHWRIGHT_KEY, the values of secrets, and
 JOB_COMPLETION_INDEX, which Kubernetes gives to the pods of an indexed job; by MESHWRIGHT_RESTARTS, how often pods were
 started again; by words, the signal that asks ranks to save and how long that may take. Pods meet at the first one,
-whose name the plan has and whose port is fixed; a pod that comes before the name is known waits for it.
+whose name the plan has and whose port is fixed; a pod that comes before the name is known waits for it. Where the run
+may do with fewer nodes, the first pod calls the others there, and those that came in time run their part of the plan.
 
 SIGTERM means that the pod has to go: ranks that heed the signal may save and leave before they are ended.
 """
@@ -11,7 +12,6 @@ SIGTERM means that the pod has to go: ranks that heed the signal may save and le
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,15 +24,16 @@ from types import FrameType
 from typing import Any
 
 from meshwright.clusters.deaths import exit_code_of
+from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.kubernetes_policy import AGAIN_CODE, AGAIN_CODES, wants
 from meshwright.clusters.lost import LOST_CODE
 from meshwright.clusters.masking import Concealer, Mask, conceal_while, logs_of
+from meshwright.clusters.pod_given import Given, Way, way_of
 from meshwright.clusters.pod_lines import Printer, left_of
 from meshwright.clusters.pod_past import Journal
 from meshwright.clusters.retry import policy_from, spent
 from meshwright.clusters.sending import Sender, make_run_dir
 from meshwright.clusters.spawn import end_agent, spawn_agent
-from meshwright.parallel.keyed import derived
 
 __all__ = ["code_of", "goes_on", "main"]
 
@@ -83,18 +84,6 @@ def goes_on(events: Sequence[Event], limits: Mapping[str, Any], *, told: bool) -
         return bool(decided[0]["again"])  # and then other pods did not come
     succeeded = kinds["result"][0]["state"] == "succeeded"
     return (told or bool(decided)) and not succeeded and wants(policy, "preempt")
-
-
-def _first_pod(meeting: Mapping[str, Any], timeout_s: float) -> str | None:
-    """The address of the first pod, once it listens; None where it does not in time."""
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        with suppress(OSError):
-            address = socket.gethostbyname(meeting["host"])
-            socket.create_connection((address, meeting["port"]), 5.0).close()
-            return address
-        time.sleep(_RETRY_S)
-    return None
 
 
 class _Line:
@@ -152,26 +141,23 @@ class _Line:
 class _Pod:
     """One pod: its node of the plan, and what it and others had behind them."""
 
-    def __init__(self, words: Sequence[str]) -> None:
-        told = {name: os.environ.pop(f"MESHWRIGHT_{name}") for name in ("PLAN", "FILES", "KEY")}
-        restarts = os.environ.pop("MESHWRIGHT_RESTARTS", "")
-        self._comes_again, times = bool(restarts), int(restarts or 0)  # told where somebody would start pods again
-        self.plan, self.index = json.loads(told["PLAN"]), int(os.environ["JOB_COMPLETION_INDEX"])
-        # attempts may have the same number again
-        self.key = derived(bytes.fromhex(told["KEY"]), f"start {times}").hex()
-        self.node, self.run_dir = self.plan["nodes"][self.index], Path(self.plan["run_dir"])
-        self._words = words
-        make_run_dir(self.run_dir, json.loads(told["FILES"]))
+    def __init__(self, words: Sequence[str], given: Given, way: Way) -> None:
+        self._words, self._given, self._way = words, given, way
+        self.plan, self.key = given.plan, given.key
+        self.node, self.run_dir = self.plan["nodes"][given.node], Path(self.plan["run_dir"])
+        make_run_dir(self.run_dir, given.files)
         self.secrets = {name: os.environ[name] for name, _ in self.plan["secrets"]}
         self._mask = Mask(self.secrets.values())
-        self.journal = Journal(self.run_dir, self.index, times)
+        self.journal = Journal(self.run_dir, given.pod, given.times)
         self.past = self.journal.past()
         self.plan["limits"]["past"] = [each.as_saved() for each in self.past]
-        printed = {f"logs/{path.name}" for path in self.run_dir.glob("logs/rank-*.log")} if times else set()
+        printed = {f"logs/{path.name}" for path in self.run_dir.glob("logs/rank-*.log")} if given.times else set()
         self.printer = Printer(self.node["name"], self.node["ranks"], self._mask, printed=printed)
 
     def run(self) -> int:
         """Runs the node to its end; returns the exit code."""
+        if self._given.pods and not self._given.pod:
+            self.printer.tell_pods(self._given.pods)
         if self.past:
             self.printer.begin(self.journal.told(self.past), left_of(self.run_dir, self.node["ranks"]))
         if len(self.past) > self.plan["limits"]["max_restarts"]:
@@ -179,7 +165,13 @@ class _Pod:
         agent = spawn_agent()
         line = _Line(agent, self._words[0], float(self._words[1]))
         signal.signal(signal.SIGTERM, line.go)
-        told = {"plan": self.plan, "node": self.index, "secrets": self.secrets, "key": self.key, "lost_after_s": None}
+        told = {
+            "plan": self.plan,
+            "node": self._given.node,
+            "secrets": self.secrets,
+            "key": self.key,
+            "lost_after_s": None,
+        }
         line.say(told)
         sender = Sender(self.run_dir, self.printer)
         concealer = Concealer(self.run_dir, self.secrets.values(), logs=logs_of(self.node))  # of what stays on a volume
@@ -191,7 +183,7 @@ class _Pod:
         concealer.finish()
         end_agent(agent)
         code = code_of(events, status)
-        if self._comes_again and goes_on(events, self.plan["limits"], told=line.told_to_go):
+        if self._given.comes_again and goes_on(events, self.plan["limits"], told=line.told_to_go):
             self._again(events)
             return self._end(code, events, AGAIN_CODE)
         return self._end(code, events, 1 if code in AGAIN_CODES and self.plan["limits"]["max_restarts"] else code)
@@ -202,11 +194,12 @@ class _Pod:
         return self._end(LOST_CODE, [{"event": "result", "state": "stopped", "message": why}])
 
     def _meet(self, line: _Line) -> None:
-        address = _first_pod(self.plan["meeting"], self.plan["limits"]["join_timeout_s"]) if self.index else None
-        if address is not None:
-            line.say({"command": "meet", "address": address, "port": self.plan["meeting"]["port"]})
+        place = self._way.place()
+        if place is not None:
+            line.say({"command": "meet", "address": place[0], "port": place[1]})
 
     def _kept(self, event: Event) -> bool:
+        self._way.heard(event)
         if event["event"] in _KEPT and event["event"] != "result":
             self.journal.keep(self._mask.inside(event))
         return event["event"] in _KEPT
@@ -224,13 +217,34 @@ class _Pod:
         return code if status is None else status
 
 
+def _uncalled(given: Given, why: str) -> int:
+    """Ends the first pod of a run for which not enough others came."""
+    printer = Printer(given.plan["nodes"][0]["name"], (), Mask(()))
+    printer.tell_pods((given.pod,))
+    result = {"told_unix_s": time.time(), "event": "result", "state": "rendezvous_failed", "message": why}
+    journal = Journal(Path(given.plan["run_dir"]), given.pod, given.times)
+    printer.finish(_CODES["rendezvous_failed"], [*journal.told(journal.past()), result])
+    return _CODES["rendezvous_failed"]
+
+
 def main(words: Sequence[str] = ()) -> int:
     """Runs this pod's node to its end; returns the exit code.
 
     Args:
         words: the signal by which ranks are asked to save, without SIG, and how long they may take, in seconds.
     """
-    return _Pod(words).run()
+    given = Given.taken()
+    way = way_of(given)
+    try:
+        part = way.part()
+    except RendezvousError as error:
+        return _uncalled(given, str(error))
+    if part is None:
+        return 0
+    code = _Pod(words, part, way).run()
+    if not code:
+        way.leave()
+    return code
 
 
 if __name__ == "__main__":

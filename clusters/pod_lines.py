@@ -72,6 +72,10 @@ class Printer:
             self._record({"node": self._host, "rank": rank, "left": lines})
         self._record({"node": self._host, "events": events, "files": {}})
 
+    def tell_pods(self, pods: Sequence[int]) -> None:
+        """Prints which pods have ranks, by their indices in the order of their nodes."""
+        self._record({"node": self._host, "pods": list(pods)})
+
     def finish(self, code: int, events: Sequence[Event]) -> None:
         """Prints lines that were not ended, and the record by which who looks from outside tells what happened."""
         for name, line in self._rest.items():

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submission, identity, log_name
+from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, Submission, identity, log_name, under_names
 from meshwright.clusters.contract import Job
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
@@ -282,12 +282,5 @@ def named(plan: StartPlan, names: Sequence[str]) -> StartPlan:
     """
     if len(names) < len(plan.nodes):
         raise UnavailableError(f"Slurm gave {len(names)} nodes ({', '.join(names)}), the job needs {len(plan.nodes)}")
-    nodes = [
-        replace(
-            node,
-            name=name,
-            env=tuple((key, name if key == "MESHWRIGHT_HOST" else value) for key, value in node.env),
-        )
-        for node, name in zip(plan.nodes, names, strict=False)
-    ]
-    return replace(plan, nodes=tuple(nodes), meeting=replace(plan.meeting, host=names[0]))
+    nodes = under_names(plan.nodes, names)
+    return replace(plan, nodes=nodes, meeting=replace(plan.meeting, host=names[0]))

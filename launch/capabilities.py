@@ -39,7 +39,6 @@ _ALL = (
     Gap("logs.per_rank", "remove it: one log per rank is always kept", (True,)),
     Gap("logs.merge", "remove it: merged.log is always kept", (True,)),
 )
-_RIGID = (Gap("nodes.min", "write a number of nodes"), Gap("nodes.max", "write a number of nodes"))
 _UNWATCHED = (Gap("health.watch", "remove it: agents there have no line on which they could tell"),)
 _UNWARNED = (
     Gap("checkpoint.signal", "remove it: nothing ends such a job early"),
@@ -66,7 +65,6 @@ GAPS = {
     "kubernetes": (
         *_ALL,
         Gap("after", "launch one job after the other"),
-        *_RIGID,
         *_UNWATCHED,
         Gap("sweep", "launch once per value with --set: a name in Kubernetes is too short for a run's values"),
         Gap("resources.gpu_type", "name the nodes by cluster.node_selector"),
@@ -132,7 +130,12 @@ def _unnamed(job: "Job") -> str | None:
 def _of_trainjob(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
     """What a JobSet of ours can do, but none that a runtime makes of a TrainJob."""
     job = loaded.job
-    if job.cluster.type == "kubernetes" and job.cluster.kind == "trainjob" and job.health.preflight:
+    if job.cluster.type != "kubernetes" or job.cluster.kind != "trainjob":
+        return
+    if range_of(job) is not None:
+        text = "a TrainJob ends only once all of its pods have, and has as many as its trainer asks for"
+        yield "nodes.min", f"{text}; use cluster.kind: jobset, or write a number of nodes"
+    if job.health.preflight:
         text = "a TrainJob takes its nodes from its runtime, and could not be kept to those that are fit"
         yield "health.preflight", f"{text}; use cluster.kind: jobset, or examine them by `meshwright doctor`"
 

@@ -13,11 +13,13 @@ from meshwright.clusters.environment import inherited
 from meshwright.clusters.kubernetes import KubernetesQueue
 from meshwright.clusters.kubernetes_manifest import MOUNT, KubernetesOptions
 from meshwright.clusters.mpi import MpiCluster, MpiOptions, implementation_of
+from meshwright.clusters.pod_sizes import SIZES_FILE
 from meshwright.clusters.ray import RayCluster, RayOptions
 from meshwright.clusters.slurm import SlurmOptions, SlurmQueue
 from meshwright.clusters.ssh import SshCluster, SshHost, SshOptions
 from meshwright.launch.load import LoadedJob
 from meshwright.launch.request import resolved_job
+from meshwright.launch.sizes import differing
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -111,7 +113,9 @@ def kubernetes_queue(found: "KubernetesBlock", loaded: LoadedJob) -> KubernetesQ
     """A namespace of Kubernetes; what pods read of the job lies in their own directories."""
 
     def files(request: StartRequest) -> Mapping[str, str]:
-        return {"job.json": json.dumps(resolved_job(loaded, request.run_id, Path(MOUNT)))}
+        job = {"job.json": json.dumps(resolved_job(loaded, request.run_id, Path(MOUNT)))}
+        sizes = differing(loaded.job)
+        return {**job, SIZES_FILE: json.dumps(sizes)} if sizes else job
 
     resources, ranks = loaded.job.resources, loaded.job.ranks_per_node or 1
     asked = {

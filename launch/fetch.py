@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,15 @@ from meshwright.clusters.blame import Verdict
 from meshwright.clusters.contract import DistantQueue, Job, Lost, Said
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.pod_lines import last_lines, missing_of
+from meshwright.clusters.pod_sizes import plan_of_pods
 from meshwright.clusters.records import clean_line
 from meshwright.clusters.saved import plan_from
 from meshwright.clusters.sending import Keeper
 from meshwright.launch.exits import Exit
 from meshwright.launch.follow import Run, conclude, places
 from meshwright.launch.report import Outcome
-from meshwright.launch.rundir import write_json
+from meshwright.launch.rundir import ASKED_FILE, write_json
+from meshwright.launch.sizes import SizeError, size_of
 from meshwright.launch.supervise import RunState
 from meshwright.launch.values import fill
 
@@ -57,6 +59,10 @@ class Fetched:
         self._run_dir, self._shown = run_dir, shown
         self.plan = plan_from(json.loads((run_dir / "plan.json").read_text()))
         self.job = json.loads((run_dir / "job.json").read_text())
+        whole = run_dir / ASKED_FILE  # of an elastic run: pods may be others at its next start
+        self._whole = json.loads(whole.read_text()) if whole.exists() else None
+        most = self.plan if self._whole is None else plan_from(self._whole["plan"])
+        self._names, self._num_ranks = {node.name for node in most.nodes}, most.world_size
         self._asked_unix_s: float | None = None
         self._last: dict[str, int] = {}
         self.records: dict[str, dict[str, Any]] = {}
@@ -85,21 +91,25 @@ class Fetched:
         write_json(self._run_dir / FETCHED_FILE, told)
 
     def _keep(self, new: Iterable[Said]) -> None:
-        ranks = {f"{node.name}:{rank}": (node.name, rank) for node in self.plan.nodes for rank in node.ranks}
         lines: dict[str, list[str]] = {}
         for each in new:
             who, _, text = each.text.partition(" ")
-            if who in ranks:
-                for name, line in self._lines(*ranks[who], clean_line(text.encode())):
+            host, _, rank = who.rpartition(":")
+            if self._is_rank(host, rank):
+                for name, line in self._lines(host, int(rank), clean_line(text.encode())):
                     lines.setdefault(name, []).append(line)
             elif each.text.startswith(_RECORD):
-                for name, line in self._of_record(each, ranks, lines):
+                for name, line in self._of_record(each, lines):
                     lines.setdefault(name, []).append(line)
             else:  # the pod's own words, such as that there is no meshwright in its image
                 lines.setdefault(f"logs/agent-{each.node}.log", []).append(each.text)
                 lines.setdefault("launcher.log", []).append(f"{each.node} | {clean_line(each.text.encode())}")
         for name, found in lines.items():
             self._append(name, "\n".join(found))
+
+    def _is_rank(self, host: str, rank: str) -> bool:
+        """Whether a node of the run may have a rank; of an elastic run each may have any, one start after the other."""
+        return host in self._names and rank.isdecimal() and int(rank) < self._num_ranks
 
     def _lines(self, host: str, rank: int, text: str) -> Iterator[tuple[str, str]]:
         """Files that get a line of a rank, and how it reads there."""
@@ -109,21 +119,36 @@ class Fetched:
         if self._shown is None or rank in self._shown:
             yield "launcher.log", line
 
-    def _of_record(
-        self, said: Said, ranks: Mapping[str, tuple[str, int]], lines: Mapping[str, list[str]]
-    ) -> list[tuple[str, str]]:
+    def _of_record(self, said: Said, lines: Mapping[str, list[str]]) -> list[tuple[str, str]]:
         """Keeps a record; of one of lines that an earlier pod left, those that nobody had fetched before it went."""
         try:
             record = json.loads(said.text)["meshwright"]
             if "left" in record:
-                host, rank = ranks[f"{record['node']}:{record['rank']}"]
+                host, rank = str(record["node"]), int(record["rank"])
+                if not self._is_rank(host, str(rank)):
+                    return []
                 known = [*last_lines(self._run_dir / log_name(rank)), *lines.get(log_name(rank), [])]
                 missing = missing_of(known, [str(line) for line in record["left"]])
                 return [each for line in missing for each in self._lines(host, rank, line)]
-            self._keep_record(said.node, record["events"], record["files"])
+            if "pods" in record:
+                self._take_pods([int(pod) for pod in record["pods"]])
+            else:
+                self._keep_record(said.node, record["events"], record["files"])
         except (ValueError, KeyError, TypeError):
             pass  # of another version in the image
         return []
+
+    def _take_pods(self, pods: Sequence[int]) -> None:
+        """Plan and job of an elastic run are those of the pods that have ranks since its last start."""
+        from meshwright.launch.spec.job import Job as Spec
+
+        if self._whole is None or not set(pods) <= set(range(len(self._names))):
+            return
+        self.plan = plan_of_pods(plan_from(self._whole["plan"]), pods)
+        with suppress(SizeError):  # where too few came, nothing ran
+            self.job = size_of(Spec.model_validate(self._whole["job"]), len(pods)).as_dict()
+        write_json(self._run_dir / "plan.json", self.plan.as_dict())
+        write_json(self._run_dir / "job.json", self.job)
 
     def _keep_record(self, node: str, events: Any, files: Mapping[str, Any]) -> None:
         self.records[node] = {"events": events}
@@ -209,12 +234,13 @@ def _events(
     plan: StartPlan, records: Mapping[str, Mapping[str, Any]], *, lost: Mapping[str, Lost], ended: Job
 ) -> list[dict[str, Any]]:
     """What agents said, in its order; of nodes that were lost or said nothing, what the queue says of them."""
+    names = {node.name for node in plan.nodes}  # of an elastic run others may have had ranks before
     disrupted = {node for node, each in lost.items() if each.disrupted}
     told = [
         {**event, "node": node}
         for node, record in records.items()
         for event in record["events"]
-        if not (node in disrupted and event["event"] == "result")
+        if node in names and not (node in disrupted and event["event"] == "result")
     ]
     told.sort(key=lambda event: float(event.pop("told_unix_s", 0.0)))
     spoke = {node for node, record in records.items() if any(each["event"] == "result" for each in record["events"])}

@@ -7,9 +7,11 @@ same, in the same order; micro-batches become more, so that none holds more samp
 tokens over all of them, so the step computes the same numbers.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshwright.launch.exits import Exit
 from meshwright.launch.load import LoadedJob
@@ -20,7 +22,17 @@ from meshwright.parallel.mesh import AXES, DATA_AXES
 if TYPE_CHECKING:
     from meshwright.launch.spec.job import Job
 
-__all__ = ["SizeError", "check_sizes", "data_axes", "on_nodes", "shape_of", "size_lines", "size_of", "sized"]
+__all__ = [
+    "SizeError",
+    "check_sizes",
+    "data_axes",
+    "differing",
+    "on_nodes",
+    "shape_of",
+    "size_lines",
+    "size_of",
+    "sized",
+]
 
 _LINES = 8
 
@@ -130,6 +142,30 @@ def check_sizes(loaded: LoadedJob) -> str | None:
     except SizeError as error:
         return f"{error}; or write a larger number"
     return None
+
+
+def differing(job: "Job") -> dict[str, dict[str, Any]]:
+    """What differs from the job on the most nodes, for each number of nodes on which it can run.
+
+    Args:
+        job: the job; one that is not elastic has no other numbers.
+    """
+    asked, found = range_of(job), {}
+    if asked is not None:
+        whole = on_nodes(job, asked.max).as_dict()
+        for number in range(asked.min, asked.max + 1):
+            with suppress(SizeError):
+                found[str(number)] = _difference(on_nodes(job, number).as_dict(), whole)
+    return found
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of one that the other has with another value, at every depth."""
+    pairs = {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
+    return {
+        key: _difference(mine, theirs) if isinstance(mine, dict) and isinstance(theirs, dict) else mine
+        for key, (mine, theirs) in pairs.items()
+    }
 
 
 def size_lines(loaded: LoadedJob) -> tuple[str, ...]:

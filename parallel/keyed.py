@@ -37,14 +37,15 @@ class Keyed:
     Args:
         key: that all of its nodes have, and nobody else.
         scope: run and attempt, in any words that are the same on all nodes.
+        place: where names stand, for people.
 
     >>> ours = Keyed(bytes(32), "run r1, attempt 0")
     >>> ours.opened("decided", ours.signed("decided", "yes").encode())
     'yes'
     """
 
-    def __init__(self, key: bytes, scope: str) -> None:
-        self._key, self._scope = key, scope
+    def __init__(self, key: bytes, scope: str, place: str = "in the store") -> None:
+        self._key, self._scope, self._place = key, scope, place
         self._said: set[str] = set()
 
     def signed(self, name: str, text: str) -> str:
@@ -79,6 +80,6 @@ class Keyed:
         if name in self._said:
             return
         self._said.add(name)
-        line = f"meshwright: {name} in the store was not written by this run, and is ignored; who reaches its port?"
+        line = f"meshwright: {name} {self._place} was not written by this run, and is ignored; who reaches its port?"
         with suppress(OSError):
             os.write(2, f"{line}\n".encode())  # past sys.stderr, whose lock a stuck thread may hold

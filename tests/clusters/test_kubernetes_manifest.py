@@ -72,7 +72,8 @@ def test_the_config_map_passes_the_schema_of_kubernetes_strictly(options: Any) -
 
 @pytest.mark.parametrize("options", [OPTIONS, SELECTING, replace(OPTIONS, secret="tokens", claim=None)])
 def test_a_jobset_passes_its_published_model_and_its_job_the_schema_of_kubernetes(options: Any) -> None:
-    for request in (REQUEST, AGAIN):
+    elastic = replace(AGAIN, limits=replace(AGAIN.limits, fewest_nodes=1))
+    for request in (REQUEST, AGAIN, elastic):
         _, jobset = _objects(options, request)
         assert lost(jobset, models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict()) == []
         assert not refused(job_of(jobset))

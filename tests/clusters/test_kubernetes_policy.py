@@ -41,3 +41,17 @@ def test_the_policy_of_a_job_is_that_of_its_jobset_and_of_the_job_below_it() -> 
     never = RetryPolicy(no_retry_on=("signal", "node"))
     _, below, _ = policies(Limits(3, retry=never))
     assert (below["rules"][0]["action"], below["rules"][1]["onExitCodes"]["values"]) == ("FailJob", [75])
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(3)])
+def test_a_job_that_may_do_with_fewer_pods_ends_with_its_first(limits: Limits) -> None:
+    def below(limits: Limits) -> Any:
+        _, found = _objects(request=replace(REQUEST, limits=limits))
+        jobset: Any = found["spec"]
+        return jobset["replicatedJobs"][0]["template"]["spec"]
+
+    assert "successPolicy" not in below(limits)
+    fewer = below(replace(limits, fewest_nodes=1))
+    assert fewer["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    assert fewer["completionMode"] == "Indexed"
+    assert fewer.get("podFailurePolicy") == below(limits).get("podFailurePolicy")

@@ -16,7 +16,8 @@ from meshwright.clusters.base import Limits, Meeting, Program, Secret, StartRequ
 from meshwright.clusters.kubernetes import plan_kubernetes
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions
 from meshwright.clusters.network import bind_free, interfaces
-from meshwright.clusters.pod import _Pod, code_of, goes_on
+from meshwright.clusters.pod import code_of, goes_on
+from meshwright.clusters.pod_given import Given
 from meshwright.clusters.retry import RetryPolicy
 from tests.launch.waiting import eventually
 
@@ -299,7 +300,7 @@ def test_nothing_that_pods_of_another_start_signed_counts(tmp_path: Path, monkey
         told |= {"JOB_COMPLETION_INDEX": str(index), "MESHWRIGHT_RESTARTS": str(times)}
         for name, value in told.items():
             monkeypatch.setenv(name, value)
-        return _Pod(("USR2", "1")).key
+        return Given.taken().key
 
     keys = [[key(index, times) for index in (0, 1)] for times in (0, 1, 2)]
     assert [len(set(each)) for each in keys] == [1, 1, 1], "pods of one start have the same"

@@ -15,6 +15,7 @@ THEMES = {
     "tests/parallel/test_layered.py": "micro-batches layer-major: capture, pieces and runtime together",
     "tests/parallel/spans/test_trajectories.py": "a long sequence trained within a given memory",
     "tests/launch/test_jobsets.py": "runs in pods from the launch to the end: which nodes, and restarts of all pods",
+    "tests/launch/test_elastic_jobsets.py": "runs in pods of which some come late, or do not come",
     "tests/launch/test_commands.py": "the commands verify, show and simulate",
     "tests/launch/test_import.py": "what importing costs",
     "tests/launch/test_malformed.py": "hundreds of broken job files",

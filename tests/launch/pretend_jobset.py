@@ -6,7 +6,7 @@ runs the JobSet (or TrainJob) NAME whose objects `pretend_kubectl` has put into 
 machine, with the environment of its container and nothing in common with other pods but a claim. Files in PLACE say
 what there is and what happens: `nodes` has the names of nodes (by default there are enough, gpu0 and so on), one pod
 each, and `busy` those that others hold until a run is submitted; `kill-1` kills the container of pod 1, `evict-1`
-evicts the pod, and `lose-1` loses its node.
+evicts the pod, and `lose-1` loses its node; while there is a `hold-1` pod 1 is pending.
 """
 
 import json
@@ -219,6 +219,8 @@ class Job:
 
     def _schedule(self) -> None:
         for pod in self.pods:
+            if (self.place / f"hold-{pod.index}").exists():
+                continue
             taken = {other.node for other in self.pods if other.node is not None and other.code is None}
             if pod.process is None and (node := free_node(self.place, pod.spec, taken, len(self.pods))) is not None:
                 pod.start(node, self._environment(pod))

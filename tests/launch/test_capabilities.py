@@ -64,11 +64,6 @@ def test_an_override_is_refused_as_one(tmp_path: Path) -> None:
 RANGE = "nodes: {min: 2, max: 3}\nnproc_per_node: 1\n"
 
 
-def test_a_range_of_nodes_is_refused_where_nobody_starts_a_run_on_fewer(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"does not act on nodes.min yet; write a number of nodes"):
-        check_capabilities(load(tmp_path, f"cluster: {{type: kubernetes, image: i}}\n{RANGE}"))
-
-
 @pytest.mark.parametrize("hosts", [None, "+n0\n+n1\n"])
 def test_an_elastic_job_on_mpi_names_its_hosts(tmp_path: Path, hosts: str | None) -> None:
     file = tmp_path / "hosts"
@@ -86,6 +81,13 @@ def test_an_elastic_job_on_mpi_names_its_hosts(tmp_path: Path, hosts: str | None
 
 def test_an_elastic_job_on_ray_names_none(tmp_path: Path) -> None:
     check_capabilities(load(tmp_path, f"cluster: {{type: ray}}\n{RANGE}"))
+
+
+def test_a_range_of_nodes_is_for_jobsets_and_refused_of_a_trainjob(tmp_path: Path) -> None:
+    text = "nodes: {min: 1, max: 2}\nnproc_per_node: 1\ncluster: {type: kubernetes, image: i, kind: KIND}\n"
+    check_capabilities(load(tmp_path, text.replace("KIND", "jobset")))
+    with pytest.raises(JobError, match=r"nodes.min: a TrainJob ends only once all of its pods have.*kind: jobset"):
+        check_capabilities(load(tmp_path, text.replace("KIND", "trainjob")))
 
 
 def test_the_fewest_nodes_must_be_able_to_run_the_job(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from meshwright.clusters.mpi import MpiOptions, plan_mpi
 from meshwright.clusters.sweep import carriers
 from meshwright.launch.load import LoadedJob, load_job
 from meshwright.launch.request import request_of, resolved_job
-from meshwright.launch.sizes import SizeError, check_sizes, data_axes, on_nodes, size_lines, size_of, sized
+from meshwright.launch.sizes import SizeError, check_sizes, data_axes, differing, on_nodes, size_lines, size_of, sized
 from meshwright.launch.spares import SpareError, can_shrink, without
 from tests.launch.own import own
 from tests.launch.test_relaunch import agents
@@ -33,6 +33,19 @@ def job(folder: Path, parallel: str, more: str = FOUR, *overrides: str) -> Loade
     path = folder / "job.yaml"
     path.write_text(f"{MODEL}parallel: {parallel}\n{more}")
     return load_job(path, overrides)
+
+
+def test_what_differs_of_a_smaller_job_makes_it_from_the_largest(tmp_path: Path) -> None:
+    pods = "cluster: {type: kubernetes, image: i}\nnproc_per_node: 2\n"
+    assert differing(job(tmp_path, "{dp: 2, fsdp: 2, tp: 2}", f"nodes: {{min: 1, max: 4}}\n{pods}").job) == {
+        "1": {"nodes": 1, "parallel": {"dp": 1, "fsdp": 1, "num_microbatches": 4}},
+        "2": {"nodes": 2, "parallel": {"dp": 1, "num_microbatches": 2}},
+        "3": {"nodes": 3, "parallel": {"dp": 1, "fsdp": 3, "num_microbatches": 2}},
+        "4": {},
+    }
+    odd = differing(job(tmp_path, "{dp: 2, tp: 4}", f"nodes: {{min: 2, max: 4}}\n{pods}").job)
+    assert list(odd) == ["2", "4"]
+    assert differing(job(tmp_path, "{dp: 8}", f"nodes: 4\n{pods}").job) == {}
 
 
 @pytest.mark.parametrize(
