@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.clusters.bootstrap import die_with
 from meshwright.clusters.calibrate_device import measured_device
+from meshwright.clusters.calibrate_units import handled_s
 from meshwright.clusters.calibrate_waits import unsteadiness
 
 if TYPE_CHECKING:
@@ -131,18 +132,19 @@ def _measure(count: int, groups: dict[int, Any], device: "torch.device", *, fewe
         _MEASURED[key] = measured_device(device, brief=threads > fewest, begin=lambda part: begin(part + words))
     dist.barrier(groups[count])
     found: list[list[Any]] = []
-    unsteady = 0.0
+    between = {"unsteady": 0.0, "unit_s": 0.0}
     for size, group in groups.items() if count > 1 else ():
         begin(f"collectives of {count} ranks in groups of {size}")
         found += [[name, size, *told] for name, *told in _collectives(size, group, groups[count], device=device)]
     if count > 1 and device.type == "cpu":
         begin(f"waiting of {count} ranks")
-        unsteady = unsteadiness(groups[count], turns=max(1.0, count / at_once))
+        turns, every = max(1.0, count / at_once), groups[count]
+        between = {"unsteady": unsteadiness(every, turns=turns), "unit_s": turns * handled_s(every)}
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         said = {"device": name, "torch": torch.__version__, "threads": threads, "resident_bytes": kept}
-        _tell({"ranks": count, **said, **_MEASURED[key], "collectives": found, "unsteady": unsteady})
+        _tell({"ranks": count, **said, **_MEASURED[key], "collectives": found, **between})
 
 
 def _at_once(count: int) -> tuple[int, int]:

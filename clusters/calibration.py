@@ -159,6 +159,7 @@ def _exchanges(told: Mapping[str, Any] | None, gpu: Gpu) -> tuple[Links, dict[st
         stage_s=0.0,
         straggling=0.0,
         unsteady=told["unsteady"] if told else 0.0,
+        unit_s=told["unit_s"] if told else 0.0,
         measured={name: {size: list(fit[0]) for size, fit in of.items()} for name, of in kinds.items()},
     )
     errors = {name: fmean(fit[1] for fit in of.values()) for name, of in kinds.items()}

@@ -93,6 +93,7 @@ class Links:
         stage_s: until a stage has begun a micro-batch in one direction: host and neighbours wait for each other.
         straggling: what each doubling of nodes adds to a step, as a share.
         unsteady: seconds that ranks wait for the slowest after computing for one second; they grow with the root.
+        unit_s: what a unit of `fully_shard` keeps a CPU from computing with each gather and each reduction.
         measured: kind of collective, or "send" -> ranks of a group -> seconds until something has moved, and bytes per
             second, with all groups of so many at work. What is not measured is a ring.
     """
@@ -107,6 +108,7 @@ class Links:
     stage_s: float
     straggling: float
     unsteady: float = 0.0
+    unit_s: float = 0.0
     measured: Mapping[str, Mapping[int, Sequence[float]]] = field(default_factory=dict)
 
 

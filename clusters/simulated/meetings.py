@@ -8,7 +8,7 @@ from meshwright.parallel.pipeline.actions import Kind
 if TYPE_CHECKING:
     from meshwright.clusters.simulated.paper import Paper
 
-__all__ = ["StageBytes", "closing_s", "copied_bytes", "meetings"]
+__all__ = ["StageBytes", "closing_s", "copied_bytes", "handled_s", "meetings"]
 
 _COPIED = {"all_gather": 2.0, "reduce_scatter": 3.0, "all_reduce": 2.0}
 """Bytes read and written for each that data axes send: parameters out of the buffer that they came in, gradients into
@@ -45,6 +45,14 @@ def copied_bytes(paper: "Paper", rank: int) -> float:
         elif action.kind is Kind.REDUCE:
             found += reduced * of.reduced
     return found
+
+
+def handled_s(paper: "Paper") -> float:
+    """Seconds in which hooks gather and reduce units: where the schedule does not, torch's `fully_shard` does."""
+    if paper.machine.mesh.fsdp == 1:
+        return 0.0
+    calls = sum(each.kind in ("all_gather", "reduce_scatter") for each in paper.sent)
+    return calls * paper.machine.efficiency.links.unit_s
 
 
 def meetings(paper: "Paper", rank: int) -> int:

@@ -10,7 +10,7 @@ from math import log2
 
 from meshwright.clusters.simulated.hosting import inputs_moved_s, moves_s, shards_moved_s, updated_s
 from meshwright.clusters.simulated.machine import Machine, Priced
-from meshwright.clusters.simulated.meetings import StageBytes, closing_s, copied_bytes, meetings
+from meshwright.clusters.simulated.meetings import StageBytes, closing_s, copied_bytes, handled_s, meetings
 from meshwright.clusters.simulated.step import Step
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.timeline import Costs, Timeline, timeline
@@ -186,6 +186,7 @@ class Paper:
         """What is seen of gathers and reductions: what the walk does not hide, and never less than a share of all."""
         rest_s = self._gathered_s(self.rest) + self._reduced_s(self.rest)
         rest_s += self.machine.efficiency.memory_s(copied_bytes(self, rank), self.machine.cluster.gpu)
+        rest_s += handled_s(self)
         shown_s = sum(
             self.costs.of(action) for action in self.schedule.ranks[rank] if action.kind in (Kind.GATHER, Kind.REDUCE)
         )

@@ -58,6 +58,7 @@ def made(ranks: int, threads: int, *, slower: float = 1.0, wrong: float = 1.0) -
         "attention_backward": backward,
         "collectives": exchanged if ranks > 1 else [],
         "unsteady": 0.01 if ranks > 1 else 0.0,
+        "unit_s": 0.002 if ranks > 1 else 0.0,
     }
 
 
@@ -99,7 +100,7 @@ def test_the_numbers_that_times_were_made_from_are_found_again(path: Path) -> No
     assert reached.compute.unhidden.drawn_s == pytest.approx(DRAWN_S, rel=0.01)
     assert reached.compute.unhidden.function_s == pytest.approx({"tanh": TANH_S, "exp": 0.0}, rel=0.01)
     assert reached.compute.unhidden.batched == pytest.approx(BATCHED, rel=0.05)
-    assert reached.links.unsteady == 0.01
+    assert (reached.links.unsteady, reached.links.unit_s) == (0.01, 0.002)
     assert reached.compute.host_s == reached.compute.waiting_s == 2e-4
     assert reached.reserves.overhead_bytes == 3e8
 

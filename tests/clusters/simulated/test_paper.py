@@ -160,6 +160,16 @@ def test_ranks_wait_for_the_slowest_as_often_as_they_meet() -> None:
     assert replace(waiting, straggling_s=0.0) == steady
 
 
+def test_units_of_fully_shard_keep_a_rank_from_computing_with_each_gather_and_each_reduction() -> None:
+    sent = (*(Sent("fsdp", "all_gather", 1.0),) * 5, Sent("fsdp", "reduce_scatter", 1.0), Sent("dp", "all_reduce", 1.0))
+
+    def dp_s(mesh: Mesh, unit_s: float) -> float:
+        return _paper(mesh, "accumulate", 2, 3, sent=sent, machine=_measured(mesh, unit_s=unit_s)).step.dp_s
+
+    assert dp_s(Mesh(dp=2, fsdp=4), 0.5) - dp_s(Mesh(dp=2, fsdp=4), 0.0) == pytest.approx(6 * 0.5)
+    assert dp_s(Mesh(dp=8), 0.5) == dp_s(Mesh(dp=8), 0.0), "buckets of gradients have no units"
+
+
 def test_backward_of_attention_takes_as_long_as_it_was_measured() -> None:
     machine, work = _machine(Mesh(dp=2)), Work(attentions=(Attention(1e14, 1e10),))
     reached = machine.efficiency
