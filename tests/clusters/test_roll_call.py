@@ -4,11 +4,14 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from threading import Thread
+from contextlib import suppress
+from threading import Event, Thread
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import pytest
 
+from meshwright.clusters import roll_call
 from meshwright.clusters.errors import RendezvousError
 from meshwright.clusters.network import bind_free, interfaces
 from meshwright.clusters.roll_call import Answering, Calling
@@ -34,10 +37,35 @@ def plan() -> Mapping[str, Any]:
     return {"nodes": [{"name": f"n{index}"} for index in range(3)], "meeting": meeting}
 
 
+class Over(Exception):
+    """The test is."""
+
+
+@pytest.fixture(autouse=True)
+def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pods that still call when a test is over give up."""
+    over, before = Event(), set(enumerate_threads())
+
+    def wait(seconds: float) -> None:
+        if over.wait(seconds):
+            raise Over
+
+    monkeypatch.setattr(roll_call, "sleep", wait)
+    yield
+    over.set()
+    for each in set(enumerate_threads()) - before:
+        each.join(2 * roll_call._RETRY_S)
+
+
 def begun(act: Callable[[], Any]) -> list[Any]:
     """What an act gives, once it has come back."""
     found: list[Any] = []
-    Thread(target=lambda: found.append(act()), daemon=True).start()
+
+    def run() -> None:
+        with suppress(Over):
+            found.append(act())
+
+    Thread(target=run, daemon=True).start()
     return found
 
 
