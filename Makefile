@@ -17,7 +17,8 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
 # tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so a third goes on;
-# the matrices of `make wide` are few large files, which are shared out
+# the matrices of `make wide` are few large files, which are shared out; the lab waits more, for Slurm, Ray and hosts that
+# are lost, so a fourth goes on, and tests/lab/conftest.py hands out its tests
 QUICK := not slow and not faults and not lab and not wide
 SLOW  := (slow or faults) and not lab and not wide
 WIDE  := wide and not lab
@@ -68,7 +69,7 @@ lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, 
 	@$(PIP) --editable '.[$(EXTRAS),$(LAB)]' || echo "THE LAB GOES WITHOUT RAY AND MPI"
 	@which $(LAB_TOOLS) >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
-	$(BIN)/python -m pytest -q -rs -n 3 --dist loadfile -m lab tests/lab $(call again,-m lab tests/lab)
+	$(BIN)/python -m pytest -q -rs -n 4 -m lab tests/lab $(call again,-m lab tests/lab)
 
 matrix: $(STAMP) ## every cell of the three parity matrices; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix

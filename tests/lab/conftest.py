@@ -5,28 +5,62 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.lab.hosts import Hosts, missing_for_hosts, pretended
-from tests.lab.launches import QUICKSTART, Launch, losses
+from tests.lab.launches import QUICKSTART, SHRINKING, SHRINKING_STEPS, Launch, losses, write_training
 from tests.lab.slurm import Slurm, missing_for_slurm
+from tests.launch.worker.runs import run_dir, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
+_LONGEST_FIRST = (
+    "test_ray.py",
+    "test_ray_lost.py",
+    "test_lost_nodes.py",
+    "test_mpi_lost.py",
+    "test_slurm.py",
+    "test_doctor.py",
+)
+"""Files, so that what ends last is short, and those who run tests end together."""
+
+
+def _is_asked(config: pytest.Config) -> bool:
+    """Whether the lab is asked for by its marker."""
+    return "lab" in (config.option.markexpr or "").replace("not lab", "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks everything in this folder, and skips it unless the lab is asked for by its marker."""
-    asked = "lab" in (config.option.markexpr or "").replace("not lab", "")
+    asked = _is_asked(config)
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.lab)
             item.add_marker(pytest.mark.slow)
             if not asked:
                 item.add_marker(pytest.mark.skip(reason="`make lab` runs it"))
+    if asked:
+        place = {name: index for index, name in enumerate(_LONGEST_FIRST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out tests of the lab one by one: hosts and Slurm are up in seconds, and one long file would decide.
+
+    Tests that share a Ray cluster stay together, since that takes as long to start as one of them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.endswith(("test_ray.py", "test_ray_lost.py")) else nodeid
+
+    return OneByOne(config, log) if _is_asked(config) else None
 
 
 def _or_say(lacking: str) -> None:
@@ -80,19 +114,36 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="session")
 def here(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Losses of the quickstart on this machine; of all processes that run tests, the first that asks trains it."""
+    """Losses of the quickstart on this machine."""
     _or_say(missing_for_hosts())
-    own = tmp_path_factory.getbasetemp()
+    return _once(tmp_path_factory, "here", _quickstart)
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Losses of `SHRINKING` on one rank of this machine, which nothing befalls."""
+    return _once(tmp_path_factory, "calm", _undisturbed)
+
+
+def _once(factory: pytest.TempPathFactory, name: str, train: Callable[[Path], list[Any]]) -> list[Any]:
+    """Losses of a training; of all processes that run tests, the first that asks trains it."""
+    own = factory.getbasetemp()
     folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    kept = folder / "here.json"
-    with (folder / "here.lock").open("w") as lock:
+    kept = folder / f"{name}.json"
+    with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
-            kept.write_text(json.dumps(_trained(folder / "here")))
+            kept.write_text(json.dumps(train(folder / name)))
     return [tuple(each) for each in json.loads(kept.read_text())]
 
 
-def _trained(folder: Path) -> list[Any]:
+def _undisturbed(folder: Path) -> list[Any]:
+    job = write_training(folder, steps=SHRINKING_STEPS, every=SHRINKING_STEPS)
+    train_here(job, "r1", *SHRINKING, "parallel.dp=1")
+    return losses(run_dir(job, "r1"))
+
+
+def _quickstart(folder: Path) -> list[Any]:
     near = Launch(folder, {}, f"here-{os.getpid()}")
     done = near.run(*QUICKSTART, timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr

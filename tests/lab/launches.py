@@ -13,7 +13,17 @@ import yaml
 from tests.launch.worker.runs import MODEL
 from tests.launch.worker.runs import write_job as write_tiny
 
-__all__ = ["QUICKSTART", "ROOT", "Launch", "finish", "losses", "write_job", "write_training"]
+__all__ = [
+    "QUICKSTART",
+    "ROOT",
+    "SHRINKING",
+    "SHRINKING_STEPS",
+    "Launch",
+    "finish",
+    "losses",
+    "write_job",
+    "write_training",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 _STEPS = (
@@ -25,6 +35,10 @@ QUICKSTART: tuple[Any, ...] = (
     *(word for each in _STEPS for word in ("--set", each)),
 )
 """The example on four ranks, with few small steps: five losses, of which two are of held-out text."""
+
+SHRINKING_STEPS = 40
+SHRINKING = ("nproc_per_node=1", "train.precision=float64", "model.arguments={width: 16, dropout: 0.0}")
+"""Words of a training whose losses are all but the same on any number of nodes."""
 
 _INIT = """
 "$@"; code=$?

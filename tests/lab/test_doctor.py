@@ -18,6 +18,7 @@ from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
 from tests.lab.launches import ROOT, Launch, finish, write_job
 from tests.lab.slurm import Slurm
+from tests.lab.test_ray import LIGHT
 from tests.launch.waiting import eventually
 
 QUICK = ("--check", "ssh", "--check", "ports", "--check", "disk")
@@ -197,14 +198,15 @@ def ray_address(hosts: Hosts) -> Iterator[str]:
     head = f"{hosts.net}.254:{port}"
     words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={folder}"]
     log = folder / "head.log"
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "RAY_AUTH_MODE": "disabled"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "RAY_AUTH_MODE": "disabled", **LIGHT}
     with log.open("wb") as file:
         own = subprocess.Popen([*ray, *words, f"--node-ip-address={hosts.net}.254"], stdout=file, stderr=file, env=env)
     joined = []
     try:
         assert eventually(lambda: "Ray runtime started" in log.read_text(), 120), log.read_text()
         for host in hosts.hosts:
-            each = ["env", f"PYTHONPATH={ROOT / 'src'}", *ray, f"--address={head}", "--num-cpus=2"]
+            light = (f"{name}={value}" for name, value in LIGHT.items())
+            each = ["env", f"PYTHONPATH={ROOT / 'src'}", *light, *ray, f"--address={head}", "--num-cpus=2"]
             joined.append(host.start([*each, f"--node-ip-address={host.address}"]))
             said = host.folder / "daemon.log"  # one after the other: they share a folder of sockets
             assert eventually(lambda: "Ray runtime started" in said.read_text(), 120), said.read_text()  # noqa: B023

@@ -12,15 +12,13 @@ import pytest
 from meshwright.clusters.mpi import MpiCluster, MpiOptions
 from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts, missing_for_hosts, pretended
-from tests.lab.launches import Launch, finish, losses, write_training
+from tests.lab.launches import SHRINKING, SHRINKING_STEPS, Launch, finish, losses, write_training
 from tests.lab.test_mpi import mpiexec
 from tests.launch.own import own
 from tests.launch.waiting import eventually
-from tests.launch.worker.runs import train_here
 
 __all__ = ["mpiexec"]
 
-STEPS = 40
 PROGRAM = """
 import os, pathlib, time
 rank, attempt, host = (os.environ[name] for name in ("RANK", "MESHWRIGHT_ATTEMPT", "MESHWRIGHT_HOST"))
@@ -106,17 +104,15 @@ def test_without_another_host_the_run_ends_and_says_so(three: Hosts, tmp_path: P
 
 @pytest.mark.parametrize("mpiexec", ["openmpi"], indirect=True)
 def test_an_elastic_training_goes_on_with_fewer_hosts_and_one_that_is_there_again_is_found(
-    three: Hosts, tmp_path: Path, mpiexec: str
+    three: Hosts, tmp_path: Path, mpiexec: str, calm: list[Any]
 ) -> None:
     _up(three)
-    sets = ("parallel.dp=3", "nproc_per_node=1", "train.precision=float64", "model.arguments={width: 16, dropout: 0.0}")
-    calm = write_training(tmp_path / "calm", steps=STEPS, every=STEPS)
-    train_here(calm, "r1", *sets, "parallel.dp=1")
+    sets = (*SHRINKING, "parallel.dp=3")
     folder = tmp_path / "run"
     known = cluster(three, mpiexec, folder, ("h1", "h2", "h3"))
     far = Launch(folder, {"far": known}, own("mpi-fewer"))
     far.env["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    job, run_dir = write_training(folder, steps=STEPS, every=5, pause_s=0.1), folder / "runs" / far.run_id
+    job, run_dir = write_training(folder, steps=SHRINKING_STEPS, every=5, pause_s=0.1), folder / "runs" / far.run_id
     more = ("cluster=far", "nodes={min: 2, max: 3}", "failure.max_restarts=3", "failure.backoff.initial=100ms")
     launcher = far.start(job, *(word for each in (*sets, *more) for word in ("--set", each)), apart=True)
     saved, h2 = folder / "checkpoints", next(host for host in three.hosts if host.name == "h2")
@@ -132,9 +128,9 @@ def test_an_elastic_training_goes_on_with_fewer_hosts_and_one_that_is_there_agai
     assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([3, 2], [h2.address])], output
     assert f"it shrinks from 3 nodes to 2, without {h2.address} (dp=2, num_microbatches=2)" in output
     assert (now["nodes"], now["parallel"]["dp"], now["parallel"]["num_microbatches"]) == (2, 2, 2)
-    undisturbed, found = losses(calm.parent / "runs" / own("r1")), losses(run_dir)
-    assert [each[:2] for each in found] == [each[:2] for each in undisturbed], "every step once"
-    assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, undisturbed, strict=True))
+    found = losses(run_dir)
+    assert [each[:2] for each in found] == [each[:2] for each in calm], "every step once"
+    assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, calm, strict=True))
     mpi = MpiCluster(MpiOptions("openmpi", mpiexec, known["hostfile"], extra=tuple(known["extra"])))
     names = (three.hosts[0].address, h2.address)
     assert mpi.back(names) == names[:1]

@@ -56,6 +56,52 @@ print(held["CREATED"], left["CREATED"], held["REMOVED"] - left["REMOVED"])
 """
 
 
+LEAVES_OUT = """
+import json, sys
+from pathlib import Path
+from meshwright.clusters.base import Program, StartRequest
+from meshwright.clusters.ray import RayCluster, RayOptions
+from meshwright.clusters.reaching import Visit
+def names(count, *exclude):
+    request = StartRequest("j", "r", Path.cwd(), Program(("true",), Path.cwd()), count, 1)
+    with RayCluster(RayOptions(sys.argv[1], exclude=exclude)).reached(request, Visit()) as found:
+        return [each.name for each in found.reaches]
+both = names(2)
+print(json.dumps([both, *(names(1, each) for each in both)]))
+"""
+
+
+LIGHT = {
+    **{f"RAY_health_check_{key}": value for key, value in (("initial_delay_ms", "500"), ("period_ms", "500"))},
+    "RAY_prestart_worker_first_driver": "0",
+}
+"""Variables of Ray's nodes: a lost one is missed within seconds, and no worker is started before it is wanted."""
+
+
+def join(folders: pytest.TempPathFactory, address: str, *words: str) -> "subprocess.Popen[bytes]":
+    """A node of two CPUs that is up.
+
+    Args:
+        folders: for its log.
+        address: of this machine.
+        words: for `ray start`.
+    """
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    log, env = folders.mktemp("ray") / "log", {**os.environ, **LIGHT}
+    ray.append(f"--node-ip-address={address}")
+    with log.open("wb") as file:
+        node = subprocess.Popen([*ray, *words], stdout=file, stderr=file, start_new_session=True, env=env)
+    if not eventually(lambda: "Ray runtime started" in log.read_text(), 120):
+        end(node)
+        raise AssertionError(f"Ray does not start: {log.read_text()[-500:]}")
+    return node
+
+
+def end(node: "subprocess.Popen[bytes]") -> None:
+    node.terminate()
+    node.wait(60)
+
+
 @contextmanager
 def started(
     folders: pytest.TempPathFactory, number: int, processes: "list[subprocess.Popen[bytes]] | None" = None
@@ -73,23 +119,16 @@ def started(
         pytest.skip("this machine has no address besides loopback")
     with bind_free(addresses[0], None, (26379, 26479)) as free:
         port = free.getsockname()[1]
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
-    ray.append(f"--node-ip-address={addresses[0]}")
     folder = Path(tempfile.gettempdir()) / f"mw-ray-{os.getpid()}-{number}"  # Ray's sockets need a short path
     head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
     nodes: list[subprocess.Popen[bytes]] = [] if processes is None else processes
     try:
         for words in (head, *[[f"--address={addresses[0]}:{port}"]] * (number - 1)):
-            log = folders.mktemp("ray") / "log"
-            with log.open("wb") as file:
-                nodes.append(subprocess.Popen([*ray, *words], stdout=file, stderr=file, start_new_session=True))
-            up = eventually(lambda: "Ray runtime started" in log.read_text(), 120)  # noqa: B023
-            assert up, f"Ray does not start: {log.read_text()[-500:]}"
+            nodes.append(join(folders, addresses[0], *words))
         yield f"{addresses[0]}:{port}"
     finally:
         for node in reversed(nodes):
-            node.terminate()
-            node.wait(60)
+            end(node)
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +183,18 @@ def test_what_a_run_held_is_given_back_before_its_launcher_ends(tmp_path: Path, 
 
 
 def test_a_node_that_is_left_out_is_not_used_though_it_is_there(tmp_path: Path, address: str) -> None:
-    job = {"name": "j", "command": [sys.executable, "-c", "pass"], "nproc_per_node": 1}
-
-    def hosts(name: str, **keys: Any) -> list[str]:
-        far = Launch(tmp_path / name, {"far": {"type": "ray", "address": address, **keys}}, own(f"ray-{name}"))
-        (far.folder / "job.yaml").write_text(json.dumps({**job, "cluster": "far"}))
-        done = far.start(far.folder / "job.yaml")
-        output, _ = done.communicate(timeout=200)
-        assert done.returncode == 0, output
-        return [path.name[6:-4] for path in (far.folder / "runs/j" / far.run_id / "logs").glob("agent-*.log")]
-
-    both = hosts("both", nodes=2)
-    assert len(both) == 2
-    for left_out in both:
-        assert set(hosts(left_out, nodes=1, exclude=[left_out])) == set(both) - {left_out}
+    words = [sys.executable, "-c", LEAVES_OUT, address]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert found.returncode == 0, found.stderr
+    both, *others = json.loads(found.stdout)
+    assert len(set(both)) == 2
+    assert others == [[both[1]], [both[0]]]
+    cluster = {"type": "ray", "address": address, "nodes": 1, "exclude": [both[0]]}
+    far = Launch(tmp_path / "run", {"far": cluster}, own("ray-without"))
+    done = far.start(write_job(far.folder, "pass", cluster="far", nproc_per_node=1))
+    output, _ = done.communicate(timeout=200)
+    assert done.returncode == 0, output
+    assert [path.name[6:-4] for path in (far.run_dir / "logs").glob("agent-*.log")] == [both[1]], "as a run calls it"
 
 
 def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:

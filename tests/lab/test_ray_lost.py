@@ -7,15 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meshwright.clusters.sweep import carriers
-from tests.lab.launches import Launch, finish, losses, write_training
-from tests.lab.test_ray import started
+from tests.lab.launches import SHRINKING, SHRINKING_STEPS, Launch, finish, losses, write_training
+from tests.lab.test_ray import join, started
 from tests.launch.own import own
 from tests.launch.waiting import eventually
-from tests.launch.worker.runs import train_here
 
 PROGRAM = """
 import os, pathlib, time
@@ -26,8 +26,7 @@ part.write_text(f"{os.getpid()} {host}")
 part.rename(f"up-{attempt}-{rank}")
 time.sleep(600 if attempt == "0" else 0)
 """
-STEPS = 40
-LOST_S = 150  # Ray finds a node lost after 15 s or so, and ranks that may still be there have half a minute
+LOST_S = 150  # Ray finds a node lost after some seconds, and ranks that may still be there have half a minute
 
 
 class Cluster:
@@ -36,10 +35,19 @@ class Cluster:
     Args:
         address: of its head.
         processes: of the head and the others.
+        folders: for logs of more.
     """
 
-    def __init__(self, address: str, processes: "list[subprocess.Popen[bytes]]") -> None:
-        self.address, self.processes = address, processes
+    def __init__(
+        self, address: str, processes: "list[subprocess.Popen[bytes]]", folders: pytest.TempPathFactory
+    ) -> None:
+        self.address, self.processes, self._folders = address, processes, folders
+
+    def grow(self, number: int) -> None:
+        """Starts nodes until there are so many."""
+        while sum(node.poll() is None for node in self.processes) < number:
+            host = self.address.partition(":")[0]
+            self.processes.append(join(self._folders, host, f"--address={self.address}"))
 
     def kill_node_of(self, pid: int) -> bool:
         """Kills the node that a process runs on; the head is left alone. Tells whether it did."""
@@ -59,16 +67,15 @@ def _below(pid: int) -> list[int]:
     return [] if b"clusters.agent" in words else [pid, *(each for child in children for each in _below(int(child)))]
 
 
-@pytest.fixture(params=[3, 2])
-def ray(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Of so many nodes."""
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     processes: list[subprocess.Popen[bytes]] = []
-    with started(tmp_path_factory, request.param, processes) as address:
-        yield Cluster(address, processes)
+    with started(tmp_path_factory, 1, processes) as address:
+        yield Cluster(address, processes, tmp_path_factory)
 
 
-@pytest.mark.parametrize("ray", [3], indirect=True)
 def test_a_node_that_is_lost_is_left_out_and_the_run_goes_on_with_another(tmp_path: Path, ray: Cluster) -> None:
+    ray.grow(3)
     cluster = {"type": "ray", "address": ray.address, "ready_timeout": "30s"}
     far = Launch(tmp_path / "run", {"far": cluster}, own("ray-lost"))
     job = {"name": "j", "command": [sys.executable, "-c", PROGRAM], "nodes": 2, "nproc_per_node": 1, "cluster": "far"}
@@ -94,15 +101,14 @@ def test_a_node_that_is_lost_is_left_out_and_the_run_goes_on_with_another(tmp_pa
     assert [f"attempt 1 on {lost}" in output, output.count("| attempt 1 on ")] == [False, 2]
 
 
-@pytest.mark.parametrize("ray", [2], indirect=True)
 def test_an_elastic_training_takes_the_nodes_there_are_and_goes_on_without_one_that_is_lost(
-    tmp_path: Path, ray: Cluster
+    tmp_path: Path, ray: Cluster, calm: list[Any]
 ) -> None:
-    sets = ("parallel.dp=3", "nproc_per_node=1", "train.precision=float64", "model.arguments={width: 16, dropout: 0.0}")
-    calm = write_training(tmp_path / "calm", steps=STEPS, every=STEPS)
-    train_here(calm, "r1", *sets, "parallel.dp=1")
+    sets = (*SHRINKING, "parallel.dp=3")
+    ray.grow(2)  # the node that another test lost is known to be, and those it leaves are used
     far = Launch(tmp_path / "run", {"far": {"type": "ray", "address": ray.address}}, own("ray-fewer"))
-    job, run_dir = write_training(far.folder, steps=STEPS, every=5, pause_s=0.1), far.folder / "runs" / far.run_id
+    job = write_training(far.folder, steps=SHRINKING_STEPS, every=5, pause_s=0.1)
+    run_dir = far.folder / "runs" / far.run_id
     more = ("cluster=far", "nodes={min: 1, max: 3}", "failure.max_restarts=2", "failure.backoff.initial=100ms")
     launcher = far.start(job, *(word for each in (*sets, *more) for word in ("--set", each)))
     try:
@@ -121,9 +127,9 @@ def test_an_elastic_training_takes_the_nodes_there_are_and_goes_on_without_one_t
     assert [(each["nodes"], each["excludes"]) for each in told["restarts"]] == [([2, 1], [lost])]
     assert (now["nodes"], now["parallel"]["dp"], now["parallel"]["num_microbatches"]) == (1, 1, 3)
     assert "resumed from " in (run_dir / "logs/rank-0.attempt-1.log").read_text()
-    undisturbed, found = losses(calm.parent / "runs" / own("r1")), losses(run_dir)
-    assert [each[:2] for each in found] == [each[:2] for each in undisturbed], "every step once"
-    assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, undisturbed, strict=True))
+    found = losses(run_dir)
+    assert [each[:2] for each in found] == [each[:2] for each in calm], "every step once"
+    assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, calm, strict=True))
 
 
 def ranks(run_id: str) -> list[int]:

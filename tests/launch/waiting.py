@@ -10,12 +10,15 @@ __all__ = ["eventually", "kill_all", "least_s"]
 
 
 def eventually(holds: Callable[[], bool], timeout_s: float = 120.0) -> bool:
-    """Whether something comes to hold in time; how long it takes says more about the neighbours of this machine."""
+    """Whether something comes to hold in time; how long it takes says more about the neighbours of this machine.
+
+    Between two looks it waits twice as long as a look takes: those that start processes would keep a core busy.
+    """
     end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
+    while (began_s := time.monotonic()) < end_s:
         if holds():
             return True
-        time.sleep(0.02)
+        time.sleep(min(max(0.02, 2 * (time.monotonic() - began_s)), 1.0))
     return False
 
 

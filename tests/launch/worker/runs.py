@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
 from meshwright.launch.load import load_job
 from meshwright.testing import run_ranks
 from tests.launch.own import own
@@ -107,6 +104,8 @@ def train_here(job: Path, run_id: str, *overrides: str) -> str:
 
 
 def _train(job: Path, folder: Path, overrides: tuple[str, ...]) -> str:
+    import torch
+
     from meshwright.launch.worker.train import build_training
 
     said: list[str] = []
@@ -137,6 +136,9 @@ def losses(job: Path, run_id: str) -> list[tuple[int, float]]:
 
 def final_states(job: Path, steps: int) -> dict[str, Any]:
     """Everything the last checkpoint holds, whole: parameters, optimizer states, step count."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
     whole = job.parent / "whole.pt"
     dcp_to_torch_save(job.parent / "checkpoints" / f"step-{steps:08d}", whole)
     found: dict[str, Any] = torch.load(whole, weights_only=False)
@@ -145,6 +147,8 @@ def final_states(job: Path, steps: int) -> dict[str, Any]:
 
 def differing(one: Any, other: Any, name: str = "") -> list[str]:
     """Names of tensors that are not bit for bit equal."""
+    import torch
+
     if isinstance(one, dict):
         assert one.keys() == other.keys(), (one.keys(), other.keys())
         return [found for key in one for found in differing(one[key], other[key], f"{name}.{key}")]
