@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.telling import telling
 
 __all__ = ["Kubectl"]
 
@@ -52,6 +53,6 @@ class Kubectl:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UnavailableError(f"kubectl {words[0]}: {error}") from error
         if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UnavailableError(f"kubectl {words[0]}: {said[-1]}; see kubectl config get-contexts")
+            said = telling(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}"
+            raise UnavailableError(f"kubectl {words[0]}: {said}; see kubectl config get-contexts")
         return done.stdout.decode(errors="replace")

@@ -157,10 +157,19 @@ def _created(job: Mapping[str, Any], kubectl: Kubectl, visit: Visit) -> Iterator
     except BaseException as error:
         if "(AlreadyExists)" not in str(error):  # that one is somebody else's
             try:
-                kubectl(*_DELETE, "--wait=false", f"job/{name}")
-            except UnavailableError as left:
-                visit.tell(f"job/{name} may still be there until its deadline: {left}")
+                _delete(name, kubectl, visit)
+            except (KeyboardInterrupt, SystemExit):  # which ended the command
+                _delete(name, kubectl, visit)
+                raise
         raise
+
+
+def _delete(name: str, kubectl: Kubectl, visit: Visit) -> None:
+    """Deletes a Job, and says so where it cannot."""
+    try:
+        kubectl(*_DELETE, "--wait=false", f"job/{name}")
+    except UnavailableError as left:
+        visit.tell(f"job/{name} may still be there until its deadline: {left}")
 
 
 def _gone(name: str, kubectl: Kubectl, visit: Visit) -> None:

@@ -5,11 +5,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from meshwright.clusters.contract import Lost
+from meshwright.clusters.failure import kind_of
+from meshwright.clusters.telling import refusal, telling
 
-__all__ = ["LOST_CODE", "explain_end", "host_in_mpi", "lost_in_mpi", "lost_in_ray", "pods_ended"]
+__all__ = ["LOST_CODE", "explain_end", "host_in_mpi", "lost_in_mpi", "lost_in_ray", "pods_ended", "unheard_code"]
 
 LOST_CODE = 69
 """Exit code of a run that ends with it."""
+
+_REFUSED_CODE = 77
+"""Exit code of a run that this user may not have."""
+
+_BROKEN_CODE = 70
+"""Exit code of a run whose nodes lack what starts ranks, which another start would lack, too."""
 
 _MPI = (
     (r"Remote daemon: \S+ on node (\S+)", "host {host} was lost"),  # Open MPI, of ORTE and PRRTE
@@ -32,14 +40,14 @@ _NODE_REASONS = {
 _SSH = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|host key is known for",
-        77,
+        _REFUSED_CODE,
         "its host key is not the one that is known, or none is known: compare `ssh-keyscan {name} | ssh-keygen -lf -` "
         "with the fingerprint that the machine's owner tells you, then put the key into known_hosts, or write "
         "cluster.host_keys: accept-new for machines that were never seen",
     ),
     (
         r"Permission denied|Too many authentication failures",
-        77,
+        _REFUSED_CODE,
         "it refuses this user and key; try `ssh -o BatchMode=yes {name} true`, and see cluster.user and identity_file",
     ),
     (
@@ -78,13 +86,30 @@ def lost_in_mpi(code: int, log: str) -> str:
     >>> lost_in_mpi(1, "PRTE has lost communication\\n  Remote daemon: [prterun-h1-34@0,1] on node h2")
     'host h2 was lost (mpiexec ended with code 1)'
     """
+    refused = refusal(log)
+    if refused:
+        return f"{refused} (mpiexec ended with code {code})"
     for pattern, words in _MPI:
         found = re.search(pattern, log)
         if found:
             return f"{words.format(host=found[1])} (mpiexec ended with code {code})"
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip(" -=\t")), "")
-    said = f": {last[:200]}" if last else ""
+    said = f": {words}" if (words := telling(log)) else ""
     return f"mpiexec ended with code {code} and names no host that it lost{said}; see logs/mpiexec.log"
+
+
+def unheard_code(code: int, log: str) -> int:
+    """Exit code of a run whose mpiexec ended before any rank said a word.
+
+    Args:
+        code: of mpiexec.
+        log: what it complained of.
+
+    >>> unheard_code(1, "mpiexec has detected an attempt to run as root."), unheard_code(255, "")
+    (77, 69)
+    """
+    if refusal(log):
+        return _REFUSED_CODE
+    return _BROKEN_CODE if kind_of(code, log) == "import_error" else LOST_CODE
 
 
 def lost_in_ray(name: str, address: str, error: str) -> str:
@@ -115,8 +140,7 @@ def explain_end(name: str, code: int, log: str) -> Mapping[str, Any]:
     >>> explain_end("gpu02", 255, "ssh: connect to host gpu02 port 22: Connection refused")["exit_code"]
     69
     """
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
-    said = f" (ssh says: {last})" if last else ""
+    said = f" (ssh says: {words})" if (words := telling(log)) else ""
     for pattern, exit_code, advice in _SSH:
         if re.search(pattern, log):
             return {"exit_code": exit_code, "message": f"host {name}: {advice.format(name=name)}{said}"}

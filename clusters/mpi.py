@@ -22,8 +22,7 @@ from typing import IO, Any
 from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
 from meshwright.clusters.dealing import ranks_per_node
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.failure import kind_of
-from meshwright.clusters.lost import LOST_CODE, host_in_mpi, lost_in_mpi
+from meshwright.clusters.lost import LOST_CODE, host_in_mpi, lost_in_mpi, unheard_code
 from meshwright.clusters.mpi_hosts import narrowed, same_host
 from meshwright.clusters.mpi_nodes import back_of, names_of, probe_words
 from meshwright.clusters.pipes import event_of
@@ -36,8 +35,6 @@ __all__ = ["MpiCluster", "MpiHandle", "MpiOptions", "implementation_of", "plan_m
 
 _KILL_WAIT_S = 5.0
 _HOSTS = "private/hosts"
-_BROKEN_CODE = 70
-"""Exit code of a run whose nodes lack what starts ranks, which another start would lack, too."""
 
 
 @dataclass(frozen=True)
@@ -256,9 +253,8 @@ class MpiHandle:
         for pipe in (out, self._stream(self._job.stdin)):
             pipe.close()
         said = log_end(self._log, max(1, self._log.stat().st_size - self._before))
-        wrong = self._until_s < math.inf and kind_of(code, said) == "import_error"  # before any rank said a word
-        told = {"event": "gone", "code": code, "exit_code": _BROKEN_CODE if wrong else LOST_CODE}
-        told |= {"message": lost_in_mpi(code, said)}
+        meant = LOST_CODE if self._until_s == math.inf else unheard_code(code, said)
+        told = {"event": "gone", "code": code, "exit_code": meant, "message": lost_in_mpi(code, said)}
         names, host = [node.name for node in self._plan.nodes], host_in_mpi(said)
         lost = next((name for name in names if host is not None and same_host(name, host)), None)
         if lost is None:

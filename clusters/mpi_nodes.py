@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.reaching import answering
+from meshwright.clusters.telling import telling
 
 if TYPE_CHECKING:
     from meshwright.clusters.mpi import MpiOptions
@@ -81,7 +82,7 @@ def asked_names(options: "MpiOptions", num_nodes: int, environment: Mapping[str,
         ) from None
     names = list(dict.fromkeys(re.findall(r"^meshwright-node (\S+)", done.stdout, re.MULTILINE)))
     if len(names) < num_nodes:
-        why = next((f": {line.strip()[:200]}" for line in done.stderr.splitlines() if line.strip(" -=\t")), "")
+        why = f": {said}" if (said := telling(done.stderr)) else ""
         raise UnavailableError(
             f"{options.mpiexec} gives {len(names)} nodes, the job wants {num_nodes}{why}; write cluster.hostfile"
         )

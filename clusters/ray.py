@@ -9,90 +9,46 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from meshwright.clusters.base import NodePlan, StartPlan, StartRequest, identity, log_name
-from meshwright.clusters.dealing import ranks_per_node
+from meshwright.clusters.base import Limits, StartPlan, StartRequest
 from meshwright.clusters.descriptors import need_room
 from meshwright.clusters.errors import FewerNodesError, UnavailableError
 from meshwright.clusters.lost import LOST_CODE, lost_in_ray
 from meshwright.clusters.pipes import Event, Far, PipeHandle
 from meshwright.clusters.ray_access import attached, is_open
-from meshwright.clusters.ray_fit import banned, bundle_words, called, fewer, fitting, living, usable, why_infeasible
-from meshwright.clusters.ray_line import RayLine, agent_class
-from meshwright.clusters.ray_nodes import give_back, node_name, reached_in_actors, through_actors
+from meshwright.clusters.ray_fit import (
+    banned,
+    bundle_words,
+    called,
+    fewer,
+    fitting,
+    kept_of,
+    living,
+    usable,
+    why_infeasible,
+)
+from meshwright.clusters.ray_line import RayLine
+from meshwright.clusters.ray_nodes import (
+    actors_in,
+    asked_for,
+    give_back,
+    ids_of,
+    node_name,
+    reached_in_actors,
+    through_actors,
+)
+from meshwright.clusters.ray_plan import RayOptions, bundle_of, placed_as, plan_ray, renamed
 from meshwright.clusters.reaching import Reached, Visit
 from meshwright.clusters.sending import Keeper
-from meshwright.clusters.spawn import AGENT_ARGV
 
 __all__ = ["RayCluster", "RayOptions", "plan_ray"]
 
 _LOST_AFTER_S = 30.0
 _FEWER_S = 10.0
-"""How long Ray may take to place fewer nodes, when it had all its time for more."""
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """What is asked of a Ray cluster.
-
-    Args:
-        address: of its head, or "auto".
-        cpus_per_node: that each actor takes.
-        ready_timeout_s: how long Ray may take to place them.
-        exclude: nodes that are not used: addresses, ids, or names as runs give them.
-    """
-
-    address: str = "auto"
-    cpus_per_node: int = 1
-    ready_timeout_s: float = 60.0
-    exclude: tuple[str, ...] = ()
-
-
-def plan_ray(request: StartRequest, options: RayOptions) -> StartPlan:
-    """The exact start plan; pure. Where nodes lie is known when Ray has placed them.
-
-    Raises:
-        UnavailableError: where the number of ranks is not said.
-    """
-    per_node = ranks_per_node(request, "nodes are planned before Ray places them", gpus=request.gpus_per_node)
-    return StartPlan.of(
-        request,
-        "ray",
-        nodes=[_node(request, index=index, per_node=per_node) for index in range(request.num_nodes)],
-        meeting=request.meeting,
-        variant=f"at {options.address}, {request.num_nodes} x {bundle_words(_bundle(request, options))}, STRICT_SPREAD",
-    )
-
-
-def _bundle(request: StartRequest, options: RayOptions) -> dict[str, float]:
-    gpus = {"GPU": float(request.gpus_per_node)} if request.gpus_per_node else {}
-    return {"CPU": float(options.cpus_per_node), **gpus}
-
-
-def _node(request: StartRequest, *, index: int, per_node: int) -> NodePlan:
-    ranks = tuple(range(index * per_node, (index + 1) * per_node))
-    return NodePlan(
-        name=f"node{index}",
-        index=index,
-        ranks=ranks,
-        cwd=str(request.program.workdir),
-        env=tuple(sorted(request.program.env)) + identity(request, f"node{index}", index),
-        agent=AGENT_ARGV,
-        argv=request.program.argv,
-        logs=tuple(log_name(rank) for rank in ranks),
-    )
-
-
-def _renamed(node: NodePlan, name: str) -> NodePlan:
-    env = tuple((key, name if key == "MESHWRIGHT_HOST" else value) for key, value in node.env)
-    return replace(node, name=name, env=env)
-
-
-def _placed_as(node: NodePlan, name: str) -> Event:
-    return {"event": "placed", "node": node.name, "name": name}
+"""How long Ray may take to place fewer nodes, when it had all its time for more, or more than a run had."""
 
 
 class RayCluster:
@@ -106,16 +62,17 @@ class RayCluster:
         self._options = options
         self._bundle: dict[str, float] = {}
         self._told: list[Event] = []
+        self._kept: list[Any] = []  # of a start that asked for more
         self.admit: Callable[[Reached], list[dict[str, Any]]] | None = None
 
     def plan(self, request: StartRequest) -> StartPlan:
         """The exact start plan of a request."""
-        self._bundle = _bundle(request, self._options)
+        self._bundle = bundle_of(request, self._options)
         return plan_ray(request, self._options)
 
     def count(self, request: StartRequest) -> int:
         """Living nodes that have what is asked of each and are not left out, in use or not."""
-        self._bundle = _bundle(request, self._options)
+        self._bundle = bundle_of(request, self._options)
         return fitting(self._bundle, usable(attached(self._options.address).nodes(), self._options.exclude))
 
     def back(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -126,9 +83,9 @@ class RayCluster:
     def reached(self, request: StartRequest, visit: Visit) -> AbstractContextManager[Reached]:
         """Nodes that Ray gives for an examination, with all that the job wants of each."""
         del visit  # Ray has a time of its own for it: cluster.ready_timeout
-        self._bundle = _bundle(request, self._options)
+        self._bundle = bundle_of(request, self._options)
 
-        def placed() -> tuple[Any, list[Any]]:
+        def placed() -> tuple[list[Any], list[Any]]:
             self._need(attached(self._options.address), request.num_nodes, request.limits.fewest_nodes)
             return self._placed(request.num_nodes)
 
@@ -168,15 +125,15 @@ class RayCluster:
             UnavailableError: when Ray has not placed the nodes in time, or they are too many for this process.
         """
         need_room(4 * len(plan.nodes), f"{len(plan.nodes)} nodes")
-        group, begun, others = self._begun(plan)
+        groups, begun, others = self._begun(plan)
         try:
             places = [line.place() for line in begun]
         except BaseException:
-            give_back(group)
+            give_back(*groups)
             raise
         lines = {node_name(*place): line for place, line in zip(places, begun, strict=True)}
-        placed = [_placed_as(node, name) for node, name in zip(plan.nodes, lines, strict=True)]
-        nodes = tuple(_renamed(node, name) for node, name in zip(plan.nodes, lines, strict=True))
+        placed = [placed_as(node, name) for node, name in zip(plan.nodes, lines, strict=True)]
+        nodes = tuple(renamed(node, name) for node, name in zip(plan.nodes, lines, strict=True))
         plan = replace(plan, nodes=nodes, meeting=replace(plan.meeting, host=places[0][0]))
         run_dir, probe = Path(plan.run_dir), f"private/probe-{tokens.token_hex(8)}"
         (run_dir / probe).touch(mode=0o600)
@@ -186,60 +143,83 @@ class RayCluster:
         far = Far(told, _LOST_AFTER_S, lambda name, code: _lost(name, lines[name], code), Keeper(run_dir))
         # a line is as much of a process as a handle needs
         agents = cast("Mapping[str, subprocess.Popen[bytes]]", lines)
-        handle = _RayHandle(plan, agents, secrets, far=far, group=group)
+        handle = _RayHandle(plan, agents, secrets, far=far, groups=groups)
         handle.say([*others, *placed])
         return handle
 
-    def _begun(self, plan: StartPlan) -> tuple[Any, list[RayLine], list[Event]]:
-        """A placement group whose nodes passed, their lines to agents, and what is told of others that did not."""
+    def _begun(self, plan: StartPlan) -> tuple[list[Any], list[RayLine], list[Event]]:
+        """Placement groups whose nodes passed, their lines to agents, and what is told of others that did not."""
         while True:
-            group, actors = self._placed(len(plan.nodes), plan.limits.fewest_nodes)
+            groups, actors = self._placed(len(plan.nodes), plan.limits)
             try:
                 out = [] if self.admit is None else self.admit(through_actors(actors))
                 if not out:
                     return (
-                        group,
+                        groups,
                         [RayLine(*each) for each in zip(actors, (node.agent for node in plan.nodes), strict=True)],
                         self._told,
                     )
             except BaseException:
-                give_back(group)
+                give_back(*groups)
                 raise
-            give_back(group)
+            give_back(*groups)
             self._told += [{**each, "event": "left_out", "attempt": len(plan.limits.past) - 1} for each in out]
             left_out = (*self._options.exclude, *(str(each["node"]) for each in out))
             self._options = replace(self._options, exclude=left_out)
 
-    def _placed(self, count: int, fewest: int | None = None) -> tuple[Any, list[Any]]:
-        """The placement group, and an actor in each of its bundles.
+    def _placed(self, count: int, limits: Limits | None = None) -> tuple[list[Any], list[Any]]:
+        """Placement groups of so many nodes, and an actor in each of their bundles.
 
         Args:
             count: of nodes.
-            fewest: of an elastic run, which does not wait for nodes that are not there.
+            limits: of a run; an elastic one does not wait for nodes that are not there. One that goes on asks for more
+                nodes only besides as many as it had, and not for long: others may want these.
         """
-        ray = attached(self._options.address)
+        ray, fewest = attached(self._options.address), None if limits is None else limits.fewest_nodes
         fit = fitting(self._bundle, usable(ray.nodes(), self._options.exclude))
         if fewest is not None and fewest <= fit < count:
             raise FewerNodesError(f"of Ray's nodes {fit} can run it{self._left_out()}", fit)
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        groups = self._taken(count)
+        first = count if limits is None or fewest is None else kept_of(limits, count)
+        try:
+            if not groups:
+                self._ask(ray, first, groups, fewest=fewest)
+            if count > _size(groups):
+                self._ask(ray, count, groups, fewest=fewest)
+            return groups, [actor for each in groups for actor in actors_in(ray, each, self._bundle)]
+        except FewerNodesError:
+            self._kept = groups
+            raise
+        except BaseException:
+            give_back(*groups)
+            raise
 
-        out = banned(ray.nodes(), self._options.exclude)
-        others = [{"ray.io/node-id": f"!in({','.join(out)})"}] * count if out else None
-        group = placement_group([self._bundle] * count, strategy="STRICT_SPREAD", bundle_label_selector=others)
-        if not group.wait(timeout_seconds=self._options.ready_timeout_s):
+    def _taken(self, count: int) -> list[Any]:
+        """What a start before kept, where it is not too much for this one."""
+        kept, self._kept = self._kept, []
+        if _size(kept) <= count:
+            return kept
+        give_back(*kept)
+        return []
+
+    def _ask(self, ray: Any, count: int, groups: list[Any], *, fewest: int | None) -> None:
+        """Adds a placement group to those of a run, for the nodes that it has not; waits until it is placed."""
+        have = _size(groups)
+        out = [*banned(ray.nodes(), self._options.exclude), *(own for each in groups for own in ids_of(each))]
+        group = asked_for(self._bundle, count - have, out)
+        within_s = self._options.ready_timeout_s if not have else min(self._options.ready_timeout_s, _FEWER_S)
+        try:
+            if group.wait(timeout_seconds=within_s):
+                groups.append(group)
+                return
+        except BaseException:
             give_back(group)
-            raise self._unplaced(count, fewest, ray.available_resources())
-        made = ray.remote(agent_class())
-        return group, [
-            made.options(
-                num_cpus=self._bundle["CPU"],
-                num_gpus=self._bundle.get("GPU", 0),
-                max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote()
-            for index in range(count)
-        ]
+            raise
+        give_back(group)
+        if have:
+            asked = f"{count - have} nodes with {bundle_words(self._bundle)} besides the {have} it has"
+            raise FewerNodesError(f"Ray did not place {asked} within {within_s:g} s{self._left_out()}", have)
+        raise self._unplaced(count, fewest, ray.available_resources())
 
     def _unplaced(self, count: int, fewest: int | None, free: Mapping[str, float]) -> UnavailableError:
         """Why nodes were not to be had in time; of an elastic run fewer are waited for less long."""
@@ -257,6 +237,11 @@ class RayCluster:
         return f"; left out: {', '.join(self._options.exclude)}" if self._options.exclude else ""
 
 
+def _size(groups: Sequence[Any]) -> int:
+    """Nodes of placement groups."""
+    return sum(len(each.bundle_specs) for each in groups)
+
+
 def _lost(name: str, line: RayLine, code: int) -> Mapping[str, Any]:
     """What is told of a node that is gone."""
     words = lost_in_ray(name, line.host, line.why) if line.why else f"the agent of {name} ended with code {code}"
@@ -264,7 +249,7 @@ def _lost(name: str, line: RayLine, code: int) -> Mapping[str, Any]:
 
 
 class _RayHandle(PipeHandle):
-    """A run whose agents are in actors of a placement group, which goes back as soon as nothing of the run is left."""
+    """A run whose agents are in actors of placement groups, which go back as soon as nothing of the run is left."""
 
     def __init__(
         self,
@@ -273,9 +258,9 @@ class _RayHandle(PipeHandle):
         secrets: Mapping[str, str],
         *,
         far: Far,
-        group: Any,
+        groups: Sequence[Any],
     ) -> None:
-        self._group = group
+        self._groups = groups
         super().__init__(plan, agents, secrets, far=far)
 
     def say(self, events: Iterable[Event]) -> None:
@@ -287,4 +272,4 @@ class _RayHandle(PipeHandle):
         try:
             super().kill()
         finally:
-            give_back(self._group)
+            give_back(*self._groups)

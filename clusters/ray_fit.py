@@ -6,9 +6,10 @@ What Ray tells of a node is its id, its address, whether it lives, and all that 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from meshwright.clusters.base import Limits
 from meshwright.clusters.ray_nodes import node_name
 
-__all__ = ["banned", "bundle_words", "called", "fewer", "fitting", "living", "usable", "why_infeasible"]
+__all__ = ["banned", "bundle_words", "called", "fewer", "fitting", "kept_of", "living", "usable", "why_infeasible"]
 
 
 def called(nodes: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
@@ -68,6 +69,22 @@ def fewer(bundle: Mapping[str, float], count: int, *, fewest: int, free: Mapping
     """
     have = min(int(free.get(name, 0.0) // wanted) for name, wanted in bundle.items())
     return max(fewest, min(count - 1, have))
+
+
+def kept_of(limits: Limits, count: int) -> int:
+    """As many of the nodes that an elastic run wants as it had when its last attempt ended, and can use again.
+
+    Args:
+        limits: of the run.
+        count: that it wants.
+
+    >>> kept_of(Limits(fewest_nodes=1), 3)
+    3
+    """
+    before = limits.past[-1] if limits.past else None
+    if before is None or before.nodes is None:  # it wants as many as it had
+        return count
+    return min(count, max(limits.fewest_nodes or 1, before.nodes[0] - len(before.excludes)))
 
 
 def bundle_words(bundle: Mapping[str, float]) -> str:

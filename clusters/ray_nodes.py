@@ -6,21 +6,65 @@ from typing import Any
 
 from meshwright.clusters.evidence import Reach
 from meshwright.clusters.probe import PROBE_ARGV
-from meshwright.clusters.ray_line import RayLine, answered
+from meshwright.clusters.ray_line import RayLine, agent_class, answered
 from meshwright.clusters.reaching import Line, Reached
 
-__all__ = ["give_back", "node_name", "reached_in_actors", "through_actors"]
+__all__ = ["actors_in", "asked_for", "give_back", "ids_of", "node_name", "reached_in_actors", "through_actors"]
 
 _END_S = 30.0
 """Each end of a probe is a call of its actor; a run needs the actor afterwards."""
 
 
-def give_back(group: Any) -> None:
-    """Ends the actors of a placement group, and lets others have what it held; a head that is gone has done so."""
+def asked_for(bundle: Mapping[str, float], count: int, banned: Sequence[str]) -> Any:
+    """A placement group of so many nodes, which Ray may not have placed yet.
+
+    Args:
+        bundle: what is asked of each.
+        count: of nodes.
+        banned: ids of nodes that are not used.
+    """
+    from ray.util.placement_group import placement_group
+
+    others = [{"ray.io/node-id": f"!in({','.join(banned)})"}] * count if banned else None
+    return placement_group([dict(bundle)] * count, strategy="STRICT_SPREAD", bundle_label_selector=others)
+
+
+def ids_of(group: Any) -> list[str]:
+    """Ids of the nodes that a placement group has."""
+    from ray.util.placement_group import placement_group_table
+
+    return list(placement_group_table(group)["bundles_to_node_id"].values())
+
+
+def actors_in(ray: Any, group: Any, bundle: Mapping[str, float]) -> list[Any]:
+    """An actor in each bundle of a placement group.
+
+    Args:
+        ray: the module.
+        group: that is placed.
+        bundle: what each of its nodes has for it.
+    """
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    made = ray.remote(agent_class())
+    return [
+        made.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        ).remote()
+        for index in range(len(group.bundle_specs))
+    ]
+
+
+def give_back(*groups: Any) -> None:
+    """Ends the actors of placement groups, and lets others have what they held; a head that is gone has done so."""
     from ray.util.placement_group import remove_placement_group
 
-    with suppress(Exception):
-        remove_placement_group(group)
+    for group in groups:
+        with suppress(Exception):
+            remove_placement_group(group)
 
 
 def node_name(address: str, node_id: str) -> str:
@@ -53,20 +97,20 @@ def through_actors(actors: Sequence[Any]) -> Reached:
 
 
 @contextmanager
-def reached_in_actors(placed: Callable[[], tuple[Any, Sequence[Any]]]) -> Iterator[Reached]:
+def reached_in_actors(placed: Callable[[], tuple[Sequence[Any], Sequence[Any]]]) -> Iterator[Reached]:
     """Nodes with an actor each, until this is left.
 
     Args:
-        placed: makes a placement group and an actor in each of its bundles.
+        placed: makes placement groups and an actor in each of their bundles.
 
     Raises:
         UnavailableError: when Ray does not place them.
     """
-    group, actors = placed()
+    groups, actors = placed()
     try:
         yield through_actors(actors)
     finally:
-        give_back(group)
+        give_back(*groups)
 
 
 def _line(actor: Any) -> Line:

@@ -6,7 +6,6 @@ of Ray), so that one that cannot be reached is named and keeps nobody else from 
 
 import json
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -19,14 +18,11 @@ from functools import partial
 from typing import IO, Any, Protocol
 
 from meshwright.clusters.evidence import Reach
+from meshwright.clusters.telling import telling
 
 __all__ = ["Carrier", "Line", "Reached", "Visit", "answering", "carried", "reached_by", "unique_names"]
 
 _END_S = 2.0
-_TELLING = re.compile(
-    r"^ssh: |No module named|No such file|[Nn]ot found|Host key verification failed|Permission denied"
-)
-"""What says more than the last line, which may be a carrier's own about a process that failed."""
 
 
 class Carrier(Protocol):
@@ -95,9 +91,8 @@ class Line:
         return self.complaint() or f"it ended with exit code {code}"
 
     def complaint(self) -> str:
-        """The line that tells most of what was complained of so far; empty where there is none."""
-        said = [line.strip() for line in self._complaint().splitlines() if re.search(r"\w", line)]
-        return next((line for line in said if _TELLING.search(line)), said[-1] if said else "")
+        """What tells most of what was complained of so far; empty where there is nothing."""
+        return telling(self._complaint())
 
     def close(self) -> None:
         """Tells the probe to go, with what it started."""

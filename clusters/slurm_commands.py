@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from meshwright.clusters.errors import UnavailableError
+from meshwright.clusters.telling import telling
 
 __all__ = [
     "JobNow",
@@ -82,8 +83,7 @@ def run_command(
 
 def said(done: "subprocess.CompletedProcess[str]") -> str:
     """What a command complained of, in one line."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return " / ".join(lines[-3:]) or f"{done.args[0]} ended with code {done.returncode}"
+    return telling(done.stderr) or f"{done.args[0]} ended with code {done.returncode}"
 
 
 def submitted(words: Sequence[str], script: str, env: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ from meshwright.clusters.errors import UnavailableError
 from meshwright.clusters.probe import PROBE_ARGV
 from meshwright.clusters.reaching import Reached, Visit, reached_by
 from meshwright.clusters.slurm_commands import need_command, node_names, run_command
+from meshwright.clusters.telling import telling
 
 __all__ = ["allocation_words", "reached_by_slurm", "reached_in_job", "step_words"]
 
@@ -168,8 +169,7 @@ def _granted(holder: "subprocess.Popen[bytes]", complaint: Callable[[], str], vi
             visit.tell(f"the examination waits for nodes: {why}; at most {visit.most_s:g} s, Ctrl-C ends it")
     words = holder.stdout.readline().decode().split()
     if len(words) != 2:
-        said = [line.strip() for line in complaint().splitlines() if line.strip()]
-        raise UnavailableError(f"Slurm gives no nodes for an examination: {' / '.join(said[-3:]) or 'salloc ended'}")
+        raise UnavailableError(f"Slurm gives no nodes for an examination: {telling(complaint()) or 'salloc ended'}")
     return words[0], words[1]
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -172,26 +173,48 @@ def test_ctrl_c_takes_the_pods_away(home: Path) -> None:
     assert "delete" in (home / "asked").read_text()
 
 
-def twice(number: int) -> None:
-    """Sends this process a signal, and another one while it heeds the first."""
-    assert catches(os.getpid(), number), "else it would end the tests"
-    try:
-        os.kill(os.getpid(), number)
-    finally:
-        os.kill(os.getpid(), number)
+BOTH = (signal.SIGTERM, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_takes_the_pods_away_though_a_second_comes(home: Path, number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_DFL)
-    try:
-        queue = KubernetesQueue(replace(OPTIONS, claim=None))
-        with pytest.raises(SystemExit) as raised, queue.reached(REQUEST, Visit()):
-            twice(number)
-        assert raised.value.code == 128 + number
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
+@pytest.fixture
+def unheeded() -> Iterator[None]:
+    """Signals that would end this process as it stands; whoever sends one makes sure that it is caught."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in BOTH]
+    yield
+    for number, handler in zip(BOTH, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("first", "second"), [BOTH, BOTH[::-1]])
+@pytest.mark.usefixtures("unheeded")
+def test_a_signal_takes_the_pods_away_though_another_comes_meanwhile(
+    home: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    def killed() -> None:
+        assert all(catches(os.getpid(), number) for number in BOTH), "else they would end the tests"
+        (home / "signals").write_text(str(int(second)))  # which comes while the pods go
+        os.kill(os.getpid(), first)
+
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    with pytest.raises(SystemExit) as raised, queue.reached(REQUEST, Visit()):
+        killed()
+    assert raised.value.code == 128 + first, "the second is not heeded"
+    assert [signal.getsignal(number) for number in BOTH] == [signal.SIG_DFL, signal.SIG_DFL]
+    assert not list((home / "prod/train").glob("job-*"))
+
+
+@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.usefixtures("unheeded")
+def test_a_signal_while_the_pods_go_for_another_reason_does_not_keep_them(home: Path, number: signal.Signals) -> None:
+    def fails() -> None:
+        assert catches(os.getpid(), number), "else it would end the tests"
+        (home / "signals").write_text(str(int(number)))
+        raise ValueError("a mistake")
+
+    queue = KubernetesQueue(replace(OPTIONS, claim=None))
+    with pytest.raises(SystemExit) as raised, queue.reached(REQUEST, Visit()):
+        fails()
+    assert raised.value.code == 128 + number
     assert not list((home / "prod/train").glob("job-*"))
 
 

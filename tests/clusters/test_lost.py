@@ -11,7 +11,7 @@ import pytest
 from meshwright.clusters.base import Program, StartPlan, StartRequest
 from meshwright.clusters.blame import Verdict
 from meshwright.clusters.kubernetes import KubernetesQueue
-from meshwright.clusters.lost import lost_in_mpi, lost_in_ray, pods_ended
+from meshwright.clusters.lost import lost_in_mpi, lost_in_ray, pods_ended, unheard_code
 from meshwright.clusters.mpi import MpiHandle, MpiOptions, plan_mpi
 from meshwright.clusters.ray import RayOptions, plan_ray
 from meshwright.clusters.ray_line import RayLine
@@ -48,12 +48,17 @@ HYDRA = """\
         (ORTE.replace("ORTE", "PRTE").replace("[[16919,0],3]", "[prterun-h1-34@0,1]"), "host h7 was lost"),
         (HYDRA, "a process on host h3 was killed"),
         ("ssh: connect to host h2 port 22: No route to host\n", "host h2 cannot be reached"),
-        ("something\nelse\n---\n", "names no host that it lost: else; see logs/mpiexec.log"),
+        ("Something\nElse\n---\n", "names no host that it lost: Something / Else; see logs/mpiexec.log"),
         ("", "names no host that it lost; see"),
+        (
+            "mpirun has detected an attempt to run as root.\n\nDo not.\n",
+            "mpirun of Open MPI refuses to run as root; set ",
+        ),
     ],
 )
 def test_both_mpis_name_the_host_in_their_own_words(log: str, words: str) -> None:
     assert words in lost_in_mpi(1, log)
+    assert (unheard_code(1, log) == 77) == ("as root" in log)
 
 
 def ended(plan: StartPlan, *events: dict[str, Any]) -> Outcome:

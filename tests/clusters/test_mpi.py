@@ -150,15 +150,19 @@ def test_an_mpiexec_whose_ranks_have_spoken_may_take_its_time(tmp_path: Path) ->
     handle.kill()
 
 
-@pytest.mark.parametrize(("spoken", "code"), [("", 70), ("""echo '{"event": "started"}';""", 69)])
-def test_nodes_that_lack_what_starts_ranks_are_not_lost_unless_ranks_have_spoken(
-    tmp_path: Path, spoken: str, code: int
+LACKS, ROOT = "ImportError: libmpi.so.12: no such file", "mpiexec has detected an attempt to run as root."
+
+
+@pytest.mark.parametrize(("said", "code"), [(LACKS, 70), (ROOT, 77)])
+@pytest.mark.parametrize("spoken", ["", """echo '{"event": "started"}';"""])
+def test_nodes_that_cannot_start_ranks_are_not_lost_unless_ranks_have_spoken(
+    tmp_path: Path, spoken: str, said: str, code: int
 ) -> None:
     (tmp_path / "logs").mkdir()
     plan = plan_mpi(replace(REQUEST, run_dir=tmp_path), MpiOptions("mpich"))
-    words = f"{spoken} echo 'ImportError: libmpi.so.12: no such file' >&2; exit 1"
+    words = f"{spoken} echo '{said}' >&2; exit 1"
     handle = MpiHandle(replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", words)),)), {})
     found: list[dict[str, Any]] = []
     assert eventually(lambda: told(handle, found), 60)
-    assert [each["exit_code"] for each in found if each["event"] == "gone"] == [code]
+    assert [each["exit_code"] for each in found if each["event"] == "gone"] == [69 if spoken else code]
     handle.kill()

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from meshwright.clusters import ray as module
+from meshwright.clusters import ray_nodes
 from meshwright.clusters.base import Limits, Program, StartRequest
 from meshwright.clusters.errors import FewerNodesError, UnavailableError
+from meshwright.clusters.failure import Failure
 from meshwright.clusters.ray import RayCluster, RayOptions, plan_ray
 from meshwright.clusters.ray_line import RayLine, agent_class, answered
 from meshwright.clusters.ray_nodes import through_actors
 from meshwright.clusters.reaching import Reached
+from meshwright.clusters.retry import Decision
 from tests.clusters.test_ray_fit import alive
 
 REQUEST = StartRequest("j", "r", Path("/runs/r"), Program(("x",), Path("/w")), 2, None, 16, 8)
@@ -59,10 +62,10 @@ def test_a_node_that_does_not_pass_is_given_back_and_another_placed(monkeypatch:
     cluster, calls = RayCluster(RayOptions("a:1", exclude=("10.0.0.9",))), list[Any]()
     plan = cluster.plan(REQUEST)
 
-    def placed(count: int, fewest: int | None) -> tuple[str, list[str]]:
-        assert fewest is None
+    def placed(count: int, limits: Limits) -> tuple[list[str], list[str]]:
+        assert limits.fewest_nodes is None
         calls.append(("place", count, cluster._options.exclude))
-        return f"group{len(calls)}", ["one", "two"]
+        return [f"group{len(calls)}"], ["one", "two"]
 
     def admit(reached: Reached) -> list[dict[str, Any]]:
         return [{"node": "10.0.0.2-b", "why": "disk: full", "attempt": -1}] if len(calls) == 1 else []
@@ -73,7 +76,7 @@ def test_a_node_that_does_not_pass_is_given_back_and_another_placed(monkeypatch:
     monkeypatch.setattr(module, "RayLine", lambda actor, argv: actor)
     cluster.admit = admit
     group, begun, told = cluster._begun(plan)
-    assert (group, begun) == ("group3", ["one", "two"])
+    assert (group, begun) == (["group3"], ["one", "two"])
     assert [(each["event"], each["node"], each["attempt"]) for each in told] == [("left_out", "10.0.0.2-b", -1)]
     assert calls == [
         ("place", 2, ("10.0.0.9",)),
@@ -98,7 +101,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     pretended = SimpleNamespace(nodes=lambda: nodes, available_resources=free)
     monkeypatch.setattr(module, "attached", lambda address: pretended)
     monkeypatch.setattr(module, "is_open", lambda address: False)
-    monkeypatch.setattr(module, "give_back", lambda group: None)
+    monkeypatch.setattr(module, "give_back", lambda *groups: None)
     return nodes
 
 
@@ -168,6 +171,8 @@ class Placements:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: "Callable[[int, float], bool]") -> None:
         self.asked: list[tuple[int, str, float]] = []
+        self.groups: list[Any] = []
+        self.back: list[Any] = []
 
         def group(bundles: list[Any], *, strategy: str, bundle_label_selector: Any) -> Any:
             banned = bundle_label_selector[0]["ray.io/node-id"] if bundle_label_selector else ""
@@ -176,13 +181,17 @@ class Placements:
                 self.asked.append((len(bundles), banned, timeout_seconds))
                 return answer(len(bundles), timeout_seconds)
 
-            return SimpleNamespace(wait=wait)
+            self.groups.append(SimpleNamespace(wait=wait, bundle_specs=bundles))
+            return self.groups[-1]
 
         made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=object))
         # ray.util has a function of that name
         monkeypatch.setattr(import_module("ray.util.placement_group"), "placement_group", group)
+        table = {"bundles_to_node_id": {0: "own"}}
+        monkeypatch.setattr(import_module("ray.util.placement_group"), "placement_group_table", lambda _: table)
+        monkeypatch.setattr(module, "give_back", lambda *groups: self.back.extend(groups))
         monkeypatch.setattr("ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy", lambda *_, **__: None)
-        monkeypatch.setattr(module, "agent_class", lambda: None)
+        monkeypatch.setattr(ray_nodes, "agent_class", lambda: None)
         monkeypatch.setattr(module.attached(""), "remote", lambda kind: made, raising=False)
 
 
@@ -206,6 +215,60 @@ def test_nodes_that_others_hold_are_waited_for_once_and_then_fewer_tried_down_to
     with pytest.raises(UnavailableError, match=r"3 nodes .* within 60 s; .*; wait for other jobs") as stated:
         rigid._begun(rigid.plan(replace(ELASTIC, limits=Limits())))
     assert not isinstance(stated.value, FewerNodesError)
+    del three
+
+
+def grown(before: int, *excludes: str, now: int = 3) -> Limits:
+    """Of an elastic run of which an attempt on so many nodes failed."""
+    failed = Decision(True, "exit", 1.0, 0, Failure("a"), excludes=excludes, nodes=(before, now))
+    return Limits(fewest_nodes=1, past=(failed,))
+
+
+@pytest.mark.parametrize(("ready_s", "for_more_s"), [(60.0, 10.0), (5.0, 5.0)])
+def test_a_run_asks_for_more_nodes_only_besides_those_it_had_and_not_for_long(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, ready_s: float, for_more_s: float
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    placements = Placements(monkeypatch, lambda count, seconds: count == 2)
+    cluster = RayCluster(RayOptions("a:1", ready_timeout_s=ready_s))
+    plan = cluster.plan(replace(ELASTIC, limits=grown(2)))
+    with pytest.raises(FewerNodesError, match=r"1 nodes with {.*} besides the 2 it has within") as caught:
+        cluster._placed(3, plan.limits)
+    held, more = placements.groups
+    assert (caught.value.have, placements.back) == (2, [more]), "what it had is not given back"
+    groups, actors = cluster._placed(2, replace(plan.limits, past=()))
+    assert (groups, len(actors), placements.groups) == ([held], 2, [held, more]), "nor asked for again"
+    assert placements.asked == [(2, "", ready_s), (1, "!in(own)", for_more_s)]
+    del three
+
+
+def test_a_run_that_gets_more_nodes_has_an_actor_on_each(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    placements = Placements(monkeypatch, lambda count, seconds: True)
+    cluster = RayCluster(RayOptions("a:1"))
+    groups, actors = cluster._placed(3, cluster.plan(replace(ELASTIC, limits=grown(2, "lost"))).limits)
+    assert (groups, len(actors), placements.back) == (placements.groups, 3, [])
+    assert [count for count, _, _ in placements.asked] == [1, 2], "of two nodes one was lost"
+    del three
+
+
+def test_what_a_run_had_goes_back_where_it_can_use_fewer_only_or_fails_otherwise(
+    three: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
+    placements = Placements(monkeypatch, lambda count, seconds: len(placements.groups) != 2)
+    cluster = RayCluster(RayOptions("a:1"))
+    with pytest.raises(FewerNodesError):
+        cluster._placed(3, cluster.plan(replace(ELASTIC, limits=grown(2))).limits)
+    first, more = placements.groups
+    assert cluster._placed(1, Limits(fewest_nodes=1))[0] == placements.groups[2:]
+    assert placements.back == [more, first]
+    monkeypatch.setattr(module, "actors_in", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cluster._placed(2)
+    assert placements.back[2:] == placements.groups[3:]
     del three
 
 

@@ -21,7 +21,7 @@ def _reach(code: str) -> Reach:
     ("said", "why"),
     [
         ("", "it ended with exit code 3"),
-        ("one\\n\\n  two  \\n------\\n", "two"),
+        ("one\\n\\n  two  \\n------\\n", "one / two"),
         (
             "ssh: connect to host h9 port 22: Connection refused\\nORTE was unable to start\\n",
             "ssh: connect to host h9 port 22: Connection refused",
@@ -32,7 +32,7 @@ def _reach(code: str) -> Reach:
         ),
     ],
 )
-def test_of_many_lines_the_one_that_tells_why_is_told(said: str, why: str) -> None:
+def test_of_many_lines_those_that_tell_why_are_told(said: str, why: str) -> None:
     line = carried(_reach(f"import sys; sys.stderr.write('{said}'); sys.exit(3)"))
     while line.read() is not None:
         pass

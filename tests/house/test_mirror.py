@@ -111,6 +111,7 @@ THROUGH_OTHERS = {
     "meshwright.clusters.ray_nodes": "tests/lab/test_ray.py examines nodes through it",
     "meshwright.clusters.kubectl": "tests/clusters/test_kubernetes.py: every command goes through it",
     "meshwright.launch.wishes": "tests/launch/test_doctor.py, through wishes_of",
+    "meshwright.clusters.ray_plan": "tests/clusters/test_ray.py plans by it",
     "meshwright.clusters.ray_line": "tests/lab/test_ray.py runs agents through it",
     "meshwright.clusters.bandwidth": "tests/clusters/test_examine.py times real ranks",
     "meshwright.launch.commands.doctor": "tests/launch/test_doctor.py runs the command",

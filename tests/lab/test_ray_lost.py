@@ -26,6 +26,24 @@ part.write_text(f"{os.getpid()} {host}")
 part.rename(f"up-{attempt}-{rank}")
 time.sleep(600 if attempt == "0" else 0)
 """
+FAILS_ONCE = """
+import os, pathlib, sys, time
+rank, attempt, host = (os.environ[name] for name in ("RANK", "MESHWRIGHT_ATTEMPT", "MESHWRIGHT_HOST"))
+print("attempt", attempt, "on", host, flush=True)
+pathlib.Path(f"up-{attempt}-{rank}").touch()
+while attempt == "0" and len(list(pathlib.Path(".").glob("up-0-*"))) < 2:
+    time.sleep(0.1)
+sys.exit(7 if attempt == "0" and rank == "1" else 0) if attempt == "1" or rank == "1" else time.sleep(600)
+"""
+HOLDS_ONE = """
+import pathlib, sys, time
+import ray
+from ray.util.placement_group import placement_group
+ray.init(address=sys.argv[1], log_to_driver=False)
+assert placement_group([{"CPU": 2}]).wait(60)
+pathlib.Path(sys.argv[2]).touch()
+time.sleep(600)
+"""
 LOST_S = 150  # Ray finds a node lost after some seconds, and ranks that may still be there have half a minute
 
 
@@ -130,6 +148,33 @@ def test_an_elastic_training_takes_the_nodes_there_are_and_goes_on_without_one_t
     found = losses(run_dir)
     assert [each[:2] for each in found] == [each[:2] for each in calm], "every step once"
     assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, calm, strict=True))
+
+
+def test_a_run_that_starts_again_keeps_its_nodes_while_it_asks_for_one_that_another_has(
+    tmp_path: Path, ray: Cluster
+) -> None:
+    ray.grow(3)
+    cluster = {"type": "ray", "address": ray.address, "cpus_per_node": 2, "ready_timeout": "20s"}
+    far = Launch(tmp_path / "run", {"far": cluster}, own("ray-more"))
+    job = {"name": "j", "command": [sys.executable, "-c", FAILS_ONCE], "nproc_per_node": 1, "cluster": "far"}
+    job |= {"nodes": {"min": 1, "max": 3}, "failure": {"max_restarts": 1, "backoff": {"initial": "100ms"}}}
+    (far.folder / "job.yaml").write_text(json.dumps(job))
+    other = subprocess.Popen([sys.executable, "-c", HOLDS_ONE, ray.address, str(tmp_path / "held")])
+    try:
+        assert eventually((tmp_path / "held").exists, 120)
+        launcher = far.start(far.folder / "job.yaml")
+        try:
+            output, _ = launcher.communicate(timeout=300)
+        finally:
+            finish(launcher)
+    finally:
+        other.kill()
+        other.wait()
+    assert launcher.returncode == 0, output
+    assert "Ray did not place 3 nodes with {CPU: 2} within 20 s" in output
+    assert output.count("Ray did not place 1 nodes with {CPU: 2} besides the 2 it has within 10 s") == 1, output
+    assert output.count("| attempt 1 on ") == 2
+    assert not list(carriers(far.run_id))
 
 
 def ranks(run_id: str) -> list[int]:

@@ -3,8 +3,9 @@
 Every context of the kubeconfig is a folder; `current` names the one that kubectl takes unless told otherwise. What is
 written down in `asked` are the words of every call. A file `pending` keeps pods of a Job from starting, `failed` has
 their status, `same` puts all on one node, `create-fails` is what is said once a Job was created, `keeps` lets nothing
-be deleted, `stays` is what is said where its pods are waited for, and `deaf-N` lets nobody into a pod on node N. Pods
-of a Job that nobody waited for hold their nodes for a grace; folders of namespaces have what `pretend_jobset` heeds.
+be deleted, `signals` is the number of the signal that whoever deletes something gets while it waits for that, `stays`
+is what is said where its pods are waited for, and `deaf-N` lets nobody into a pod on node N. Pods of a Job that nobody
+waited for hold their nodes for a grace; folders of namespaces have what `pretend_jobset` heeds.
 """
 
 import sys
@@ -101,6 +102,9 @@ elif words[0] == "logs":
 elif words[0] == "delete" and (home / "keeps").exists():
     sys.exit("error: the server is gone")
 elif words[0] == "delete":
+    if (home / "signals").exists():
+        os.kill(os.getppid(), int((home / "signals").read_text()))
+        time.sleep(0.5)  # until whoever does not wait for the end has killed us
     for word in words[1:]:
         kind, _, name = word.partition("/")
         path = place / f"{kind}-{name}"
