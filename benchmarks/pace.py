@@ -54,7 +54,7 @@ class Pace:
 
     def now_s(self) -> float:
         """Seconds of the fixed piece now, the mean of all processors."""
-        return fmean(self._pool.run(_piece_s, self._processors))
+        return fmean(self._pool.run(_piece_s, self._processors, (), timeout_s=60.0))
 
     def around(self, work: Callable[[], T]) -> Paced[T]:
         """Does something; the pace is that of before and after."""
