@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forke
 
 # holds a socket, handlers and threads like an agent; then ranks, which say what they see
 _AGENT = """
-import atexit, multiprocessing, os, signal, socket, sys, threading, time
+import atexit, json, multiprocessing, os, signal, socket, sys, threading, time
 from pathlib import Path
 from meshwright.clusters.carrying import make_room
 from meshwright.clusters.imports import Imports
@@ -34,7 +34,7 @@ signal.signal(signal.SIGUSR2, lambda *_: None)
 held = socket.create_server(("127.0.0.1", 0)), *socket.socketpair()
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 threads, run_dir, workdir, *command = sys.argv[1:]
-os.environ.update(OMP_NUM_THREADS=threads, MESHWRIGHT_RUN_ID=os.path.basename(run_dir), MESHWRIGHT_NODE="0")
+os.environ.update(OMP_NUM_THREADS=threads, MESHWRIGHT_NODE="0")
 os.environ["MESHWRIGHT_IMPORTS"] = "json numpy no.such.module"
 imports.await_torch()
 imports.go_on(Path(workdir))
@@ -44,13 +44,17 @@ assert imports.why_not(command, Path(workdir)) == "", imports.why_not(command, P
 sys.modules["numpy"].random.seed(5)
 os.environ["RANK"] = "1"
 context = multiprocessing.get_context("fork")
-with forks.together():
-    rank = context.Process(target=forks.begin, args=(str(os.getpid()), run_dir, workdir, *command))
-    rank.start()
-    time.sleep(0.2)
-    assert os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "it waits for the others"
-rank.join()
-print(rank.exitcode)
+def fork(run_dir, *words):
+    os.environ["MESHWRIGHT_RUN_ID"] = os.path.basename(run_dir)
+    with forks.together():
+        rank = context.Process(target=forks.begin, args=(str(os.getpid()), run_dir, workdir, *command, *words))
+        rank.start()
+        time.sleep(0.2)
+        assert os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "it waits for the others"
+    rank.join()
+    print(rank.exitcode, flush=True)
+for line in sys.stdin if command[-1] == "ranked" else [json.dumps([run_dir])]:
+    fork(*json.loads(line))
 """
 
 _EXECUTING = """
@@ -96,13 +100,19 @@ exec(sys.argv[1])
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     run_dir, workdir = tmp_path / f"run-{os.getpid()}-{time.time_ns()}", tmp_path / "work dir"
     (run_dir / "logs").mkdir(parents=True)
-    workdir.mkdir()
-    (workdir / "ranked.py").write_text(_RANK)
-    (workdir / "neighbour.py").write_text("VALUE = 7\n")
+    _write_program(workdir)
     return run_dir, workdir
 
 
-def _start(way: str, folders: tuple[Path, Path], *words: str, threads: int = 1) -> subprocess.Popen[str]:
+def _write_program(workdir: Path) -> None:
+    workdir.mkdir()
+    (workdir / "ranked.py").write_text(_RANK)
+    (workdir / "neighbour.py").write_text("VALUE = 7\n")
+
+
+def _start(
+    way: str, folders: tuple[Path, Path], *words: str, threads: int = 1, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
     run_dir, workdir = folders
     head = [_AGENT] if way == "fork" else [_EXECUTING, str(bootstrap.__file__)]
     command = [sys.executable, "-u", "-m", "ranked", *words]
@@ -111,7 +121,7 @@ def _start(way: str, folders: tuple[Path, Path], *words: str, threads: int = 1) 
     return subprocess.Popen(
         [sys.executable, "-c", *head, str(threads), str(run_dir), str(workdir), *command],
         env={**environment, "PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -123,14 +133,12 @@ def _seen(way: str, folders: tuple[Path, Path], *words: str, threads: int = 1) -
     assert agent.returncode == 0
     run_dir, workdir = folders
     seen: dict[str, Any] = json.loads((workdir / "seen.json").read_text())
+    return {**seen, "code": int(told.split()[0]), **_logged(run_dir)}
+
+
+def _logged(run_dir: Path) -> dict[str, Any]:
     log = (run_dir / "logs" / "rank-1.log").read_text()
-    return {
-        **seen,
-        "code": int(told.split()[0]),
-        "log": log.splitlines()[:1],
-        "last": log.splitlines()[-1:],
-        "lines": log.count("\n"),
-    }
+    return {"log": log.splitlines()[:1], "last": log.splitlines()[-1:], "lines": log.count("\n")}
 
 
 @pytest.mark.slow
@@ -148,33 +156,56 @@ def test_a_forked_rank_sees_what_an_executed_one_sees(folders: tuple[Path, Path]
     assert len(forked["carried"]) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("end", "code", "last"),
-    [
-        ("raise ValueError('broken')", 1, "ValueError: broken"),
-        ("sys.exit('in words')", 1, "in words"),
-        ("sys.exit(300)", 300 & 0xFF, "to the log"),
-        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM, "to the log"),
-        ("pass", 0, "to the log"),
-        ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
-        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt"),
-        ("import atexit; atexit.register(print, 'at exit')", 0, "at exit"),
-        ("import atexit; atexit.register(print, 'once'); atexit.register(print, 'first')", 0, "once"),
-        ("import atexit; atexit.register(print, 'at exit', flush=True); raise SystemExit(5)", 5, "at exit"),
-        ("import weakref; weakref.finalize(folder := type('F', (), {})(), print, 'at exit')", 0, "at exit"),
-        ("sys.exit(-1)", 255, "to the log"),
-        ("import threading; threading.Thread(target=lambda: (time.sleep(1), print('joined'))).start()", 0, "joined"),
-        ("sys.excepthook = lambda *_: print('hooked'); raise ValueError", 1, "hooked"),
-        ("sys.stdout.write('unfinished')", 0, "unfinished"),
-    ],
+_ENDS: tuple[tuple[str, int, str], ...] = (
+    ("raise ValueError('broken')", 1, "ValueError: broken"),
+    ("sys.exit('in words')", 1, "in words"),
+    ("sys.exit(300)", 300 & 0xFF, "to the log"),
+    ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM, "to the log"),
+    ("pass", 0, "to the log"),
+    ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+    ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt"),
+    ("import atexit; atexit.register(print, 'at exit')", 0, "at exit"),
+    ("import atexit; atexit.register(print, 'once'); atexit.register(print, 'first')", 0, "once"),
+    ("import atexit; atexit.register(print, 'at exit', flush=True); raise SystemExit(5)", 5, "at exit"),
+    ("import weakref; weakref.finalize(folder := type('F', (), {})(), print, 'at exit')", 0, "at exit"),
+    ("sys.exit(-1)", 255, "to the log"),
+    ("import threading; threading.Thread(target=lambda: (time.sleep(1), print('joined'))).start()", 0, "joined"),
+    ("sys.excepthook = lambda *_: print('hooked'); raise ValueError", 1, "hooked"),
+    ("sys.stdout.write('unfinished')", 0, "unfinished"),
 )
-def test_a_forked_rank_ends_like_an_executed_one(folders: tuple[Path, Path], end: str, code: int, last: str) -> None:
-    end = f"import time; {end}"
-    forked, executed = (_seen(way, folders, end) for way in ("fork", "exec"))
-    assert (forked["code"], forked["last"]) == (executed["code"], executed["last"]) == (code, [last])
+"""What a rank does, its exit code, and the last line of its log."""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[tuple[Path, Path], dict[str, Any]]]:
+    """How each of them ended as a fork: all are of one agent, which imports torch once."""
+    folder = tmp_path_factory.mktemp("ends")
+    places: dict[str, tuple[Path, Path]] = {}
+    for number, (end, _, _) in enumerate(_ENDS):
+        places[end] = folder / f"run-{os.getpid()}-{time.time_ns()}-{number}", folder / "work dir"
+        (places[end][0] / "logs").mkdir(parents=True)
+    _write_program(folder / "work dir")
+    agent = _start("fork", next(iter(places.values())), stdin=subprocess.PIPE)
+    asked = (json.dumps([str(run_dir), f"import time; {end}"]) for end, (run_dir, _) in places.items())
+    told, _ = agent.communicate("\n".join(asked), timeout=240)
+    assert agent.returncode == 0
+    codes = told.split()[: len(places)]
+    return {
+        end: (places[end], {"code": int(code), **_logged(places[end][0])})
+        for end, code in zip(places, codes, strict=True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "code", "last"), _ENDS)
+def test_a_forked_rank_ends_like_an_executed_one(
+    forked: dict[str, tuple[tuple[Path, Path], dict[str, Any]]], end: str, code: int, last: str
+) -> None:
+    folders, found = forked[end]
+    executed = _seen("exec", folders, f"import time; {end}")
+    assert (found["code"], found["last"]) == (executed["code"], executed["last"]) == (code, [last])
     if "atexit" in end:
-        assert executed["lines"] == 2 * forked["lines"], "in one log: each is called once, none of the agent's"
+        assert executed["lines"] == 2 * found["lines"], "in one log: each is called once, none of the agent's"
 
 
 @pytest.mark.slow
@@ -203,7 +234,7 @@ def test_a_start_that_fails_is_told_where_people_look(folders: tuple[Path, Path]
     run_dir, workdir = folders
     (run_dir / "logs").rmdir()
     agent = subprocess.Popen(
-        [sys.executable, "-c", _AGENT, "1", str(run_dir), str(workdir), sys.executable, "-u", "-m", "ranked"],
+        [sys.executable, "-c", _AGENT, "1", str(run_dir), str(workdir), sys.executable, "-u", "-m", "ranked", "pass"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(each).absolute()) for each in sys.path if each)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -23,6 +23,7 @@ from tests.launch.pretend_slurm import write_commands
 from tests.launch.waiting import eventually, kill_all
 
 pytestmark = pytest.mark.slow
+ONE = {"nodes": 1, "nproc_per_node": 2}  # where nodes do not matter: the agent of each imports torch
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +146,8 @@ def test_a_preemption_of_which_only_the_tasks_hear_lets_ranks_save_in_its_grace(
 
 
 def test_a_requeue_without_a_grace_lets_ranks_save_while_slurm_waits_to_kill(tmp_path: Path, commands: Path) -> None:
-    launcher, run_dir, output = _warned(tmp_path, commands, "SIGUSR2", str(commands / "scontrol"), "requeue", "42")
+    words = ("SIGUSR2", str(commands / "scontrol"), "requeue", "42")
+    launcher, run_dir, output = _warned(tmp_path, commands, *words, **ONE)
     assert launcher.returncode == 0, output
     assert json.loads((run_dir / "exit-0.json").read_text())["exit_code"] == 75
     assert "Slurm ended job 42 to start it again" in output
@@ -155,7 +157,7 @@ def test_a_requeue_without_a_grace_lets_ranks_save_while_slurm_waits_to_kill(tmp
 def test_a_preemption_that_ranks_did_not_live_to_save_in_is_one_all_the_same(tmp_path: Path, commands: Path) -> None:
     (commands / "preempt").touch()
     script = "import os\nopen('rank-' + os.environ['RANK'], 'w').write(str(os.getpid()) + '\\n')\n"
-    launcher = start(tmp_path, script + SAVES.format(signal="SIGUSR1"), failure={"shutdown_grace": "1s"})
+    launcher = start(tmp_path, script + SAVES.format(signal="SIGUSR1"), failure={"shutdown_grace": "1s"}, **ONE)
     run_dir = tmp_path / "runs/j" / own(tmp_path.name)
     merged = run_dir / "merged.log"
     assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
@@ -170,7 +172,7 @@ def test_a_preemption_that_ranks_did_not_live_to_save_in_is_one_all_the_same(tmp
 
 def test_ctrl_c_cancels_the_job_and_ranks_end_with_grace(tmp_path: Path) -> None:
     launcher = start(
-        tmp_path, "import time; print('up', flush=True); time.sleep(600)", failure={"shutdown_grace": "1s"}
+        tmp_path, "import time; print('up', flush=True); time.sleep(600)", failure={"shutdown_grace": "1s"}, **ONE
     )
     merged = tmp_path / "runs/j" / own(tmp_path.name) / "merged.log"
     assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
@@ -204,7 +206,7 @@ def test_ranks_that_left_stay_away_where_that_is_asked(tmp_path: Path, commands:
         "print('up', flush=True)\n"
         "time.sleep(600)\n"
     )
-    launcher = start(tmp_path, script, failure={"shutdown_grace": "1s", "no_retry_on": ["preempt"]})
+    launcher = start(tmp_path, script, failure={"shutdown_grace": "1s", "no_retry_on": ["preempt"]}, **ONE)
     merged = tmp_path / "runs/j" / own(tmp_path.name) / "merged.log"
     assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2)
     os.kill(int((commands / "batch").read_text()), signal.SIGUSR2)
@@ -286,7 +288,7 @@ def test_a_job_that_slurm_itself_queues_again_keeps_its_secrets_until_its_end(
     tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "s3cr3t")
-    launcher, run_dir = _up_twice(tmp_path)
+    launcher, run_dir = _up_twice(tmp_path, **ONE)
     (tmp_path / "again").touch()
     subprocess.run([commands / "scontrol", "requeue", "42"], check=True)
     output = end(launcher, tmp_path)
@@ -303,7 +305,7 @@ def test_a_job_that_is_cancelled_forgets_its_secrets(
     tmp_path: Path, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "s3cr3t")
-    launcher, run_dir = _up_twice(tmp_path)
+    launcher, run_dir = _up_twice(tmp_path, **ONE)
     assert (run_dir / "private/secrets.json").exists()
     subprocess.run([commands / "scancel", "42"], check=True)
     output = end(launcher, tmp_path)

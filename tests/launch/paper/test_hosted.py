@@ -69,8 +69,11 @@ def _tensor_bytes(path: Path, kind: Path | str) -> float:
     return found.memory.tensor_bytes - found.memory.optimizer
 
 
+_WIDE = ("inputs of spans",)  # as in "shards and spans"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.wide] * (each in _WIDE)) for each in JOBS])
 def test_memory_on_paper_is_that_of_a_run_here(name: str, tmp_path: Path) -> None:
     path, job = _drawn_up(JOBS[name], tmp_path)
     entry = tmp_path / "machine.yaml"
