@@ -101,10 +101,10 @@ FAILS_ONCE = """
 import os, pathlib, signal, sys, time
 rank, attempt = os.environ["RANK"], os.environ["MESHWRIGHT_ATTEMPT"]
 print("attempt", attempt, flush=True)
-pathlib.Path(f"up-{rank}").touch()
+pathlib.Path(f"up-{attempt}-{rank}").touch()
 if attempt == "2" or (attempt == "1" and os.environ["THEN"] == "end"):
     sys.exit(0)
-while rank == "2" and len(list(pathlib.Path(".").glob("up-*"))) < 4:
+while rank == "2" and len(list(pathlib.Path(".").glob(f"up-{attempt}-*"))) < 4:
     time.sleep(0.1)
 if rank == "2" and attempt == "0":
     os.kill(os.getpid(), signal.SIGKILL)
