@@ -30,7 +30,8 @@ from meshwright.clusters.files import FileLine, StepHandle, step_folder
 from meshwright.clusters.kubernetes import plan_kubernetes
 from meshwright.clusters.kubernetes_manifest import KubernetesOptions
 from meshwright.clusters.local import Machine, plan_local
-from meshwright.clusters.mpi import MpiHandle, MpiOptions, plan_mpi
+from meshwright.clusters.mpi import MpiOptions, plan_mpi
+from meshwright.clusters.mpi_handle import MpiHandle
 from meshwright.clusters.mpi_rank import own_environment
 from meshwright.clusters.pipes import Far, PipeHandle
 from meshwright.clusters.prefork import escape

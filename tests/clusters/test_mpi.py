@@ -1,18 +1,15 @@
 """MPI: the plan, and where processes sit."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from meshwright.clusters.base import Limits, Program, StartRequest
+from meshwright.clusters.base import Program, StartRequest
 from meshwright.clusters.errors import UnavailableError
-from meshwright.clusters.mpi import MpiCluster, MpiHandle, MpiOptions, implementation_of, plan_mpi
+from meshwright.clusters.mpi import MpiCluster, MpiOptions, implementation_of, plan_mpi
 from meshwright.clusters.mpi_rank import own_environment
 from meshwright.clusters.mpi_seat import Seat, seat_of
-from tests.launch.waiting import eventually
 
 REQUEST = StartRequest(
     name="j",
@@ -104,65 +101,3 @@ def test_ranks_are_not_tied_to_mpiexec_but_keep_what_the_job_says_itself() -> No
     around = {"PATH": "/bin", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0", "OMPI_MCA_btl": "tcp"}
     found = own_environment(plan, node, secrets={"PMI_KEY": "s"}, environment=around)
     assert found == {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMI_KEY": "s"}
-
-
-def told(handle: MpiHandle, found: list[dict[str, Any]]) -> bool:
-    """Takes what an mpiexec has to say; whether that is all."""
-    found += handle.poll(0.1)
-    return handle.done
-
-
-def test_an_mpiexec_that_ends_is_told_once_and_leaves_no_descriptor(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    plan = plan_mpi(replace(REQUEST, run_dir=tmp_path), MpiOptions("mpich"))
-    plan = replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", "echo no event; exit 7")),))
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        handle = MpiHandle(plan, {})
-        handle.kill()
-        (gone,) = handle.poll(0.0)
-        assert (gone["event"], gone["code"]) == ("gone", 7)
-        assert handle.done
-        assert handle.poll(0.0) == []
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_an_mpiexec_under_which_no_rank_says_a_word_is_ended_after_the_time_to_join(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    request = replace(REQUEST, run_dir=tmp_path, limits=Limits(join_timeout_s=0.3))
-    plan = plan_mpi(request, MpiOptions("mpich"))
-    words = "echo 'ssh: connect to host b port 22: refused' >&2; exec sleep 600"
-    handle = MpiHandle(replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", words)),)), {})
-    found: list[dict[str, Any]] = []
-    assert eventually(lambda: told(handle, found), 60)
-    assert found[0]["message"] == "host b cannot be reached (mpiexec ended with code -15)"
-    handle.kill()
-
-
-def test_an_mpiexec_whose_ranks_have_spoken_may_take_its_time(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    plan = plan_mpi(replace(REQUEST, run_dir=tmp_path, limits=Limits(join_timeout_s=0.3)), MpiOptions("mpich"))
-    words = """echo '{"event": "started"}'; sleep 2; exit 7"""
-    handle = MpiHandle(replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", words)),)), {})
-    found = handle.poll(10.0)
-    assert eventually(lambda: told(handle, found), 60)
-    assert [(each["event"], each.get("code")) for each in found] == [("started", None), ("gone", 7)]
-    handle.kill()
-
-
-LACKS, ROOT = "ImportError: libmpi.so.12: no such file", "mpiexec has detected an attempt to run as root."
-
-
-@pytest.mark.parametrize(("said", "code"), [(LACKS, 70), (ROOT, 77)])
-@pytest.mark.parametrize("spoken", ["", """echo '{"event": "started"}';"""])
-def test_nodes_that_cannot_start_ranks_are_not_lost_unless_ranks_have_spoken(
-    tmp_path: Path, spoken: str, said: str, code: int
-) -> None:
-    (tmp_path / "logs").mkdir()
-    plan = plan_mpi(replace(REQUEST, run_dir=tmp_path), MpiOptions("mpich"))
-    words = f"{spoken} echo '{said}' >&2; exit 1"
-    handle = MpiHandle(replace(plan, nodes=(replace(plan.nodes[0], agent=("/bin/sh", "-c", words)),)), {})
-    found: list[dict[str, Any]] = []
-    assert eventually(lambda: told(handle, found), 60)
-    assert [each["exit_code"] for each in found if each["event"] == "gone"] == [69 if spoken else code]
-    handle.kill()
