@@ -148,7 +148,9 @@ def losses_of(path: Path) -> dict[int, float]:
 
 
 def status_of(train: Path, run_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((train / f"status-j-{run_id}").read_text())
+    """What the pretended controller says of a run; nothing before it has seen it."""
+    path = train / f"status-j-{run_id}"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
