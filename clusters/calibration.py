@@ -6,10 +6,10 @@ turns, and exchanges are timed with all of them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from meshwright.clusters import fitting
 from meshwright.clusters.hardware import Gpu
@@ -18,6 +18,7 @@ from meshwright.clusters.simulated.efficiency import Compute, Efficiency, Links,
 __all__ = ["CalibrationError", "Machine", "entry", "hardware_of", "is_calibration"]
 
 
+_Part = TypeVar("_Part", Compute, Links, Reserves, Unhidden)
 _DRAWN_BYTES = 4  # written for each
 
 
@@ -204,9 +205,19 @@ def hardware_of(path: Path, *, ranks: int = 1) -> tuple[Gpu, Efficiency]:
     known = sorted(told["by_ranks"])
     parts = told["by_ranks"][next((each for each in known if each >= ranks), known[-1])]
     try:
-        compute = Compute(**{**parts["compute"], "unhidden": Unhidden(**parts["compute"]["unhidden"])})
-        return Gpu(**told["gpu"]), Efficiency(compute, Links(**parts["links"]), Reserves(**parts["reserves"]))
+        unhidden = _whole(Unhidden, parts["compute"]["unhidden"])
+        compute = _whole(Compute, {**parts["compute"], "unhidden": unhidden})
+        reached = Efficiency(compute, _whole(Links, parts["links"]), _whole(Reserves, parts["reserves"]))
+        return Gpu(**told["gpu"]), reached
     except (KeyError, TypeError) as error:
         raise CalibrationError(
             f"{path} was written by another version of meshwright ({error}); write it again"
         ) from error
+
+
+def _whole(kind: type[_Part], told: Mapping[str, Any]) -> _Part:
+    """A part of an entry, which says everything: what a catalog leaves out costs nothing, here it was not measured."""
+    lacking = sorted({each.name for each in fields(kind)} - set(told))
+    if lacking:
+        raise KeyError(", ".join(lacking))
+    return kind(**told)

@@ -180,5 +180,10 @@ def test_what_is_no_calibration_is_refused_with_the_way_out(tmp_path: Path, path
     job.write_text(yaml.safe_dump(old))
     with pytest.raises(CalibrationError, match="another version of meshwright"):
         hardware_of(job)
+    old = yaml.safe_load(path.read_text())
+    del old["by_ranks"][1]["links"]["unit_s"]
+    job.write_text(yaml.safe_dump(old))
+    with pytest.raises(CalibrationError, match=r"another version of meshwright \('unit_s'\); write it again"):
+        hardware_of(job)
     with pytest.raises(CalibrationError, match="nothing was measured"):
         of()
