@@ -4,7 +4,8 @@ A pipeline's rank runs a model's own code between blocks that it does not hold. 
 there, and so is everything made from it; asking for a value is an error, never a wrong number.
 """
 
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Absent", "stand_in"]
+__all__ = ["Absent"]
 
 
 class Absent(Tensor):
@@ -32,14 +33,20 @@ class Absent(Tensor):
     @classmethod
     def of(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Absent":
         """One of this shape."""
-        return cls.like(stand_in(shape, dtype, device), shape, dtype=dtype, device=device)
+        return cls.making(shape, dtype, device)()
 
     @classmethod
-    def like(cls, stand_in: Tensor, shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> "Absent":
-        """One that goes through operations as `stand_in` does, which `stand_in()` gave for the same."""
-        absent: Absent = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        absent.stand_in = stand_in
-        return absent
+    def making(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Callable[[], "Absent"]:
+        """What makes many of this shape."""
+        shared = _stand_in(shape, dtype, device)  # that it goes through operations as
+        made = partial(Tensor._make_wrapper_subclass, cls, shape, dtype=dtype, device=device)
+
+        def make() -> Absent:
+            absent: Absent = made()
+            absent.stand_in = shared
+            return absent
+
+        return make
 
     @classmethod
     def _around(cls, stand_in: Tensor) -> "Absent":
@@ -121,7 +128,7 @@ def _refuse_writes(func: Any, args: Any) -> None:
             )
 
 
-def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without values, shared by all that are like it: to make one takes 0.1 ms."""
     return _made(shape, dtype, device=device, fakes=_fakes())
 

@@ -240,13 +240,14 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     try:
         Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
         for name, block in blocks.items():
-            block.__class__ = _stopping(type(block), name)  # type: ignore[arg-type]
+            kind: Any = type(block)
+            object.__setattr__(block, "__class__", _stopping(kind, name))  # a module's own asks a lot first
         with generators_kept():
             yield
     finally:
         Tensor.register_hook = register  # type: ignore[method-assign]
         for name, block in blocks.items():
-            block.__class__ = before[name]
+            object.__setattr__(block, "__class__", before[name])
 
 
 def _note_hook(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Tensor], Tensor | None]) -> Any:
@@ -258,7 +259,7 @@ def _note_hook(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Ten
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from meshwright.parallel.errors import WrapError
 __all__ = ["Cuts", "fresh", "is_cut"]
 
 _MARK = "_meshwright_cut"
+_AS_IT_IS: Any = torch.ops.aten._unsafe_view.default
 
 
 @dataclass(eq=False)
@@ -158,7 +159,8 @@ def is_cut(leaf: Tensor) -> bool:
 
 def fresh(leaf: Tensor) -> Tensor:
     """A leaf's value as a tensor that may be changed in place; its gradient goes to the leaf."""
-    return torch.ops.aten._unsafe_view.default(leaf, leaf.shape)  # type: ignore[no-any-return]
+    made: Tensor = _AS_IT_IS(leaf, leaf.shape)
+    return made
 
 
 class _Rebased(Function):

@@ -22,7 +22,7 @@ from meshwright.parallel.connecting import connect_groups
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.mesh import DATA_AXES
-from meshwright.parallel.microbatch import call, check_constant, num_samples, split, to_device
+from meshwright.parallel.microbatch import call, check_constant, split, to_device
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.observe import both, watch_progress
@@ -251,7 +251,7 @@ class Engine:
         number = self._data_rank * self.options.num_microbatches + index
         key = (self.options.seed, "step", self.num_steps, "microbatch", number)
         moved = to_device(part, self._device)
-        run = partial(self._contract.run, lambda: call(self.data.module, moved), moved, num_samples(moved))
+        run = partial(self._contract.run, lambda: call(self.data.module, moved), moved)
         if alone:
             draw_from_key(*key)
             return run()

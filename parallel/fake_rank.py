@@ -28,7 +28,7 @@ from meshwright.parallel.ledger import Call, Ledger, LedgerSummary
 from meshwright.parallel.legal import check_on_paper
 from meshwright.parallel.mesh import Mesh
 from meshwright.parallel.meta import MetaAnswers, unnoticed, without_values
-from meshwright.parallel.microbatch import call, num_samples, split
+from meshwright.parallel.microbatch import call, split
 from meshwright.parallel.options import OptionKeywords, Options
 from meshwright.parallel.paper import PaperGroups, on_paper
 from meshwright.parallel.pipeline.paper_routes import routes_on_paper
@@ -140,7 +140,7 @@ def _engine(
     stages, contract = stages_of(mine, groups.mesh, groups.rank, options), options.contract
 
     def forward(part: Any) -> tuple[Tensor, Tensor]:
-        return contract.run(lambda: call(mine, part), part, num_samples(part))
+        return contract.run(lambda: call(mine, part), part)
 
     routes = routes_on_paper(mine, stages, split(batch, options.num_microbatches), forward=forward)
     return engine_of(mine, groups, options, plans=plans, names=names, routes=routes)

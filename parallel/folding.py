@@ -9,6 +9,7 @@ last varying fastest (Megatron's parallel folding, arXiv 2504.14960); neighbours
   edp        ranks that hold the same experts (expert data)        ep apart
 """
 
+from functools import lru_cache
 from typing import Literal, get_args
 
 from meshwright.parallel.errors import MeshError, nearest
@@ -48,6 +49,7 @@ def fold_groups(mesh: Mesh, fold: Fold) -> list[tuple[int, ...]]:
     return [tuple(span[first::stride]) for span in spans for first in range(stride)]
 
 
+@lru_cache(maxsize=64)  # asked for at every collective
 def ranks_along(mesh: Mesh, rank: int, *axes: str) -> tuple[int, ...]:
     """The ranks that share a group with `rank`, along axes of a mesh or along one fold.
 

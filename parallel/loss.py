@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from meshwright.parallel.errors import LossError, nearest
+from meshwright.parallel.microbatch import num_samples
 
 __all__ = ["LossContract", "LossItems", "LossKind", "items_of_graph", "loss_of"]
 
@@ -60,12 +61,15 @@ class LossContract:
         if self.kind not in get_args(LossKind):
             raise LossError(f"loss {self.kind!r} is not a contract; {nearest(str(self.kind), get_args(LossKind))}")
 
-    def run(self, forward: Callable[[], Any], batch: Any, num_samples: int) -> tuple[Tensor, Tensor]:
+    def run(self, forward: Callable[[], Any], batch: Any) -> tuple[Tensor, Tensor]:
         """Runs a forward pass; returns its loss (0-dim) and its number of items (0-dim, float64)."""
         if self.kind == "token_mean" and self.items is None:
             return self._run_counted(forward, batch)
         loss = self._loss(forward(), batch)
-        return loss, torch.as_tensor(self._stated_items(batch, num_samples), dtype=torch.float64).to(loss.device)
+        items = self._stated_items(batch)
+        if isinstance(items, Tensor):
+            return loss, items.to(loss.device, torch.float64)
+        return loss, torch.tensor(items, dtype=torch.float64, device=loss.device)
 
     def _run_counted(self, forward: Callable[[], Any], batch: Any) -> tuple[Tensor, Tensor]:
         """Counts the targets of the loss call.
@@ -91,7 +95,7 @@ class LossContract:
     def _loss(self, output: Any, batch: Any) -> Tensor:
         return loss_of(output) if self.of_output is None else self.of_output(output, batch)
 
-    def _stated_items(self, batch: Any, num_samples: int) -> Tensor | float:
+    def _stated_items(self, batch: Any) -> Tensor | float:
         if callable(self.items):
             return self.items(batch)
         if self.items is not None:
@@ -101,7 +105,7 @@ class LossContract:
                     f"loss_items={self.items!r} is no key of the batch; {nearest(self.items, map(str, keys))}"
                 )
             return torch.as_tensor(batch[self.items]).sum(dtype=torch.float64)
-        return 1.0 if self.kind == "sum" else float(num_samples)
+        return 1.0 if self.kind == "sum" else float(num_samples(batch))
 
 
 def loss_of(output: Any) -> Tensor:
@@ -113,13 +117,7 @@ def loss_of(output: Any) -> Tensor:
     Raises:
         LossError: when there is none, with the way out.
     """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("loss")
-    elif not isinstance(output, Tensor) and hasattr(output, "loss"):
-        found = output.loss
-    elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
+    found = output if isinstance(output, Tensor) else _part_of(output)
     if isinstance(found, Tensor) and found.numel() == 1:
         return found if found.dim() == 0 else found.reshape(())
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -127,6 +125,14 @@ def loss_of(output: Any) -> Tensor:
         f"the model returned no loss: found {shape} in {type(output).__name__}; pass the labels in the batch, "
         "or loss_fn=(output, batch) -> 0-dim tensor"
     )
+
+
+def _part_of(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if hasattr(output, "loss"):
+        return output.loss
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def items_of_graph(loss: Tensor) -> Tensor | None:

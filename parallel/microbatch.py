@@ -46,6 +46,8 @@ def split(batch: Any, parts: int) -> list[Any]:
     if isinstance(batch, list) and batch and not isinstance(batch[0], Tensor):
         if len(batch) != parts:
             raise BatchError(f"a list of {len(batch)} micro-batches was given for num_microbatches={parts}")
+        for each in batch:
+            num_samples(each)  # refuses one that has none, or whose tensors differ
         return list(batch)
     samples = num_samples(batch)
     if samples < parts:

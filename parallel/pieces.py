@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from meshwright.parallel.cuts import is_cut
 from meshwright.parallel.errors import WrapError
@@ -78,8 +78,7 @@ class Pieces:
     def give(self, value: Tensor, gradient: Tensor) -> None:
         """Adds to the gradient of one of the ends, before its piece is gone through."""
         if value.grad_fn is not None:
-            edge = get_gradient_edge(value)
-            self._keep((edge.node, edge.output_nr), gradient)
+            self._keep((value.grad_fn, value.output_nr), gradient)
 
     def backward(self, piece: int) -> None:
         """Adds the gradients of a piece to its parameters, as torch itself does; later pieces must be done.

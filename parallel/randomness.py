@@ -2,8 +2,8 @@
 
 Dropout must not depend on which rank draws it. Every micro-batch therefore draws from a generator seeded by
 (seed, step, global micro-batch number): the plain run, which walks the same micro-batches one after the other,
-draws the same masks, and so does a run that was killed and resumed. Inside a micro-batch every block draws from a
-generator of its own, so that a rank that skips a block draws what follows as the rank does that ran it.
+draws the same masks, and so does a run that was killed and resumed. Inside a micro-batch what follows a block draws
+from a seed of its own, whatever the block drew, so that a rank that skips it goes on as the rank does that ran it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +18,8 @@ from torch import nn
 __all__ = ["draw_by_block", "draw_from_key", "generators_kept", "keyed", "seed_of", "skip_block"]
 
 _MARK_BITS = 16
-_DRAWN_BITS = 64 - _MARK_BITS
-_MARKS = (1 << _MARK_BITS) - 1
-_WORD = (1 << 64) - 1
+_DRAWN_BITS = 63 - _MARK_BITS
+_MARKS, _DRAWN, _WORD = (1 << _MARK_BITS) - 1, (1 << _DRAWN_BITS) - 1, (1 << 64) - 1
 _MARKING = 0x9E3779B97F4A7C15
 _GENERATOR = torch.default_generator
 
@@ -31,8 +30,7 @@ def seed_of(*key: int | str) -> int:
     >>> seed_of(0, "step", 1) == seed_of(0, "step", 1), seed_of(0, "step", 1) == seed_of(0, "step", 2)
     (True, False)
     """
-    drawn = _digest(repr(key)) >> (_MARK_BITS + 1)
-    return drawn << _MARK_BITS | _mark(drawn)
+    return _marked(_digest(repr(key)) & _DRAWN)
 
 
 def draw_from_key(*key: int | str) -> None:
@@ -64,7 +62,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def draw_by_block(blocks: Mapping[str, nn.Module]) -> None:
-    """Makes blocks draw from generators of their own, wherever they are called inside of `keyed`.
+    """Makes what follows a block draw from a seed of its own, wherever blocks are called inside of `keyed`.
 
     That a block is inside is told by the seed that it finds, so a block that is recomputed in backward, where the
     generator's state was put back, draws what it drew before.
@@ -84,56 +82,38 @@ def draw_by_block(blocks: Mapping[str, nn.Module]) -> None:
 
 def skip_block(name: str) -> None:
     """Leaves the generator as it would be after a call of the block."""
-    seed = _seed_inside()
-    if seed is not None:
-        _draw_part(seed, _number(name, "after"))
+    _draw_behind(_GENERATOR.initial_seed(), _number(name))
 
 
 class _Drawn:
-    """A block's own forward between two draws; hooks on modules take longer than a small block."""
+    """A block's own forward, and a draw; hooks on modules take longer than a small block."""
 
     def __init__(self, name: str, forward: Callable[..., Any]) -> None:
         self.__wrapped__ = forward
-        self._inside, self._after = _number(name, "inside"), _number(name, "after")
+        self._number = _number(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        seed = _seed_inside()
-        if seed is None:
-            return self.__wrapped__(*args, **kwargs)
-        _draw_part(seed, self._inside)
+        seed = _GENERATOR.initial_seed()
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            _draw_part(seed, self._after)
+            _draw_behind(seed, self._number)
 
 
-def _seed_inside() -> int | None:
-    """The seed that the generator started from, if it is one of ours: if not, this is no place inside of `keyed`."""
-    seed: int = _GENERATOR.initial_seed()
-    drawn, mark = seed >> _MARK_BITS, seed & _MARKS
-    ours = mark == (drawn * _MARKING & _WORD) >> _DRAWN_BITS or _mark(drawn) == mark
-    return seed if ours else None
+def _draw_behind(seed: int, number: int) -> None:
+    """Draws what follows a block from its number and the seed that the generator had before it.
 
-
-def _draw_part(seed: int, number: int) -> None:
-    """Goes on from the seed of a part of what draws from `seed`.
-
-    Mixed as splitmix64 does, since a digest takes a micro-second; told from foreign seeds by a product, for the same
-    reason. Written out, since every block of every micro-batch comes by here twice.
+    A seed that is none of ours says that this is no place inside of `keyed`. Sums, since a digest takes a micro-second
+    of every block, and a block that is called twice must not come to the same seed again.
     """
-    mixed = (seed ^ number) & _WORD
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _WORD
-    drawn = (mixed ^ (mixed >> 31)) >> (_MARK_BITS + 1)
-    found = drawn << _MARK_BITS | (drawn * _MARKING & _WORD) >> _DRAWN_BITS
-    _GENERATOR.manual_seed(found)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(found)
+    drawn = seed >> _MARK_BITS
+    if seed & _MARKS == (drawn * _MARKING & _WORD) >> (64 - _MARK_BITS):
+        _draw_from(_marked(drawn + number & _DRAWN))
 
 
 @lru_cache(maxsize=1 << 16)
-def _number(name: str, where: str) -> int:
-    return _digest(repr((name, where)))
+def _number(name: str) -> int:
+    return _digest(name) & _DRAWN
 
 
 def _draw_from(seed: int) -> None:
@@ -143,8 +123,9 @@ def _draw_from(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _mark(drawn: int) -> int:
-    return _digest(f"mark {drawn}") >> _DRAWN_BITS
+def _marked(drawn: int) -> int:
+    """A seed that is told from foreign ones by its lowest bits."""
+    return drawn << _MARK_BITS | (drawn * _MARKING & _WORD) >> (64 - _MARK_BITS)
 
 
 def _digest(text: str) -> int:

@@ -12,7 +12,7 @@ from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.blockwise.same_drops import drop_as_blocks_do
 from meshwright.parallel.deferred import materialise
 from meshwright.parallel.mesh import Mesh
-from meshwright.parallel.microbatch import call, num_samples, share, split
+from meshwright.parallel.microbatch import call, share, split
 from meshwright.parallel.optimizer import BuildOptimizer
 from meshwright.parallel.options import Options
 from meshwright.parallel.parity import Outcome
@@ -93,7 +93,7 @@ def _microbatches(trial: Trial, data_rank: int) -> list[tuple[int, Any]]:
 
 def _backward(trial: Trial, model: nn.Module, part: Any, number: int) -> tuple[float, float]:
     with keyed(trial.options.seed, "step", 0, "microbatch", number):
-        loss, items = trial.options.contract.run(lambda: call(model, part), part, num_samples(part))
+        loss, items = trial.options.contract.run(lambda: call(model, part), part)
     loss.backward(gradient=items.to(loss.dtype))
     return float(loss.detach()), float(items)
 

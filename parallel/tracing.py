@@ -26,7 +26,7 @@ from meshwright.parallel.blockwise.tiling import coarser, tile_heads, tile_netwo
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.legal import check_on_paper
 from meshwright.parallel.meta import without_values
-from meshwright.parallel.microbatch import call, num_samples
+from meshwright.parallel.microbatch import call
 from meshwright.parallel.operations import Tally, tensors_of
 from meshwright.parallel.options import Options
 from meshwright.parallel.plan import deal_model, make_span_plan
@@ -126,7 +126,7 @@ def _run(tracer: "Tracer", model: nn.Module, options: Options, *, backward: bool
     contract = replace(options, loss="sum", loss_items=None).contract  # counting items would ask for values
     batch = tree_map(_faked, options.example)
     with tracer.running(model, batch, find_blocks(model, options.blocks)):
-        loss, _ = contract.run(lambda: call(model, batch), batch, num_samples(batch))
+        loss, _ = contract.run(lambda: call(model, batch), batch)
         if backward:
             tracer.goes_back()
             loss.backward()

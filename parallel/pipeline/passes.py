@@ -54,7 +54,7 @@ class Pass:
         backward: Backward = _AT_ONCE,
     ) -> None:
         self.stages = stages
-        self._mine = frozenset(stages.values() if mine is None else mine)
+        self._mine: dict[int, None] = dict.fromkeys(sorted(stages.values() if mine is None else mine))
         self.flow = Flow(run, self, backward)
         self._route = route
         self._device = device or torch.device("cpu")
@@ -67,7 +67,7 @@ class Pass:
     @property
     def first_stage(self) -> int:
         """The first of this rank's."""
-        return min(self._mine)
+        return next(iter(self._mine))
 
     @property
     def result(self) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class Pass:
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
-        last = self._route is not None and stage == max(self._mine)
+        last = self._route is not None and stage == next(reversed(self._mine))
         if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
             self.flow.resume(stage, last=last)
         if self._route is not None:
@@ -202,7 +202,7 @@ class Pass:
         Raises:
             WrapError: when one was not received.
         """
-        if self._route is None or not any(isinstance(each, Absent) for each in inputs_of(arguments)):
+        if self._route is None:
             return arguments
 
         def change(value: Any) -> Any:

@@ -90,9 +90,8 @@ class _Prober(Pass):
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
         """Notes whether anything was missing."""
-        completed = super().completed(block, arguments)
-        self.lacked = completed is not arguments
-        return completed
+        self.lacked = any(isinstance(each, Absent) for each in inputs_of(arguments))
+        return super().completed(block, arguments)
 
     def gave(self, block: str, output: Any) -> None:
         """Keeps what an own block gave."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from meshwright.parallel.absent import Absent, stand_in
+from meshwright.parallel.absent import Absent
 from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import WrapError
 
@@ -33,10 +33,11 @@ class Shape:
 
     def absent(self, device: torch.device) -> Absent:
         """A tensor like it whose values are elsewhere."""
-        known = self.__dict__.get("_stand_in")
+        known = self.__dict__.get("_absent")
         if known is None or known[0] != device:  # looked up once, since each block of another rank gives one
-            known = self.__dict__["_stand_in"] = device, stand_in(self.shape, self.dtype, device)
-        return Absent.like(known[1], self.shape, dtype=self.dtype, device=device)
+            known = self.__dict__["_absent"] = device, Absent.making(self.shape, self.dtype, device)
+        absent: Absent = known[1]()
+        return absent
 
     def empty(self, device: torch.device) -> Tensor:
         """Memory for one like it."""

@@ -76,10 +76,10 @@ def test_a_loss_whose_items_are_unknown_is_refused_with_the_way_out(function, te
 def test_items_come_from_a_batch_key_a_function_or_the_samples() -> None:
     batch = {"mask": torch.tensor([1, 0, 1])}
     loss = torch.tensor(2.0)
-    assert float(LossContract("token_mean", "mask").run(lambda: loss, batch, 3)[1]) == 2
-    assert float(LossContract("token_mean", lambda b: b["mask"].numel()).run(lambda: loss, batch, 3)[1]) == 3
-    assert float(LossContract("sample_mean").run(lambda: loss, batch, 3)[1]) == 3
-    assert float(LossContract("sum").run(lambda: loss, batch, 3)[1]) == 1
+    assert float(LossContract("token_mean", "mask").run(lambda: loss, batch)[1]) == 2
+    assert float(LossContract("token_mean", lambda b: b["mask"].numel()).run(lambda: loss, batch)[1]) == 3
+    assert float(LossContract("sample_mean").run(lambda: loss, batch)[1]) == 3
+    assert float(LossContract("sum").run(lambda: loss, batch)[1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_unknown_contracts_and_keys_name_the_nearest() -> None:
     with pytest.raises(LossError, match="did you mean 'token_mean'"):
         LossContract("token_means")  # type: ignore[arg-type]
     with pytest.raises(LossError, match="did you mean 'mask'"):
-        LossContract("token_mean", "masks").run(lambda: torch.tensor(1.0), {"mask": torch.ones(1)}, 1)
+        LossContract("token_mean", "masks").run(lambda: torch.tensor(1.0), {"mask": torch.ones(1)})
