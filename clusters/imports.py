@@ -14,7 +14,7 @@ from importlib import import_module, invalidate_caches
 from pathlib import Path
 from threading import Thread
 
-__all__ = ["IMPORTS", "Imports", "differing", "module_of", "shadowed"]
+__all__ = ["IMPORTS", "Imports", "differing", "import_all", "module_of", "shadowed"]
 
 IMPORTS = "MESHWRIGHT_IMPORTS"
 """Variable of ranks: the modules, divided by spaces."""
@@ -67,6 +67,37 @@ def shadowed(folder: Path, names: Iterable[str]) -> list[str]:
     return sorted(found & {name.partition(".")[0] for name in names})
 
 
+def import_all(modules: Iterable[str]) -> list[str]:
+    """Imports modules without Python's search for garbage, which makes a fifth of torch's import: nearly all stays.
+
+    What is there afterwards is not searched any more, so that in forks its pages stay shared.
+
+    Args:
+        modules: their names.
+
+    Returns:
+        What could not be imported, though it is there: name and why.
+
+    >>> import_all(["json", "no_such_package.inner"])
+    []
+    """
+    failed = []
+    gc.disable()
+    try:
+        for name in modules:
+            try:
+                import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                    failed.append(f"{name}: {error}")
+            except Exception as error:
+                failed.append(f"{name}: {type(error).__name__}: {error}")
+    finally:
+        gc.freeze()
+        gc.enable()
+    return failed
+
+
 class Imports:
     """Modules that are imported in a thread meanwhile: torch's agent first, then what ranks will need."""
 
@@ -106,20 +137,12 @@ class Imports:
         self._rest.start()
 
     def _import(self, modules: Sequence[str]) -> None:
-        for name in modules:
-            try:
-                import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                    self.failed.append(f"{name}: {error}")
-            except Exception as error:
-                self.failed.append(f"{name}: {type(error).__name__}: {error}")
+        self.failed += import_all(modules)
 
     def await_all(self, stopped: Callable[[], bool]) -> None:
         """Until all is there, or this node is told to stop."""
         while self._rest is not None and self._rest.is_alive() and not stopped():
             self._rest.join(_LOOK_S)
-        gc.freeze()  # pages that a collection writes to would not stay shared
 
     def why_not(self, argv: Sequence[str], workdir: Path) -> str:
         """Why ranks of a command are not to be forked, in words; empty if they can be."""

@@ -26,6 +26,7 @@ from meshwright.clusters import sweep as sweeping
 from meshwright.clusters.deaths import Death, Deaths, exit_code_of
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
+from meshwright.clusters.imports import import_all
 from meshwright.clusters.mpi_hosts import place_of
 from meshwright.clusters.mpi_seat import Seat, seat_of
 from meshwright.clusters.mpi_words import gathered, spread
@@ -120,6 +121,7 @@ class _Process:
         return address, port
 
     def _listen(self) -> tuple[str, int]:
+        import_all(["meshwright.clusters.rendezvous"])
         from meshwright.clusters.rendezvous import Place
 
         meeting, alone = self.plan["meeting"], len(self.seat.sizes) == 1

@@ -74,8 +74,11 @@ print(json.dumps([both, *(names(1, each) for each in both for _ in range(3))]))
 LIGHT = {
     **{f"RAY_health_check_{key}": value for key, value in (("initial_delay_ms", "500"), ("period_ms", "500"))},
     "RAY_prestart_worker_first_driver": "0",
+    "OMP_NUM_THREADS": "1",
 }
 """Variables of Ray's nodes: a lost one is missed within seconds, and no worker is started before it is wanted."""
+START = ("start", "--block", "--disable-usage-stats", "--include-log-monitor=false")
+"""Words of Ray's command; nobody reads what a log monitor would send."""
 
 
 def join(folders: pytest.TempPathFactory, address: str, *words: str) -> "subprocess.Popen[bytes]":
@@ -86,7 +89,7 @@ def join(folders: pytest.TempPathFactory, address: str, *words: str) -> "subproc
         address: of this machine.
         words: for `ray start`.
     """
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    ray = [str(Path(sys.executable).with_name("ray")), *START, "--num-cpus=2"]
     log, env = folders.mktemp("ray") / "log", {**os.environ, **LIGHT}
     ray.append(f"--node-ip-address={address}")
     with log.open("wb") as file:
