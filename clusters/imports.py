@@ -5,16 +5,17 @@ which the agent started and imported, but for some that are read later, and the 
 find. Whoever plans the command names them in a variable of its own; without it, every rank is executed.
 """
 
-import gc
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import import_module, invalidate_caches
+from importlib import invalidate_caches
 from pathlib import Path
 from threading import Thread
 
-__all__ = ["IMPORTS", "Imports", "differing", "import_all", "module_of", "shadowed"]
+from meshwright.parallel.importing import import_all
+
+__all__ = ["IMPORTS", "Imports", "differing", "module_of", "shadowed"]
 
 IMPORTS = "MESHWRIGHT_IMPORTS"
 """Variable of ranks: the modules, divided by spaces."""
@@ -65,37 +66,6 @@ def shadowed(folder: Path, names: Iterable[str]) -> list[str]:
     """Top-level modules that an interpreter started in a folder would find there instead of where they are."""
     found = {path.name.partition(".")[0] for path in folder.iterdir()} if folder.is_dir() else set[str]()
     return sorted(found & {name.partition(".")[0] for name in names})
-
-
-def import_all(modules: Iterable[str]) -> list[str]:
-    """Imports modules without Python's search for garbage, which makes a fifth of torch's import: nearly all stays.
-
-    What is there afterwards is not searched any more, so that in forks its pages stay shared.
-
-    Args:
-        modules: their names.
-
-    Returns:
-        What could not be imported, though it is there: name and why.
-
-    >>> import_all(["json", "no_such_package.inner"])
-    []
-    """
-    failed = []
-    gc.disable()
-    try:
-        for name in modules:
-            try:
-                import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                    failed.append(f"{name}: {error}")
-            except Exception as error:
-                failed.append(f"{name}: {type(error).__name__}: {error}")
-    finally:
-        gc.freeze()
-        gc.enable()
-    return failed
 
 
 class Imports:

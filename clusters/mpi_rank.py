@@ -26,13 +26,13 @@ from meshwright.clusters import sweep as sweeping
 from meshwright.clusters.deaths import Death, Deaths, exit_code_of
 from meshwright.clusters.environment import rank_environment
 from meshwright.clusters.errors import RendezvousError
-from meshwright.clusters.imports import import_all
 from meshwright.clusters.mpi_hosts import place_of
 from meshwright.clusters.mpi_seat import Seat, seat_of
 from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
 from meshwright.clusters.node_counters import counters_of
 from meshwright.clusters.setup import SetupError, run_setup
+from meshwright.parallel.importing import import_all
 from meshwright.parallel.keyed import BOARD_KEY, derived
 
 __all__ = ["main", "own_environment"]

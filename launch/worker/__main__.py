@@ -14,9 +14,10 @@ import time
 import traceback
 from pathlib import Path
 
-from meshwright.clusters.imports import IMPORTS, import_all
+from meshwright.clusters.imports import IMPORTS
 from meshwright.parallel.errors import MeshwrightError
 from meshwright.parallel.flight_recorder import save
+from meshwright.parallel.importing import import_all
 from meshwright.parallel.progress import HERE
 
 __all__ = ["exit_code_of", "main"]

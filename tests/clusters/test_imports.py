@@ -1,6 +1,5 @@
 """Which ranks may be forked from an agent, and what it imports for them."""
 
-import gc
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.clusters import imports as module
-from meshwright.clusters.imports import IMPORTS, Imports, differing, import_all, module_of, shadowed
+from meshwright.clusters.imports import IMPORTS, Imports, differing, module_of, shadowed
 
 NAME = st.sampled_from(["A", "HF_HOME", "LD_PRELOAD", "PYTHONPATH", "NCCL_DEBUG", "LC_ALL", "MESHWRIGHT_RUN_ID"])
 SOME = st.dictionaries(NAME, st.sampled_from(["", "1", "2"]))
@@ -103,20 +102,6 @@ def test_an_import_that_breaks_off_is_remembered_and_one_of_nothing_is_not(
     begun.go_on(tmp_path)
     begun.await_all(lambda: False)
     assert begun.failed == [f"{name}: No module named 'no_such_thing'"]
-
-
-def test_what_is_imported_is_not_searched_for_garbage_then_nor_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, bad = (f"module_{time.time_ns()}_{which}" for which in ("good", "bad"))
-    (tmp_path / f"{good}.py").write_text("import gc\nSEARCHED = gc.isenabled()\nKEPT = [[]]\n")
-    (tmp_path / f"{bad}.py").write_text("raise ValueError('late')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert import_all([bad, good]) == [f"{bad}: ValueError: late"]
-    found = sys.modules[good]
-    assert not found.SEARCHED
-    assert not any(each is found.KEPT for each in gc.get_objects())
-    assert gc.isenabled(), "whatever follows is searched as ever"
 
 
 @linux

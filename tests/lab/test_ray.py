@@ -200,18 +200,14 @@ def test_a_node_that_is_left_out_is_not_used_though_it_is_there(tmp_path: Path, 
     assert [path.name[6:-4] for path in (far.run_dir / "logs").glob("agent-*.log")] == [both[1]], "as a run calls it"
 
 
-def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:
+def test_what_the_cluster_can_never_give_is_refused_with_the_reason_and_who_could_come_in_is_asked_of_itself(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # the launcher's variables say nothing of the cluster
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
     done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
     assert done.returncode == 69
     assert "asked for 2 nodes with {CPU: 64}; of 2 nodes 0 has that much: {CPU: 2}, {CPU: 2}" in done.stderr
-
-
-def test_who_could_come_in_is_asked_of_the_cluster_not_of_the_launchers_variables(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
-    done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
     assert "asks for no token" in done.stderr
 
 

@@ -53,7 +53,7 @@ def test_ranks_read_a_job_with_absolute_directories(tmp_path: Path) -> None:
 
 MAKES_AN_OPTIMIZER = """
 import sys
-from meshwright.clusters.imports import import_all
+from meshwright.parallel.importing import import_all
 assert import_all(sys.argv[1].split()) == []
 before = {*sys.modules}
 import torch
