@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from meshwright.parallel.importing import import_all
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.distributed_c10d import Store
@@ -34,6 +36,7 @@ def bus_bytes_per_s(num_bytes: int, seconds: float, num_ranks: int) -> float:
 
 def main(words: Sequence[str]) -> int:
     """Runs one rank."""
+    import_all(["torch.distributed"])
     import torch
     import torch.distributed as dist
 

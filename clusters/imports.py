@@ -5,14 +5,15 @@ which the agent started and imported, but for some that are read later, and the 
 find. Whoever plans the command names them in a variable of its own; without it, every rank is executed.
 """
 
-import gc
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import import_module, invalidate_caches
+from importlib import invalidate_caches
 from pathlib import Path
 from threading import Thread
+
+from meshwright.parallel.importing import import_all
 
 __all__ = ["IMPORTS", "Imports", "differing", "module_of", "shadowed"]
 
@@ -106,20 +107,12 @@ class Imports:
         self._rest.start()
 
     def _import(self, modules: Sequence[str]) -> None:
-        for name in modules:
-            try:
-                import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                    self.failed.append(f"{name}: {error}")
-            except Exception as error:
-                self.failed.append(f"{name}: {type(error).__name__}: {error}")
+        self.failed += import_all(modules)
 
     def await_all(self, stopped: Callable[[], bool]) -> None:
         """Until all is there, or this node is told to stop."""
         while self._rest is not None and self._rest.is_alive() and not stopped():
             self._rest.join(_LOOK_S)
-        gc.freeze()  # pages that a collection writes to would not stay shared
 
     def why_not(self, argv: Sequence[str], workdir: Path) -> str:
         """Why ranks of a command are not to be forked, in words; empty if they can be."""

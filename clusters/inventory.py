@@ -149,9 +149,11 @@ def read_directory(path: str, write_bytes: int = WRITE_BYTES) -> Directory:
         free_bytes = space.f_bavail * space.f_frsize
         asked = min(write_bytes, free_bytes // 2)
         with tempfile.TemporaryFile(dir=home, prefix=".meshwright-doctor-") as file:
+            chunk = memoryview(os.urandom(_CHUNK_BYTES))  # zeros would be written to some disks in no time
             start_s = time.monotonic()
-            for _ in range(asked // _CHUNK_BYTES):
-                file.write(os.urandom(_CHUNK_BYTES))  # zeros would be written to some disks in no time
+            for first in range(asked // _CHUNK_BYTES):  # from another byte each time: no block is there before
+                file.write(chunk[first:])
+                file.write(chunk[:first])
             file.write(b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -32,6 +32,7 @@ from meshwright.clusters.mpi_words import gathered, spread
 from meshwright.clusters.network import own_address
 from meshwright.clusters.node_counters import counters_of
 from meshwright.clusters.setup import SetupError, run_setup
+from meshwright.parallel.importing import import_all
 from meshwright.parallel.keyed import BOARD_KEY, derived
 
 __all__ = ["main", "own_environment"]
@@ -120,6 +121,7 @@ class _Process:
         return address, port
 
     def _listen(self) -> tuple[str, int]:
+        import_all(["meshwright.clusters.rendezvous"])
         from meshwright.clusters.rendezvous import Place
 
         meeting, alone = self.plan["meeting"], len(self.seat.sizes) == 1

@@ -63,7 +63,7 @@ def imports_of(job: Job) -> dict[str, str]:
     """The variable that names what ranks of the built-in program import, as far as it is known before."""
     if job.command is not None or job.model is None:
         return {}
-    names = ["meshwright.launch.spec.job", "meshwright.launch.worker.train"]
+    names = ["meshwright.launch.spec.job", "meshwright.launch.worker.train", "torch._dynamo"]  # of torch's optimizers
     if job.model.architecture is not None:
         module = job.model.architecture.replace("-", "_")
         names += ["transformers.models.auto", f"transformers.models.{module}.modeling_{module}"]

@@ -17,7 +17,7 @@ from typing import Any
 from meshwright.clusters.contract import DistantQueue
 from meshwright.launch.exits import Exit
 from meshwright.launch.home import user_folder
-from meshwright.launch.registry import queue_of
+from meshwright.launch.queues import queue_of
 from meshwright.launch.rundir import EXCLUDED_FILE, write_json
 from meshwright.parallel.errors import MeshwrightError, nearest
 

@@ -13,7 +13,7 @@ from meshwright.clusters.records import clean_line
 from meshwright.launch.beats import Beats
 from meshwright.launch.logs import LogTail
 from meshwright.launch.looks import Looks
-from meshwright.launch.registry import queue_of
+from meshwright.launch.queues import queue_of
 from meshwright.launch.runs import Known, Standing
 
 __all__ = ["LAST_LINE", "watch"]

@@ -255,7 +255,10 @@ def _travels_by_value(module_name: str) -> bool:
 
 def _start(stderr: Path) -> _Rank:
     here, there = socket.socketpair()
-    code = f"from meshwright.parallel.serving import serve; serve({there.fileno()}, {os.getpid()})"
+    code = (
+        "from meshwright.parallel.importing import import_all; import_all(['meshwright.parallel.serving']); "
+        f"from meshwright.parallel.serving import serve; serve({there.fileno()}, {os.getpid()})"
+    )
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
     with stderr.open("wb") as log:
         process = subprocess.Popen(

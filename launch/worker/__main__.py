@@ -14,8 +14,10 @@ import time
 import traceback
 from pathlib import Path
 
+from meshwright.clusters.imports import IMPORTS
 from meshwright.parallel.errors import MeshwrightError
 from meshwright.parallel.flight_recorder import save
+from meshwright.parallel.importing import import_all
 from meshwright.parallel.progress import HERE
 
 __all__ = ["exit_code_of", "main"]
@@ -51,6 +53,7 @@ def exit_code_of(error: BaseException) -> int:
 
 def _train(run_dir: Path) -> int:
     job = json.loads((run_dir / "job.json").read_text())
+    import_all(os.environ.get(IMPORTS, "").split())  # a fork has them
     from meshwright.launch.spec.job import Job
     from meshwright.launch.worker.leave import LEFT
     from meshwright.launch.worker.train import build_training

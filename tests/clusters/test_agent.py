@@ -20,6 +20,19 @@ from tests.clusters.test_slurm import OPTIONS, REQUEST
 WORD = st.text(st.characters(exclude_characters="\0"), max_size=40)
 
 
+def test_the_program_starts_itself_once_more_before_it_imports_what_takes_time() -> None:
+    program = (
+        "import os, runpy, sys\n"
+        "def told(*_):\n"
+        "    print(*(name for name in sys.modules if name.startswith('meshwright.clusters.')), flush=True)\n"
+        "    os._exit(0)\n"
+        "os.execve = told\n"
+        "runpy.run_module('meshwright.clusters.agent', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["meshwright.clusters.carrying"]
+
+
 @given(st.lists(WORD | st.sampled_from(["${local_rank}", "$$", "$local_rank", "a b", "'\"", "\n"]), max_size=6))
 def test_any_words_survive_the_way_to_torchs_agent(argv: list[str]) -> None:
     from torch.distributed.elastic.utils import macros

@@ -1,8 +1,13 @@
 """The program that tells what a node is and has."""
 
 import json
+import os
+import random
 import subprocess
 import sys
+import tempfile
+import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -36,6 +41,26 @@ def test_a_place_that_cannot_be_written_says_why(tmp_path: Path) -> None:
     found = read_directory(str(tmp_path / "file"))
     assert (found.free_bytes, found.write_bytes_per_s) == (None, None)
     assert found.error == f"Not a directory ({tmp_path / 'file'})"
+
+
+def test_the_bytes_that_time_a_disk_are_no_part_of_the_time_and_cannot_be_made_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(count: int) -> bytes:
+        time.sleep(1.0)
+        return random.randbytes(count)
+
+    monkeypatch.setattr(os, "urandom", slow)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (tmp_path / "kept").open("w+b"))
+    start_s = time.monotonic()
+    found = read_directory(str(tmp_path), 12 << 20)
+    assert found.write_bytes_per_s is not None
+    assert (12 << 20) / found.write_bytes_per_s < time.monotonic() - start_s - 0.9
+    written = (tmp_path / "kept").read_bytes()
+    assert len(written) == (12 << 20) + 1
+    assert len(zlib.compress(written, 1)) > 0.99 * len(written)
+    blocks = [written[first : first + 4096] for first in range(0, 12 << 20, 4096)]
+    assert len({*blocks}) == len(blocks), "a disk that keeps equal blocks once keeps all of these"
 
 
 def test_what_another_version_tells_is_refused() -> None:

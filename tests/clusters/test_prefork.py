@@ -67,7 +67,7 @@ print(subprocess.run(words, start_new_session=True).returncode)
 """
 
 _RANK = """
-import json, multiprocessing, os, signal, stat, sys
+import gc, json, multiprocessing, os, signal, stat, sys
 shown = open("/proc/self/environ").read().split("\\0")
 CARRIED = ("MESHWRIGHT_RUN_ID", "MESHWRIGHT_NODE", "RANK")
 opened = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
@@ -85,6 +85,7 @@ seen = {
     "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
     "process": (multiprocessing.current_process().name, multiprocessing.parent_process() is None),
     "method": multiprocessing.get_start_method(allow_none=True),
+    "garbage": (gc.isenabled(), gc.get_threshold()),
     "random": sys.modules["numpy"].random.rand() if "numpy" in sys.modules else 0.0,
     "threads": __import__("torch").get_num_threads() if "threads" in sys.argv else 0,
     "variables": {name: value for name, value in os.environ.items() if name not in ("LC_CTYPE", "MESHWRIGHT_IMPORTS")},

@@ -13,8 +13,8 @@ from tests.house.tree import FOLDERS, PACKAGE, ROOT, imports, modules
 MODULES = modules()
 FLOORS = {"parallel": 0, "moe": 1, "clusters": 2, "launch": 3}
 NEEDS_TORCH = (
-    "meshwright.clusters.agent",
     "meshwright.clusters.elastic",
+    "meshwright.clusters.node_run",
     "meshwright.clusters.rendezvous",
     "meshwright.launch.paper.advice",
     "meshwright.launch.paper.drawing",

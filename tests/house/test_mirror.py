@@ -128,6 +128,7 @@ THROUGH_OTHERS = {
     "meshwright.launch.commands.ps": "tests/launch/test_runs.py types the command",
     "meshwright.launch.background": "tests/launch/test_runs.py leaves a run alone",
     "meshwright.launch.series": "tests/launch/test_sweeping.py starts them, on this machine and as an array",
+    "meshwright.clusters.node_run": "tests/clusters/test_agent.py runs the program",
     "meshwright.launch.registry": "every launch goes through it",
     "meshwright.launch.spec.clusters": "tests/launch/test_load.py and test_malformed.py, through Job",
     "meshwright.launch.spec.conduct": "tests/launch/test_spec.py and test_malformed.py, through Job",

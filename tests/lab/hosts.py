@@ -190,6 +190,7 @@ class Hosts:
         settings.write_text(
             f"Port 22\nHostKey {key}\nPidFile none\nAuthorizedKeysFile {self.key}.pub\nPasswordAuthentication no\n"
             "PermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nMaxStartups 100:30:200\n"
+            "SetEnv SHLVL=1\n"  # then bash reads no .bashrc, which is that of whoever runs the lab
         )
         Path("/run/sshd").mkdir(exist_ok=True)
         host.start(["/usr/sbin/sshd", "-D", "-e", "-f", str(settings)], private=private)

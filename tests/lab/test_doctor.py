@@ -18,7 +18,7 @@ from meshwright.clusters.sweep import carriers
 from tests.lab.hosts import Hosts
 from tests.lab.launches import ROOT, Launch, finish, write_job
 from tests.lab.slurm import Slurm
-from tests.lab.test_ray import LIGHT
+from tests.lab.test_ray import LIGHT, START
 from tests.launch.waiting import eventually
 
 QUICK = ("--check", "ssh", "--check", "ports", "--check", "disk")
@@ -193,7 +193,7 @@ def ray_address(hosts: Hosts) -> Iterator[str]:
     """Of a Ray cluster whose head is this machine, without CPUs, and whose nodes are the hosts."""
     pytest.importorskip("ray", reason="pip install 'meshwright[ray]'")
     folder = Path(tempfile.mkdtemp(prefix="mw-ray-"))  # Ray's sockets need a short path
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+    ray = [str(Path(sys.executable).with_name("ray")), *START]
     port = 27000 + os.getpid() % 900
     head = f"{hosts.net}.254:{port}"
     words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={folder}"]

@@ -196,19 +196,19 @@ def test_without_a_spare_host_the_run_ends_and_says_which_and_what_to_do(
     lab: Hosts, source: dict[str, str], tmp_path: Path
 ) -> None:
     keys = cluster(lab, source, lost_after=f"{LOST_AFTER_S}s")
-    keys["hosts"] = keys["hosts"][:3]
+    keys["hosts"] = keys["hosts"][:2]
     far = Launch(tmp_path, {"far": keys}, f"bare-{os.getpid()}")
-    job = write_job(far.folder, SLEEP, cluster="far", nodes=3, parallel={"dp": 3}, failure={"max_restarts": 2})
+    job = write_job(far.folder, SLEEP, cluster="far", nodes=2, failure={"max_restarts": 2})
     launcher, merged = far.start(job), far.run_dir / "merged.log"
     try:
-        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 3, 150)
-        lab.hosts[2].end()
+        assert eventually(lambda: merged.exists() and merged.read_text().count("up") == 2, 150)
+        lab.hosts[1].end()
         output, _ = launcher.communicate(timeout=240)
     finally:
         finish(launcher)
     assert launcher.returncode == 69, output
     reason = far.record()["reason"]
-    assert reason.startswith("host h3: ")
-    assert "not started again: h3 cannot be left out: the job wants 3 nodes, and 2 of the 3 hosts it names" in reason
+    assert reason.startswith("host h2: ")
+    assert "not started again: h2 cannot be left out: the job wants 2 nodes, and 1 of the 2 hosts it names" in reason
     assert "put more into cluster.hosts" in reason
     assert not list(carriers(far.run_id))

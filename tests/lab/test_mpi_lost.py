@@ -50,7 +50,7 @@ def cluster(lab: Hosts, mpiexec: str, folder: Path, hosts: tuple[str, ...]) -> d
     if "openmpi" in mpiexec:
         net = f"{lab.net}.0/24"
         extra = ["--mca", "plm_rsh_agent", str(ssh), "--mca", "oob_tcp_if_include", net]
-        extra += ["--mca", "btl_tcp_if_include", net, "-x", "PYTHONPATH"]
+        extra += ["--mca", "btl_tcp_if_include", net, "-x", "PYTHONPATH", "-x", "OMP_NUM_THREADS"]
     return {
         "type": "mpi",
         "mpiexec": mpiexec,

@@ -74,8 +74,11 @@ print(json.dumps([both, *(names(1, each) for each in both for _ in range(3))]))
 LIGHT = {
     **{f"RAY_health_check_{key}": value for key, value in (("initial_delay_ms", "500"), ("period_ms", "500"))},
     "RAY_prestart_worker_first_driver": "0",
+    "OMP_NUM_THREADS": "1",
 }
 """Variables of Ray's nodes: a lost one is missed within seconds, and no worker is started before it is wanted."""
+START = ("start", "--block", "--disable-usage-stats", "--include-log-monitor=false")
+"""Words of Ray's command; nobody reads what a log monitor would send."""
 
 
 def join(folders: pytest.TempPathFactory, address: str, *words: str) -> "subprocess.Popen[bytes]":
@@ -86,7 +89,7 @@ def join(folders: pytest.TempPathFactory, address: str, *words: str) -> "subproc
         address: of this machine.
         words: for `ray start`.
     """
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    ray = [str(Path(sys.executable).with_name("ray")), *START, "--num-cpus=2"]
     log, env = folders.mktemp("ray") / "log", {**os.environ, **LIGHT}
     ray.append(f"--node-ip-address={address}")
     with log.open("wb") as file:
@@ -197,18 +200,14 @@ def test_a_node_that_is_left_out_is_not_used_though_it_is_there(tmp_path: Path, 
     assert [path.name[6:-4] for path in (far.run_dir / "logs").glob("agent-*.log")] == [both[1]], "as a run calls it"
 
 
-def test_what_the_cluster_can_never_give_is_refused_with_the_reason(tmp_path: Path, address: str) -> None:
+def test_what_the_cluster_can_never_give_is_refused_with_the_reason_and_who_could_come_in_is_asked_of_itself(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # the launcher's variables say nothing of the cluster
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
     done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
     assert done.returncode == 69
     assert "asked for 2 nodes with {CPU: 64}; of 2 nodes 0 has that much: {CPU: 2}, {CPU: 2}" in done.stderr
-
-
-def test_who_could_come_in_is_asked_of_the_cluster_not_of_the_launchers_variables(
-    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
-    done = _launch(tmp_path, address, "--set", "cluster.cpus_per_node=64")
     assert "asks for no token" in done.stderr
 
 

@@ -1,4 +1,7 @@
-"""Nodes of a real Ray cluster are lost, and a run goes on with others, or an elastic one with fewer."""
+"""Nodes of a real Ray cluster are lost, and a run goes on with others, or an elastic one with fewer.
+
+First comes the test that loses none, so that few nodes have to be started anew.
+"""
 
 import json
 import os
@@ -92,6 +95,33 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(address, processes, tmp_path_factory)
 
 
+def test_a_run_that_starts_again_keeps_its_nodes_while_it_asks_for_one_that_another_has(
+    tmp_path: Path, ray: Cluster
+) -> None:
+    ray.grow(3)
+    cluster = {"type": "ray", "address": ray.address, "cpus_per_node": 2, "ready_timeout": "20s"}
+    far = Launch(tmp_path / "run", {"far": cluster}, own("ray-more"))
+    job = {"name": "j", "command": [sys.executable, "-c", FAILS_ONCE], "nproc_per_node": 1, "cluster": "far"}
+    job |= {"nodes": {"min": 1, "max": 3}, "failure": {"max_restarts": 1, "backoff": {"initial": "100ms"}}}
+    (far.folder / "job.yaml").write_text(json.dumps(job))
+    other = subprocess.Popen([sys.executable, "-c", HOLDS_ONE, ray.address, str(tmp_path / "held")])
+    try:
+        assert eventually((tmp_path / "held").exists, 120)
+        launcher = far.start(far.folder / "job.yaml")
+        try:
+            output, _ = launcher.communicate(timeout=300)
+        finally:
+            finish(launcher)
+    finally:
+        other.kill()
+        other.wait()
+    assert launcher.returncode == 0, output
+    assert "Ray did not place 3 nodes with {CPU: 2} within 20 s" in output
+    assert output.count("Ray did not place 1 nodes with {CPU: 2} besides the 2 it has within 10 s") == 1, output
+    assert output.count("| attempt 1 on ") == 2
+    assert not list(carriers(far.run_id))
+
+
 def test_a_node_that_is_lost_is_left_out_and_the_run_goes_on_with_another(tmp_path: Path, ray: Cluster) -> None:
     ray.grow(3)
     cluster = {"type": "ray", "address": ray.address, "ready_timeout": "30s"}
@@ -148,33 +178,6 @@ def test_an_elastic_training_takes_the_nodes_there_are_and_goes_on_without_one_t
     found = losses(run_dir)
     assert [each[:2] for each in found] == [each[:2] for each in calm], "every step once"
     assert all(abs(one[2] - other[2]) < 1e-6 for one, other in zip(found, calm, strict=True))
-
-
-def test_a_run_that_starts_again_keeps_its_nodes_while_it_asks_for_one_that_another_has(
-    tmp_path: Path, ray: Cluster
-) -> None:
-    ray.grow(3)
-    cluster = {"type": "ray", "address": ray.address, "cpus_per_node": 2, "ready_timeout": "20s"}
-    far = Launch(tmp_path / "run", {"far": cluster}, own("ray-more"))
-    job = {"name": "j", "command": [sys.executable, "-c", FAILS_ONCE], "nproc_per_node": 1, "cluster": "far"}
-    job |= {"nodes": {"min": 1, "max": 3}, "failure": {"max_restarts": 1, "backoff": {"initial": "100ms"}}}
-    (far.folder / "job.yaml").write_text(json.dumps(job))
-    other = subprocess.Popen([sys.executable, "-c", HOLDS_ONE, ray.address, str(tmp_path / "held")])
-    try:
-        assert eventually((tmp_path / "held").exists, 120)
-        launcher = far.start(far.folder / "job.yaml")
-        try:
-            output, _ = launcher.communicate(timeout=300)
-        finally:
-            finish(launcher)
-    finally:
-        other.kill()
-        other.wait()
-    assert launcher.returncode == 0, output
-    assert "Ray did not place 3 nodes with {CPU: 2} within 20 s" in output
-    assert output.count("Ray did not place 1 nodes with {CPU: 2} besides the 2 it has within 10 s") == 1, output
-    assert output.count("| attempt 1 on ") == 2
-    assert not list(carriers(far.run_id))
 
 
 def ranks(run_id: str) -> list[int]:

@@ -1,5 +1,6 @@
 """Two hosts reached by ssh: the same job, the same numbers; nothing stays, whatever ends; errors name the host."""
 
+import json
 import os
 import re
 import signal
@@ -158,15 +159,6 @@ def test_a_run_over_ssh_is_left_alone_and_found_again(launch: Callable[..., Laun
     check_left_alone(far.run_dir, far.env, str(job), ranks=2)
 
 
-def test_a_failing_rank_keeps_its_code_and_host(launch: Callable[..., Launch]) -> None:
-    far = launch()
-    script = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(600)"
-    done = far.run(write_job(far.folder, script, cluster="far"))
-    assert done.returncode == 7
-    assert "rank 1 on h2 failed first" in done.stderr
-    assert far.record()["victims"][0]["host"] == "h1"
-
-
 def test_a_connection_that_is_cut_ends_the_ranks_on_both_sides(launch: Callable[..., Launch], hosts: Hosts) -> None:
     far, last = launch(), hosts.hosts[1]
     launcher = far.start(write_job(far.folder, SLEEP, cluster="far", failure={"shutdown_grace": "1s"}))
@@ -202,21 +194,26 @@ def test_a_killed_launcher_leaves_nothing_on_any_host(launch: Callable[..., Laun
         finish(launcher)
 
 
-def test_a_run_directory_that_hosts_do_not_share_is_filled_over_the_connection(
+def test_a_failing_rank_keeps_its_code_and_host_and_tells_its_cause_where_no_directory_is_shared(
     launch: Callable[..., Launch], apart: Path
 ) -> None:
     far = launch()
     script = (
-        "import json, os, sys, time\n"
-        "print('line of', os.environ['RANK'], flush=True)\n"
-        "open(f\"up-{os.environ['RANK']}\", 'w').close()\n"
-        "while os.environ['RANK'] == '0' or not os.path.exists('up-0'): time.sleep(0.1)\n"
-        "raise KeyError('the cause')\n"
+        "import os, sys, time, traceback\n"
+        "rank = os.environ['RANK']\n"
+        "print('line of', rank, flush=True)\n"
+        "open(f'up-{rank}', 'w').close()\n"
+        "while rank == '0' or not os.path.exists('up-0'): time.sleep(0.1)\n"
+        "try: raise KeyError('the cause')\n"
+        "except KeyError: traceback.print_exc()\n"
+        "sys.exit(7)\n"
     )
     job = write_job(far.folder, script, cluster="far", logs={"dir": f"{apart}/{{run_id}}"})
     done = far.run(job)
     run_dir = apart / far.run_id
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 7, done.stderr
     assert "KeyError: 'the cause'" in done.stderr
+    assert "rank 1 on h2 failed first" in done.stderr
+    assert json.loads((run_dir / "exit.json").read_text())["victims"][0]["host"] == "h1"
     assert {"h1:0 | line of 0", "h2:1 | line of 1"} <= set((run_dir / "merged.log").read_text().splitlines())
     assert "h1, h2 do not share the run directory" in done.stderr

@@ -128,6 +128,20 @@ def test_an_agent_is_kept_warm_where_the_job_will_take_it(
     assert bool(started) == kept
 
 
+def test_a_command_seldom_looks_for_garbage_and_not_at_its_end() -> None:
+    program = (
+        "import atexit, gc\n"
+        "from meshwright.launch import cli\n"
+        "def searched(): return sum(each['collections'] for each in gc.get_stats())\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > len(gc.get_objects())))\n"
+        "before = searched()\n"
+        "cli.main(['ps'])\n"
+        "print(searched() - before < 5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split()[-2:] == ["True", "True"]
+
+
 def test_a_job_that_comes_through_a_pipe_is_not_read_before_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A job becomes a request: its command, its directories, its environment, its secrets."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import pytest
 
 from meshwright.clusters.base import StartRequest
 from meshwright.clusters.environment import BASE
+from meshwright.clusters.imports import IMPORTS
 from meshwright.clusters.retry import RetryPolicy
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import load_job
-from meshwright.launch.request import WORKER_ARGV, request_of, resolved_job
+from meshwright.launch.request import WORKER_ARGV, imports_of, request_of, resolved_job
 from meshwright.launch.spec.job import Job
 
 MODEL = "model: {architecture: llama}\ndata: {files: python-stdlib}\ntrain: {steps: 1, batch_size: 1}\n"
@@ -47,6 +49,30 @@ def test_ranks_read_a_job_with_absolute_directories(tmp_path: Path) -> None:
     resolved = resolved_job(load_job(tmp_path / "job.yaml"), "r1", Path("/base"))
     job = Job.model_validate(resolved)
     assert (job.logs.dir, job.checkpoint.dir) == ("/base/runs/j/r1", "/base/runs/j/checkpoints")
+
+
+MAKES_AN_OPTIMIZER = """
+import sys
+from meshwright.parallel.importing import import_all
+assert import_all(sys.argv[1].split()) == []
+before = {*sys.modules}
+import torch
+from meshwright.launch.worker.optimizer import build_adamw
+parameter = torch.nn.Parameter(torch.ones(2))
+parameter.grad = torch.ones(2)
+build_adamw(0.1, (0.9, 0.99), 1e-8)([parameter]).step()
+print(len({*sys.modules} - before))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_makes_its_optimizer_finds_imported_what_torch_wants_for_it(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(f"name: j\n{MODEL.replace('architecture: llama', 'python: tiny:build')}")
+    names = imports_of(load_job(tmp_path / "job.yaml").job)[IMPORTS]
+    words = [sys.executable, "-c", MAKES_AN_OPTIMIZER, names]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20, "torch imports 500 with its first optimizer"
 
 
 def test_everything_is_inherited_unless_the_job_names_what_is(tmp_path: Path) -> None:
