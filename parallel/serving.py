@@ -1,13 +1,12 @@
 """The life of one process of a pool of ranks: it joins a group, calls what it is sent, and leaves the group again."""
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,7 +19,7 @@ from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["serve"]
 
-_POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int, parent: int) -> None:
@@ -31,7 +30,7 @@ def serve(descriptor: int, parent: int) -> None:
     """
     faulthandler.register(signal.SIGUSR1)
     faulthandler.enable()  # a crash of native code says where Python was
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    _die_with(parent)
     connection = Connection(descriptor)
     num_modules = 0
     with contextlib.suppress(EOFError, ConnectionError):
@@ -82,6 +81,8 @@ def _answer(work: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL_S)
-    os._exit(1)
+    """Has the kernel end this process as soon as the one that forked it has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the signal was asked for
+        os.kill(os.getpid(), signal.SIGKILL)
