@@ -29,7 +29,7 @@ class Start(NamedTuple):
     """Another rank is wanted; its process id is the answer, or why there is none.
 
     Args:
-        modules: what it will need of what the caller has imported.
+        modules: what it will need of what its caller, or ranks before it, have imported.
         path: for imports.
         variables: all of its environment.
         cores: processors that it may use.

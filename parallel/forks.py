@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 
 from meshwright.parallel.errors import RankError
 from meshwright.parallel.forking import Signal, Start
 
-__all__ = ["Fork", "Forker", "forker"]
+__all__ = ["Fork", "Forker", "forker", "learn"]
 
 _IMPORT_S = 300.0  # to import torch may take long where the disk is slow
 _END_S = 10.0
@@ -26,7 +26,7 @@ _DEFAULTS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 _LATER = ("CUDA_VISIBLE_DEVICES", "GLOO_", "MASTER_", "MESHWRIGHT_", "NCCL_", "PYTEST_CURRENT_TEST", "TORCH_NCCL_")
 """Variables that nothing reads before a rank has begun; a fork gets all, but others come too late for some."""
 _SHARED = ("meshwright", "transformers")
-"""Packages of which a rank needs much of what its caller has imported."""
+"""Packages of which a rank needs much of what its caller, or a rank before it, has imported."""
 _CODE = (
     "import signal; interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "from meshwright.parallel.forking import host; host({descriptor}, {parent}, interrupt)"
@@ -106,8 +106,7 @@ class Forker:
         Raises:
             RankError: when there is none, with why.
         """
-        modules = [name for name in list(sys.modules) if name.partition(".")[0] in _SHARED]
-        wish = Start(modules, list(sys.path), _environment(), os.sched_getaffinity(0))
+        wish = Start([*_shared(sys.modules), *_LEARNED], list(sys.path), _environment(), os.sched_getaffinity(0))
         here, there = Pipe(duplex=False)
         with self._lock, there, _opened(".") as folder:
             try:
@@ -161,6 +160,19 @@ def forker() -> Forker:
         return _CURRENT[0]
 
 
+def learn(modules: Iterable[str]) -> None:
+    """Has forks come with what ranks before them imported by themselves.
+
+    Args:
+        modules: names; only those of packages that ranks share are heeded.
+    """
+    _LEARNED.update(dict.fromkeys(_shared(modules)))
+
+
+def _shared(modules: Iterable[str]) -> list[str]:
+    return [name for name in list(modules) if name.partition(".")[0] in _SHARED]
+
+
 def _environment() -> dict[str, str]:
     """Variables of a rank that is started now."""
     return {**_DEFAULTS, **os.environ}
@@ -168,6 +180,7 @@ def _environment() -> dict[str, str]:
 
 _CHOICE = threading.Lock()
 _CURRENT: list[Forker] = []
+_LEARNED: dict[str, None] = {}
 
 
 @contextmanager

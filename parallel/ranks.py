@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import cloudpickle
 
 from meshwright.parallel.errors import MeshwrightError, RankError
-from meshwright.parallel.forks import Fork, forker
+from meshwright.parallel.forks import Fork, forker, learn
 from meshwright.parallel.mesh import Mesh
 
 __all__ = ["RankPool", "default_pool", "run_ranks"]
@@ -67,7 +67,9 @@ class _Rank:
         if self.ready:
             return
         try:
-            self.ready = self.connection.poll(_START_S) and bool(self.connection.recv_bytes())
+            self.ready = self.connection.poll(_START_S)
+            if self.ready:
+                learn(self.connection.recv())
         except (EOFError, ConnectionError) as error:
             raise RankError(f"a rank died between two calls with {self.death()}") from error
         if not self.ready:
@@ -176,6 +178,8 @@ class RankPool:
         if any(each.process.has_ended() for each in self._ranks):
             self.close()
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="meshwright-ranks-"))
+        for each in self._ranks[:num_ranks]:
+            each.get_ready()  # with what they have imported others come to be
         while len(self._ranks) < num_ranks:
             self._ranks.append(_start(self._folder / f"stderr-{self._calls}-{len(self._ranks)}"))
         for each in self._ranks[:num_ranks]:

@@ -25,23 +25,26 @@ _PR_SET_PDEATHSIG = 1
 def serve(descriptor: int, parent: int) -> None:
     """Serves calls on a socket until it closes or the parent is gone.
 
-    For each call it says that it is ready, receives its place and the group's file, says that all ranks have met,
-    receives the function, and answers: pairs of whether it went well and the result, or what went wrong.
+    For each call it says that it is ready and what it has imported since, receives its place and the group's file, says
+    that all ranks have met, receives the function, and answers: pairs of whether it went well and the result, or what
+    went wrong.
     """
     faulthandler.register(signal.SIGUSR1)
     faulthandler.enable()  # a crash of native code says where Python was
     _die_with(parent)
     connection = Connection(descriptor)
-    num_modules = 0
+    known, news = set(sys.modules), list[str]()
+    gc.freeze()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            connection.send_bytes(b"ready")
+            connection.send(news)
             _serve_one(connection)
             with contextlib.suppress(RuntimeError):
                 stop_ranks()
             gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
-            if len(sys.modules) != num_modules:
-                num_modules = len(sys.modules)
+            news = [name for name in sys.modules if name not in known]
+            if news:
+                known.update(news)
                 gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
 
 

@@ -72,6 +72,21 @@ def test_ranks_of_all_starts_are_forks_of_one_process_that_has_imported_and_noth
     assert len({each.opened[2] for each in found}) == 4
 
 
+def _import_once(name: str) -> bool:
+    """Whether a module was there already."""
+    there = name in sys.modules
+    __import__(name)
+    return there
+
+
+def test_what_one_rank_imported_comes_with_those_after_it(pool: RankPool) -> None:
+    pytest.importorskip("transformers")
+    name = "transformers.models.xlnet.configuration_xlnet"
+    assert name not in sys.modules
+    assert _call(pool, _import_once, name) == [False]
+    assert _call(pool, _import_once, name, ranks=2) == [True, True]
+
+
 def _meet(variable: str) -> tuple[int, str | None, int]:
     return os.getppid(), os.environ.get(variable), torch.get_num_threads()
 
