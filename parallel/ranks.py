@@ -1,18 +1,16 @@
 """Real ranks on this machine, kept warm between calls.
 
-A pool starts fresh interpreters (forking a process that runs torch hangs, spawning one needs a guarded main script),
-sends them functions by cloudpickle and gives each call its own gloo process group over a file. A rank that fails ends
-the call: the first failure is raised, the pool's processes are ended and started anew at the next call. Only where
-every rank gave its answer, and each failed only by a refusal of this library's or for want of its peers, they stay.
+Ranks are forked from a process that only imports (to fork one that runs torch hangs, to spawn one needs a guarded main
+script), see `forks`; a pool sends them functions by cloudpickle and gives each call its own gloo process group over a
+file. A rank that fails ends the call: the first failure is raised, the pool's processes are ended and started anew at
+the next call. Only where every rank gave its answer, and each failed only by a refusal of this library's or for want of
+its peers, they stay.
 """
 
 import atexit
 import logging
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,13 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
 import cloudpickle
 
 from meshwright.parallel.errors import MeshwrightError, RankError
+from meshwright.parallel.forks import Fork, forker, learn
 from meshwright.parallel.mesh import Mesh
 
 __all__ = ["RankPool", "default_pool", "run_ranks"]
@@ -58,7 +57,7 @@ def run_ranks(function: Callable[..., Any], mesh: Mesh, *args: Any, timeout_s: f
 
 @dataclass
 class _Rank:
-    process: subprocess.Popen[bytes]
+    process: Fork
     connection: Connection
     stderr: Path
     ready: bool = False
@@ -68,7 +67,9 @@ class _Rank:
         if self.ready:
             return
         try:
-            self.ready = self.connection.poll(_START_S) and bool(self.connection.recv_bytes())
+            self.ready = self.connection.poll(_START_S)
+            if self.ready:
+                learn(self.connection.recv())
         except (EOFError, ConnectionError) as error:
             raise RankError(f"a rank died between two calls with {self.death()}") from error
         if not self.ready:
@@ -76,7 +77,7 @@ class _Rank:
 
     def death(self) -> str:
         """How this process ended, and the end of what it wrote."""
-        return f"exit code {self.process.wait()}\n{_tail(self.stderr, lines=60)}"
+        return f"{self.process.ending()}\n{_tail(self.stderr, lines=60)}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class RankPool:
         """Ends all processes."""
         for each in self._ranks:
             each.connection.close()
-            each.process.kill()
+            each.process.send_signal(signal.SIGKILL)
         for each in self._ranks:
             each.process.wait()
         self._ranks.clear()
@@ -174,9 +175,11 @@ class RankPool:
         return ranks, store
 
     def _warm(self, num_ranks: int) -> tuple[list[_Rank], Path]:
-        if any(each.process.poll() is not None for each in self._ranks):
+        if any(each.process.has_ended() for each in self._ranks):
             self.close()
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="meshwright-ranks-"))
+        for each in self._ranks[:num_ranks]:
+            each.get_ready()  # with what they have imported others come to be
         while len(self._ranks) < num_ranks:
             self._ranks.append(_start(self._folder / f"stderr-{self._calls}-{len(self._ranks)}"))
         for each in self._ranks[:num_ranks]:
@@ -254,23 +257,10 @@ def _travels_by_value(module_name: str) -> bool:
 
 
 def _start(stderr: Path) -> _Rank:
-    here, there = socket.socketpair()
-    code = (
-        "from meshwright.parallel.importing import import_all; import_all(['meshwright.parallel.serving']); "
-        f"from meshwright.parallel.serving import serve; serve({there.fileno()}, {os.getpid()})"
-    )
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
-    with stderr.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[there.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a library prints on a rank must not mix with the caller's own output
-            stderr=log,
-            env=environment,
-        )
-    there.close()
-    return _Rank(process, Connection(here.detach()), stderr)
+    here, there = Pipe()
+    with there, stderr.open("wb") as log:
+        process = forker().start(rank=there.fileno(), log=log.fileno())
+    return _Rank(process, here, stderr)
 
 
 def _hang_text(stuck: set[int], ranks: list[_Rank], timeout_s: float) -> str:

@@ -1,13 +1,12 @@
 """The life of one process of a pool of ranks: it joins a group, calls what it is sent, and leaves the group again."""
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,29 +19,32 @@ from meshwright.parallel.errors import MeshwrightError
 
 __all__ = ["serve"]
 
-_POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 def serve(descriptor: int, parent: int) -> None:
     """Serves calls on a socket until it closes or the parent is gone.
 
-    For each call it says that it is ready, receives its place and the group's file, says that all ranks have met,
-    receives the function, and answers: pairs of whether it went well and the result, or what went wrong.
+    For each call it says that it is ready and what it has imported since, receives its place and the group's file, says
+    that all ranks have met, receives the function, and answers: pairs of whether it went well and the result, or what
+    went wrong.
     """
     faulthandler.register(signal.SIGUSR1)
     faulthandler.enable()  # a crash of native code says where Python was
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    _die_with(parent)
     connection = Connection(descriptor)
-    num_modules = 0
+    known, news = set(sys.modules), list[str]()
+    gc.freeze()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            connection.send_bytes(b"ready")
+            connection.send(news)
             _serve_one(connection)
             with contextlib.suppress(RuntimeError):
                 stop_ranks()
             gc.collect()  # models hold their groups in cycles, and a group that is held keeps its threads and sockets
-            if len(sys.modules) != num_modules:
-                num_modules = len(sys.modules)
+            news = [name for name in sys.modules if name not in known]
+            if news:
+                known.update(news)
                 gc.freeze()  # what was imported stays: to walk over all of torch each time takes longer than most calls
 
 
@@ -82,6 +84,8 @@ def _answer(work: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL_S)
-    os._exit(1)
+    """Has the kernel end this process as soon as the one that forked it has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the signal was asked for
+        os.kill(os.getpid(), signal.SIGKILL)

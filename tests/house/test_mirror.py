@@ -43,6 +43,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.tiles": "tests/moe/test_slices.py joins them, tests/parallel/test_experts.py saves them",
     "meshwright.moe.expert_pass": "tests/parallel/test_experts.py: every model on every layout is dealt by it",
     "meshwright.parallel.serving": "tests/parallel/test_ranks.py: every rank of a pool lives in it",
+    "meshwright.parallel.forking": "tests/parallel/test_forks.py: what it forks is looked at from within",
     "meshwright.parallel.bundle": "tests/parallel/test_experts.py and test_rotate.py: every layered step of shards",
     "meshwright.parallel.sharding": "tests/parallel/test_rotate.py and test_experts.py: rows over fsdp and edp",
     "meshwright.parallel.spread": "tests/parallel/test_experts.py and test_dealt.py: states of every axis",

@@ -166,6 +166,11 @@ def test_a_rank_that_dies_is_named_with_its_code() -> None:
         run_ranks(lambda: os._exit(7) if dist.get_rank() == 0 else time.sleep(0.1), Mesh(dp=2))
 
 
+def test_a_rank_that_is_killed_is_named_with_its_signal() -> None:
+    with pytest.raises(RankError, match=r"rank 1 died with signal 9 \(SIGKILL\)"):
+        run_ranks(lambda: os.kill(os.getpid(), signal.SIGKILL) if dist.get_rank() == 1 else time.sleep(60), Mesh(dp=2))
+
+
 def _sleep_on_one() -> None:
     if dist.get_rank() == 1:
         time.sleep(60)
