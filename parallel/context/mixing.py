@@ -7,9 +7,11 @@ on every rank, and what it says of each position goes on with the position.
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from meshwright.parallel.blockwise.by_position import WithoutDropout
 from meshwright.parallel.promote import Promote
@@ -20,6 +22,7 @@ __all__ = ["looks_around", "mixing_modules"]
 _TOLERANCE = 1e-10
 _MOST_POSITIONS = 1 << 14
 _MOST_PRODUCTS = 1 << 28
+_MOST_NUMBERS = 1 << 26
 
 
 def mixing_modules(plain: Plain, attends: Iterable[str]) -> dict[str, tuple[int | str, ...]]:
@@ -38,34 +41,68 @@ def mixing_modules(plain: Plain, attends: Iterable[str]) -> dict[str, tuple[int 
     return {path: keys for path, keys in found.items() if not any(other.startswith(f"{path}.") for other in found)}
 
 
-def looks_around(module: nn.Module, width: int, length: int, *, key: int | str = 0) -> bool:
+def looks_around(
+    module: nn.Module, width: int, longest: int, *, shortest: int | None = None, key: int | str = 0
+) -> bool:
     """Whether a module says different things of equal tokens, from where they stand; False where it cannot be called.
+
+    It is run on ever more tokens, until a tensor in it could have more than 2^26 numbers at the next length: a module
+    that compares all of them with all takes memory by the square.
 
     Args:
         module: of float64; a copy of it is run, without dropout.
         width: of a token.
-        length: positions, that all have one token.
+        longest: most positions, that all have one token.
+        shortest: where to begin; None for the longest at once.
         key: of its only argument.
 
-    >>> looks_around(nn.Linear(4, 2).double(), 4, 8), looks_around(nn.Conv1d(8, 8, 3, padding=1).double(), 4, 8)
+    >>> looks_around(nn.Linear(4, 2).double(), 4, 8), looks_around(nn.GRU(4, 4, batch_first=True).double(), 4, 8)
     (False, True)
     """
     generator = torch.Generator().manual_seed(5)
     token = torch.randn(1, 1, width, dtype=torch.float64, generator=generator)
-    given = token.expand(1, length, width).contiguous()
+    other = {size for each in (*module.parameters(), *module.buffers()) for size in each.shape}
+    length = min(shortest or longest, longest)
+    while True:
+        while length in other:  # a dim of that size need not be the positions'
+            length += 1
+        made, largest = _said(module, token.expand(1, length, width).contiguous(), key)
+        if any(not _constant(each.double(), length) for each in made):
+            return True
+        if not made or length >= longest or 4 * largest > _MOST_NUMBERS:
+            return False
+        length = min(2 * length, longest)
+
+
+def _said(module: nn.Module, given: Tensor, key: int | str) -> tuple[list[Tensor], int]:
+    """What a copy of a module makes of equal tokens, and the numbers of the largest tensor on the way."""
     mine = copy.deepcopy(module, {id(each): each for each in module.parameters()})
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), Promote(), WithoutDropout():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Largest() as seen, Promote(), WithoutDropout():
             made = tensors_of(mine(given) if isinstance(key, int) else mine(**{key: given}))
     except Exception:  # whatever a module raises when it is given one tensor, it is not called with one
-        return False
-    return any(not _constant(each.double(), length) for each in made)
+        return [], 0
+    return made, seen.numbers
+
+
+class _Largest(TorchFunctionMode):
+    """Notes the size of the largest tensor that is made inside."""
+
+    numbers = 0
+
+    def __torch_function__(self, func: Any, types: Any, *given: Any) -> Any:
+        args, keywords = given[0] if given else (), given[1] if len(given) > 1 and given[1] else {}
+        result = func(*args, **keywords)
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
 
 
 def _looks_around(plain: Plain, path: str, key: int | str) -> bool:
     module, (*_, full, width) = plain.unit.get_submodule(path), plain.shape
     products = width + sum(each.numel() for each in module.parameters())
-    return looks_around(module, width, max(2 * full, min(_MOST_POSITIONS, _MOST_PRODUCTS // products)), key=key)
+    longest = max(2 * full, min(_MOST_POSITIONS, _MOST_PRODUCTS // products))
+    return looks_around(module, width, longest, shortest=2 * full, key=key)
 
 
 def _constant(made: Tensor, length: int) -> bool:

@@ -1,6 +1,7 @@
 """Modules that look at other positions are found before a proof could miss them, and run on the whole sequence."""
 
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import pytest
 import torch
@@ -38,6 +39,28 @@ def test_a_limit_is_found_that_random_tokens_do_not_reach() -> None:
     assert counting.calls == 0
     assert not looks_around(nn.Sequential(nn.Linear(8, 3), nn.Dropout(0.5)).double(), 8, 100)
     assert not looks_around(nn.Bilinear(8, 8, 1).double(), 8, 100)
+
+
+class Comparing(nn.Module):
+    """Compares all tokens with all, in several heads, as attention written by hand does."""
+
+    lengths: ClassVar[list[int]] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.lengths.append(tokens.shape[1])
+        scores = torch.matmul(tokens, tokens.mT).expand(4, -1, -1).softmax(-1)
+        return scores.mean(0) @ tokens[0]
+
+
+def test_a_module_that_compares_all_tokens_is_tried_on_no_more_than_memory_is_there_for() -> None:
+    Comparing.lengths.clear()
+    assert not looks_around(Comparing(), 8, 1 << 14, shortest=32)
+    assert Comparing.lengths == [32 << number for number in range(8)]  # 4 x 4096^2 numbers are 2^26
+
+
+def test_more_and_more_tokens_are_tried_until_a_limit_is_found() -> None:
+    assert looks_around(Counting(500), 8, 1 << 14, shortest=32)
+    assert not looks_around(Counting(1 << 14), 8, 1 << 14, shortest=32)
 
 
 @pytest.mark.parametrize("capacity", [2, 64])
