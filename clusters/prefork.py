@@ -145,14 +145,14 @@ def _be_a_main_program(main: object) -> None:
     import tempfile
     from multiprocessing import context, process
 
+    from meshwright.parallel.forking import draw_anew
+
     contexts: Any = context
     processes: Any = process
     contexts._default_context._actual_context = None
     processes._parent_process, processes._current_process = None, main
     tempfile.tempdir = None
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()
+    draw_anew()
     _limit_threads()
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from meshwright.parallel.importing import import_all
 
-__all__ = ["NUM_HANDLES", "Signal", "Start", "host"]
+__all__ = ["NUM_HANDLES", "Signal", "Start", "draw_anew", "host"]
 
 _POLL_S = 0.5
 NUM_HANDLES = 5
@@ -172,12 +172,13 @@ def _settle(wish: Start, handles: Sequence[int]) -> None:
         del os.environ[name]
     os.environ.update(wish.variables)
     tempfile.tempdir = None
-    _draw_anew()
+    draw_anew()
 
 
-def _draw_anew() -> None:
-    """Random numbers of a rank's own, as at a start; Python sees to its own."""
-    torch, numpy = sys.modules["torch"], sys.modules.get("numpy")
-    torch.default_generator.seed()
+def draw_anew() -> None:
+    """Gives a fork random numbers of its own in torch and numpy, as at a start; Python sees to its own."""
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    if torch is not None:
+        torch.default_generator.seed()
     if numpy is not None:
         numpy.random.seed()

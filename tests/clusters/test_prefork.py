@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from meshwright.clusters import bootstrap
 from meshwright.clusters.sweep import carriers, sweep
@@ -42,6 +43,7 @@ forks = Forks(imports)
 forks.await_imports(lambda: False)
 assert imports.why_not(command, Path(workdir)) == "", imports.why_not(command, Path(workdir))
 sys.modules["numpy"].random.seed(5)
+sys.modules["torch"].manual_seed(5)
 os.environ["RANK"] = "1"
 context = multiprocessing.get_context("fork")
 def fork(run_dir, *words):
@@ -87,6 +89,7 @@ seen = {
     "method": multiprocessing.get_start_method(allow_none=True),
     "garbage": (gc.isenabled(), gc.get_threshold()),
     "random": sys.modules["numpy"].random.rand() if "numpy" in sys.modules else 0.0,
+    "torch random": sys.modules["torch"].rand(1).item() if "torch" in sys.modules else 0.0,
     "threads": __import__("torch").get_num_threads() if "threads" in sys.argv else 0,
     "variables": {name: value for name, value in os.environ.items() if name not in ("LC_CTYPE", "MESHWRIGHT_IMPORTS")},
     "carried": sorted({f"{name}={os.environ[name]}" for name in CARRIED} & {*shown}),
@@ -148,7 +151,8 @@ def test_a_forked_rank_sees_what_an_executed_one_sees(folders: tuple[Path, Path]
     words = ("raise SystemExit(7)", "a b", "$local_rank ${x}", "ü\n", "threads")
     forked, executed = (_seen(way, folders, *words, threads=threads) for way in ("fork", "exec"))
     assert forked.pop("random") != numpy.random.RandomState(5).rand()
-    executed.pop("random")
+    assert forked.pop("torch random") != torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
+    executed.pop("random"), executed.pop("torch random")
     assert executed.pop("lines") == 2 * forked.pop("lines"), "in one log"
     assert forked == executed
     assert forked["code"] == 7
