@@ -24,6 +24,14 @@ _WAIT_S = 120.0
 _THREADS = "import torch; print(torch.get_num_threads())"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sources_of_their_own() -> Iterator[None]:
+    """Other tests of this process keep ranks, and what these were forked from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORKS_ARE_TRIED", "1")
+        yield
+
+
 @pytest.fixture
 def pool() -> Iterator[RankPool]:
     made = RankPool()
