@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_leaves
 
 from meshwright.parallel.blockwise.calls import calling_module
 from meshwright.parallel.context.dealing import Dealing
@@ -75,7 +76,7 @@ class PlainDropout(TorchFunctionMode):
         self._length = length
         self._generator = generator
         self.shapes: list[tuple[int, ...]] = []
-        self.drawing: set[str] = set()
+        self.drawn: list[tuple[str, tuple[int, ...]]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -92,19 +93,27 @@ class PlainDropout(TorchFunctionMode):
 
     def _drawn(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """A call that may draw, from this generator."""
-        if func in _RANDOM:
-            self.drawing.add(func.__name__)
-            keywords.setdefault("generator", self._generator)
         if func in _DRAWING and not _is_plugged(func):
-            return self._seeded(lambda: func(*args, **keywords))
-        return func(*args, **keywords)
+            return self._seeded(func, lambda: func(*args, **keywords))
+        if func not in _RANDOM:
+            return func(*args, **keywords)
+        made = func(*args, **{"generator": self._generator, **keywords})
+        self._note(func, made)
+        return made
 
-    def _seeded(self, draw: Callable[[], Any]) -> Any:
+    def _seeded(self, func: Any, draw: Callable[[], Any]) -> Any:
         """Draws from torch's default generator as if it were this one: threads share the default one."""
         seed = int(torch.randint(1 << 62, (), generator=self._generator))
         with _DEFAULT_GENERATOR, torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)
-            return draw()
+            before = torch.random.get_rng_state()
+            made = draw()
+            if not torch.equal(torch.random.get_rng_state(), before):
+                self._note(func, made)
+            return made
+
+    def _note(self, func: Any, made: Any) -> None:
+        self.drawn += [(func.__name__, tuple(each.shape)) for each in tree_leaves(made) if isinstance(each, Tensor)]
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:

@@ -59,6 +59,7 @@ def prove(plain: Plain, plan: TensorPlan, attending: Attending | None = None) ->
         seen = [each.drops for each in _run(plain, _Variant(plan, attending))]
         drops = _dealt_drops(plain, seen, plan)
     ranks = _run(plain, _Variant(plan, attending, drops))
+    _check_draws(ranks, plain)
     for number, whole in enumerate(plain.outputs):
         _check_output(number, whole, ranks, plan, plain)
     for number, gradient in enumerate(plain.given):
@@ -86,6 +87,7 @@ class _Rank:
     given: list[Any]
     calls: list[tuple[str, int]]
     drops: list[tuple[int, ...]]
+    drawn: list[tuple[str, tuple[int, ...]]]
 
 
 def _run(plain: Plain, variant: _Variant) -> list[_Rank]:
@@ -130,7 +132,8 @@ def _run_rank(plain: Plain, variant: _Variant, axis: ThreadAxis) -> _Rank:
     gradients = dict(zip(parameters, found[len(inputs) :], strict=True))
     for module in mine.modules():
         module._parameters.clear()  # the hooks make cycles, which would hold them until a collector comes
-    return _Rank([each.detach() for each in outputs], gradients, found[: len(inputs)], axis.calls, dropout.shapes)
+    held = [each.detach() for each in outputs]
+    return _Rank(held, gradients, found[: len(inputs)], axis.calls, dropout.shapes, dropout.drawn)
 
 
 def _with_own(args: Any, kwargs: Any, key: int | str, own: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -160,6 +163,12 @@ def _dealt_dim(whole: tuple[int, ...], share: tuple[int, ...]) -> int:
     if len(odd) != 1:
         raise RefutedError(f"a tensor has shape {tuple(share)}, plain {tuple(whole)}")
     return odd[0]
+
+
+def _check_draws(ranks: list[_Rank], plain: Plain) -> None:
+    """Refuses other draws than the plain ones, whether what was drawn mattered in this run or not."""
+    if any(each.drawn != plain.drawn for each in ranks):
+        raise RefutedError("on a part of its tokens it draws other random numbers")
 
 
 def _check_output(number: int, whole: Tensor, ranks: list[_Rank], plan: TensorPlan, plain: Plain) -> None:

@@ -75,7 +75,7 @@ class Plain:
         keys: module of the unit -> arguments that are made from the stream and shaped like it.
         stream: the argument that is the stream, if there is one.
         drops: shapes of tensors that dropout was called on.
-        drawing: functions besides dropout that drew random numbers.
+        drawn: what else drew random numbers, in order: a function, and the shape of what it made.
         shapes: whether it was run on shapes alone, so that nothing but shapes can be compared.
     """
 
@@ -89,7 +89,7 @@ class Plain:
     stream: int | str | None = None
     shape: tuple[int, ...] = ()
     drops: list[tuple[int, ...]] = field(default_factory=list)
-    drawing: tuple[str, ...] = ()
+    drawn: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     shapes: bool = False
 
 
@@ -125,7 +125,7 @@ def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None, *, 
         stream,
         shape,
         dropout.shapes,
-        tuple(sorted(dropout.drawing)),
+        dropout.drawn,
         shapes,
     )
 

@@ -7,6 +7,8 @@ on every rank, and what it says of each position goes on with the position.
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from meshwright.parallel.blockwise.by_position import WithoutDropout
+from meshwright.parallel.dropout import PlainDropout
 from meshwright.parallel.promote import Promote
 from meshwright.parallel.unit_run import Plain, tensors_of
 
@@ -46,8 +49,9 @@ def looks_around(
 ) -> bool:
     """Whether a module says different things of equal tokens, from where they stand; False where it cannot be called.
 
-    It is run on ever more tokens, until a tensor in it could have more than 2^26 numbers at the next length: a module
-    that compares all of them with all takes memory by the square.
+    One that draws for each of them does, whether that matters for these tokens or not. A module is run on ever more of
+    them, until a tensor in it could have more than 2^26 numbers at the next length: one that compares all with all
+    takes memory by the square.
 
     Args:
         module: of float64; a copy of it is run, without dropout.
@@ -66,23 +70,34 @@ def looks_around(
     while True:
         while length in other:  # a dim of that size need not be the positions'
             length += 1
-        made, largest = _said(module, token.expand(1, length, width).contiguous(), key)
-        if any(not _constant(each.double(), length) for each in made):
+        said = _said(module, token.expand(1, length, width).contiguous(), key)
+        if said is None:
+            return False
+        if said.draws or any(not _constant(each.double(), length) for each in said.made):
             return True
-        if not made or length >= longest or 4 * largest > _MOST_NUMBERS:
+        if length >= longest or 4 * said.largest > _MOST_NUMBERS:
             return False
         length = min(2 * length, longest)
 
 
-def _said(module: nn.Module, given: Tensor, key: int | str) -> tuple[list[Tensor], int]:
-    """What a copy of a module makes of equal tokens, and the numbers of the largest tensor on the way."""
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What a module made of equal tokens, numbers of the largest tensor on the way, and whether it drew for each."""
+
+    made: list[Tensor]
+    largest: int
+    draws: bool
+
+
+def _said(module: nn.Module, given: Tensor, key: int | str) -> _Said | None:
     mine = copy.deepcopy(module, {id(each): each for each in module.parameters()})
+    drawing = PlainDropout(generator=torch.Generator().manual_seed(7))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Largest() as seen, Promote(), WithoutDropout():
+        with torch.no_grad(), drawing, _Largest() as seen, Promote(), WithoutDropout():
             made = tensors_of(mine(given) if isinstance(key, int) else mine(**{key: given}))
     except Exception:  # whatever a module raises when it is given one tensor, it is not called with one
-        return [], 0
-    return made, seen.numbers
+        return None
+    return _Said(made, seen.numbers, any(prod(shape) % given.shape[1] == 0 for _, shape in drawing.drawn))
 
 
 class _Largest(TorchFunctionMode):

@@ -186,7 +186,7 @@ def _settle(unit: nn.Module, call: UnitCall, degree: int, *, shapes: bool) -> Se
 
 
 def _of_draws(plain: Plain) -> str:
-    names = ", ".join(plain.drawing)
+    names = ", ".join(sorted({name for name, _ in plain.drawn}))
     return f"; it draws with {names}, which only a module whose one argument is the stream may" if names else ""
 
 

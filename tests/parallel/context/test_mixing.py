@@ -132,6 +132,41 @@ def test_a_block_that_draws_by_itself_is_refused_by_the_name_of_what_it_draws_wi
         plan_context(model, lambda: model(tokens), 2)
 
 
+class BreakingTies(nn.Module):
+    """Draws for every token, and looks at what it drew only where two scores are alike."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        alike = tokens[..., :1] == tokens[..., 1:2]
+        return torch.where(alike, torch.rand_like(tokens[..., :1]), tokens.mean(-1, keepdim=True))
+
+
+def test_a_module_that_draws_runs_whole_though_what_it_draws_does_not_matter_for_the_example() -> None:
+    model, tokens = model_of(BreakingTies()), torch.randn(2, 6, 4)
+    assert list(plan_context(model, lambda: model(tokens), 2).joined) == ["0.0.scale", "0.1.scale"]
+
+
+class Sometimes(nn.Module):
+    """Leaves out whole samples, as stochastic depth does."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * (torch.rand(len(tokens), 1, 1) > 0.5)
+
+
+def test_a_module_that_draws_for_samples_stays_as_it_is() -> None:
+    model, tokens = model_of(Sometimes()), torch.randn(8, 6, 4)
+    assert not plan_context(model, lambda: model(tokens), 2).joined
+
+
+def test_draws_of_a_block_itself_are_refused_though_they_do_not_matter_for_the_example() -> None:
+    class Drawn(NoisyBlock):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens + self.into(tokens) * BreakingTies.forward(self, tokens)
+
+    model, tokens = nn.Sequential(nn.Sequential(Drawn(nn.Identity()), Drawn(nn.Identity()))), torch.randn(2, 6, 4)
+    with pytest.raises(WrapError, match="draws other random numbers; it draws with rand_like, which only a module"):
+        plan_context(model, lambda: model(tokens), 2)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_routers_that_look_at_one_token_stay_as_they_are(family: str) -> None:
     model, given = build(family), words(3)
