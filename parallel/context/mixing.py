@@ -23,6 +23,7 @@ from meshwright.parallel.unit_run import Plain, tensors_of
 __all__ = ["looks_around", "mixing_modules"]
 
 _TOLERANCE = 1e-10
+_FEWEST_POSITIONS = 37  # twice that, and so on, is a size of few other things
 _MOST_POSITIONS = 1 << 14
 _MOST_PRODUCTS = 1 << 28
 _MOST_NUMBERS = 1 << 26
@@ -44,20 +45,16 @@ def mixing_modules(plain: Plain, attends: Iterable[str]) -> dict[str, tuple[int 
     return {path: keys for path, keys in found.items() if not any(other.startswith(f"{path}.") for other in found)}
 
 
-def looks_around(
-    module: nn.Module, width: int, longest: int, *, shortest: int | None = None, key: int | str = 0
-) -> bool:
+def looks_around(module: nn.Module, width: int, longest: int, *, key: int | str = 0) -> bool:
     """Whether a module says different things of equal tokens, from where they stand; False where it cannot be called.
 
     One that draws for each of them does, whether that matters for these tokens or not. A module is run on ever more of
-    them, until a tensor in it could have more than 2^26 numbers at the next length: one that compares all with all
-    takes memory by the square.
+    them; one that compares all with all, and takes memory by the square, on no more than make tensors of 2^26 numbers.
 
     Args:
         module: of float64; a copy of it is run, without dropout.
         width: of a token.
         longest: most positions, that all have one token.
-        shortest: where to begin; None for the longest at once.
         key: of its only argument.
 
     >>> looks_around(nn.Linear(4, 2).double(), 4, 8), looks_around(nn.GRU(4, 4, batch_first=True).double(), 4, 8)
@@ -66,7 +63,7 @@ def looks_around(
     generator = torch.Generator().manual_seed(5)
     token = torch.randn(1, 1, width, dtype=torch.float64, generator=generator)
     other = {size for each in (*module.parameters(), *module.buffers()) for size in each.shape}
-    length = min(shortest or longest, longest)
+    length, before = min(_FEWEST_POSITIONS, longest), 0
     while True:
         while length in other:  # a dim of that size need not be the positions'
             length += 1
@@ -75,9 +72,9 @@ def looks_around(
             return False
         if said.draws or any(not _constant(each.double(), length) for each in said.made):
             return True
-        if length >= longest or 4 * said.largest > _MOST_NUMBERS:
+        if length >= longest or (4 * said.largest > _MOST_NUMBERS and said.largest > 3 * before):
             return False
-        length = min(2 * length, longest)
+        length, before = min(2 * length, longest), said.largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +90,14 @@ def _said(module: nn.Module, given: Tensor, key: int | str) -> _Said | None:
     mine = copy.deepcopy(module, {id(each): each for each in module.parameters()})
     drawing = PlainDropout(generator=torch.Generator().manual_seed(7))
     try:
-        with torch.no_grad(), drawing, _Largest() as seen, Promote(), WithoutDropout():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            drawing,
+            _Largest() as seen,
+            Promote(),
+            WithoutDropout(),
+        ):
             made = tensors_of(mine(given) if isinstance(key, int) else mine(**{key: given}))
     except Exception:  # whatever a module raises when it is given one tensor, it is not called with one
         return None
@@ -117,7 +121,7 @@ def _looks_around(plain: Plain, path: str, key: int | str) -> bool:
     module, (*_, full, width) = plain.unit.get_submodule(path), plain.shape
     products = width + sum(each.numel() for each in module.parameters())
     longest = max(2 * full, min(_MOST_POSITIONS, _MOST_PRODUCTS // products))
-    return looks_around(module, width, longest, shortest=2 * full, key=key)
+    return looks_around(module, width, longest, key=key)
 
 
 def _constant(made: Tensor, length: int) -> bool:

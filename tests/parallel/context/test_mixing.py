@@ -54,13 +54,15 @@ class Comparing(nn.Module):
 
 def test_a_module_that_compares_all_tokens_is_tried_on_no_more_than_memory_is_there_for() -> None:
     Comparing.lengths.clear()
-    assert not looks_around(Comparing(), 8, 1 << 14, shortest=32)
-    assert Comparing.lengths == [32 << number for number in range(8)]  # 4 x 4096^2 numbers are 2^26
+    assert not looks_around(Comparing(), 8, 1 << 14)
+    assert Comparing.lengths == [37 << number for number in range(7)]
+    assert 4 * Comparing.lengths[-1] ** 2 < 1 << 26 < 4 * (2 * Comparing.lengths[-1]) ** 2
 
 
 def test_more_and_more_tokens_are_tried_until_a_limit_is_found() -> None:
-    assert looks_around(Counting(500), 8, 1 << 14, shortest=32)
-    assert not looks_around(Counting(1 << 14), 8, 1 << 14, shortest=32)
+    assert looks_around(Counting(500), 8, 1 << 14)
+    assert looks_around(Counting((1 << 14) - 1), 2100, 1 << 14), "what grows with the tokens only is tried on all"
+    assert not looks_around(Counting(1 << 14), 8, 1 << 14)
 
 
 @pytest.mark.parametrize("capacity", [2, 64])
