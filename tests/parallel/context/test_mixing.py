@@ -143,6 +143,7 @@ class BreakingTies(nn.Module):
 
 
 def test_a_module_that_draws_runs_whole_though_what_it_draws_does_not_matter_for_the_example() -> None:
+    assert looks_around(BreakingTies(), 4, 1000)
     model, tokens = model_of(BreakingTies()), torch.randn(2, 6, 4)
     assert list(plan_context(model, lambda: model(tokens), 2).joined) == ["0.0.scale", "0.1.scale"]
 
@@ -155,6 +156,7 @@ class Sometimes(nn.Module):
 
 
 def test_a_module_that_draws_for_samples_stays_as_it_is() -> None:
+    assert not looks_around(Sometimes(), 4, 1000)
     model, tokens = model_of(Sometimes()), torch.randn(8, 6, 4)
     assert not plan_context(model, lambda: model(tokens), 2).joined
 
