@@ -6,7 +6,7 @@ stage takes from earlier ones becomes new leaves. What torch keeps for the threa
 whenever it stops.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
@@ -38,7 +39,7 @@ class Backward:
         halves: whether the gradients of inputs come first and those of weights later.
     """
 
-    recomputed: Container[str] = ()
+    recomputed: Collection[str] = ()
     halves: bool = False
 
 
@@ -60,12 +61,8 @@ class Guide(Protocol):
         """Whether the call that was asked about last takes what others made."""
         ...
 
-    def passes_by(self, block: str) -> bool:
-        """Whether a call is left out, and `instead` is what it gives."""
-        ...
-
-    def instead(self, block: str) -> Any:
-        """What a call that is left out gives."""
+    def skips(self, block: str) -> Callable[[], Any] | None:
+        """What makes the output of a call that is left out; None where the block runs."""
         ...
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
@@ -89,6 +86,7 @@ class Flow:
         backward: how it will go back.
 
     Attributes:
+        backward: as it was given.
         waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
         arguments: of the call that waits.
@@ -104,7 +102,7 @@ class Flow:
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
-        self._backward = backward
+        self.backward = backward
         self._until = (-1, False)  # stage, and whether the pass ends there
         self._state: ThreadState | None = None  # of the pass, while it is stopped
         self._work = run
@@ -147,13 +145,14 @@ class Flow:
         stage = guide.stages[name]
         if stage > self._until[0]:
             self._stop(name, arguments)
-        if guide.passes_by(name):
+        instead = guide.skips(name)
+        if instead is not None:
             note_passing(block, arguments)
             skip_block(name)
-            return guide.instead(name)
+            return instead()
         if cuts.given:
             cuts.check(name)
-        remade = name in self._backward.recomputed and torch.is_grad_enabled()
+        remade = name in self.backward.recomputed and torch.is_grad_enabled()
         if remade or stage > cuts.stage or cuts.opening or guide.lacks:
             output = self._run_cut(name, partial(kind.__call__, block), arguments, remade=remade)
         else:
@@ -221,7 +220,7 @@ class Flow:
         _FLOWS[getcurrent()] = self
         try:
             self.cuts.begin(self.cuts.stage)
-            self.cuts.opening = self._backward.halves
+            self.cuts.opening = self.backward.halves
             self.result = self._work()
             self.cuts.check("the end")
         finally:
@@ -253,8 +252,8 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
 def _note_hook(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Tensor], Tensor | None]) -> Any:
     """Hooks are called wherever gradients of a node are asked for, which may be more often than the model thinks."""
     flow = _FLOWS.get(getcurrent())
-    if flow is not None and tensor.grad_fn is not None:
-        flow.cuts.hooked.add(tensor.grad_fn)
+    if flow is not None and tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+        flow.cuts.hooked.add(get_gradient_edge(tensor).node)
     return register(tensor, hook)
 
 

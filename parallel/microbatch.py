@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -55,16 +54,9 @@ def split(batch: Any, parts: int) -> list[Any]:
             f"{samples} samples cannot make {parts} micro-batches; give at least {parts} samples per rank "
             f"or set num_microbatches to at most {samples}"
         )
-    cut: dict[int, tuple[Tensor, ...]] = {}
-
-    def part(tensor: Tensor, index: int) -> Tensor:
-        if tensor.dim() == 0:
-            return tensor
-        if id(tensor) not in cut:
-            cut[id(tensor)] = tensor.tensor_split(parts)
-        return cut[id(tensor)][index]
-
-    return [_map(batch, partial(part, index=index)) for index in range(parts)]
+    tensors = {id(tensor): tensor for _, tensor in _tensors(batch, "batch")}
+    cut = {key: tensor.tensor_split(parts) if tensor.dim() else [tensor] * parts for key, tensor in tensors.items()}
+    return [_map(batch, lambda tensor, index=index: cut[id(tensor)][index]) for index in range(parts)]
 
 
 def check_constant(batch: Any) -> None:

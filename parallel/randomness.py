@@ -18,7 +18,7 @@ from torch import nn
 __all__ = ["draw_by_block", "draw_from_key", "generators_kept", "keyed", "seed_of", "skip_block"]
 
 _MARK_BITS = 16
-_DRAWN_BITS = 63 - _MARK_BITS
+_DRAWN_BITS, _MARK_SHIFT = 63 - _MARK_BITS, 64 - _MARK_BITS
 _MARKS, _DRAWN, _WORD = (1 << _MARK_BITS) - 1, (1 << _DRAWN_BITS) - 1, (1 << 64) - 1
 _MARKING = 0x9E3779B97F4A7C15
 _GENERATOR = torch.default_generator
@@ -30,7 +30,8 @@ def seed_of(*key: int | str) -> int:
     >>> seed_of(0, "step", 1) == seed_of(0, "step", 1), seed_of(0, "step", 1) == seed_of(0, "step", 2)
     (True, False)
     """
-    return _marked(_digest(repr(key)) & _DRAWN)
+    *beginning, last = key
+    return _marked(_begun(tuple(beginning)) + _number(f"last {last!r}") & _DRAWN)
 
 
 def draw_from_key(*key: int | str) -> None:
@@ -107,13 +108,20 @@ def _draw_behind(seed: int, number: int) -> None:
     of every block, and a block that is called twice must not come to the same seed again.
     """
     drawn = seed >> _MARK_BITS
-    if seed & _MARKS == (drawn * _MARKING & _WORD) >> (64 - _MARK_BITS):
-        _draw_from(_marked(drawn + number & _DRAWN))
+    if seed & _MARKS == (drawn * _MARKING & _WORD) >> _MARK_SHIFT:
+        drawn = drawn + number & _DRAWN
+        _draw_from(drawn << _MARK_BITS | (drawn * _MARKING & _WORD) >> _MARK_SHIFT)
 
 
 @lru_cache(maxsize=1 << 16)
 def _number(name: str) -> int:
     return _digest(name) & _DRAWN
+
+
+@lru_cache(maxsize=64)
+def _begun(key: tuple[int | str, ...]) -> int:
+    """Of all parts of a key but the last, which is what tells the micro-batches of a step apart."""
+    return _digest(repr(key)) & _DRAWN
 
 
 def _draw_from(seed: int) -> None:

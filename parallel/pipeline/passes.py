@@ -4,18 +4,17 @@ Every rank of a pipeline runs the model's own forward. Blocks of other ranks are
 `Absent`, except for the inputs of a rank's own blocks, which are received as leaves and whose gradients are sent back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
 from meshwright.parallel.capture import Arguments, Backward, Flow
 from meshwright.parallel.cuts import fresh
 from meshwright.parallel.errors import WrapError
-from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, replaced, shapes_in
+from meshwright.parallel.pipeline.route import Border, Route, Shape, Step, inputs_of, replaced, shapes_in
 from meshwright.parallel.pipeline.way_back import WayBack
 from meshwright.parallel.recompute import Frame
 
@@ -30,7 +29,7 @@ class Pass:
     Args:
         run: the model's forward; returns the loss (0-dim) and its number of items (0-dim).
         stages: block -> stage.
-        mine: stages of this rank; None where it has all.
+        mine: stages of this rank, ascending; None where it has all.
         route: needed where it has not.
         device: of the values.
         backward: how it will go back.
@@ -54,20 +53,20 @@ class Pass:
         backward: Backward = _AT_ONCE,
     ) -> None:
         self.stages = stages
-        self._mine: dict[int, None] = dict.fromkeys(sorted(stages.values() if mine is None else mine))
+        self._mine = sorted(set(stages.values())) if mine is None else mine
         self.flow = Flow(run, self, backward)
         self._route = route
         self._device = device or torch.device("cpu")
-        self._calls = None if route is None else iter(route.calls)
-        self._expected: Call | None = None
+        self._steps: Iterator[Step] | None = None
+        self._expected: Any = None
         self._taken: dict[int, list[Tensor]] = {}
-        self._unused: list[Tensor] = []
+        self._unused: list[tuple[Tensor, bool]] = []  # and whether the model takes it as it is
         self._sent: dict[int, list[Tensor]] = {}
 
     @property
     def first_stage(self) -> int:
         """The first of this rank's."""
-        return next(iter(self._mine))
+        return self._mine[0]
 
     @property
     def result(self) -> tuple[Tensor, Tensor]:
@@ -88,13 +87,20 @@ class Pass:
         self._taken[stage] = [
             each.requires_grad_(shape.requires_grad and grad) for each, shape in zip(values, shapes, strict=True)
         ]
-        self._unused = list(self._taken[stage])
+        as_is = border.as_is and not self.flow.backward.recomputed  # what is recomputed keeps inputs of its own
+        self._unused = [(each, as_is or not each.requires_grad) for each in self._taken[stage]]
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
-        last = self._route is not None and stage == next(reversed(self._mine))
+        if self._route is not None and self._steps is None:
+            self._steps = iter(self._route.steps(self._mine, self._device))
+        last = self._route is not None and stage == self._mine[-1]
         if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
-            self.flow.resume(stage, last=last)
+            try:
+                self.flow.resume(stage, last=last)
+            except RuntimeError as error:
+                _explain(error)
+                raise
         if self._route is not None:
             self._keep_sent(stage + 1)
             if last:
@@ -132,31 +138,23 @@ class Pass:
             return [frame for frames in self.flow.frames.values() for frame in frames]
         return self.flow.frames.get(stage, [])
 
-    def passes_by(self, block: str) -> bool:
-        """Whether another rank has the block that is called.
+    def skips(self, block: str) -> Callable[[], Any] | None:
+        """What a block of another rank gives: tensors without values.
 
         Raises:
             WrapError: when the route says that another one is called here.
         """
-        if self._calls is None:
-            return False
-        call = next(self._calls, None)
-        if call is None or call.block != block:
+        if self._steps is None:
+            return None
+        step = next(self._steps, None)
+        if step is None or step.block != block:
             raise WrapError(
-                f"block {block} is called where {call.block if call else 'the end'} was before; ranks of a pipeline "
+                f"block {block} is called where {step.block if step else 'the end'} was before; ranks of a pipeline "
                 "must call the same blocks for every micro-batch of one shape (is there layer drop?)"
             )
-        self._expected = call
-        self.lacks = call.lacks
-        return call.stage not in self._mine
-
-    def instead(self, block: str) -> Any:
-        """What a block of another rank gives: tensors without values."""
-        assert self._expected is not None, block
-        output = self._expected.output
-        if isinstance(output, Shape):
-            return output.absent(self._device)
-        return tree_map(lambda each: each.absent(self._device) if isinstance(each, Shape) else each, output)
+        self._expected = step.output
+        self.lacks = step.lacks
+        return step.instead
 
     def gave(self, block: str, output: Any) -> None:
         """Checks what an own block gave: single tensors at once, since every block comes by here.
@@ -164,9 +162,9 @@ class Pass:
         Raises:
             WrapError: when it is not what it gave before.
         """
-        if self._expected is None:
+        if self._steps is None:
             return
-        expected = self._expected.output
+        expected = self._expected
         if (
             isinstance(output, Tensor)
             and isinstance(expected, Shape)
@@ -215,8 +213,8 @@ class Pass:
                         "made and that the first block of this rank's stage does not take; move the cut, or wrap this "
                         "model without pp"
                     )
-                leaf = self._unused.pop(0)
-                value.value = fresh(leaf) if leaf.requires_grad else leaf
+                leaf, as_is = self._unused.pop(0)
+                value.value = leaf if as_is else fresh(leaf)
             return value.value
 
         return replaced(arguments, change)
@@ -229,3 +227,16 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
+
+
+def _explain(error: RuntimeError) -> None:
+    """Says what torch cannot know of a leaf that is changed in place: that a block may have received it.
+
+    Raises:
+        WrapError: for that error of torch's.
+    """
+    if "leaf Variable" in str(error):
+        raise WrapError(
+            f"{error} Perhaps it is what a block was given from another rank of the pipeline and changes, while none "
+            "did for the first micro-batch of this shape; make the change on a copy"
+        ) from error

@@ -1,6 +1,6 @@
 """How a micro-batch goes through a pipeline: which blocks are called, what they give, what travels between ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from meshwright.parallel.absent import Absent
 from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["Border", "Call", "Route", "Shape", "inputs_of", "replaced", "shapes_in"]
+__all__ = ["Border", "Call", "Route", "Shape", "Step", "inputs_of", "instead", "replaced", "shapes_in"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
@@ -31,13 +31,9 @@ class Shape:
         """The shape of a tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.requires_grad)
 
-    def absent(self, device: torch.device) -> Absent:
-        """A tensor like it whose values are elsewhere."""
-        known = self.__dict__.get("_absent")
-        if known is None or known[0] != device:  # looked up once, since each block of another rank gives one
-            known = self.__dict__["_absent"] = device, Absent.making(self.shape, self.dtype, device)
-        absent: Absent = known[1]()
-        return absent
+    def absent(self, device: torch.device) -> Callable[[], Absent]:
+        """What makes tensors like it whose values are elsewhere."""
+        return Absent.making(self.shape, self.dtype, device)
 
     def empty(self, device: torch.device) -> Tensor:
         """Memory for one like it."""
@@ -62,12 +58,29 @@ class Call:
     lacks: bool = False
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """A block's call on one rank: `instead` makes what it gives where another rank has it, and is None otherwise."""
+
+    block: str
+    output: Any
+    lacks: bool
+    instead: Callable[[], Any] | None
+
+
 @dataclass(frozen=True)
 class Border:
-    """What travels into a stage that follows one of another rank: places among its first block's inputs, and shapes."""
+    """What travels into a stage that follows one of another rank.
+
+    Attributes:
+        places: among the inputs of its first block.
+        shapes: of the values.
+        as_is: whether the rank that receives them was seen neither to change them in place nor to hand them on.
+    """
 
     places: tuple[int, ...]
     shapes: tuple[Shape, ...]
+    as_is: bool = False
 
     @cached_property
     def returned(self) -> tuple[Shape, ...]:
@@ -81,6 +94,25 @@ class Route:
 
     calls: list[Call] = field(default_factory=list)
     borders: dict[int, Border] = field(default_factory=dict)
+    _steps: dict[Any, tuple[Step, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def steps(self, mine: Sequence[int], device: torch.device) -> tuple[Step, ...]:
+        """The calls as the rank of the stages `mine` takes them; of a route that is whole, since it remembers them."""
+        key = (*mine, device)
+        if key not in self._steps:
+            self._steps[key] = tuple(
+                Step(each.block, each.output, each.lacks, None if each.stage in mine else instead(each.output, device))
+                for each in self.calls
+            )
+        return self._steps[key]
+
+
+def instead(output: Any, device: torch.device) -> Callable[[], Any]:
+    """What makes a block's output without values."""
+    if isinstance(output, Shape):
+        return output.absent(device)
+    makers = {each: each.absent(device) for each in tree_leaves(output) if isinstance(each, Shape)}
+    return lambda: tree_map(lambda each: makers[each]() if isinstance(each, Shape) else each, output)
 
 
 def inputs_of(arguments: Arguments) -> list[Any]:

@@ -44,6 +44,7 @@ class Routes:
         self._looks = known is None
         self._together = ("fsdp",) if groups.mesh.ep == 1 else ("dp", "fsdp", "cp", "tp")
         groups.group(*self._together)  # made now, since making one needs all ranks at once
+        self._alone = all(groups.mesh.degree(axis) == 1 for axis in self._together)
 
     def of(self, parts: Sequence[Any], forward: Callable[[Any], Any]) -> list[Route]:
         """The route of each micro-batch, looked for where none of its shape came before.
@@ -56,12 +57,19 @@ class Routes:
         """
         keys = [key_of(self._states.module, part) for part in parts]
         first = [key not in self._known and key not in keys[:index] for index, key in enumerate(keys)]
-        unknown = torch.tensor(first, dtype=torch.float32, device=self._wire.device)
-        self._groups.all_reduce(unknown, *self._together).wait()
-        for index, wanted in enumerate(unknown.tolist() if self._looks else ()):
+        for index, wanted in enumerate(self._wanted(first)):
             if wanted:
                 self._known[keys[index]] = self._probe(partial(forward, parts[index]))
         return [self._known[key] for key in keys]
+
+    def _wanted(self, first: list[bool]) -> Sequence[float]:
+        """Which micro-batches some rank has to look at."""
+        if self._alone and self._looks:
+            return first
+        unknown = torch.tensor(first, dtype=torch.float32, device=self._wire.device)
+        self._groups.all_reduce(unknown, *self._together).wait()
+        found: list[float] = unknown.tolist() if self._looks else []
+        return found
 
     def _probe(self, run: Callable[[], Any]) -> Route:
         self._states.open()

@@ -82,8 +82,8 @@ class Transfers:
         self._wire = wire
         self._posted: dict[Tag, Callable[[], list[Tensor]]] = {}
         self._tell: Callable[[], None] | None = None
-        for _ in range(1 + wire.early):
-            self._go_on()
+        self._ahead = 0  # rows of the timetable that were gone through before their time
+        self._go_on()
 
     def forwarded(self, tell: Callable[[], None]) -> None:
         """This rank has done its last forward; `tell` is called when all have, or would have on paper."""
@@ -98,8 +98,14 @@ class Transfers:
             values = each.outgoing(action.stage) if message.forward else each.returned(action.stage)
             self._wire.send(values, message.peer, message.tag)
         else:
+            while self._ahead < self._wire.early:  # in time that goes by anyway
+                self._ahead += 1
+                self._go_on()
             self._take(message, each, self._posted.pop(message.tag)())
-        self._go_on()
+        if self._ahead:
+            self._ahead -= 1
+        else:
+            self._go_on()
 
     def _take(self, message: _Message, each: Pass, values: list[Tensor]) -> None:
         stage = message.action.stage

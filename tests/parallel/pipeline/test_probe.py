@@ -1,5 +1,6 @@
 """What a pipeline cannot carry is refused with the block's name, before a gradient is wrong."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -133,6 +134,72 @@ class _Deciding(Skipping):
 def test_values_that_pass_blocks_by_are_refused_and_not_lost(build_model: Any, why: str) -> None:
     with pytest.raises(Exception, match=why):
         mw.verify(build_model, odd_batch, mw.Mesh(pp=2), **_MODULAR)
+
+
+class _ChangingLater(Skipping):
+    """Blocks change what they are given in place, in micro-batches that begin with an even number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Scaling() for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in self.layers:
+            stream = layer(stream, bool(ids[0, 0] % 2))
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+class _Scaling(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, stream: Tensor, keeps: bool) -> Tensor:  # type: ignore[override]
+        return super().forward(stream * 2 if keeps else stream.mul_(2)).tanh() * 1.5
+
+
+def _beginning_with(*numbers: int) -> dict[str, Tensor]:
+    ids = odd_batch()["ids"]
+    ids[:: len(ids) // len(numbers), 0] = torch.tensor(numbers)
+    return {"ids": ids, "labels": ids}
+
+
+class _Hooking(Skipping):
+    """A hook on what every block is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Hooked() for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in self.layers:
+            stream = layer(stream)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+class _Hooked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.weight.register_hook(lambda gradient: gradient)  # as everywhere
+
+    def forward(self, stream: Tensor) -> Tensor:
+        if stream.requires_grad:
+            stream.register_hook(lambda gradient: gradient * 0.5)
+            self.weight.register_hook(lambda gradient: gradient).remove()
+        return super().forward(stream).tanh()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "modular", "zb-h1"])
+def test_a_hook_on_what_was_received_is_refused(schedule: str) -> None:
+    with pytest.raises(Exception, match=r"a hook on what .* gives would be called more than once, or with a part of"):
+        mw.verify(_Hooking, odd_batch, mw.Mesh(pp=3), schedule=schedule, num_microbatches=2)  # type: ignore[arg-type]
+
+
+def test_a_block_that_changes_its_input_where_it_did_not_before_is_refused_and_the_other_way_round_is_equal() -> None:
+    with pytest.raises(Exception, match=r"what a block was given .* none did for the first micro-batch of this shape"):
+        mw.verify(_ChangingLater, partial(_beginning_with, 1, 2), mw.Mesh(pp=2), **_MODULAR)
+    assert mw.verify(_ChangingLater, partial(_beginning_with, 2, 1), mw.Mesh(pp=2), **_MODULAR).ok
 
 
 def test_a_block_inside_a_stage_that_gives_something_else_is_refused_too() -> None:
