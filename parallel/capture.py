@@ -153,17 +153,18 @@ class Flow:
         if cuts.given:
             cuts.check(name)
         remade = name in self.backward.recomputed and torch.is_grad_enabled()
-        if remade or stage > cuts.stage or cuts.opening or guide.lacks:
+        if remade or stage > cuts.stage or cuts.opening:
             output = self._run_cut(name, partial(kind.__call__, block), arguments, remade=remade)
         else:
-            output = kind.__call__(block, *arguments[0], **arguments[1])
+            args, kwargs = guide.completed(name, arguments) if guide.lacks else arguments
+            output = kind.__call__(block, *args, **kwargs)
         if cuts.given:
             cuts.rebase()
         guide.gave(name, output)
         return output
 
     def _run_cut(self, name: str, work: partial[Any], arguments: Arguments, *, remade: bool) -> Any:
-        """Runs a block that begins a piece, or takes what others made."""
+        """Runs a block that begins a piece."""
         cuts, stage = self.cuts, self._guide.stages[name]
         first = stage > cuts.stage or cuts.opening
         if first:

@@ -84,7 +84,7 @@ def share(batch: Any, index: int, parts: int) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The same batch with its tensors on `device`."""
-    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return _map(batch, lambda tensor: tensor if tensor.device == device else tensor.to(device, non_blocking=True))
 
 
 def call(module: Any, batch: Any) -> Any:

@@ -36,6 +36,9 @@ class _Piece:
     closed: list[Any] = field(default_factory=list)
 
 
+_DONE = _Piece()
+
+
 class Pieces:
     """The graph behind some values.
 
@@ -140,7 +143,7 @@ class Pieces:
 
     def _begin(self, piece: int) -> tuple[_Piece, list[Edge], list[Any]]:
         """Takes a piece, edges to its inputs, and leaves of its weights."""
-        mine, self._pieces[piece] = self._pieces[piece], _Piece()
+        mine, self._pieces[piece] = self._pieces[piece], _DONE
         self._done.add(piece)
         inputs = [(node, 0) for node in mine.leaves if node in self._inputs]
         return mine, [*inputs, *mine.edges], [node for node in mine.leaves if node not in self._inputs]

@@ -73,7 +73,7 @@ class Walk:
                 self.moment(copied)
             else:
                 self._engine.act(action)
-                self._inbox.take(action)
+            self._inbox.take(action)
         self._engine.close()
         self.moment()
         return max(self._found, key=lambda each: each.total)

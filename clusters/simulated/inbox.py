@@ -1,11 +1,11 @@
 """Memory that waits for what other ranks of a pipeline send: receives are posted before their values are there."""
 
-from itertools import accumulate
+from collections.abc import Iterable
 
 from meshwright.clusters.simulated.paper import Paper
-from meshwright.parallel.pipeline.actions import Action
+from meshwright.parallel.pipeline.actions import Action, Kind
 from meshwright.parallel.pipeline.check import RECEIVES, SENDS
-from meshwright.parallel.pipeline.posting import EARLY, receives_due
+from meshwright.parallel.pipeline.posting import EARLY, Posting, receives_due
 
 __all__ = ["Inbox"]
 
@@ -19,19 +19,30 @@ class Inbox:
     """
 
     def __init__(self, paper: Paper, rank: int) -> None:
-        due = [len([each for each in row if each is not None]) for row in receives_due(paper.schedule)[rank]]
-        self._posted, self._last = [0, *accumulate(due)], len(due)  # number of messages done -> receives posted by then
-        self._ahead = 1 + (EARLY if paper.machine.is_host else 0)  # NCCL connects late
-        self._size_bytes = paper.border_bytes
-        self._num_done = self._num_taken = 0
+        size_bytes = paper.border_bytes
+        early = EARLY if paper.machine.is_host else 0  # NCCL connects late
+        self._posting = Posting(receives_due(paper.schedule)[rank], early=early, size_bytes=lambda _: size_bytes)
+        self._num_forwards = paper.schedule.count(Kind.FORWARD, rank)
+        _go_through(self._posting.begun())
 
     @property
     def waiting_bytes(self) -> float:
         """Of receives that are posted and not done."""
-        posted = self._posted[min(self._num_done + self._ahead, self._last)]
-        return self._size_bytes * (posted - self._num_taken)
+        return self._posting.waiting_bytes
 
     def take(self, action: Action) -> None:
         """Goes on to behind an action."""
-        self._num_done += action.kind in (*SENDS, *RECEIVES)
-        self._num_taken += action.kind in RECEIVES
+        if action.kind in RECEIVES:
+            _go_through(self._posting.waits())
+            _go_through(self._posting.done(action))
+        elif action.kind in SENDS:
+            _go_through(self._posting.done())
+        elif action.kind is Kind.FORWARD:
+            self._num_forwards -= 1
+            if not self._num_forwards:
+                _go_through(self._posting.forwarded())
+
+
+def _go_through(posted: Iterable[Action | None]) -> None:
+    for _ in posted:
+        pass

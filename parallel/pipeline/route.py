@@ -40,6 +40,11 @@ class Shape:
         return torch.empty_strided(self.shape, self._stride, dtype=self.dtype, device=device)
 
     @cached_property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @cached_property
     def _stride(self) -> tuple[int, ...]:
         """Of a tensor that lies in one piece; made without asking for it takes three times as long."""
         return torch.empty(self.shape, device="meta").stride()

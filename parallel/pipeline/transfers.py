@@ -1,7 +1,6 @@
 """Sends and receives of one step, in the order of a schedule."""
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from meshwright.parallel.pipeline.actions import Action, Kind, Schedule
 from meshwright.parallel.pipeline.check import RECEIVES, SENDS, other_end
 from meshwright.parallel.pipeline.passes import Pass
-from meshwright.parallel.pipeline.posting import receives_due
+from meshwright.parallel.pipeline.posting import Posting, receives_due
 from meshwright.parallel.pipeline.route import Route, Shape
 from meshwright.parallel.pipeline.wire import Tag, Wire
 
@@ -76,19 +75,17 @@ class Transfers:
 
     def __init__(self, timetable: Timetable, routes: Sequence[Route], wire: Wire) -> None:
         self._messages = iter(timetable.messages)
-        self._due = iter(timetable.due)
-        self._waiting: deque[_Message | None] = deque()
+        self._posting = Posting(timetable.due, early=wire.early, size_bytes=self._size_bytes)
         self._routes = routes
         self._wire = wire
         self._posted: dict[Tag, Callable[[], list[Tensor]]] = {}
         self._tell: Callable[[], None] | None = None
-        self._ahead = 0  # rows of the timetable that were gone through before their time
-        self._go_on()
+        self._post(self._posting.begun())
 
     def forwarded(self, tell: Callable[[], None]) -> None:
         """This rank has done its last forward; `tell` is called when all have, or would have on paper."""
         self._tell = tell
-        self._do_due()
+        self._post(self._posting.forwarded())
 
     def do(self, action: Action, each: Pass) -> None:
         """One send or receive; they come in the order of the timetable."""
@@ -97,15 +94,11 @@ class Transfers:
         if action.kind in SENDS:
             values = each.outgoing(action.stage) if message.forward else each.returned(action.stage)
             self._wire.send(values, message.peer, message.tag)
+            self._post(self._posting.done())
         else:
-            while self._ahead < self._wire.early:  # in time that goes by anyway
-                self._ahead += 1
-                self._go_on()
+            self._post(self._posting.waits())
             self._take(message, each, self._posted.pop(message.tag)())
-        if self._ahead:
-            self._ahead -= 1
-        else:
-            self._go_on()
+            self._post(self._posting.done(message))
 
     def _take(self, message: _Message, each: Pass, values: list[Tensor]) -> None:
         stage = message.action.stage
@@ -116,22 +109,16 @@ class Transfers:
         if values:  # whoever sends gradients back has received
             self._wire.let_go((message.border, message.microbatch, "forward"))
 
-    def _go_on(self) -> None:
-        self._waiting.extend(next(self._due, ()))
-        self._do_due()
-
-    def _do_due(self) -> None:
-        """Posts, and tells; what comes behind a forward that is not done waits for it."""
-        while self._waiting:
-            message = self._waiting[0]
+    def _post(self, due: Iterable[_Message | None]) -> None:
+        for message in due:
             if message is not None:
                 self._posted[message.tag] = self._wire.receive(self._shapes(message), message.peer, message.tag)
             elif self._tell is not None:
                 self._tell()
-            else:
-                return
-            self._waiting.popleft()
 
     def _shapes(self, message: _Message) -> Sequence[Shape]:
         border = self._routes[message.microbatch].borders[message.border]
         return border.shapes if message.forward else border.returned
+
+    def _size_bytes(self, message: _Message) -> int:
+        return sum(each.num_bytes for each in self._shapes(message))
