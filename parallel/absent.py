@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from meshwright.parallel.errors import WrapError
@@ -135,7 +136,7 @@ def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Te
 
 @lru_cache(maxsize=256)
 def _made(shape: torch.Size, dtype: torch.dtype, *, device: torch.device, fakes: FakeTensorMode) -> Tensor:
-    with fakes:
+    with _disable_current_modes(), fakes:  # nothing that counts memory sees it
         return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -68,6 +68,7 @@ def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int
             each.flow.close()
     for stage in each.as_is:
         route.borders[stage] = replace(route.borders[stage], as_is=True)
+    each.forget()
     missing = sorted(set(range(len(homes))) - {call.stage for call in route.calls})
     if missing:
         raise WrapError(
@@ -93,6 +94,12 @@ class _Prober(Pass):
         """Stages that neither change in place what they received nor hand it on, which a bare leaf could not bear."""
         bad = {stage for stage, value, version in self._received if value._version != version or self._sends(value)}
         return {stage for stage, _, _ in self._received} - bad
+
+    def forget(self) -> None:
+        """Lets go of values and their graph now, since a pass and its flow hold each other until Python looks."""
+        self.flow.detach()
+        self.flow.forget()
+        self._received, self.sent, self.given = [], [], None
 
     def _sends(self, value: Tensor) -> bool:
         return any(each is value for each in self.sent)

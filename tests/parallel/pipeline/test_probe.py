@@ -1,5 +1,6 @@
 """What a pipeline cannot carry is refused with the block's name, before a gradient is wrong."""
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -277,3 +278,19 @@ class _Square(torch.autograd.Function):
 def test_values_of_custom_functions_that_a_block_keeps_are_found() -> None:
     with pytest.raises(Exception, match="leaves values outside of what it gives"):
         mw.verify(_HeldByFunction, odd_batch, mw.Mesh(pp=2), **_MODULAR)
+
+
+def _alive_after_a_step() -> list[str]:
+    model = mw.parallelize(llama()(), mw.Mesh(pp=2), **_MODULAR)
+    gc.collect()
+    gc.disable()
+    try:
+        model.step(tokens(8)())
+        alive = (each for each in gc.get_objects() if isinstance(each, Tensor))
+        return [type(each.grad_fn).__name__ for each in alive if each.grad_fn is not None]
+    finally:
+        gc.enable()
+
+
+def test_no_graph_outlives_a_step_until_python_looks_for_garbage() -> None:
+    assert run_ranks(_alive_after_a_step, mw.Mesh(pp=2)) == [[], []]
