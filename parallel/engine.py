@@ -26,7 +26,7 @@ from meshwright.parallel.microbatch import call, check_constant, split, to_devic
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.observe import both, watch_progress
-from meshwright.parallel.pipeline.passes import Pass
+from meshwright.parallel.pipeline.passes import Pass, Passes
 from meshwright.parallel.pipeline.route import Route
 from meshwright.parallel.pipeline.routes import Routes
 from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
@@ -224,23 +224,23 @@ class Engine:
             self._wire.flush()
         return passes[0].result if self._has_loss else None
 
-    def _passes(self, parts: list[Any]) -> tuple[list[Pass], list[Route]]:
+    def _passes(self, parts: list[Any]) -> tuple[Passes, list[Route]]:
         """A pass for each micro-batch, and their routes."""
         routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0, alone=True))
         mine = sorted(set(self._stages.mine.values()))
         backward = Backward(self._stages.recomputed, self._stages.schedule.has(Kind.INPUT_GRADIENT))
-        passes = [
-            Pass(
-                partial(self._forward, part, index, alone=True),
+
+        def make(index: int) -> Pass:
+            return Pass(
+                partial(self._forward, parts[index], index, alone=True),
                 self._stages.stage_of,
                 mine=mine,
                 route=routes[index] if routes else None,
                 device=self._device,
                 backward=backward,
             )
-            for index, part in enumerate(parts)
-        ]
-        return passes, routes
+
+        return Passes(make, len(parts)), routes
 
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""

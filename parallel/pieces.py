@@ -36,9 +36,6 @@ class _Piece:
     closed: list[Any] = field(default_factory=list)
 
 
-_DONE = _Piece()
-
-
 class Pieces:
     """The graph behind some values.
 
@@ -143,7 +140,7 @@ class Pieces:
 
     def _begin(self, piece: int) -> tuple[_Piece, list[Edge], list[Any]]:
         """Takes a piece, edges to its inputs, and leaves of its weights."""
-        mine, self._pieces[piece] = self._pieces[piece], _DONE
+        mine, self._pieces[piece] = self._pieces[piece], _Piece()
         self._done.add(piece)
         inputs = [(node, 0) for node in mine.leaves if node in self._inputs]
         return mine, [*inputs, *mine.edges], [node for node in mine.leaves if node not in self._inputs]
@@ -191,11 +188,8 @@ class Pieces:
             self._look(roots)
             _close(self._pieces)
             self._shared = {node for node, number in self._num_users.items() if number > 1}
-            cut = {
-                node
-                for node in self._hooked
-                if any(after in self._inputs for after in (node, *(after for after, _ in node.next_functions)))
-            }
+            inputs = self._inputs.keys()
+            cut = {each for each in self._hooked if inputs & {each, *(after for after, _ in each.next_functions)}}
             weights = [node for node in self._shared if node.variable._backward_hooks]
             for node in (*(self._hooked & _gone_by(self._pieces)), *cut, *weights):
                 refuse_hook(node)  # it would see a gradient in parts, or twice

@@ -18,7 +18,7 @@ from meshwright.parallel.pipeline.route import Border, Route, Shape, Step, input
 from meshwright.parallel.pipeline.way_back import WayBack
 from meshwright.parallel.recompute import Frame
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "Passes"]
 
 _AT_ONCE = Backward()
 
@@ -227,6 +227,43 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
+
+
+class Passes(Sequence[Pass]):
+    """The passes of a step: each is made when it is asked for, or all of them while a rank waits anyway.
+
+    Args:
+        make: of one micro-batch.
+        number: of micro-batches.
+    """
+
+    def __init__(self, make: Callable[[int], Pass], number: int) -> None:
+        self._make = make
+        self._made: list[Pass | None] = [None] * number
+        self._wanting = True
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One pass."""
+        made = self._made[index]
+        if made is None:
+            made = self._made[index] = self._make(index)
+        return made
+
+    def make(self) -> None:
+        """Makes all."""
+        if self._wanting:
+            self._wanting = False
+            for index in range(len(self)):
+                self[index]
+
+    def close(self) -> None:
+        """Ends those that have begun."""
+        for each in self._made:
+            if each is not None:
+                each.flow.close()
 
 
 def _explain(error: RuntimeError) -> None:

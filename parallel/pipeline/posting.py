@@ -56,14 +56,12 @@ class Posting(Generic[Message]):
         return self._next_row()
 
     def waits(self) -> Iterator[Message | None]:
-        """Before this rank waits for a message."""
-        while self._early and not self._due and (self._ahead < self._early or self.waiting_bytes < EARLY_BYTES):
-            self._ahead += 1
-            row = next(self._rows, None)
-            if row is None:
+        """Before this rank waits for a message; a few at a time, since the message may have come."""
+        for _ in range(self._early):
+            if self._due or (self._ahead >= self._early and self.waiting_bytes >= EARLY_BYTES):
                 return
-            self._due.extend(row)
-            yield from self._posted()
+            self._ahead += 1
+            yield from self._next_row()
 
     def done(self, received: Message | None = None) -> Iterator[Message | None]:
         """Behind a message: one that was received, or a send."""

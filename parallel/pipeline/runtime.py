@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.pipeline.actions import Action, Kind
-from meshwright.parallel.pipeline.passes import Pass
+from meshwright.parallel.pipeline.check import RECEIVES
+from meshwright.parallel.pipeline.passes import Pass, Passes
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.recompute import Frame
 
@@ -78,7 +79,7 @@ class Work:
         attributes: looked at in the first step of a model.
     """
 
-    passes: Sequence[Pass]
+    passes: Passes
     states: States
     transfers: Transfers | None
     forwarded: Callable[[], None]
@@ -94,8 +95,7 @@ def execute(actions: Sequence[Action], work: Work) -> None:
         for action in actions:
             run.do(action)
     finally:
-        for each in work.passes:
-            each.flow.close()
+        work.passes.close()
 
 
 class _Run:
@@ -167,6 +167,8 @@ class _Run:
         if action.kind is Kind.RECEIVE_GRADIENT:
             self._seed(microbatch)
         self._watch(action, Phase.WAITS)
+        if action.kind in RECEIVES:
+            self._work.passes.make()
         self._work.transfers.do(action, self._work.passes[microbatch])
 
     def _tell(self) -> None:

@@ -1,5 +1,6 @@
 """Between the ranks of a pipeline: values, gradients, and what they tell each other once."""
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,9 @@ Tag = tuple[int, int, str]
 """Stage that receives a value (or sends its gradient), micro-batch, "forward" or "backward"."""
 
 _MOST_VALUES = 64
+_let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
+"""A message that is sent through this machine's own memory wakes the transport's thread of its receiver on the core of
+its sender, where it would wait until the sender waits (docs/decisions/0013)."""
 
 
 class Wire:
@@ -56,6 +60,8 @@ class Wire:
         for number, value in enumerate(values):
             held = value.detach().contiguous()
             running.append((held, self._channels.send(held, to, tag=self._number(tag, number))))
+        if values and self.early:
+            _let_others_run()
 
     def receive(self, shapes: Sequence[Shape], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
         """Starts receiving; what it returns waits for the values."""
