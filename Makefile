@@ -16,17 +16,18 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
-# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so a third goes on;
-# the matrices of `make wide` are few large files, which are shared out; the lab waits more, for Slurm, Ray and hosts that
-# are lost, so a fourth goes on, and tests/lab/conftest.py hands out its tests
+# tests that start no ranks keep a core busy each; those that do wait for each other half of the time: all go together, two
+# of either kind at once (tests/turns.py); the matrices of `make wide` are few large files, which are shared out; the lab
+# waits more, for Slurm, Ray and hosts that are lost, so a fourth goes on, and tests/lab/conftest.py hands out its tests
 QUICK := not slow and not faults and not lab and not wide
-SLOW  := (slow or faults) and not lab and not wide
+ALL   := not lab and not wide
 WIDE  := wide and not lab
 
 # tests that start processes share their machine, and may meet a busy moment of it: what failed gets one more try, alone,
-# and that decides; both are printed
-again = || { test $$? = 1 && echo "ONCE MORE, WHAT FAILED:" && \
-	  $(BIN)/python -m pytest -q -rs --last-failed --last-failed-no-failures none --maxfail 9 $(1); }
+# and that decides; both are printed. Nothing is tried again if one failed that starts none, of those that are named second
+failed = $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
+again = || { test $$? = 1 && $(if $(2),{ $(failed) --collect-only -m "$(2)"; test $$? = 5; } &&) \
+	  echo "ONCE MORE, WHAT FAILED:" && $(failed) -rs --maxfail 9 $(1); }
 
 export DS_BUILD_OPS := 0
 # what tests leave to be looked at, such as a picture of a run's page in a browser
@@ -47,8 +48,7 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 	$(BIN)/meshwright launch $(JOB)
 
 test: $(STAMP) lint ## ruff, mypy --strict, tests and documents: every pair of what can meet
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(SLOW)" tests $(call again,-m "$(SLOW)" tests)
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile -m "$(ALL)" $(call again,-m "$(ALL)",$(QUICK))
 
 wide: $(STAMP) ## the rest: every cell of every matrix, ten thousand damaged inputs, every page, more ways to fall
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$(WIDE)" tests $(call again,-m "$(WIDE)" tests)

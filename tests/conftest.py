@@ -7,9 +7,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
+
+from tests.turns import in_turn
 
 # the time of one example says more about the neighbours of this machine than about the code
 hypothesis.settings.register_profile("meshwright", deadline=None)
@@ -51,6 +54,12 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 def _keep_imports() -> None:
     gc.freeze()
     _KNOWN[0] = len(sys.modules)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of whole files, see `in_turn`."""
+    return in_turn(config, log) if config.option.dist == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
