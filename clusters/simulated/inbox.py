@@ -19,7 +19,8 @@ class Inbox:
     """
 
     def __init__(self, paper: Paper, rank: int) -> None:
-        due = [len([each for each in row if each is not None]) for row in receives_due(paper.schedule)[rank]]
+        rows = receives_due(paper.schedule)[rank] if any(map(paper.schedule.has, SENDS)) else ()
+        due = [len([each for each in row if each is not None]) for row in rows]
         self._posted, self._last = [0, *accumulate(due)], len(due)  # number of messages done -> receives posted by then
         self._ahead = 1 + (EARLY if paper.machine.is_host else 0)  # NCCL connects late
         self._size_bytes = paper.border_bytes
