@@ -9,9 +9,8 @@ import meshwright as mw
 from benchmarks import fake_ranks
 from benchmarks.predicted import VOCABULARY
 from benchmarks.predicted_jobs import Small
-from meshwright.clusters.calibrate import written
 from meshwright.launch.load import load_job
-from tests.clusters.test_calibration import made, of
+from tests.clusters.test_calibration import known_machine
 
 GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256}
 HOSTED = {"schedule": "layered", "num_microbatches": 4, "recompute": "blocks", "offload_inputs": True}
@@ -77,6 +76,6 @@ _WIDE = ("inputs of spans",)  # as in "shards and spans"
 def test_memory_on_paper_is_that_of_a_run_here(name: str, tmp_path: Path) -> None:
     path, job = _drawn_up(JOBS[name], tmp_path)
     entry = tmp_path / "machine.yaml"
-    entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
+    entry.write_text(known_machine(), encoding="utf-8")
     most = max(peak_bytes for _, peak_bytes in fake_ranks.real_ranks(job))
     assert _tensor_bytes(path, entry) == pytest.approx(most, rel=0.05)
