@@ -51,6 +51,13 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
     return found
 
 
+def pytest_collection_finish() -> None:
+    """Most ranks need a model of transformers, which is imported where they are forked from instead of by each."""
+    from meshwright.parallel.forks import learn
+
+    learn(["transformers.models.llama.modeling_llama"])
+
+
 def _keep_imports() -> None:
     gc.freeze()
     _KNOWN[0] = len(sys.modules)
