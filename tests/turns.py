@@ -20,6 +20,7 @@ WAITING = (
     "tests/parallel/test_forks.py",
     "tests/house/test_docs.py",
     "tests/launch/test_fetch.py",
+    "tests/clusters/test_calibrate.py",
     "tests/launch/test_relaunch.py",
     "tests/launch/worker/test_faults.py",
     "tests/launch/worker/test_train.py",
