@@ -23,14 +23,20 @@ NEOX = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
     "max_position_embeddings": 384,
 }  # fmt: skip
+LLAMA = {**Small(parallel={}).config, "num_hidden_layers": 3}  # a first, one in between and a last
 JOBS = {
-    "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}),
+    "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, config=LLAMA),
     "spans that drop": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, architecture="gpt2", config=GPT2),
-    "inputs": Small(parallel={"dp": 2, **HOSTED}),
+    "inputs": Small(parallel={"dp": 2, **HOSTED}, config=LLAMA),
     "inputs of a pipeline": Small(parallel={"pp": 2, **HOSTED, "schedule": "1f1b"}),
-    "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}),
-    "feed-forward and loss by blocks": Small(parallel={"dp": 2, "blockwise": {"ffn_block": 64, "loss_block": 64}}),
-    "shards and spans": Small(parallel={"fsdp": 2, **HOSTED, "blockwise": {"layer_block": 64, "loss_block": 64}}),
+    "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}, config=LLAMA),
+    "feed-forward and loss by blocks": Small(
+        parallel={"dp": 2, "blockwise": {"ffn_block": 64, "loss_block": 64}}, config=LLAMA
+    ),
+    "shards and spans": Small(
+        parallel={"fsdp": 2, **HOSTED, "num_microbatches": 2, "blockwise": {"layer_block": 64, "loss_block": 64}},
+        config=LLAMA,
+    ),
     "attention that drops, by blocks": Small(
         parallel={"dp": 2, **REMADE, "blockwise": {"ffn_block": 32}}, architecture="gpt2", config=GPT2
     ),
