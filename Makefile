@@ -16,9 +16,10 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
-# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so a third goes on;
-# the matrices of `make wide` are few large files, which are shared out; the lab waits more, for Slurm, Ray and hosts that
-# are lost, so a fourth goes on, and tests/lab/conftest.py hands out its tests
+# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so four go on, and
+# workers take files that wait and files that compute in turn (tests/turns.py); the matrices of `make wide` are few large
+# files, which are shared out; the lab waits more, for Slurm, Ray and hosts that are lost, and tests/lab/conftest.py hands
+# out its tests
 QUICK := not slow and not faults and not lab and not wide
 SLOW  := (slow or faults) and not lab and not wide
 WIDE  := wide and not lab
@@ -48,7 +49,7 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 
 test: $(STAMP) lint ## ruff, mypy --strict, tests and documents: every pair of what can meet
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(SLOW)" tests $(call again,-m "$(SLOW)" tests)
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile -m "$(SLOW)" tests $(call again,-m "$(SLOW)" tests)
 
 wide: $(STAMP) ## the rest: every cell of every matrix, ten thousand damaged inputs, every page, more ways to fall
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$(WIDE)" tests $(call again,-m "$(WIDE)" tests)

@@ -1,14 +1,18 @@
-"""What holds for every test: GPU tests need a GPU, and no module is imported under two names."""
+"""What holds for every test: GPU tests need a GPU, no module is imported under two names, imports are no garbage."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
+
+from tests.turns import in_turn
 
 # the time of one example says more about the neighbours of this machine than about the code
 hypothesis.settings.register_profile("meshwright", deadline=None)
@@ -21,7 +25,48 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="meshwright-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
+_KNOWN = [0]  # number of modules at the last look
+
 FOLDERS = ("parallel", "moe", "launch", "clusters")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports without Python's search for garbage, as `import_all` does: what is collected stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        _keep_imports()
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """After a test that imported more: to walk over torch and transformers again and again takes half a second each."""
+    found = yield
+    if len(sys.modules) != _KNOWN[0]:
+        gc.collect()
+        _keep_imports()
+    return found
+
+
+def pytest_collection_finish() -> None:
+    """Most ranks need a model of transformers, which is imported where they are forked from instead of by each."""
+    from meshwright.parallel.forks import learn
+
+    learn(["transformers.models.llama.modeling_llama"])
+
+
+def _keep_imports() -> None:
+    gc.freeze()
+    _KNOWN[0] = len(sys.modules)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of whole files, see `in_turn`."""
+    return in_turn(config, log) if config.option.dist == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

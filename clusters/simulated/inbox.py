@@ -21,7 +21,8 @@ class Inbox:
     def __init__(self, paper: Paper, rank: int) -> None:
         size_bytes = paper.border_bytes
         early = EARLY if paper.machine.is_host else 0  # NCCL connects late
-        self._posting = Posting(receives_due(paper.schedule)[rank], early=early, size_bytes=lambda _: size_bytes)
+        rows = receives_due(paper.schedule)[rank] if any(map(paper.schedule.has, SENDS)) else ()
+        self._posting = Posting(rows, early=early, size_bytes=lambda _: size_bytes)
         self._num_forwards = paper.schedule.count(Kind.FORWARD, rank)
         _go_through(self._posting.begun())
 

@@ -13,6 +13,7 @@ from meshwright.clusters.calibration import CalibrationError, hardware_of
 from meshwright.parallel.work import Product
 
 
+@pytest.mark.slow
 def test_two_ranks_of_this_machine_are_measured_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     said: list[str] = []

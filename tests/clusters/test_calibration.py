@@ -1,6 +1,7 @@
 """An entry recovers the machine that times were made from, and is read back as hardware."""
 
 from dataclasses import replace
+from functools import cache
 from math import hypot, log2
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def _straight(name: str, size: float) -> list[float]:
 
 def of(*measured: dict[str, Any], machine: Machine = HOST) -> dict[str, Any]:
     return entry(measured, machine, seconds=1.0)
+
+
+@cache
+def known_machine() -> str:
+    """An entry for one rank with four threads and four with one; to fit it takes a second."""
+    return written(of(made(1, 4), made(4, 1)))
 
 
 @pytest.fixture

@@ -17,7 +17,10 @@ MAX_NORUN = 6
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 FIRST = (ROOT / "README.md", ROOT / "docs/start/quickstart.md")
 """What somebody new types; other pages that start ranks are left to `make wide`."""
-STARTS_RANKS = re.compile(r"\b(verify|run_ranks|run_on_ranks|parallelize)\(|meshwright (launch|verify)|torchrun|make ")
+STARTS_RANKS = re.compile(
+    r"\b(verify|run_ranks|run_on_ranks|parallelize)\(|torchrun|make "
+    r"|meshwright (launch|verify|doctor .*(--calibrate|allreduce))"
+)
 SHELL_TIMEOUT_S = 540
 
 

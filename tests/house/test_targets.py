@@ -7,6 +7,7 @@ import pytest
 from _pytest.mark.expression import Expression
 
 from tests.house.tree import ROOT
+from tests.turns import COMPUTING, WAITING
 
 MARKERS = ("slow", "faults", "wide", "lab")
 
@@ -39,3 +40,9 @@ def test_continuous_integration_runs_them_all_and_those_that_decide_come_first()
     lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make ")]
     assert lines[:2] == ["make test", "make wide"]
     assert lines[2].startswith("make lab")
+
+
+def test_files_that_workers_take_first_are_there_once() -> None:
+    named = [*WAITING, *COMPUTING]
+    assert [each for each in named if not (ROOT / each).is_file()] == []
+    assert len(set(named)) == len(named)

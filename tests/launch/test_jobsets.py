@@ -147,6 +147,16 @@ def losses_of(path: Path) -> dict[int, float]:
     return {each["step"]: each["loss"] for each in records if "loss" in each}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the training without a launch, before a test changes PATH, with which ranks would be started anew."""
+    job = write_job(tmp_path_factory.mktemp("alone"), steps=STEPS, every=50)
+    train_here(job, "alone")
+    found = losses_of(run_dir(job, "alone") / "metrics.jsonl")
+    assert len(found) == STEPS
+    return found
+
+
 def status_of(train: Path, run_id: str) -> dict[str, Any]:
     """What the pretended controller says of a run; nothing before it has seen it."""
     path = train / f"status-j-{run_id}"
@@ -158,7 +168,7 @@ def status_of(train: Path, run_id: str) -> dict[str, Any]:
     ("trouble", "kind", "restarts"), [("crash", "exit", 0), ("kill-1", "node", 1), ("evict-0", "preempt", 1)]
 )
 def test_a_training_goes_on_from_the_checkpoint_on_its_claim_with_the_same_losses(
-    tmp_path: Path, train: Path, trouble: str, kind: str, restarts: int
+    tmp_path: Path, train: Path, trouble: str, kind: str, restarts: int, alone: dict[int, float]
 ) -> None:
     run_id = own(f"k8s-{trouble}")
     path = training(tmp_path)
@@ -175,11 +185,7 @@ def test_a_training_goes_on_from_the_checkpoint_on_its_claim_with_the_same_losse
     assert [(each["kind"], each["attempt"]) for each in record["restarts"]] == [(kind, 0)]
     claim = train / "claim-runs"
     (metrics,) = claim.glob("runs/j/*/metrics.jsonl")
-    local = write_job(tmp_path / "one", steps=STEPS, every=50)
-    train_here(local, f"one-{trouble}")
-    wanted = losses_of(run_dir(local, f"one-{trouble}") / "metrics.jsonl")
-    assert len(wanted) == STEPS
-    assert losses_of(metrics) == pytest.approx(wanted, rel=1e-5)
+    assert losses_of(metrics) == pytest.approx(alone, rel=1e-5)
     assert "step 5" in out or "from step" in out, out
 
 

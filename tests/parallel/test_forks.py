@@ -29,6 +29,7 @@ def sources_of_their_own() -> Iterator[None]:
     """Other tests of this process keep ranks, and what these were forked from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORKS_ARE_TRIED", "1")
+        patch.setattr(forks, "_LEARNED", {})  # a dozen of sources would import it
         yield
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import meshwright as mw
-from meshwright.clusters.calibrate import written
 from meshwright.launch.cli import main
 from meshwright.launch.errors import JobError
 from meshwright.launch.load import load_job
@@ -22,7 +21,7 @@ from meshwright.launch.predict import Prediction
 from meshwright.launch.rehearse import model_on_meta
 from meshwright.parallel.stages import stages_of
 from meshwright.parallel.work import Work
-from tests.clusters.test_calibration import made, of
+from tests.clusters.test_calibration import known_machine
 
 JOB = """
 name: paper
@@ -163,7 +162,7 @@ def test_a_machine_that_was_measured_holds_all_ranks_and_starts_operations_one_a
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, entry = _written(tmp_path, "{dp: 4}", nodes=1), tmp_path / "machine.yaml"
-    entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
+    entry.write_text(known_machine(), encoding="utf-8")
     found = mw.simulate(path, gpu=entry).forecast
     assert found is not None
     machine, reached = found.paper.machine, found.paper.machine.efficiency.compute

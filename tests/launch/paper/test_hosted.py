@@ -9,9 +9,8 @@ import meshwright as mw
 from benchmarks import fake_ranks
 from benchmarks.predicted import VOCABULARY
 from benchmarks.predicted_jobs import Small
-from meshwright.clusters.calibrate import written
 from meshwright.launch.load import load_job
-from tests.clusters.test_calibration import made, of
+from tests.clusters.test_calibration import known_machine
 
 GPT2 = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256}
 HOSTED = {"schedule": "layered", "num_microbatches": 4, "recompute": "blocks", "offload_inputs": True}
@@ -24,14 +23,20 @@ NEOX = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
     "max_position_embeddings": 384,
 }  # fmt: skip
+LLAMA = {**Small(parallel={}).config, "num_hidden_layers": 3}  # a first, one in between and a last
 JOBS = {
-    "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}),
+    "spans": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, config=LLAMA),
     "spans that drop": Small(parallel={"dp": 2, "blockwise": {"layer_block": 64}}, architecture="gpt2", config=GPT2),
-    "inputs": Small(parallel={"dp": 2, **HOSTED}),
+    "inputs": Small(parallel={"dp": 2, **HOSTED}, config=LLAMA),
     "inputs of a pipeline": Small(parallel={"pp": 2, **HOSTED, "schedule": "1f1b"}),
-    "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}),
-    "feed-forward and loss by blocks": Small(parallel={"dp": 2, "blockwise": {"ffn_block": 64, "loss_block": 64}}),
-    "shards and spans": Small(parallel={"fsdp": 2, **HOSTED, "blockwise": {"layer_block": 64, "loss_block": 64}}),
+    "states": Small(parallel={"fsdp": 2, "offload": "cpu", "num_microbatches": 2}, config=LLAMA),
+    "feed-forward and loss by blocks": Small(
+        parallel={"dp": 2, "blockwise": {"ffn_block": 64, "loss_block": 64}}, config=LLAMA
+    ),
+    "shards and spans": Small(
+        parallel={"fsdp": 2, **HOSTED, "num_microbatches": 2, "blockwise": {"layer_block": 64, "loss_block": 64}},
+        config=LLAMA,
+    ),
     "attention that drops, by blocks": Small(
         parallel={"dp": 2, **REMADE, "blockwise": {"ffn_block": 32}}, architecture="gpt2", config=GPT2
     ),
@@ -77,6 +82,6 @@ _WIDE = ("inputs of spans",)  # as in "shards and spans"
 def test_memory_on_paper_is_that_of_a_run_here(name: str, tmp_path: Path) -> None:
     path, job = _drawn_up(JOBS[name], tmp_path)
     entry = tmp_path / "machine.yaml"
-    entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
+    entry.write_text(known_machine(), encoding="utf-8")
     most = max(peak_bytes for _, peak_bytes in fake_ranks.real_ranks(job))
     assert _tensor_bytes(path, entry) == pytest.approx(most, rel=0.05)

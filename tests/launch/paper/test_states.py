@@ -7,11 +7,10 @@ import pytest
 import yaml
 
 import meshwright as mw
-from meshwright.clusters.calibrate import written
 from meshwright.launch.load import load_job
 from meshwright.launch.rehearse import model_on_meta, settled_on_meta
 from meshwright.parallel.fake_rank import fake_rank
-from tests.clusters.test_calibration import made, of
+from tests.clusters.test_calibration import known_machine
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -34,7 +33,7 @@ def _job(folder: Path, parallel: dict[str, Any], *, architecture: str, config: d
 def _forecast_over_held(folder: Path, parallel: dict[str, Any], **told: Any) -> float:
     """Of the fullest rank of the pipeline; optimizer states aside."""
     path, entry = _job(folder, parallel, **told), folder / "machine.yaml"
-    entry.write_text(written(of(made(1, 4), made(4, 1))), encoding="utf-8")
+    entry.write_text(known_machine(), encoding="utf-8")
     found = mw.simulate(path, gpu=entry).forecast
     assert found is not None
     loaded = load_job(path)
