@@ -25,6 +25,7 @@ THEMES = {
     "tests/parallel/test_cells.py": "the part of each matrix that `make test` runs",
     "tests/parallel/test_between.py": "code between blocks where the sequence is dealt: planners and hooks together",
     "tests/parallel/test_more_families.py": "families unlike those of the parity matrix",
+    "tests/parallel/test_decoders.py": "decoders of transformers as they come",
     "tests/parallel/test_matrix.py": "the parity matrix: families x layouts",
     "tests/launch/worker/test_parts.py": "the small parts of the training program",
     "tests/launch/page/test_browser.py": "a page of a run in headless Chromium",
