@@ -72,10 +72,11 @@ lab: $(STAMP) ## real ssh, Slurm, MPI and Ray between pretended hosts; as root, 
 	  apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) >/dev/null; } || echo "THE LAB GOES WITHOUT SOME OF: $(LAB_PACKAGES)"
 	$(BIN)/python -m pytest -q -rs -n 4 -m lab tests/lab $(call again,-m lab tests/lab)
 
-matrix: $(STAMP) ## every cell of the three parity matrices; writes docs/parity*.md
+matrix: $(STAMP) ## every cell of the four parity matrices; writes docs/parity*.md
 	$(BIN)/python -m tests.parallel.matrix
 	$(BIN)/python -m tests.parallel.schedules_matrix
 	$(BIN)/python -m tests.parallel.sequence_matrix
+	$(BIN)/python -m tests.parallel.decoders_matrix
 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ stage takes from earlier ones becomes new leaves. What torch keeps for the threa
 whenever it stops.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from meshwright.parallel.cuts import Cuts
 from meshwright.parallel.passing import note_passing
@@ -39,7 +38,7 @@ class Backward:
         halves: whether the gradients of inputs come first and those of weights later.
     """
 
-    recomputed: Collection[str] = ()
+    recomputed: Container[str] = ()
     halves: bool = False
 
 
@@ -86,7 +85,6 @@ class Flow:
         backward: how it will go back.
 
     Attributes:
-        backward: as it was given.
         waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
         arguments: of the call that waits.
@@ -102,7 +100,7 @@ class Flow:
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide = guide
-        self.backward = backward
+        self._backward = backward
         self._until = (-1, False)  # stage, and whether the pass ends there
         self._state: ThreadState | None = None  # of the pass, while it is stopped
         self._work = run
@@ -152,7 +150,7 @@ class Flow:
             return instead()
         if cuts.given:
             cuts.check(name)
-        remade = name in self.backward.recomputed and torch.is_grad_enabled()
+        remade = name in self._backward.recomputed and torch.is_grad_enabled()
         if remade or stage > cuts.stage or cuts.opening:
             output = self._run_cut(name, partial(kind.__call__, block), arguments, remade=remade)
         else:
@@ -221,7 +219,7 @@ class Flow:
         _FLOWS[getcurrent()] = self
         try:
             self.cuts.begin(self.cuts.stage)
-            self.cuts.opening = self.backward.halves
+            self.cuts.opening = self._backward.halves
             self.result = self._work()
             self.cuts.check("the end")
         finally:
@@ -253,8 +251,8 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
 def _note_hook(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Tensor], Tensor | None]) -> Any:
     """Hooks are called wherever gradients of a node are asked for, which may be more often than the model thinks."""
     flow = _FLOWS.get(getcurrent())
-    if flow is not None and tensor.requires_grad and not isinstance(tensor, nn.Parameter):
-        flow.cuts.hooked.add(get_gradient_edge(tensor).node)
+    if flow is not None and tensor.grad_fn is not None:
+        flow.cuts.hooked.add(tensor.grad_fn)
     return register(tensor, hook)
 
 

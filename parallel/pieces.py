@@ -7,6 +7,7 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Pieces:
         self._origins = origins
         self._received = {id(each): each for each in received}
         self._pieces = [_Piece() for _ in borders]
-        self._num_users: dict[Any, int] = {}
+        self._num_users: Counter[Any] = Counter()
         self._shared: set[Any] = set()
         self._inputs: dict[Any, Edge | None] = {}  # leaves of inputs -> what they continue, None where others made it
         self._partial: dict[Any, Tensor] = {}
@@ -188,8 +189,7 @@ class Pieces:
             self._look(roots)
             _close(self._pieces)
             self._shared = {node for node, number in self._num_users.items() if number > 1}
-            inputs = self._inputs.keys()
-            cut = {each for each in self._hooked if inputs & {each, *(after for after, _ in each.next_functions)}}
+            cut = {node for node in self._hooked if any(after in self._inputs for after, _ in node.next_functions)}
             weights = [node for node in self._shared if node.variable._backward_hooks]
             for node in (*(self._hooked & _gone_by(self._pieces)), *cut, *weights):
                 refuse_hook(node)  # it would see a gradient in parts, or twice
@@ -228,7 +228,7 @@ class Pieces:
                 self._inputs[leaf] = None
             else:
                 _refuse_others(variable)
-                self._num_users[leaf] = self._num_users.get(leaf, 0) + 1
+                self._num_users[leaf] += 1
         continues = self._inputs.get(leaf)
         return None if continues is None else continues[0]
 

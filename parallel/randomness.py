@@ -30,8 +30,7 @@ def seed_of(*key: int | str) -> int:
     >>> seed_of(0, "step", 1) == seed_of(0, "step", 1), seed_of(0, "step", 1) == seed_of(0, "step", 2)
     (True, False)
     """
-    *beginning, last = key
-    return _marked(_begun(tuple(beginning)) + _number(f"last {last!r}") & _DRAWN)
+    return _marked(_digest(repr(key)) & _DRAWN)
 
 
 def draw_from_key(*key: int | str) -> None:
@@ -116,12 +115,6 @@ def _draw_behind(seed: int, number: int) -> None:
 @lru_cache(maxsize=1 << 16)
 def _number(name: str) -> int:
     return _digest(name) & _DRAWN
-
-
-@lru_cache(maxsize=64)
-def _begun(key: tuple[int | str, ...]) -> int:
-    """Of all parts of a key but the last, which is what tells the micro-batches of a step apart."""
-    return _digest(repr(key)) & _DRAWN
 
 
 def _draw_from(seed: int) -> None:

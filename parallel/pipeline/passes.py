@@ -60,7 +60,7 @@ class Pass:
         self._steps: Iterator[Step] | None = None
         self._expected: Any = None
         self._taken: dict[int, list[Tensor]] = {}
-        self._unused: list[tuple[Tensor, bool]] = []  # and whether the model takes it as it is
+        self._unused: list[Tensor] = []
         self._sent: dict[int, list[Tensor]] = {}
 
     @property
@@ -87,8 +87,7 @@ class Pass:
         self._taken[stage] = [
             each.requires_grad_(shape.requires_grad and grad) for each, shape in zip(values, shapes, strict=True)
         ]
-        as_is = border.as_is and not self.flow.backward.recomputed  # what is recomputed keeps inputs of its own
-        self._unused = [(each, as_is or not each.requires_grad) for each in self._taken[stage]]
+        self._unused = list(self._taken[stage])
 
     def forward(self, stage: int) -> None:
         """Runs until a block of a later stage is called, or to the end after the last stage."""
@@ -96,11 +95,7 @@ class Pass:
             self._steps = iter(self._route.steps(self._mine, self._device))
         last = self._route is not None and stage == self._mine[-1]
         if not self.flow.ended and (self.flow.waits is None or self.stages[self.flow.waits] <= stage):
-            try:
-                self.flow.resume(stage, last=last)
-            except RuntimeError as error:
-                _explain(error)
-                raise
+            self.flow.resume(stage, last=last)
         if self._route is not None:
             self._keep_sent(stage + 1)
             if last:
@@ -213,8 +208,8 @@ class Pass:
                         "made and that the first block of this rank's stage does not take; move the cut, or wrap this "
                         "model without pp"
                     )
-                leaf, as_is = self._unused.pop(0)
-                value.value = leaf if as_is else fresh(leaf)
+                leaf = self._unused.pop(0)
+                value.value = fresh(leaf) if leaf.requires_grad else leaf
             return value.value
 
         return replaced(arguments, change)
@@ -264,16 +259,3 @@ class Passes(Sequence[Pass]):
         for each in self._made:
             if each is not None:
                 each.flow.close()
-
-
-def _explain(error: RuntimeError) -> None:
-    """Says what torch cannot know of a leaf that is changed in place: that a block may have received it.
-
-    Raises:
-        WrapError: for that error of torch's.
-    """
-    if "leaf Variable" in str(error):
-        raise WrapError(
-            f"{error} Perhaps it is what a block was given from another rank of the pipeline and changes, while none "
-            "did for the first micro-batch of this shape; make the change on a copy"
-        ) from error

@@ -6,7 +6,7 @@ their blocks give and which inputs they lack.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,8 +66,6 @@ def probe(run: Callable[[], Any], stages: Mapping[str, int], homes: Sequence[int
                 pass
         finally:
             each.flow.close()
-    for stage in each.as_is:
-        route.borders[stage] = replace(route.borders[stage], as_is=True)
     each.forget()
     missing = sorted(set(range(len(homes))) - {call.stage for call in route.calls})
     if missing:
@@ -84,25 +82,11 @@ class _Prober(Pass):
     given: Any = None
     lacked = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._received: list[tuple[int, Tensor, int]] = []
-        self.sent: list[Tensor] = []
-
-    @property
-    def as_is(self) -> set[int]:
-        """Stages that neither change in place what they received nor hand it on, which a bare leaf could not bear."""
-        bad = {stage for stage, value, version in self._received if value._version != version or self._sends(value)}
-        return {stage for stage, _, _ in self._received} - bad
-
     def forget(self) -> None:
         """Lets go of values and their graph now, since a pass and its flow hold each other until Python looks."""
         self.flow.detach()
         self.flow.forget()
-        self._received, self.sent, self.given = [], [], None
-
-    def _sends(self, value: Tensor) -> bool:
-        return any(each is value for each in self.sent)
+        self.given = None
 
     def skips(self, block: str) -> Callable[[], Any] | None:
         """Own calls are noted when they are through, those of other ranks were told."""
@@ -112,12 +96,8 @@ class _Prober(Pass):
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
         """Notes whether anything was missing."""
-        absent = [isinstance(each, Absent) for each in inputs_of(arguments)]
-        self.lacked = any(absent)
-        completed = super().completed(block, arguments)
-        held = [value for value, was_absent in zip(inputs_of(completed), absent, strict=True) if was_absent]
-        self._received += [(self.stages[block], value, value._version) for value in held]
-        return completed
+        self.lacked = any(isinstance(each, Absent) for each in inputs_of(arguments))
+        return super().completed(block, arguments)
 
     def gave(self, block: str, output: Any) -> None:
         """Keeps what an own block gave."""
@@ -189,7 +169,6 @@ class _Probe:
         places = wire.tell(_lacking(each) if wire.rank == receiver else None, receiver)
         inputs = inputs_of(each.flow.arguments)
         values = [each.present(inputs[place]) for place in places] if wire.rank == sender else []
-        each.sent += values
         border = Border(tuple(places), wire.tell(tuple(Shape.of(value) for value in values), sender))
         self.route.borders[stage] = border
         tag = (stage, 0, "forward")

@@ -75,17 +75,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Border:
-    """What travels into a stage that follows one of another rank.
-
-    Attributes:
-        places: among the inputs of its first block.
-        shapes: of the values.
-        as_is: whether the rank that receives them was seen neither to change them in place nor to hand them on.
-    """
+    """What travels into a stage that follows one of another rank: places among its first block's inputs, and shapes."""
 
     places: tuple[int, ...]
     shapes: tuple[Shape, ...]
-    as_is: bool = False
 
     @cached_property
     def returned(self) -> tuple[Shape, ...]:

@@ -1,5 +1,6 @@
 """Pipelines over ranks: the plain run's gradients and states, for every schedule and beside every other axis."""
 
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,115 @@ class _KeepingInputs(Skipping):
 
 def test_what_a_block_was_given_is_at_hand_afterwards() -> None:
     _equal(_KeepingInputs, odd_batch, {"pp": 2}, schedule="modular")
+
+
+class _Leaving(Skipping):
+    """Blocks that give what they were given, in micro-batches that begin with an even number or by chance."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Left(chance) for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for number, layer in enumerate(self.layers):
+            stream = layer(stream, number == 1 and int(ids[0, 0]) % 2 == 0)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+class _Left(nn.Linear):
+    def __init__(self, chance: float) -> None:
+        super().__init__(8, 8)
+        self.chance = chance
+
+    def forward(self, stream: Tensor, left: bool) -> Tensor:  # type: ignore[override]
+        if left or (self.chance and torch.rand(()) < self.chance):
+            return stream
+        return super().forward(stream).tanh()
+
+
+def _second_is_even() -> dict[str, Tensor]:
+    ids = odd_batch()["ids"]
+    ids[:, 0] = torch.tensor([1, 3, 2, 4])
+    return {"ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "modular", "zb-h1"])
+def test_a_block_may_give_what_it_was_given_where_it_did_not_before(schedule: str) -> None:
+    _equal(partial(_Leaving, 0.0), _second_is_even, {"pp": 3}, schedule=schedule)
+    _equal(partial(_Leaving, 0.4), odd_batch, {"pp": 3}, schedule=schedule, num_microbatches=4)
+
+
+class _LossInside(Skipping):
+    """The last block hands on the loss that the one before it made."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream = self.table[ids]
+        for layer in self.layers:
+            stream = layer(stream, labels)
+        return stream
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_ToLoss(number) for number in range(3))
+
+
+class _ToLoss(nn.Linear):
+    def __init__(self, number: int) -> None:
+        super().__init__(8, 8)
+        self.number = number
+
+    def forward(self, stream: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        scores = stream if self.number == 2 else super().forward(stream)
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten()) if self.number == 1 else scores
+
+
+def test_the_last_rank_may_hand_on_a_loss_that_it_received() -> None:
+    _equal(_LossInside, odd_batch, {"pp": 3}, schedule="1f1b", loss="sum")
+
+
+class _Reaching(Skipping):
+    """Later blocks take what earlier ones gave, one of them in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_TakingTwo() for _ in range(6))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        stream, given = self.table[ids], list[Tensor]()
+        for number, layer in enumerate(self.layers):
+            stream = layer(stream, given[:2] if number in (3, 5) else [])
+            given.append(stream)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+class _TakingTwo(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, stream: Tensor, others: list[Tensor], beside: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if not stream.is_leaf and others:  # a value that others made looks as it does in the plain run
+            stream = stream + others[0].sin() + others[1].cos()
+        if beside is not None:
+            stream = stream + beside.sin()
+        weights = torch.ones(8, dtype=stream.dtype, requires_grad=True)
+        weights.register_hook(lambda gradient: gradient)
+        return super().forward(stream * weights).tanh()
+
+
+class _Sided(_Reaching):
+    """Two blocks encode, and all that follow take what they gave."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        side, stream = self.table[ids], self.table[labels]
+        for layer in self.layers[:2]:
+            side = layer(side, [])
+        for layer in self.layers[2:]:
+            stream = layer(stream, [], side)
+        return nn.functional.cross_entropy(self.head(stream).flatten(0, 1), labels.flatten())
+
+
+def test_values_reach_later_blocks_of_the_same_rank() -> None:
+    _equal(_Reaching, odd_batch, {"pp": 2}, schedule="modular")
+    _equal(_Sided, odd_batch, {"pp": 2}, schedule="zbv")
+    _equal(_Sided, odd_batch, {"pp": 3}, schedule="zb-h1")
