@@ -12,8 +12,9 @@ from meshwright.parallel.pipeline.timeline import in_order
 __all__ = ["EARLY", "EARLY_BYTES", "Posting", "receives_due"]
 
 EARLY = 4
-"""How many messages before its time a receive is posted at most where ranks are connected at once, so that what travels
-finds it; none where they connect late, since calls of a rank can hold each other there (see `connecting`)."""
+"""How many messages before its time a receive is posted where ranks are connected at once, so that what travels finds
+it, and how many rows are gone through at one wait; none where ranks connect late, since calls of a rank can hold each
+other there (see `connecting`)."""
 
 EARLY_BYTES = 1 << 20
 """As long as receives that wait take less memory than this, more of them are posted: what a small message costs is the
