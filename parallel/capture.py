@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache, partial, partialmethod
+from threading import local
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +77,15 @@ class Guide(Protocol):
 _FLOWS: dict[greenlet, "Flow"] = {}
 
 
+class _Outside(local):
+    """What a thread keeps outside of its flows: asked once, since they leave it whenever they stop."""
+
+    state: ThreadState | None = None
+
+
+_OUTSIDE = _Outside()
+
+
 class Flow:
     """One forward pass.
 
@@ -99,7 +109,7 @@ class Flow:
         self.arguments: Arguments = ((), {})
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
-        self._guide = guide
+        self._guide: Guide | None = guide  # until the pass ends: it holds its flow, too
         self._backward = backward
         self._until = (-1, False)  # stage, and whether the pass ends there
         self._state: ThreadState | None = None  # of the pass, while it is stopped
@@ -126,6 +136,7 @@ class Flow:
         if self._coroutine is not None and not self.ended:
             self._enter(self._coroutine.throw)
         self.arguments = ((), {})
+        self._guide = None
 
     def detach(self) -> None:
         """Lets go of the graph of the result, once it has been gone through: every earlier stage's hangs on it."""
@@ -140,6 +151,7 @@ class Flow:
     def call(self, name: str, block: nn.Module, kind: type[nn.Module], arguments: Arguments) -> Any:
         """Called inside, for a block whose own class is `kind`."""
         guide, cuts = self._guide, self.cuts
+        assert guide is not None, f"{name} is called in a flow that was closed"
         stage = guide.stages[name]
         if stage > self._until[0]:
             self._stop(name, arguments)
@@ -152,7 +164,7 @@ class Flow:
             cuts.check(name)
         remade = name in self._backward.recomputed and torch.is_grad_enabled()
         if remade or stage > cuts.stage or cuts.opening:
-            output = self._run_cut(name, partial(kind.__call__, block), arguments, remade=remade)
+            output = self._run_cut(name, partial(kind.__call__, block), arguments, guide=guide, remade=remade)
         else:
             args, kwargs = guide.completed(name, arguments) if guide.lacks else arguments
             output = kind.__call__(block, *args, **kwargs)
@@ -161,14 +173,14 @@ class Flow:
         guide.gave(name, output)
         return output
 
-    def _run_cut(self, name: str, work: partial[Any], arguments: Arguments, *, remade: bool) -> Any:
+    def _run_cut(self, name: str, work: partial[Any], arguments: Arguments, *, guide: Guide, remade: bool) -> Any:
         """Runs a block that begins a piece."""
-        cuts, stage = self.cuts, self._guide.stages[name]
+        cuts, stage = self.cuts, guide.stages[name]
         first = stage > cuts.stage or cuts.opening
         if first:
             cuts.begin(stage)
-        if self._guide.lacks:
-            arguments = self._guide.completed(name, arguments)
+        if guide.lacks:
+            arguments = guide.completed(name, arguments)
         if remade:
             cuts.begin(stage)
         args, kwargs = cuts.cut(*arguments) if first or remade else arguments
@@ -192,18 +204,17 @@ class Flow:
 
     def _run_through(self) -> None:
         """A pass that stops nowhere needs no coroutine; cut short, it must leave the thread as it was."""
-        outside = ThreadState(random=False)
         torch.clear_autocast_cache()
         try:
             copy_context().run(self._run)
         except BaseException as end:
-            outside.enter()
+            _outside().enter()
             if not isinstance(end, GreenletExit):
                 raise
 
     def _enter(self, how: Callable[[], Any]) -> None:
         assert self._coroutine is not None
-        outside = ThreadState(random=False)
+        outside = _outside()
         self._coroutine.parent = getcurrent()
         if self._state is not None:
             self._state.enter(outside)
@@ -221,7 +232,8 @@ class Flow:
             self.cuts.begin(self.cuts.stage)
             self.cuts.opening = self._backward.halves
             self.result = self._work()
-            self.cuts.check("the end")
+            if self.cuts.given:
+                self.cuts.check("the end")
         finally:
             del _FLOWS[getcurrent()]
             self.ended, self.waits = True, None
@@ -235,6 +247,7 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     Flows draw from the generators as they find them, or seed them; they are put back in the end.
     """
     before, register = {name: type(block) for name, block in blocks.items()}, Tensor.register_hook
+    outside, _OUTSIDE.state = _OUTSIDE.state, ThreadState(random=False)
     try:
         Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
         for name, block in blocks.items():
@@ -243,6 +256,7 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
         with generators_kept():
             yield
     finally:
+        _OUTSIDE.state = outside
         Tensor.register_hook = register  # type: ignore[method-assign]
         for name, block in blocks.items():
             object.__setattr__(block, "__class__", before[name])
@@ -254,6 +268,11 @@ def _note_hook(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Ten
     if flow is not None and tensor.grad_fn is not None:
         flow.cuts.hooked.add(tensor.grad_fn)
     return register(tensor, hook)
+
+
+def _outside() -> ThreadState:
+    assert _OUTSIDE.state is not None, "a flow outside of `captured`"
+    return _OUTSIDE.state
 
 
 def _detached(value: Any) -> Any:

@@ -33,7 +33,7 @@ from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
-from meshwright.parallel.randomness import draw_by_block, draw_from_key, keyed
+from meshwright.parallel.randomness import draw_by_block, draw_from, keyed, seed_of
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
@@ -77,7 +77,7 @@ class Engine:
         self._wire: Wire | None = None
         if groups.mesh.pp > 1:
             connect_groups(groups)
-            self._wire = Wire(groups, options.num_microbatches, stages.schedule.homes)
+            self._wire = Wire(groups, stages.schedule.homes)
         self._routes = (
             None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire, known=routes)
         )
@@ -226,13 +226,17 @@ class Engine:
 
     def _passes(self, parts: list[Any]) -> tuple[Passes, list[Route]]:
         """A pass for each micro-batch, and their routes."""
-        routes = [] if self._routes is None else self._routes.of(parts, partial(self._forward, index=0, alone=True))
+        routes: list[Route] = []
+        if self._routes is not None:
+            routes = self._routes.of(parts, lambda part: self._alone(part, seed=seed_of(*self._key(0))))
         mine = sorted(set(self._stages.mine.values()))
         backward = Backward(self._stages.recomputed, self._stages.schedule.has(Kind.INPUT_GRADIENT))
 
         def make(index: int) -> Pass:
+            part = parts[index]
+            items = self._contract.of_size(part, self._device)
             return Pass(
-                partial(self._forward, parts[index], index, alone=True),
+                partial(self._alone, part, seed=seed_of(*self._key(index)), items=items),
                 self._stages.stage_of,
                 mine=mine,
                 route=routes[index] if routes else None,
@@ -246,17 +250,23 @@ class Engine:
         """The same 1-dim tensor of every data rank, in order."""
         return [part.tolist() for part in self._groups.all_gather(values, *DATA_AXES)]
 
-    def _forward(self, part: Any, index: int, *, alone: bool = False) -> tuple[Tensor, Tensor]:
-        """Loss and items of a micro-batch; `alone` in a flow, behind which the generators are put back anyway."""
-        number = self._data_rank * self.options.num_microbatches + index
-        key = (self.options.seed, "step", self.num_steps, "microbatch", number)
+    def _forward(self, part: Any, index: int) -> tuple[Tensor, Tensor]:
+        """Loss and items of a micro-batch."""
+        with keyed(*self._key(index)):
+            return self._run(part)
+
+    def _alone(self, part: Any, *, seed: int, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and items of a micro-batch in a flow, behind which the generators are put back anyway."""
+        draw_from(seed)
+        return self._run(part, items)
+
+    def _run(self, part: Any, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
         moved = to_device(part, self._device)
-        run = partial(self._contract.run, lambda: call(self.data.module, moved), moved)
-        if alone:
-            draw_from_key(*key)
-            return run()
-        with keyed(*key):
-            return run()
+        return self._contract.run(lambda: call(self.data.module, moved), moved, items=items)
+
+    def _key(self, index: int) -> tuple[int | str, ...]:
+        number = self._data_rank * self.options.num_microbatches + index
+        return self.options.seed, "step", self.num_steps, "microbatch", number
 
 
 def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:

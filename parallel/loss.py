@@ -61,15 +61,26 @@ class LossContract:
         if self.kind not in get_args(LossKind):
             raise LossError(f"loss {self.kind!r} is not a contract; {nearest(str(self.kind), get_args(LossKind))}")
 
-    def run(self, forward: Callable[[], Any], batch: Any) -> tuple[Tensor, Tensor]:
-        """Runs a forward pass; returns its loss (0-dim) and its number of items (0-dim, float64)."""
+    def run(self, forward: Callable[[], Any], batch: Any, *, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs a forward pass; returns its loss (0-dim) and its number of items (0-dim, float64).
+
+        Args:
+            forward: returns the model's output.
+            batch: what it takes.
+            items: what `of_size` told before.
+        """
+        if items is not None:
+            return self._loss(forward(), batch), items
         if self.kind == "token_mean" and self.items is None:
             return self._run_counted(forward, batch)
         loss = self._loss(forward(), batch)
-        items = self._stated_items(batch)
-        if isinstance(items, Tensor):
-            return loss, items.to(loss.device, torch.float64)
-        return loss, torch.full((), items, dtype=torch.float64, device=loss.device)  # a third of what `tensor` takes
+        return loss, self._stated_items(batch, loss.device)
+
+    def of_size(self, batch: Any, device: torch.device) -> Tensor | None:
+        """The number of items, where the batch's size tells it before the forward."""
+        if self.items is not None or self.kind == "token_mean":
+            return None
+        return _number(1.0 if self.kind == "sum" else float(num_samples(batch)), device)
 
     def _run_counted(self, forward: Callable[[], Any], batch: Any) -> tuple[Tensor, Tensor]:
         """Counts the targets of the loss call.
@@ -95,17 +106,23 @@ class LossContract:
     def _loss(self, output: Any, batch: Any) -> Tensor:
         return loss_of(output) if self.of_output is None else self.of_output(output, batch)
 
-    def _stated_items(self, batch: Any) -> Tensor | float:
+    def _stated_items(self, batch: Any, device: torch.device) -> Tensor:
+        of_size = self.of_size(batch, device)
+        if of_size is not None:
+            return of_size
         if callable(self.items):
-            return self.items(batch)
-        if self.items is not None:
-            if not isinstance(batch, Mapping) or self.items not in batch:
-                keys = list(batch) if isinstance(batch, Mapping) else []
-                raise LossError(
-                    f"loss_items={self.items!r} is no key of the batch; {nearest(self.items, map(str, keys))}"
-                )
-            return torch.as_tensor(batch[self.items]).sum(dtype=torch.float64)
-        return 1.0 if self.kind == "sum" else float(num_samples(batch))
+            items = self.items(batch)
+            return items.to(device, torch.float64) if isinstance(items, Tensor) else _number(items, device)
+        if not isinstance(batch, Mapping) or self.items not in batch:
+            keys = list(batch) if isinstance(batch, Mapping) else []
+            raise LossError(
+                f"loss_items={self.items!r} is no key of the batch; {nearest(str(self.items), map(str, keys))}"
+            )
+        return torch.as_tensor(batch[self.items]).sum(dtype=torch.float64).to(device)
+
+
+def _number(items: float, device: torch.device) -> Tensor:
+    return torch.full((), items, dtype=torch.float64, device=device)  # a third of what `tensor` takes
 
 
 def loss_of(output: Any) -> Tensor:

@@ -7,7 +7,7 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 """
 
 from bisect import bisect_right
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class Pieces:
         self._origins = origins
         self._received = {id(each): each for each in received}
         self._pieces = [_Piece() for _ in borders]
-        self._num_users: Counter[Any] = Counter()
+        self._num_users: defaultdict[Any, int] = defaultdict(int)
         self._shared: set[Any] = set()
         self._inputs: dict[Any, Edge | None] = {}  # leaves of inputs -> what they continue, None where others made it
         self._partial: dict[Any, Tensor] = {}

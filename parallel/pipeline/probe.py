@@ -171,11 +171,10 @@ class _Probe:
         values = [each.present(inputs[place]) for place in places] if wire.rank == sender else []
         border = Border(tuple(places), wire.tell(tuple(Shape.of(value) for value in values), sender))
         self.route.borders[stage] = border
-        tag = (stage, 0, "forward")
         if wire.rank == sender:
-            wire.send(values, receiver, tag)
+            wire.send(values, receiver, tag=stage)
         if wire.rank == receiver:
-            each.take(border, stage, wire.receive(border.shapes, sender, tag)())
+            each.take(border, stage, wire.receive(border.shapes, sender, tag=stage)())
         wire.flush()
 
 

@@ -85,6 +85,16 @@ class Border:
         """Those whose gradients travel back."""
         return tuple(each for each in self.shapes if each.requires_grad)
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of what travels there."""
+        return sum(each.num_bytes for each in self.shapes)
+
+    @cached_property
+    def num_bytes_returned(self) -> int:
+        """Of the gradients."""
+        return sum(each.num_bytes for each in self.returned)
+
 
 @dataclass
 class Route:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.pipeline.actions import Action, Kind
-from meshwright.parallel.pipeline.check import RECEIVES
+from meshwright.parallel.pipeline.check import RECEIVES, SENDS
 from meshwright.parallel.pipeline.passes import Pass, Passes
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.recompute import Frame
@@ -57,6 +57,7 @@ Watch = Callable[[Action, Phase], None]
 
 _GOING_BACK = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
 _DONE_WITH = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+_TRAVELS = frozenset((*SENDS, *RECEIVES))
 
 
 def unwatched(action: Action, phase: Phase) -> None:
@@ -106,61 +107,49 @@ class _Run:
         self._watch = work.watch
         self._forwards = sum(action.kind is Kind.FORWARD for action in actions)
         self._seeded: set[int] = set()
-        self._of_stage: Mapping[Kind, Callable[[int], None]] = {
-            Kind.GATHER: work.states.gather,
-            Kind.FREE: work.states.free,
-            Kind.REDUCE: work.states.reduce,
-        }
-        self._of_pass: Mapping[Kind, Callable[[Pass, int], None]] = {
-            Kind.FORWARD: self._forward,
-            Kind.RECOMPUTE: lambda each, stage: _all(each.frames(stage), Frame.recompute),
-            Kind.OFFLOAD: lambda each, stage: _all(each.frames(stage), Frame.offload),
-            Kind.FETCH: lambda each, stage: _all(each.frames(stage), Frame.fetch),
-            Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
-            Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
-            Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
-        }
 
     def do(self, action: Action) -> None:
         """Does one action."""
         kind = action.kind
         if action.microbatch is None:
             self._watch(action, Phase.RUNS)
-            self._of_stage[kind](action.stage)
-        elif kind in self._of_pass:
+            _OF_STAGE[kind](self._work.states, action.stage)
+        elif kind in _TRAVELS:
+            self._transfer(action, action.microbatch)
+        else:
             if kind in _GOING_BACK:
                 self._seed(action.microbatch)
             self._watch(action, Phase.WAITS)
             self._work.states.need(action.stage)
             self._watch(action, Phase.RUNS)
             self._compute(kind, action.stage, self._work.passes[action.microbatch])
-        else:
-            self._transfer(action, action.microbatch)
         self._watch(action, Phase.DONE)
 
     def _compute(self, kind: Kind, stage: int, each: Pass) -> None:
+        if kind is Kind.FORWARD:
+            self._forward(each, stage)
+            return
         if each.flow.frames and kind in _GOING_BACK:
             beyond = each.back.goes_beyond(stage)
             _all(each.frames(stage, beyond=beyond), Frame.recompute)  # where no action of its own said so
-        self._of_pass[kind](each, stage)
+        _OF_PASS[kind](each, stage)
         if kind in _DONE_WITH:
             _all(each.frames(stage), Frame.forget)
             each.flow.detach()
             if each.back.is_done:
                 each.flow.forget()
-        elif kind is Kind.FORWARD:
-            self._forwards -= 1
-            if not self._forwards:
-                self._tell()
 
     def _forward(self, each: Pass, stage: int) -> None:
         attributes = self._work.attributes
         if attributes is None:
             each.forward(stage)
-            return
-        attributes.note()
-        each.forward(stage)
-        attributes.check(self._work.passes.index(each))
+        else:
+            attributes.note()
+            each.forward(stage)
+            attributes.check(self._work.passes.index(each))
+        self._forwards -= 1
+        if not self._forwards:
+            self._tell()
 
     def _transfer(self, action: Action, microbatch: int) -> None:
         assert self._work.transfers is not None, action
@@ -186,3 +175,18 @@ class _Run:
 def _all(frames: list[Frame], work: Callable[[Frame], None]) -> None:
     for frame in frames:
         work(frame)
+
+
+_OF_STAGE: Mapping[Kind, Callable[[States, int], None]] = {
+    Kind.GATHER: lambda states, stage: states.gather(stage),
+    Kind.FREE: lambda states, stage: states.free(stage),
+    Kind.REDUCE: lambda states, stage: states.reduce(stage),
+}
+_OF_PASS: Mapping[Kind, Callable[[Pass, int], None]] = {
+    Kind.RECOMPUTE: lambda each, stage: _all(each.frames(stage), Frame.recompute),
+    Kind.OFFLOAD: lambda each, stage: _all(each.frames(stage), Frame.offload),
+    Kind.FETCH: lambda each, stage: _all(each.frames(stage), Frame.fetch),
+    Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
+    Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
+    Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
+}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -17,13 +18,16 @@ __all__ = ["Timetable", "Transfers"]
 _FORWARD = (Kind.SEND_ACTIVATION, Kind.RECEIVE_ACTIVATION)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Message:
     """What an action sends or receives.
 
     Attributes:
         peer: rank at the other end.
         border: the stage behind the border that the value, or its gradient, crosses.
+        sends: whether this rank is the one that sends.
+        tag: of it.
+        value_tag: of the value that crossed there before; of a gradient.
     """
 
     action: Action
@@ -31,10 +35,9 @@ class _Message:
     border: int
     microbatch: int
     forward: bool
-
-    @property
-    def tag(self) -> Tag:
-        return self.border, self.microbatch, "forward" if self.forward else "backward"
+    sends: bool
+    tag: Tag
+    value_tag: Tag
 
 
 class Timetable:
@@ -51,6 +54,7 @@ class Timetable:
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self._homes = schedule.homes
+        self._num_microbatches = schedule.num_microbatches
         mine = [action for action in schedule.ranks[rank] if action.kind in (*SENDS, *RECEIVES)]
         self.messages = [self._message(action) for action in mine]
         due = receives_due(schedule)[rank]
@@ -59,9 +63,18 @@ class Timetable:
     def _message(self, action: Action) -> _Message:
         assert action.microbatch is not None, action
         behind = 1 if action.kind in (Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT) else 0
-        peer = self._homes[other_end(action).stage]
-        forward = action.kind in _FORWARD
-        return _Message(action, peer, action.stage + behind, action.microbatch, forward)
+        border, forward = action.stage + behind, action.kind in _FORWARD
+        value_tag = 2 * (border * self._num_microbatches + action.microbatch)
+        return _Message(
+            action,
+            self._homes[other_end(action).stage],
+            border,
+            action.microbatch,
+            forward,
+            action.kind in SENDS,
+            value_tag + (not forward),
+            value_tag,
+        )
 
 
 class Transfers:
@@ -75,7 +88,7 @@ class Transfers:
 
     def __init__(self, timetable: Timetable, routes: Sequence[Route], wire: Wire) -> None:
         self._messages = iter(timetable.messages)
-        self._posting = Posting(timetable.due, early=wire.early, size_bytes=self._size_bytes)
+        self._posting = Posting(timetable.due, early=wire.early, size_bytes=partial(_size_bytes, routes))
         self._routes = routes
         self._wire = wire
         self._posted: dict[Tag, Callable[[], list[Tensor]]] = {}
@@ -91,7 +104,7 @@ class Transfers:
         """One send or receive; they come in the order of the timetable."""
         message = next(self._messages)
         assert message.action is action, (message.action, action)
-        if action.kind in SENDS:
+        if message.sends:
             values = each.outgoing(action.stage) if message.forward else each.returned(action.stage)
             self._wire.send(values, message.peer, message.tag)
             self._post(self._posting.done())
@@ -107,18 +120,23 @@ class Transfers:
             return
         each.give(stage, values)
         if values:  # whoever sends gradients back has received
-            self._wire.let_go((message.border, message.microbatch, "forward"))
+            self._wire.let_go(message.value_tag)
 
     def _post(self, due: Iterable[_Message | None]) -> None:
         for message in due:
             if message is not None:
-                self._posted[message.tag] = self._wire.receive(self._shapes(message), message.peer, message.tag)
+                self._posted[message.tag] = self._wire.receive(
+                    _shapes(self._routes, message), message.peer, message.tag
+                )
             elif self._tell is not None:
                 self._tell()
 
-    def _shapes(self, message: _Message) -> Sequence[Shape]:
-        border = self._routes[message.microbatch].borders[message.border]
-        return border.shapes if message.forward else border.returned
 
-    def _size_bytes(self, message: _Message) -> int:
-        return sum(each.num_bytes for each in self._shapes(message))
+def _shapes(routes: Sequence[Route], message: _Message) -> Sequence[Shape]:
+    border = routes[message.microbatch].borders[message.border]
+    return border.shapes if message.forward else border.returned
+
+
+def _size_bytes(routes: Sequence[Route], message: _Message) -> int:
+    border = routes[message.microbatch].borders[message.border]
+    return border.num_bytes if message.forward else border.num_bytes_returned

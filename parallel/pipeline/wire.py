@@ -16,8 +16,8 @@ from meshwright.parallel.pipeline.route import Shape
 
 __all__ = ["Tag", "Wire"]
 
-Tag = tuple[int, int, str]
-"""Stage that receives a value (or sends its gradient), micro-batch, "forward" or "backward"."""
+Tag = int
+"""Number that tells the messages of a step apart."""
 
 _MOST_VALUES = 64
 _let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
@@ -30,7 +30,6 @@ class Wire:
 
     Args:
         groups: process groups of the mesh.
-        num_microbatches: of one step, which tell messages apart.
         homes: stage -> rank of the pipeline.
 
     Attributes:
@@ -39,11 +38,10 @@ class Wire:
 
     early = 0
 
-    def __init__(self, groups: Groups, num_microbatches: int, homes: Sequence[int]) -> None:
+    def __init__(self, groups: Groups, homes: Sequence[int]) -> None:
         self._groups = groups
         self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
         self.early = 0 if connects_late(groups.device_type) else EARLY
-        self._num_microbatches = num_microbatches
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]
         self.device = torch.device(groups.device_type)
@@ -56,10 +54,11 @@ class Wire:
 
     def send(self, values: Sequence[Tensor], to: int, tag: Tag) -> None:
         """Starts sending; the receiver finds the values by their tag."""
+        assert len(values) <= _MOST_VALUES, tag
         running = self._running.setdefault(tag, [])
-        for number, value in enumerate(values):
+        for place, value in enumerate(values):
             held = value.detach().contiguous()
-            running.append((held, self._channels.send(held, to, tag=self._number(tag, number))))
+            running.append((held, self._channels.send(held, to, tag=tag * _MOST_VALUES + place)))
         if values and self.early:
             _let_others_run()
 
@@ -67,7 +66,8 @@ class Wire:
         """Starts receiving; what it returns waits for the values."""
         values = [shape.empty(self.device) for shape in shapes]
         running = [
-            self._channels.receive(value, source, tag=self._number(tag, number)) for number, value in enumerate(values)
+            self._channels.receive(value, source, tag=tag * _MOST_VALUES + number)
+            for number, value in enumerate(values)
         ]
 
         def wait() -> list[Tensor]:
@@ -86,8 +86,3 @@ class Wire:
         """Waits until all that was sent has left."""
         for tag in list(self._running):
             self.let_go(tag)
-
-    def _number(self, tag: Tag, number: int) -> int:
-        stage, microbatch, way = tag
-        assert number < _MOST_VALUES, tag
-        return ((stage * self._num_microbatches + microbatch) * 2 + (way == "backward")) * _MOST_VALUES + number

@@ -1,4 +1,8 @@
-"""One step on ranks: unequal items, empty micro-batches, evaluation and clipping."""
+"""One step on ranks: unequal items, empty micro-batches, evaluation and clipping, and nothing left behind."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +96,59 @@ def _uneven_micro_batches() -> float:
 
 def test_micro_batches_of_any_size_give_the_plain_gradient() -> None:
     assert max(run_ranks(_uneven_micro_batches, mw.Mesh(dp=2))) < 1e-14
+
+
+class _Row(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def _left_behind(mesh: mw.Mesh, options: dict[str, Any]) -> list[list[str]]:
+    torch.manual_seed(0)
+    model = mw.parallelize(_Row(), mesh, num_microbatches=4, loss="sample_mean", **options)
+    batch = {"x": torch.randn(4, 4)}
+    for _ in range(2):  # the first looks for routes
+        model.step(batch)
+        model.evaluate(batch)
+    return [_garbage(lambda: model.step(batch)), _garbage(lambda: model.evaluate(batch))]
+
+
+def _garbage(work: Callable[[], object]) -> list[str]:
+    """Tensors and objects of ours; torch's pytrees leave some functions."""
+    gc.collect()
+    gc.disable()
+    try:
+        work()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kinds = [torch.Tensor if isinstance(each, torch.Tensor) else type(each) for each in gc.garbage]
+        return [each.__name__ for each in kinds if each is torch.Tensor or each.__module__.startswith("meshwright")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        ({"pp": 2}, {"schedule": "1f1b"}),
+        ({"pp": 2}, {"schedule": "modular", "recompute": "blocks"}),
+        ({"pp": 2}, {"schedule": "zbv"}),
+        ({"fsdp": 2}, {"schedule": "layered", "recompute": "blocks", "offload_inputs": True}),
+        ({"fsdp": 2}, {"schedule": "accumulate"}),
+    ],
+)
+def test_what_a_step_held_is_let_go_without_a_search_for_garbage(
+    degrees: dict[str, int], options: dict[str, Any]
+) -> None:
+    mesh = mw.Mesh(**degrees)
+    assert run_ranks(_left_behind, mesh, mesh, options) == [[[], []]] * 2
