@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -43,7 +43,6 @@ class Cuts:
             goes back to what that block takes, or it would have nothing to do in the first stage.
         borders: (stage, sequence number) where each piece of the autograd graph begins. A node belongs to the last
             piece that began at or before its number.
-        origins: leaf made at a border -> the edge of the graph that it continues.
         leaves: id of what the last border handed on -> its leaf, until its block is through.
         hooked: nodes whose tensors got hooks.
         given: what borders handed on, as far as somebody may still look at it: there is something to `check` and
@@ -63,7 +62,7 @@ class Cuts:
         self.stage = stage
         self.opening = False
         self.borders: list[tuple[int, int]] = []
-        self.origins: Any = WeakTensorKeyDictionary()
+        self._origins: Any = None  # leaf made at a border -> the edge of the graph that it continues
         self.leaves: dict[int, Tensor] = {}
         self.hooked: set[Any] = set()
         self.given: list[_Cut] = []
@@ -81,6 +80,10 @@ class Cuts:
         """
         self._new, self.leaves = [], {}
         return tuple(self._cut(each) for each in args), {key: self._cut(each) for key, each in kwargs.items()}
+
+    def origin(self, leaf: Tensor) -> GradientEdge | None:
+        """The edge of the graph that a leaf continues, if it was made at one of these borders."""
+        return None if self._origins is None else self._origins.get(leaf)
 
     def rebase(self) -> None:
         """Behind a block: where it changed what was given, others who hold that go on with the change's history."""
@@ -117,8 +120,7 @@ class Cuts:
     def forget(self) -> None:
         """Lets go of everything."""
         self.end()
-        if len(self.origins):  # asking is cheaper than clearing nothing
-            self.origins.clear()
+        self._origins = None
         self.hooked.clear()
 
     def _cut(self, value: Any) -> Any:
@@ -127,6 +129,11 @@ class Cuts:
         if value is None or isinstance(value, (list, dict, bool, int, str)):
             return value
         return tree_map(self._cut_tensor, value, is_leaf=lambda each: isinstance(each, (list, dict)))
+
+    def _note_origin(self, leaf: Tensor, edge: GradientEdge) -> None:
+        if self._origins is None:  # most passes have one piece
+            self._origins = WeakTensorKeyDictionary()
+        self._origins[leaf] = edge
 
     def _cut_tensor(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.grad_fn is None or not torch.is_grad_enabled():
@@ -138,7 +145,7 @@ class Cuts:
                 return made
         leaf = value.detach().requires_grad_()
         leaf.__dict__[_MARK] = True
-        self.origins[leaf] = get_gradient_edge(value)
+        self._note_origin(leaf, get_gradient_edge(value))
         made = fresh(leaf)
         self.leaves[id(made)] = leaf
         self._new.append((value, made))

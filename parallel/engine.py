@@ -7,7 +7,7 @@ its backward.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.connecting import connect_groups
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
+from meshwright.parallel.forwards import Forwards, Result
 from meshwright.parallel.mesh import DATA_AXES
-from meshwright.parallel.microbatch import call, check_constant, split, to_device
+from meshwright.parallel.microbatch import check_constant, split
 from meshwright.parallel.options import Options
 from meshwright.parallel.pipeline.actions import Kind, Schedule
 from meshwright.parallel.pipeline.observe import both, watch_progress
@@ -33,7 +34,7 @@ from meshwright.parallel.pipeline.runtime import Watch, Work, execute, unwatched
 from meshwright.parallel.pipeline.transfers import Transfers
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
-from meshwright.parallel.randomness import draw_by_block, draw_from, keyed, seed_of
+from meshwright.parallel.randomness import draw_by_block
 from meshwright.parallel.stages import Stages
 
 __all__ = ["Engine", "StepStats"]
@@ -70,7 +71,6 @@ class Engine:
         self.watch: Watch = unwatched
         self._buffers_checked = False
         self._groups = groups
-        self._contract = options.contract
         self._stages = stages
         groups.group(*DATA_AXES, "pp")  # made now, since making one needs all ranks at once
         self._routes: Routes | None = None
@@ -82,10 +82,11 @@ class Engine:
             None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire, known=routes)
         )
         draw_by_block(find_blocks(data.module, options.blocks))
-        self._data_rank = groups.mesh.data_rank(groups.rank)
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
+        first = groups.mesh.data_rank(groups.rank) * options.num_microbatches
+        self._forwards = Forwards(data, options.contract, device=self._device, seed=options.seed, first=first)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -149,7 +150,7 @@ class Engine:
             last = index == len(parts) - 1
             self.data.prepare(last)
             HERE.to(_FORWARD, index)
-            loss, items = self._forward(part, index)
+            loss, items = self._forwards.now(part, step=self.num_steps, index=index)
             sums += torch.stack([_weighted(loss, items), items])
             if last:
                 summed = self._groups.all_reduce(sums, *DATA_AXES)
@@ -180,8 +181,8 @@ class Engine:
         def wait() -> None:
             summed.wait()
 
-        def weight(microbatch: int) -> Tensor | None:
-            return _weight(*passes[microbatch].result) if self._has_loss else None
+        def weight(each: Pass) -> Tensor | None:
+            return _weight(*each.result) if self._has_loss else None
 
         self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
@@ -203,7 +204,10 @@ class Engine:
         HERE.to(_EVALUATES)
         try:
             with torch.no_grad():
-                found = self._forward(batch, 0) if self._wire is None else self._forward_across(batch)
+                if self._wire is None:
+                    found: Result | None = self._forwards.now(batch, step=self.num_steps, index=0)
+                else:
+                    found = self._forward_across(batch)
                 if found is not None:
                     sums += torch.stack([_weighted(*found), found[1]])
                 self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
@@ -228,15 +232,13 @@ class Engine:
         """A pass for each micro-batch, and their routes."""
         routes: list[Route] = []
         if self._routes is not None:
-            routes = self._routes.of(parts, lambda part: self._alone(part, seed=seed_of(*self._key(0))))
+            routes = self._routes.of(parts, lambda part: self._forwards.later(part, step=self.num_steps, index=0)())
         mine = sorted(set(self._stages.mine.values()))
         backward = Backward(self._stages.recomputed, self._stages.schedule.has(Kind.INPUT_GRADIENT))
 
         def make(index: int) -> Pass:
-            part = parts[index]
-            items = self._contract.of_size(part, self._device)
             return Pass(
-                partial(self._alone, part, seed=seed_of(*self._key(index)), items=items),
+                self._forwards.later(parts[index], step=self.num_steps, index=index),
                 self._stages.stage_of,
                 mine=mine,
                 route=routes[index] if routes else None,
@@ -249,24 +251,6 @@ class Engine:
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""
         return [part.tolist() for part in self._groups.all_gather(values, *DATA_AXES)]
-
-    def _forward(self, part: Any, index: int) -> tuple[Tensor, Tensor]:
-        """Loss and items of a micro-batch."""
-        with keyed(*self._key(index)):
-            return self._run(part)
-
-    def _alone(self, part: Any, *, seed: int, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and items of a micro-batch in a flow, behind which the generators are put back anyway."""
-        draw_from(seed)
-        return self._run(part, items)
-
-    def _run(self, part: Any, items: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        moved = to_device(part, self._device)
-        return self._contract.run(lambda: call(self.data.module, moved), moved, items=items)
-
-    def _key(self, index: int) -> tuple[int | str, ...]:
-        number = self._data_rank * self.options.num_microbatches + index
-        return self.options.seed, "step", self.num_steps, "microbatch", number
 
 
 def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:

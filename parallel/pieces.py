@@ -8,7 +8,7 @@ back through a piece stops at edges into earlier ones, whose gradients are kept 
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,7 @@ class Pieces:
 
     Args:
         borders: sequence number at which each piece begins, ascending.
-        origins: leaf made at a border -> the edge that it continues.
+        origin: leaf -> the edge that it continues, where it was made at a border.
         ends: values whose gradients will be given: the loss, or what other ranks go on with.
         received: leaves without an origin here, whose gradients others wait for.
         hooked: nodes whose tensors got hooks.
@@ -54,14 +54,14 @@ class Pieces:
     def __init__(
         self,
         borders: Sequence[int],
-        origins: Mapping[Tensor, GradientEdge],
+        origin: Callable[[Tensor], GradientEdge | None],
         ends: Sequence[Tensor],
         *,
         received: Sequence[Tensor] = (),
         hooked: Set[Any] = frozenset(),
     ) -> None:
         self._borders = borders
-        self._origins = origins
+        self._origin = origin
         self._received = {id(each): each for each in received}
         self._pieces = [_Piece() for _ in borders]
         self._num_users: defaultdict[Any, int] = defaultdict(int)
@@ -221,7 +221,7 @@ class Pieces:
         if leaf not in piece.leaves:
             piece.leaves[leaf] = None
             variable = leaf.variable
-            origin = self._origins.get(variable) if is_cut(variable) else None
+            origin = self._origin(variable) if is_cut(variable) else None
             if origin is not None:
                 self._inputs[leaf] = origin.node, origin.output_nr
             elif id(variable) in self._received:

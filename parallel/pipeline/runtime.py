@@ -74,7 +74,7 @@ class Work:
         states: of the stages.
         transfers: to and from other ranks; None where one rank has all stages.
         forwarded: called once, after the last forward of this rank and, as the schedule has it, of all others.
-        weight: micro-batch -> what its loss counts (0-dim), None where another rank has it; asked before its first
+        weight: what the loss of a pass counts (0-dim), None where another rank has it; asked before its first
             backward.
         watch: told of every action.
         attributes: looked at in the first step of a model.
@@ -84,7 +84,7 @@ class Work:
     states: States
     transfers: Transfers | None
     forwarded: Callable[[], None]
-    weight: Callable[[int], Tensor | None]
+    weight: Callable[[Pass], Tensor | None]
     watch: Watch = unwatched
     attributes: Attributes | None = None
 
@@ -117,12 +117,13 @@ class _Run:
         elif kind in _TRAVELS:
             self._transfer(action, action.microbatch)
         else:
+            each = self._work.passes[action.microbatch]
             if kind in _GOING_BACK:
-                self._seed(action.microbatch)
+                self._seed(each, action.microbatch)
             self._watch(action, Phase.WAITS)
             self._work.states.need(action.stage)
             self._watch(action, Phase.RUNS)
-            self._compute(kind, action.stage, self._work.passes[action.microbatch])
+            self._compute(kind, action.stage, each)
         self._watch(action, Phase.DONE)
 
     def _compute(self, kind: Kind, stage: int, each: Pass) -> None:
@@ -153,12 +154,13 @@ class _Run:
 
     def _transfer(self, action: Action, microbatch: int) -> None:
         assert self._work.transfers is not None, action
+        each = self._work.passes[microbatch]
         if action.kind is Kind.RECEIVE_GRADIENT:
-            self._seed(microbatch)
+            self._seed(each, microbatch)
         self._watch(action, Phase.WAITS)
         if action.kind in RECEIVES:
             self._work.passes.make()
-        self._work.transfers.do(action, self._work.passes[microbatch])
+        self._work.transfers.do(action, each)
 
     def _tell(self) -> None:
         if self._work.transfers is None:
@@ -166,10 +168,10 @@ class _Run:
         else:
             self._work.transfers.forwarded(self._work.forwarded)
 
-    def _seed(self, microbatch: int) -> None:
+    def _seed(self, each: Pass, microbatch: int) -> None:
         if microbatch not in self._seeded:
             self._seeded.add(microbatch)
-            self._work.passes[microbatch].seed(self._work.weight(microbatch))
+            each.seed(self._work.weight(each))
 
 
 def _all(frames: list[Frame], work: Callable[[Frame], None]) -> None:

@@ -23,7 +23,7 @@ class WayBack:
     def __init__(self, flow: Flow, ends: Sequence[Tensor], *, received: Sequence[Tensor] = ()) -> None:
         cuts = flow.cuts
         starts = [start for _, start in cuts.borders]
-        self._pieces = Pieces(starts, cuts.origins, ends, received=received, hooked=cuts.hooked)
+        self._pieces = Pieces(starts, cuts.origin, ends, received=received, hooked=cuts.hooked)
         self._homes = [stage for stage, _ in flow.cuts.borders]
         self._late: dict[int, list[int]] = {}
 

@@ -63,13 +63,13 @@ def _drop_reduction(model: ParallelModel) -> None:
 
 
 def _swap_data(model: ParallelModel) -> None:
-    engine, forward = model._engine, model._engine._forward
+    engine, forwards = model._engine, model._engine._forwards
 
-    def swapped(part: Any, index: int) -> Any:
+    def swapped(part: Any, **which: int) -> Any:
         other = share(pairs()(), 1 - model.data_rank, 2)
-        return forward(tuple(tensor.double() for tensor in other), index)
+        return forwards.now(tuple(tensor.double() for tensor in other), **which)
 
-    engine._forward = swapped  # type: ignore[method-assign]
+    engine._forwards = SimpleNamespace(now=swapped)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
