@@ -7,7 +7,7 @@ its backward.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -181,14 +181,12 @@ class Engine:
         def wait() -> None:
             summed.wait()
 
-        def weight(each: Pass) -> Tensor | None:
-            return _weight(*each.result) if self._has_loss else None
-
         self.data.follow(_ask_scale(sums, wait), len(parts))
         with captured(self._stages.blocks):
             passes, routes = self._passes(parts)
             transfers = Transfers(self._stages.timetable, routes, self._wire) if self._wire else None
             self.data.open()
+            weight = _weight_of() if self._has_loss else _no_weight
             work = Work(passes, self.data, transfers, forwarded, weight, self._watching(), self._attributes())
             execute(self._stages.actions, work)
         self.data.launch()
@@ -223,7 +221,7 @@ class Engine:
             passes, routes = self._passes([batch])
             transfers = Transfers(self._stages.forward_timetable, routes, self._wire) if self._wire else None
             self.data.open()
-            execute(actions, Work(passes, self.data, transfers, lambda: None, lambda _: None, self._watch))
+            execute(actions, Work(passes, self.data, transfers, lambda: None, _no_weight, self._watch))
         if self._wire is not None:
             self._wire.flush()
         return passes[0].result if self._has_loss else None
@@ -234,11 +232,12 @@ class Engine:
         if self._routes is not None:
             routes = self._routes.of(parts, lambda part: self._forwards.later(part, step=self.num_steps, index=0)())
         mine = sorted(set(self._stages.mine.values()))
+        later = self._forwards.of_step(self.num_steps)
         backward = Backward(self._stages.recomputed, self._stages.schedule.has(Kind.INPUT_GRADIENT))
 
         def make(index: int) -> Pass:
             return Pass(
-                self._forwards.later(parts[index], step=self.num_steps, index=index),
+                later(parts[index], index),
                 self._stages.stage_of,
                 mine=mine,
                 route=routes[index] if routes else None,
@@ -270,8 +269,20 @@ def _put(found: Tensor, results: list[tuple[Tensor, Tensor]]) -> None:
     found.copy_(torch.cat([torch.stack([_weighted(losses, items).sum(), items.sum()]), losses]))
 
 
-def _weight(loss: Tensor, items: Tensor) -> Tensor:
-    return items.to(loss.dtype)
+def _weight_of() -> Callable[[Pass], Tensor]:
+    """What the loss of a pass counts, as its dtype has it; worked out once where numbers are shared."""
+    weight = cache(Tensor.to)
+
+    def of(each: Pass) -> Tensor:
+        loss, items = each.result
+        return weight(items, loss.dtype)
+
+    return of
+
+
+def _no_weight(each: Pass) -> None:
+    """Where another rank has the losses."""
+    del each
 
 
 def _weighted(loss: Tensor, items: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from meshwright.parallel.data import DataEngine
-from meshwright.parallel.loss import LossContract
+from meshwright.parallel.loss import LossContract, as_items
 from meshwright.parallel.microbatch import call, to_device
 from meshwright.parallel.randomness import draw_from, keyed, seed_of
 
@@ -51,7 +51,18 @@ class Forwards:
 
     def later(self, part: Any, *, step: int, index: int) -> Callable[[], Result]:
         """The same where whoever calls it puts the generators back; what needs no forward is done at once."""
-        return partial(self._drawn, part, seed_of(*self._key(step, index)), self.contract.of_size(part, self.device))
+        return self.of_step(step)(part, index)
+
+    def of_step(self, step: int) -> Callable[[Any, int], Callable[[], Result]]:
+        """What makes those of one step: micro-batch and its index -> `later`; they share tensors of equal numbers."""
+        number = cache(partial(as_items, device=self.device))
+
+        def later(part: Any, index: int) -> Callable[[], Result]:
+            items = self.contract.of_size(part)
+            seed = seed_of(*self._key(step, index))
+            return partial(self._drawn, part, seed, None if items is None else number(items))
+
+        return later
 
     def _drawn(self, part: Any, seed: int, items: Tensor | None) -> Result:
         draw_from(seed)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from meshwright.parallel.errors import LossError, nearest
 from meshwright.parallel.microbatch import num_samples
 
-__all__ = ["LossContract", "LossItems", "LossKind", "items_of_graph", "loss_of"]
+__all__ = ["LossContract", "LossItems", "LossKind", "as_items", "items_of_graph", "loss_of"]
 
 LossKind = Literal["token_mean", "sample_mean", "sum"]
 
@@ -67,7 +67,7 @@ class LossContract:
         Args:
             forward: returns the model's output.
             batch: what it takes.
-            items: what `of_size` told before.
+            items: what `of_size` told before, as a tensor.
         """
         if items is not None:
             return self._loss(forward(), batch), items
@@ -76,11 +76,11 @@ class LossContract:
         loss = self._loss(forward(), batch)
         return loss, self._stated_items(batch, loss.device)
 
-    def of_size(self, batch: Any, device: torch.device) -> Tensor | None:
+    def of_size(self, batch: Any) -> float | None:
         """The number of items, where the batch's size tells it before the forward."""
         if self.items is not None or self.kind == "token_mean":
             return None
-        return _number(1.0 if self.kind == "sum" else float(num_samples(batch)), device)
+        return 1.0 if self.kind == "sum" else float(num_samples(batch))
 
     def _run_counted(self, forward: Callable[[], Any], batch: Any) -> tuple[Tensor, Tensor]:
         """Counts the targets of the loss call.
@@ -107,12 +107,12 @@ class LossContract:
         return loss_of(output) if self.of_output is None else self.of_output(output, batch)
 
     def _stated_items(self, batch: Any, device: torch.device) -> Tensor:
-        of_size = self.of_size(batch, device)
+        of_size = self.of_size(batch)
         if of_size is not None:
-            return of_size
+            return as_items(of_size, device)
         if callable(self.items):
             items = self.items(batch)
-            return items.to(device, torch.float64) if isinstance(items, Tensor) else _number(items, device)
+            return items.to(device, torch.float64) if isinstance(items, Tensor) else as_items(items, device)
         if not isinstance(batch, Mapping) or self.items not in batch:
             keys = list(batch) if isinstance(batch, Mapping) else []
             raise LossError(
@@ -121,8 +121,9 @@ class LossContract:
         return torch.as_tensor(batch[self.items]).sum(dtype=torch.float64).to(device)
 
 
-def _number(items: float, device: torch.device) -> Tensor:
-    return torch.full((), items, dtype=torch.float64, device=device)  # a third of what `tensor` takes
+def as_items(number: float, device: torch.device) -> Tensor:
+    """A number of items (0-dim, float64)."""
+    return torch.full((), number, dtype=torch.float64, device=device)  # a third of what `tensor` takes
 
 
 def loss_of(output: Any) -> Tensor:

@@ -22,6 +22,12 @@ class Pending:
         self._call = call
         self._number = 0 if call is None else call.begun()
 
+    def finish(self) -> None:
+        """`wait` for what is known to be done: nobody needs to know of it."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
     def wait(self) -> None:
         """Blocks until the collective is done; a collective over one rank is done at once."""
         if self.work is None:

@@ -80,9 +80,11 @@ class Wire:
     def let_go(self, tag: Tag) -> None:
         """Forgets what was sent under a tag and has arrived."""
         for _, each in self._running.pop(tag, ()):
-            each.wait()
+            each.finish()
 
     def flush(self) -> None:
         """Waits until all that was sent has left."""
-        for tag in list(self._running):
-            self.let_go(tag)
+        for running in self._running.values():
+            for _, each in running:
+                each.wait()
+        self._running.clear()
