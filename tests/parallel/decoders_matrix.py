@@ -20,18 +20,25 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "pp x fsdp": ({"pp": 2, "fsdp": 2}, {"schedule": "1f1b", "num_microbatches": 2}),
     "tp": ({"tp": 2}, {}),
     "cp": ({"cp": 2}, {}),
+    "tp, dealt": ({"tp": 2}, {"sequence_parallel": True}),
+    "pp x tp": ({"pp": 2, "tp": 2}, {"schedule": "zbv", "num_microbatches": 3}),
+    "cp x pp": ({"cp": 2, "pp": 2}, {"schedule": "interleaved", "num_microbatches": 4, "recompute": "blocks"}),
 }
 _OUTSIDE, _DEALT = "leaves values outside of what it gives", "does not work on a dealt sequence"
+_ONE_HEAD = "1 heads, 1 key-value heads; legal degrees of tp: 1"
+_CANNOT, _NOTHING = "cannot work on a dealt sequence", "can be dealt; use sequence_parallel=False"
+_REASONS = {
+    _OUTSIDE: {each: "recurrent_gemma xlm" for each in ("pp", "pp x fsdp", "pp x tp")},
+    _DEALT: {each: "opt recurrent_gemma xlm" for each in ("cp", "cp x pp")},
+    _ONE_HEAD: {each: "bamba mamba2" for each in ("tp", "tp, dealt", "pp x tp")},
+    _NOTHING: {"tp, dealt": "falcon_mamba jetmoe mamba"},
+    _CANNOT: {"tp, dealt": "bitnet flex_olmo llama4_text minimax minimax_m2 olmoe opt qwen3_next recurrent_gemma rwkv"},
+}
 REFUSED = {
-    ("recurrent_gemma", "pp"): _OUTSIDE,
-    ("recurrent_gemma", "pp x fsdp"): _OUTSIDE,
-    ("recurrent_gemma", "cp"): _DEALT,
-    ("bamba", "tp"): "1 heads, 1 key-value heads; legal degrees of tp: 1",
-    ("mamba2", "tp"): "1 heads, 1 key-value heads; legal degrees of tp: 1",
-    ("opt", "cp"): _DEALT,
-    ("xlm", "pp"): _OUTSIDE,
-    ("xlm", "pp x fsdp"): _OUTSIDE,
-    ("xlm", "cp"): _DEALT,
+    (name, layout): reason
+    for reason, layouts in _REASONS.items()
+    for layout, names in layouts.items()
+    for name in names.split()
 }
 
 
