@@ -211,6 +211,8 @@ class Flow:
             _outside().enter()
             if not isinstance(end, GreenletExit):
                 raise
+        else:
+            torch.set_grad_enabled(_outside().grad)
 
     def _enter(self, how: Callable[[], Any]) -> None:
         assert self._coroutine is not None

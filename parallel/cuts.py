@@ -165,8 +165,14 @@ def is_cut(leaf: Tensor) -> bool:
 
 
 def fresh(leaf: Tensor) -> Tensor:
-    """A leaf's value as a tensor that may be changed in place; its gradient goes to the leaf."""
+    """A leaf's value as a tensor that may be changed in place; its gradient goes to the leaf.
+
+    Also where no history is kept at the moment: what a block takes under `no_grad` may be used behind it, too.
+    """
     made: Tensor = _AS_IT_IS(leaf, leaf.shape)
+    if leaf.requires_grad and not made.requires_grad:
+        with torch.enable_grad():
+            made = _AS_IT_IS(leaf, leaf.shape)
     return made
 
 

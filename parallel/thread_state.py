@@ -69,6 +69,16 @@ class ThreadState:
             _taken_hooks()
             _put_hooks(self._hooks)
 
+    def differs(self, other: "ThreadState") -> str:
+        """What another one has otherwise, in words; random numbers apart."""
+        found = {
+            "gradient mode": self.grad is not other.grad,
+            "autocast": self._autocast != other._autocast,
+            "function modes": [*map(id, self._modes)] != [*map(id, other._modes)],
+            "hooks on saved tensors": [*map(id, self._hooks)] != [*map(id, other._hooks)],
+        }
+        return " and ".join(what for what, is_so in found.items() if is_so)
+
     def _put_random(self) -> None:
         if self._random is not None:
             torch.default_generator.set_state(self._random)

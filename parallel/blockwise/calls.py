@@ -125,13 +125,14 @@ class Plug:
         Raises:
             WrapError: for a model with a module that is plugged already.
         """
-        for module, each in zip(self.modules, self._members, strict=True):
+        marked = self._marked()
+        for each, module in marked:
             if plug_of(module) is not None:
                 raise WrapError(
                     f"the attention of module {each.path or '(the model)'} goes somewhere already; remove that plug "
                     "first"
                 )
-        for module, each in zip(self.modules, self._members, strict=True):
+        for each, module in marked:
             module.__dict__[_ATTRIBUTE] = each
             if any(True for _ in module.children()) or not each.path:
                 self._hooks.append(module.register_forward_pre_hook(_enter, prepend=True))
@@ -141,9 +142,14 @@ class Plug:
         """Makes the model's modules what they were."""
         for hook in self._hooks:
             hook.remove()
-        for module in self.modules:
+        for _, module in self._marked():
             module.__dict__.pop(_ATTRIBUTE, None)
         self._hooks = []
+
+    def _marked(self) -> list[tuple[_Member, nn.Module]]:
+        """Modules that hold something: activations, which are functions, may belong to several models."""
+        members = [(each, module) for each in self._members if (module := each.module()) is not None]
+        return [(each, module) for each, module in members if not each.path or _holds_something(module)]
 
     def compute(self, module: nn.Module, how: str, **what: Any) -> Tensor:
         """Has the handler compute a call; calls that the handler makes itself are ordinary ones.
@@ -160,6 +166,10 @@ class Plug:
             return self._handler(AttentionCall(module=module, name=name, **what))
         finally:
             _CALLING.reset(outside)
+
+
+def _holds_something(module: nn.Module) -> bool:
+    return any(True for held in (module.children(), module.parameters(), module.buffers()) for _ in held)
 
 
 def plug_of(module: nn.Module) -> Plug | None:

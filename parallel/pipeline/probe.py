@@ -21,6 +21,7 @@ from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, instead, shapes_in
 from meshwright.parallel.pipeline.runtime import States
 from meshwright.parallel.pipeline.wire import Wire
+from meshwright.parallel.thread_state import ThreadState
 
 __all__ = ["key_of", "probe"]
 
@@ -81,6 +82,7 @@ class _Prober(Pass):
 
     given: Any = None
     lacked = False
+    _before: ThreadState
 
     def forget(self) -> None:
         """Lets go of values and their graph now, since a pass and its flow hold each other until Python looks."""
@@ -92,6 +94,7 @@ class _Prober(Pass):
         """Own calls are noted when they are through, those of other ranks were told."""
         assert self._route is not None, block
         self.lacks = mine = self.stages[block] in self._mine
+        self._before = ThreadState(random=False)
         return None if mine else instead(self._route.calls[-1].output, self._device)
 
     def completed(self, block: str, arguments: Arguments) -> Arguments:
@@ -100,7 +103,18 @@ class _Prober(Pass):
         return super().completed(block, arguments)
 
     def gave(self, block: str, output: Any) -> None:
-        """Keeps what an own block gave."""
+        """Keeps what an own block gave.
+
+        Raises:
+            WrapError: when it leaves the thread otherwise than it was, which ranks that skip it would not notice.
+        """
+        changed = self._before.differs(ThreadState(random=False))
+        if changed:
+            raise WrapError(
+                f"block {block} leaves another {changed} for what follows it, of which ranks that skip it "
+                "know nothing; use contexts (with torch.no_grad():) that end inside the block, or wrap this model "
+                "without pp"
+            )
         self.given = output
 
 

@@ -129,6 +129,14 @@ def test_a_model_is_plugged_once() -> None:
     plug_in(model, dense_attention).remove()
 
 
+def test_models_that_share_an_activation_are_plugged_at_once() -> None:
+    shared = nn.ReLU()
+    models = [nn.Sequential(nn.Linear(2, 2), shared) for _ in range(2)]
+    with plugged(models[0], dense_attention), plugged(models[1], dense_attention):
+        pass
+    assert not any(vars(shared).keys() - vars(nn.ReLU()).keys())
+
+
 @pytest.mark.parametrize("name", ["padded llama", "translator", "gpt_oss"])
 def test_copies_of_a_model_and_its_config_are_not_plugged(name: str) -> None:
     model, batch = model_of(name)
