@@ -6,6 +6,7 @@ its backward.
 """
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -182,7 +183,7 @@ class Engine:
             summed.wait()
 
         self.data.follow(_ask_scale(sums, wait), len(parts))
-        with captured(self._stages.blocks):
+        with _messages(self._wire), captured(self._stages.blocks):
             passes, routes = self._passes(parts)
             transfers = Transfers(self._stages.timetable, routes, self._wire) if self._wire else None
             self.data.open()
@@ -217,7 +218,7 @@ class Engine:
     def _forward_across(self, batch: Any) -> tuple[Tensor, Tensor] | None:
         """Forward of one batch through all stages; the rank of the last one gets loss and items."""
         actions = self._stages.forward_actions
-        with captured(self._stages.blocks):
+        with _messages(self._wire), captured(self._stages.blocks):
             passes, routes = self._passes([batch])
             transfers = Transfers(self._stages.forward_timetable, routes, self._wire) if self._wire else None
             self.data.open()
@@ -250,6 +251,10 @@ class Engine:
     def over_data_ranks(self, values: Tensor) -> list[list[float]]:
         """The same 1-dim tensor of every data rank, in order."""
         return [part.tolist() for part in self._groups.all_gather(values, *DATA_AXES)]
+
+
+def _messages(wire: Wire | None) -> AbstractContextManager[None]:
+    return nullcontext() if wire is None else wire.unbroken()
 
 
 def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:

@@ -54,11 +54,13 @@ def parallelize(model: nn.Module, mesh: Mesh, **options: Unpack[OptionKeywords])
     groups = Groups(mesh, device_of(model).type)
     check_transport(mesh, groups.device_type)
     check_agreement(model, groups)
+    hooked = _hooked(model)
     names, plans = NamedStates.of(model), make_plans(model, mesh, chosen)
     report = describe(model, mesh, chosen, plans)
     blockwise, said = deal(model, groups, chosen, plans=plans)
     report = replace(report, notes=(*report.notes, *said))
     engine = engine_of(model, groups, chosen, plans=plans, names=names)
+    _check_hooks(engine.data.module, hooked)
     return ParallelModel(engine, groups, report, blockwise=blockwise)
 
 
@@ -215,3 +217,19 @@ def _local_states(engine: Engine) -> LocalStates:
         raise WrapError("weights are read and written with data_engine='torch'; wrap the model with it once")
     data.release()
     return data
+
+
+def _hooked(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with hooks on their gradients."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return {name: each for name, each in model.named_parameters() if any(getattr(each, kind) for kind in hooks)}
+
+
+def _check_hooks(model: nn.Module, hooked: dict[str, nn.Parameter]) -> None:
+    held = dict(model.named_parameters())
+    for name, each in hooked.items():
+        if held.get(name, each) is not each:
+            raise WrapError(
+                f"parameter {name} has hooks on its gradient, which would not be called, since this rank holds a "
+                "part of it; change gradients behind step() instead, or keep parameters whole (axis dp)"
+            )

@@ -1,7 +1,8 @@
 """Between the ranks of a pipeline: values, gradients, and what they tell each other once."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from meshwright.parallel.channels import Channels
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.connecting import connects_late
+from meshwright.parallel.errors import RankError
 from meshwright.parallel.pipeline.posting import EARLY
 from meshwright.parallel.pipeline.route import Shape
 
@@ -43,10 +45,29 @@ class Wire:
         self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
         self.early = 0 if connects_late(groups.device_type) else EARLY
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
+        self._left = ""  # what a step was left with
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]
         self.device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Around the messages of a step.
+
+        Raises:
+            RankError: when a step before was left while messages were on their way: what comes now could be theirs.
+        """
+        if self._left:
+            raise RankError(
+                f"a step before ended with {self._left} while messages between ranks were on their way; a pipeline "
+                "cannot go on behind that: start the ranks again, from a checkpoint"
+            )
+        try:
+            yield
+        except BaseException as error:
+            self._left = type(error).__name__ + f": {error}".splitlines()[0][:200]
+            raise
 
     def tell(self, value: Any, source: int) -> Any:
         """What rank `source` of the pipeline says; every rank must ask."""

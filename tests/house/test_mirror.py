@@ -84,7 +84,6 @@ THROUGH_OTHERS = {
     "meshwright.parallel.attributes": "tests/parallel/test_cuts.py: what a model keeps on its modules is refused",
     "meshwright.parallel.length": "tests/parallel/test_recompute.py deals sequences in a pipeline",
     "meshwright.parallel.passing": "tests/parallel/test_recompute.py deals sequences in a pipeline",
-    "meshwright.parallel.thread_state": "tests/parallel/test_layered.py: modes and generators after an error",
     "meshwright.parallel.pipeline.way_back": "tests/parallel/test_layered.py goes back through every family",
     "meshwright.parallel.pipeline.transfers": "tests/parallel/test_staged.py sends and receives by every schedule",
     "meshwright.parallel.pipeline.wire": "tests/parallel/test_staged.py sends and receives by every schedule",

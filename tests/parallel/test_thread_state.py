@@ -1,0 +1,161 @@
+"""What torch keeps for a thread while passes stop, skip and fail, and what is left of a step that does."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright as mw
+from meshwright.parallel.errors import RankError, WrapError
+from meshwright.parallel.ranks import RankPool
+from meshwright.parallel.thread_state import ThreadState
+from meshwright.testing import run_ranks
+from tests.parallel.test_layered import odd_batch
+
+_1F1B: dict[str, Any] = {"schedule": "1f1b", "num_microbatches": 2}
+
+
+class _Row(nn.Module):
+    """Four blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(7, 8))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        scores = self.head(self.through(self.table[ids]))
+        return nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+    def through(self, stream: Tensor) -> Tensor:
+        for layer in self.layers:
+            stream = layer(stream)
+        return stream
+
+
+class _WithoutHistory(_Row):
+    """The block behind a border runs under `no_grad`, and what it takes goes on beside it."""
+
+    def through(self, stream: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            with torch.set_grad_enabled(number not in (1, 2)):
+                made = layer(stream)
+            stream = stream + made
+        return stream
+
+
+class _SwitchesOff(nn.Sequential):
+    def forward(self, stream: Tensor) -> Tensor:
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        return super().forward(stream)  # type: ignore[no-any-return]
+
+
+class _Left(_Row):
+    """One block switches gradients off, another one on again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in (1, 2):
+            self.layers[number] = _SwitchesOff(*self.layers[number])  # type: ignore[misc]
+
+
+class _OffAtTheEnd(_Row):
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        loss = super().forward(ids, labels)
+        torch.set_grad_enabled(False)
+        return loss
+
+
+def _equal(build_model: Any, degrees: dict[str, int], **options: Any) -> None:
+    report = mw.verify(build_model, odd_batch, mw.Mesh(**degrees), **options)
+    assert report.ok, report
+    assert report.max_relative_gradient_error < 1e-11
+
+
+def test_what_differs_between_two_states_has_names() -> None:
+    before = ThreadState(random=False)
+    assert before.differs(ThreadState(random=False)) == ""
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert before.differs(ThreadState(random=False)) == "gradient mode and autocast"
+    with torch.autograd.graph.save_on_cpu(), torch.device("meta"):
+        assert before.differs(ThreadState(random=False)) == "function modes and hooks on saved tensors"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degrees", "schedule"), [({"pp": 2}, "1f1b"), ({"pp": 2}, "interleaved"), ({"pp": 4}, "zb-h1")]
+)
+def test_what_a_block_takes_without_history_has_one_beside_it(degrees: dict[str, int], schedule: str) -> None:
+    _equal(_WithoutHistory, degrees, schedule=schedule, num_microbatches=4)
+
+
+@pytest.mark.slow
+def test_a_block_that_leaves_the_thread_otherwise_is_refused_where_ranks_skip_it() -> None:
+    _equal(_Left, {}, schedule="layered", num_microbatches=2)
+    with pytest.raises(WrapError, match=r"block layers\.1 leaves another gradient mode.*that end inside the block"):
+        _equal(_Left, {"pp": 2}, **_1F1B)
+
+
+@pytest.mark.slow
+def test_a_forward_may_leave_gradients_switched_off() -> None:
+    _equal(_OffAtTheEnd, {"pp": 2}, **_1F1B)
+
+
+class _Failing(_Row):
+    """Raises in the second micro-batch, before or in a block, where a label says so."""
+
+    def through(self, stream: Tensor) -> Tensor:
+        if bool((stream.detach() > 50).any()):
+            raise ArithmeticError("planted")
+        return super().through(stream)
+
+
+def _go_on(mesh: mw.Mesh) -> list[str]:
+    model = mw.parallelize(_Failing(), mesh, **_1F1B)
+    good, bad = odd_batch(), odd_batch()
+    with torch.no_grad():
+        bad["ids"] = bad["ids"].clone()
+        bad["ids"][-1] = 6
+        model.step(good)
+        model.module.table[6] = 99.0  # type: ignore[operator, index]
+    found = []
+    for _ in range(2):
+        try:
+            model.step(bad)
+        except (ArithmeticError, RankError) as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_a_pipeline_does_not_go_on_behind_a_step_that_failed() -> None:
+    pool = RankPool()
+    try:
+        found = pool.run(_go_on, 2, (mw.Mesh(pp=2),), timeout_s=60.0)
+    finally:
+        pool.close()
+    for failed, refused in found:
+        assert failed == "planted"
+        assert "a step before ended with ArithmeticError: planted" in refused
+        assert "start the ranks again" in refused
+
+
+def _wrap_hooked(degrees: dict[str, int]) -> str:
+    model = _Row()
+    next(model.layers[0].parameters()).register_hook(lambda gradient: 3 * gradient)  # type: ignore[attr-defined]
+    try:
+        mw.parallelize(model, mw.Mesh(**degrees))
+    except WrapError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_hooks_of_parameters_that_are_dealt_are_refused() -> None:
+    for said in run_ranks(_wrap_hooked, mw.Mesh(fsdp=2), {"fsdp": 2}):
+        assert "parameter layers.0.0.weight has hooks on its gradient" in said
+    assert run_ranks(_wrap_hooked, mw.Mesh(dp=2), {"dp": 2}) == ["", ""]
