@@ -175,7 +175,7 @@ class Flow:
 
     def _run_cut(self, name: str, work: partial[Any], arguments: Arguments, *, guide: Guide, remade: bool) -> Any:
         """Runs a block that begins a piece."""
-        cuts, stage = self.cuts, guide.stages[name]
+        cuts, stage = self.cuts, max(guide.stages[name], self.cuts.stage)  # one of an earlier stage is called again
         first = stage > cuts.stage or cuts.opening
         if first:
             cuts.begin(stage)
@@ -252,7 +252,7 @@ def captured(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     outside, _OUTSIDE.state = _OUTSIDE.state, ThreadState(random=False)
     try:
         Tensor.register_hook = partialmethod(_note_hook, register)  # type: ignore[assignment, method-assign]
-        for name, block in blocks.items():
+        for name, block in {id(block): (name, block) for name, block in reversed(list(blocks.items()))}.values():
             kind: Any = type(block)
             object.__setattr__(block, "__class__", _stopping(kind, name))  # a module's own asks a lot first
         with generators_kept():

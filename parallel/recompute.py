@@ -185,7 +185,11 @@ class Frame:
         return place
 
     def _fill(self, place: _Place) -> Tensor:
-        assert self._found is not None, f"{self._name} goes back before it was recomputed"
+        if self._found is None:
+            raise WrapError(
+                f"{self._name} goes back before it was recomputed; if it asks for gradients in its own forward "
+                "(torch.autograd.grad), leave it out of recompute="
+            )
         return self._found[place.number]
 
     def _check(self, found: Sequence[Tensor]) -> None:

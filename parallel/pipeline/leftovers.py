@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -52,8 +53,10 @@ def watched(blocks: Mapping[str, nn.Module]) -> Iterator[Leftovers]:
         leftovers.made.clear()
         modes.append(ExitStack())
         modes[-1].enter_context(_Noting(leftovers.made, {id(each) for each in tree_leaves((args, kwargs))}))
-        # nobody goes back through what is run here, so the graph need not hold tensors
-        modes[-1].enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing))
+        # nobody goes back through what is run here but the block itself, so the graph need not hold tensors behind it
+        saved: list[Tensor] = []
+        modes[-1].callback(saved.clear)
+        modes[-1].enter_context(saved_tensors_hooks(partial(_keep, saved), saved.__getitem__))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         del module, args
@@ -74,6 +77,11 @@ def watched(blocks: Mapping[str, nn.Module]) -> Iterator[Leftovers]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep(saved: list[Tensor], tensor: Tensor) -> int:
+    saved.append(tensor)
+    return len(saved) - 1
 
 
 class _Noting(TorchFunctionMode):

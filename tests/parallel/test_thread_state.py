@@ -70,6 +70,31 @@ class _OffAtTheEnd(_Row):
         return loss
 
 
+class _AsksForGradients(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        energy = super().forward(stream).tanh().square().sum()
+        return stream + torch.autograd.grad(energy, stream, create_graph=True)[0]
+
+
+class _Forces(_Row):
+    """Blocks that give gradients of what they compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_AsksForGradients() for _ in range(4))
+
+
+class _OneBlock(_Row):
+    """The same module at two places of the list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[2] = self.layers[0]
+
+
 def _equal(build_model: Any, degrees: dict[str, int], **options: Any) -> None:
     report = mw.verify(build_model, odd_batch, mw.Mesh(**degrees), **options)
     assert report.ok, report
@@ -102,7 +127,10 @@ def test_a_block_that_leaves_the_thread_otherwise_is_refused_where_ranks_skip_it
 
 @pytest.mark.slow
 def test_a_forward_may_leave_gradients_switched_off() -> None:
-    _equal(_OffAtTheEnd, {"pp": 2}, **_1F1B)
+    try:
+        _equal(_OffAtTheEnd, {"pp": 2}, **_1F1B)
+    finally:
+        run_ranks(torch.set_grad_enabled, mw.Mesh(dp=2), True)  # the plain run left them so
 
 
 class _Failing(_Row):
@@ -159,3 +187,18 @@ def test_hooks_of_parameters_that_are_dealt_are_refused() -> None:
     for said in run_ranks(_wrap_hooked, mw.Mesh(fsdp=2), {"fsdp": 2}):
         assert "parameter layers.0.0.weight has hooks on its gradient" in said
     assert run_ranks(_wrap_hooked, mw.Mesh(dp=2), {"dp": 2}) == ["", ""]
+
+
+@pytest.mark.slow
+def test_blocks_may_ask_for_gradients_in_their_forward_unless_they_are_recomputed() -> None:
+    for schedule in ("1f1b", "modular", "zbv"):
+        _equal(_Forces, {"pp": 2}, schedule=schedule, num_microbatches=2)
+    with pytest.raises(WrapError, match=r"block layers\.\d goes back before.*leave it out of recompute="):
+        _equal(_Forces, {}, schedule="layered", num_microbatches=2, recompute="blocks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [None, "blocks"])
+def test_one_module_may_stand_at_several_places(recompute: str | None) -> None:
+    _equal(_OneBlock, {}, schedule="layered", num_microbatches=2, recompute=recompute)
+    _equal(_OneBlock, {"fsdp": 2}, schedule="layered", num_microbatches=2, recompute=recompute, zero_stage=2)
