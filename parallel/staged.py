@@ -95,8 +95,8 @@ def _home(names: Sequence[str], homes: Mapping[str, int]) -> int | None:
 def _refuse(block: str, home: int, module: nn.Module, args: object) -> None:
     del module, args
     raise WrapError(
-        f"block {block} is held by rank {home} of the pipeline, so the model cannot be called as a whole; use step() and "
-        "evaluate(), and recompute= where the model runs blocks again in backward (torch.utils.checkpoint)"
+        f"block {block} is held by rank {home} of the pipeline, so the model cannot be called as a whole; use step() "
+        "and evaluate(), and recompute= where the model runs blocks again in backward (torch.utils.checkpoint)"
     )
 
 
