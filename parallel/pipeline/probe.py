@@ -28,7 +28,8 @@ __all__ = ["key_of", "probe"]
 
 def key_of(module: nn.Module, batch: Any) -> Hashable:
     """What micro-batches that take the same route have in common."""
-    return _likeness(batch), module.training, torch.is_grad_enabled()
+    casts = tuple(torch.get_autocast_dtype(each) for each in ("cpu", "cuda") if torch.is_autocast_enabled(each))
+    return _likeness(batch), module.training, torch.is_grad_enabled(), casts
 
 
 def _likeness(value: Any) -> Hashable:

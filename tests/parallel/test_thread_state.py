@@ -133,6 +133,21 @@ def test_a_forward_may_leave_gradients_switched_off() -> None:
         run_ranks(torch.set_grad_enabled, mw.Mesh(dp=2), True)  # the plain run left them so
 
 
+def _in_turns(mesh: mw.Mesh) -> list[float]:
+    model, plain = mw.parallelize(_Row(), mesh, **_1F1B), _Row()
+    errors = []
+    for casts in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            errors.append(abs(float(model.step(odd_batch())) - float(plain(**odd_batch()))))
+    return errors
+
+
+@pytest.mark.slow
+def test_steps_with_and_without_autocast_may_take_turns() -> None:
+    for errors in run_ranks(_in_turns, mw.Mesh(pp=2), mw.Mesh(pp=2)):
+        assert max(errors) < 1e-6
+
+
 class _Failing(_Row):
     """Raises in the second micro-batch, before or in a block, where a label says so."""
 
