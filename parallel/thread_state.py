@@ -75,7 +75,7 @@ class ThreadState:
             "gradient mode": self.grad is not other.grad,
             "autocast": self._autocast != other._autocast,
             "function modes": [*map(id, self._modes)] != [*map(id, other._modes)],
-            "hooks on saved tensors": [*map(id, self._hooks)] != [*map(id, other._hooks)],
+            "hooks on saved tensors": _ids(self._hooks) != _ids(other._hooks),
         }
         return " and ".join(what for what, is_so in found.items() if is_so)
 
@@ -116,6 +116,10 @@ def _taken_hooks() -> list[Any]:
         hooks.append(top)
         autograd._pop_saved_tensors_default_hooks()
     return hooks
+
+
+def _ids(hooks: list[Any]) -> list[int]:
+    return [id(each) for pair in hooks for each in pair]  # the pairs are made anew whenever they are asked for
 
 
 def _put_hooks(hooks: list[Any]) -> None:

@@ -125,31 +125,32 @@ class Plug:
         Raises:
             WrapError: for a model with a module that is plugged already.
         """
-        marked = self._marked()
-        for each, module in marked:
-            if plug_of(module) is not None:
+        members = [(each, module) for each in self._members if (module := each.module()) is not None]
+        for each, module in members:
+            if plug_of(module) is not None and (not each.path or _holds_something(module)):
                 raise WrapError(
                     f"the attention of module {each.path or '(the model)'} goes somewhere already; remove that plug "
                     "first"
                 )
-        for each, module in marked:
-            module.__dict__[_ATTRIBUTE] = each
-            if any(True for _ in module.children()) or not each.path:
-                self._hooks.append(module.register_forward_pre_hook(_enter, prepend=True))
-                self._hooks.append(module.register_forward_hook(_leave, always_call=True))
+        for each, module in members:
+            if plug_of(module) is None:  # else it is a function that several models share
+                self._mark(each, module)
+
+    def _mark(self, each: _Member, module: nn.Module) -> None:
+        module.__dict__[_ATTRIBUTE] = each
+        if any(True for _ in module.children()) or not each.path:
+            self._hooks.append(module.register_forward_pre_hook(_enter, prepend=True))
+            self._hooks.append(module.register_forward_hook(_leave, always_call=True))
 
     def take_out(self) -> None:
         """Makes the model's modules what they were."""
         for hook in self._hooks:
             hook.remove()
-        for _, module in self._marked():
-            module.__dict__.pop(_ATTRIBUTE, None)
+        for each in self._members:
+            module = each.module()
+            if module is not None and module.__dict__.get(_ATTRIBUTE) is each:
+                del module.__dict__[_ATTRIBUTE]
         self._hooks = []
-
-    def _marked(self) -> list[tuple[_Member, nn.Module]]:
-        """Modules that hold something: activations, which are functions, may belong to several models."""
-        members = [(each, module) for each in self._members if (module := each.module()) is not None]
-        return [(each, module) for each, module in members if not each.path or _holds_something(module)]
 
     def compute(self, module: nn.Module, how: str, **what: Any) -> Tensor:
         """Has the handler compute a call; calls that the handler makes itself are ordinary ones.
@@ -159,6 +160,9 @@ class Plug:
             how: through what the call arrived, for reports.
             what: the other fields of `AttentionCall`.
         """
+        calling = calling_module()
+        if calling is not None and calling[0] is not self:  # a function that several models share
+            return calling[0].compute(module, how, **what)
         name = path_of(module)
         self.arrived.setdefault(name, how)
         outside = _CALLING.set(None)

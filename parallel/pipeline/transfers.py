@@ -93,6 +93,7 @@ class Transfers:
         self._wire = wire
         self._posted: dict[Tag, Callable[[], list[Tensor]]] = {}
         self._tell: Callable[[], None] | None = None
+        wire.begun = True  # on all ranks alike, whoever sends first
         self._post(self._posting.begun())
 
     def forwarded(self, tell: Callable[[], None]) -> None:

@@ -36,16 +36,18 @@ class Wire:
 
     Attributes:
         early: see `EARLY`.
+        begun: whether ranks have told each other something in this step, or are about to.
     """
 
     early = 0
+    begun = False
 
     def __init__(self, groups: Groups, homes: Sequence[int]) -> None:
         self._groups = groups
         self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
         self.early = 0 if connects_late(groups.device_type) else EARLY
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
-        self._left = ""  # what a step was left with
+        self._left = ""  # what a step was left with behind that
         self.rank = groups.mesh.coordinates(groups.rank)["pp"]
         self.device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -63,14 +65,17 @@ class Wire:
                 f"a step before ended with {self._left} while messages between ranks were on their way; a pipeline "
                 "cannot go on behind that: start the ranks again, from a checkpoint"
             )
+        self.begun = False
         try:
             yield
         except BaseException as error:
-            self._left = type(error).__name__ + f": {error}".splitlines()[0][:200]
+            if self.begun:
+                self._left = type(error).__name__ + f": {error}".splitlines()[0][:200]
             raise
 
     def tell(self, value: Any, source: int) -> Any:
         """What rank `source` of the pipeline says; every rank must ask."""
+        self.begun = True
         return self._groups.tell(value, "pp", source)
 
     def send(self, values: Sequence[Tensor], to: int, tag: Tag) -> None:

@@ -1,13 +1,16 @@
 """What torch keeps for a thread while passes stop, skip and fail, and what is left of a step that does."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import meshwright as mw
-from meshwright.parallel.errors import RankError, WrapError
+from meshwright.parallel.errors import BatchError, RankError, WrapError
 from meshwright.parallel.ranks import RankPool
 from meshwright.parallel.thread_state import ThreadState
 from meshwright.testing import run_ranks
@@ -108,6 +111,7 @@ def test_what_differs_between_two_states_has_names() -> None:
         assert before.differs(ThreadState(random=False)) == "gradient mode and autocast"
     with torch.autograd.graph.save_on_cpu(), torch.device("meta"):
         assert before.differs(ThreadState(random=False)) == "function modes and hooks on saved tensors"
+        assert ThreadState(random=False).differs(ThreadState(random=False)) == ""
 
 
 @pytest.mark.slow
@@ -148,43 +152,78 @@ def test_steps_with_and_without_autocast_may_take_turns() -> None:
         assert max(errors) < 1e-6
 
 
-class _Failing(_Row):
-    """Raises in the second micro-batch, before or in a block, where a label says so."""
+class _Checkpointed(_Row):
+    """Blocks are run again in backward by the model itself."""
 
     def through(self, stream: Tensor) -> Tensor:
-        if bool((stream.detach() > 50).any()):
-            raise ArithmeticError("planted")
-        return super().through(stream)
-
-
-def _go_on(mesh: mw.Mesh) -> list[str]:
-    model = mw.parallelize(_Failing(), mesh, **_1F1B)
-    good, bad = odd_batch(), odd_batch()
-    with torch.no_grad():
-        bad["ids"] = bad["ids"].clone()
-        bad["ids"][-1] = 6
-        model.step(good)
-        model.module.table[6] = 99.0  # type: ignore[operator, index]
-    found = []
-    for _ in range(2):
-        try:
-            model.step(bad)
-        except (ArithmeticError, RankError) as error:
-            found.append(str(error))
-    return found
+        for layer in self.layers:
+            stream = torch.utils.checkpoint.checkpoint(layer, stream, use_reentrant=False)
+        return stream
 
 
 @pytest.mark.slow
-def test_a_pipeline_does_not_go_on_behind_a_step_that_failed() -> None:
+def test_hooks_on_saved_tensors_may_be_around_blocks() -> None:
+    for schedule in ("1f1b", "zbv"):
+        _equal(_Checkpointed, {"pp": 2}, schedule=schedule, num_microbatches=2)
+
+
+def _refused_and_good(mesh: mw.Mesh) -> tuple[str, float, float]:
+    model = mw.parallelize(_Row(), mesh, **_1F1B)
+    with pytest.raises(BatchError) as refused:
+        model.step({"ids": odd_batch()["ids"]})
+    with torch.autograd.graph.save_on_cpu():
+        loss = float(model.step(odd_batch()))
+    return str(refused.value), loss, float(_Row()(**odd_batch()))
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_refused_before_anything_is_sent_is_followed_by_good_ones() -> None:
+    for said, loss, plain in run_ranks(_refused_and_good, mw.Mesh(pp=2), mw.Mesh(pp=2)):
+        assert "forward of _Row takes ids, labels" in said
+        assert loss == pytest.approx(plain, rel=1e-6)
+
+
+class _Raises(nn.Sequential):
+    def forward(self, stream: Tensor) -> Tensor:
+        if bool((stream.detach() > 50).any()):
+            raise ArithmeticError("planted")
+        return super().forward(stream)  # type: ignore[no-any-return]
+
+
+class _Failing(_Row):
+    """The first block, which rank 0 has, raises for great numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = _Raises(*self.layers[0])  # type: ignore[misc]
+
+
+def _go_on(mesh: mw.Mesh, path: Path) -> None:
+    model = mw.parallelize(_Failing(), mesh, **_1F1B)
+    batch = odd_batch()
+    model.step(batch)
+    with torch.no_grad():
+        model.module.table[:] = 99.0  # type: ignore[operator, index]
+    for _ in range(2):
+        with pytest.raises((ArithmeticError, RankError)) as error:
+            model.step(batch)  # rank 1 waits here for what rank 0 does not send
+        with path.open("a") as file:
+            file.write(f"{error.value}\n")
+    os._exit(3)
+
+
+@pytest.mark.slow
+def test_a_pipeline_does_not_go_on_behind_a_step_that_failed(tmp_path: Path) -> None:
     pool = RankPool()
     try:
-        found = pool.run(_go_on, 2, (mw.Mesh(pp=2),), timeout_s=60.0)
+        with pytest.raises(RankError):
+            pool.run(_go_on, 2, (mw.Mesh(pp=2), tmp_path / "said"), timeout_s=60.0)
     finally:
         pool.close()
-    for failed, refused in found:
-        assert failed == "planted"
-        assert "a step before ended with ArithmeticError: planted" in refused
-        assert "start the ranks again" in refused
+    failed, refused, *_ = (tmp_path / "said").read_text().splitlines()
+    assert failed == "planted"
+    assert "a step before ended with ArithmeticError: planted" in refused
+    assert "start the ranks again" in refused
 
 
 def _wrap_hooked(degrees: dict[str, int]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from meshwright.parallel.blockwise.calls import AttentionCall
+from meshwright.parallel.blockwise.calls import AttentionCall, plug_of
 from meshwright.parallel.blockwise.plugs import plug_in, plugged
 from meshwright.parallel.capture import Backward, Flow, captured
 from meshwright.parallel.errors import WrapError
@@ -132,8 +132,10 @@ def test_a_model_is_plugged_once() -> None:
 def test_models_that_share_an_activation_are_plugged_at_once() -> None:
     shared = nn.ReLU()
     models = [nn.Sequential(nn.Linear(2, 2), shared) for _ in range(2)]
-    with plugged(models[0], dense_attention), plugged(models[1], dense_attention):
-        pass
+    with plugged(models[0], dense_attention) as plug:
+        with plugged(models[1], dense_attention):
+            assert plug_of(shared) is plug  # it may be attention that holds nothing
+        assert plug_of(shared) is plug
     assert not any(vars(shared).keys() - vars(nn.ReLU()).keys())
 
 
