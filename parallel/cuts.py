@@ -169,10 +169,10 @@ def fresh(leaf: Tensor) -> Tensor:
 
     Also where no history is kept at the moment: what a block takes under `no_grad` may be used behind it, too.
     """
-    made: Tensor = _AS_IT_IS(leaf, leaf.shape)
+    made: Tensor = _AS_IT_IS(leaf, list(leaf.shape))
     if leaf.requires_grad and not made.requires_grad:
         with torch.enable_grad():
-            made = _AS_IT_IS(leaf, leaf.shape)
+            made = _AS_IT_IS(leaf, list(leaf.shape))
     return made
 
 

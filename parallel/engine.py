@@ -7,8 +7,7 @@ its backward.
 
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from meshwright.parallel.agreement import check_buffers, check_losses
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import Backward, captured
-from meshwright.parallel.collectives import Groups, Pending
+from meshwright.parallel.collectives import Groups
 from meshwright.parallel.connecting import connect_groups
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
@@ -37,21 +36,13 @@ from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.progress import HERE, Words
 from meshwright.parallel.randomness import draw_by_block
 from meshwright.parallel.stages import Stages
+from meshwright.parallel.totals import StepStats, Totals, stats_of, weighted
 
-__all__ = ["Engine", "StepStats"]
+__all__ = ["Engine"]
 
 _FORWARD, _BACKWARD = Words("forward of micro-batch {}"), Words("backward of micro-batch {}")
 _GRADIENTS, _EVALUATES = Words("summing gradients and losses"), Words("forward without gradients")
 _EVALUATED = Words("the program's own code after an evaluation")
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What one step found out: `loss` and `items` (0-dim, global), `microbatch_losses` of this rank ([micro-batch])."""
-
-    loss: Tensor
-    items: Tensor
-    microbatch_losses: Tensor
 
 
 class Engine:
@@ -109,7 +100,7 @@ class Engine:
         """
         HERE.begin(self.num_steps + 1)
         stats = self.accumulate(batch)
-        if stats.items == 0:  # asked here and not before backward, where a GPU would have to stop for the answer
+        if not stats.items:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")
         if not self._buffers_checked:
             check_buffers(self.data.module, self._groups)
@@ -152,7 +143,7 @@ class Engine:
             self.data.prepare(last)
             HERE.to(_FORWARD, index)
             loss, items = self._forwards.now(part, step=self.num_steps, index=index)
-            sums += torch.stack([_weighted(loss, items), items])
+            sums += torch.stack([weighted(loss, items), items])
             if last:
                 summed = self._groups.all_reduce(sums, *DATA_AXES)
             HERE.to(_BACKWARD, index)
@@ -161,41 +152,28 @@ class Engine:
         HERE.to(_GRADIENTS)
         self.data.launch()
         summed.wait()
-        return StepStats(sums[0] / sums[1], sums[1], torch.stack(losses))
+        return stats_of(sums, torch.stack(losses))
 
     def _scheduled(self, parts: list[Any]) -> StepStats:
         """Block by block, in the order of the schedule."""
-        found = torch.zeros(2 + len(parts), dtype=torch.float64, device=self._device)
-        sums, losses = found[:2], found[2:]
-        summed = told = Pending(None)
-
-        def forwarded() -> None:
-            nonlocal summed, told
-            if self._has_loss:
-                _put(found, [each.result for each in passes])
-            if self._groups.mesh.data_degree == 1:  # the same ranks
-                summed = self._groups.all_reduce(found, "pp")
-                return
-            summed = self._groups.all_reduce(sums, *DATA_AXES, "pp")
-            told = self._groups.all_reduce(losses, "pp")
-
-        def wait() -> None:
-            summed.wait()
-
-        self.data.follow(_ask_scale(sums, wait), len(parts))
+        totals = Totals(
+            len(parts), self._groups, self._wire, source=self._stages.schedule.homes[-1], device=self._device
+        )
+        self.data.follow(totals.scale, len(parts))
         with _messages(self._wire), captured(self._stages.blocks):
             passes, routes = self._passes(parts)
             transfers = Transfers(self._stages.timetable, routes, self._wire) if self._wire else None
             self.data.open()
-            weight = _weight_of() if self._has_loss else _no_weight
-            work = Work(passes, self.data, transfers, forwarded, weight, self._watching(), self._attributes())
+            results = partial(_results, passes)
+            then, weight = partial(totals.forwarded, results), _weight_of() if self._has_loss else _no_weight
+            work = Work(passes, self.data, transfers, then, weight, self._watching(), self._attributes())
             execute(self._stages.actions, work)
+            totals.ended(results)
         self.data.launch()
-        for pending in (summed, told):
-            pending.wait()
+        stats = totals.stats()
         if self._wire is not None:
             self._wire.flush()
-        return StepStats(sums[0] / sums[1], sums[1], losses)
+        return stats
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
@@ -208,7 +186,7 @@ class Engine:
                 else:
                     found = self._forward_across(batch)
                 if found is not None:
-                    sums += torch.stack([_weighted(*found), found[1]])
+                    sums += torch.stack([weighted(*found), found[1]])
                 self._groups.all_reduce(sums, *DATA_AXES, "pp").wait()
         finally:
             self.data.release()
@@ -222,7 +200,7 @@ class Engine:
             passes, routes = self._passes([batch])
             transfers = Transfers(self._stages.forward_timetable, routes, self._wire) if self._wire else None
             self.data.open()
-            execute(actions, Work(passes, self.data, transfers, lambda: None, _no_weight, self._watch))
+            execute(actions, Work(passes, self.data, transfers, _nothing, _no_weight, self._watch))
         if self._wire is not None:
             self._wire.flush()
         return passes[0].result if self._has_loss else None
@@ -267,11 +245,8 @@ def _ask_scale(sums: Tensor, wait: Callable[[], None]) -> AskScale:
     return ask
 
 
-def _put(found: Tensor, results: list[tuple[Tensor, Tensor]]) -> None:
-    """Puts the sums of losses times items and of items, and each loss, into one tensor ([2 + micro-batches])."""
-    losses = torch.stack([loss.detach().double() for loss, _ in results])
-    items = torch.stack([each for _, each in results])
-    found.copy_(torch.cat([torch.stack([_weighted(losses, items).sum(), items.sum()]), losses]))
+def _results(passes: Passes) -> list[Result]:
+    return [each.result for each in passes]
 
 
 def _weight_of() -> Callable[[Pass], Tensor]:
@@ -285,11 +260,10 @@ def _weight_of() -> Callable[[Pass], Tensor]:
     return of
 
 
+def _nothing() -> None:
+    """Where nobody waits for the end of all forwards."""
+
+
 def _no_weight(each: Pass) -> None:
     """Where another rank has the losses."""
     del each
-
-
-def _weighted(loss: Tensor, items: Tensor) -> Tensor:
-    """A mean times its count; a mean over nothing is NaN and counts as zero."""
-    return torch.where(items > 0, loss.detach().double() * items, 0.0)

@@ -51,9 +51,13 @@ def keyed(*key: int | str) -> Iterator[None]:
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Puts the generators of CPU and the current GPU back after what is inside has drawn from them."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    before, on_gpu = _GENERATOR.get_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
         yield
+    finally:
+        _GENERATOR.set_state(before)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
 
 
 def draw_by_block(blocks: Mapping[str, nn.Module]) -> None:

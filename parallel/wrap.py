@@ -21,7 +21,7 @@ from meshwright.parallel.connecting import check_transport
 from meshwright.parallel.costs import settled
 from meshwright.parallel.data import LocalStates
 from meshwright.parallel.deferred import device_of
-from meshwright.parallel.engine import Engine, StepStats
+from meshwright.parallel.engine import Engine
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.ledger import Ledger, LedgerSummary
 from meshwright.parallel.mesh import Mesh
@@ -32,6 +32,7 @@ from meshwright.parallel.pipeline.recorder import recording
 from meshwright.parallel.pipeline.timeline import Timeline
 from meshwright.parallel.plan import make_plans
 from meshwright.parallel.report import WrapReport, describe
+from meshwright.parallel.totals import StepStats
 from meshwright.parallel.weights import NamedStates, WeightFiles, alias_groups, boxes_of, write_weights
 
 __all__ = ["ParallelModel", "parallelize"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.parallel.capture import captured
 from meshwright.parallel.data import Unscheduled
-from meshwright.parallel.pipeline.probe import key_of, probe
+from meshwright.parallel.pipeline.probe import keys_of, probe
 from meshwright.parallel.pipeline.route import Route, Shape
 from meshwright.parallel.pipeline.wire import Tag, Wire
 from meshwright.parallel.stages import Stages
@@ -25,7 +25,7 @@ __all__ = ["routes_on_paper"]
 def routes_on_paper(
     module: nn.Module, stages: Stages, parts: Sequence[Any], *, forward: Callable[[Any], Any]
 ) -> dict[Hashable, Route]:
-    """The route of each shape of micro-batch, by `key_of`.
+    """The route of each shape of micro-batch, by `keys_of`.
 
     Args:
         module: with the blocks of all stages, dealt as on the rank that asks.
@@ -37,8 +37,7 @@ def routes_on_paper(
         WrapError: see `probe`.
     """
     found: dict[Hashable, Route] = {}
-    for part in parts:
-        key = key_of(module, part)
+    for key, part in zip(keys_of(module, parts), parts, strict=True):
         if key not in found:
             found[key] = _probed(module, stages, partial(forward, part))
     return found

@@ -13,8 +13,8 @@ __all__ = ["EARLY", "EARLY_BYTES", "Posting", "receives_due"]
 
 EARLY = 4
 """How many messages before its time a receive is posted where ranks are connected at once, so that what travels finds
-it, and how many rows are gone through at one wait; none where ranks connect late, since calls of a rank can hold each
-other there (see `connecting`)."""
+it; none where ranks connect late, since calls of a rank can hold each other there (see `connecting`). At one wait twice
+as many rows are gone through at most, since what is waited for may have come meanwhile."""
 
 EARLY_BYTES = 1 << 20
 """As long as receives that wait take less memory than this, more of them are posted: what a small message costs is the
@@ -57,8 +57,8 @@ class Posting(Generic[Message]):
         return self._next_row()
 
     def waits(self) -> Iterator[Message | None]:
-        """Before this rank waits for a message; a few at a time, since the message may have come."""
-        for _ in range(self._early):
+        """Before this rank waits for a message; a few at a time."""
+        for _ in range(2 * self._early):
             if self._due or (self._ahead >= self._early and self.waiting_bytes >= EARLY_BYTES):
                 return
             self._ahead += 1

@@ -4,7 +4,7 @@ Done once for every shape of micro-batch. All ranks call the same blocks in the 
 their blocks give and which inputs they lack.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,14 @@ from meshwright.parallel.pipeline.runtime import States
 from meshwright.parallel.pipeline.wire import Wire
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["key_of", "probe"]
+__all__ = ["keys_of", "probe"]
 
 
-def key_of(module: nn.Module, batch: Any) -> Hashable:
-    """What micro-batches that take the same route have in common."""
+def keys_of(module: nn.Module, batches: Iterable[Any]) -> list[Hashable]:
+    """What micro-batches that take the same route have in common, of each."""
     casts = tuple(torch.get_autocast_dtype(each) for each in ("cpu", "cuda") if torch.is_autocast_enabled(each))
-    return _likeness(batch), module.training, torch.is_grad_enabled(), casts
+    state = module.training, torch.is_grad_enabled(), casts
+    return [(_likeness(batch), state) for batch in batches]
 
 
 def _likeness(value: Any) -> Hashable:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from meshwright.parallel.collectives import Groups
-from meshwright.parallel.pipeline.probe import key_of, probe
+from meshwright.parallel.pipeline.probe import keys_of, probe
 from meshwright.parallel.pipeline.route import Route
 from meshwright.parallel.pipeline.runtime import States
 from meshwright.parallel.pipeline.wire import Wire
@@ -55,7 +55,7 @@ class Routes:
             parts: micro-batches.
             forward: of one micro-batch; returns its loss and number of items.
         """
-        keys = [key_of(self._states.module, part) for part in parts]
+        keys = keys_of(self._states.module, parts)
         found = [self._known.get(key) for key in keys]
         known = [each for each in found if each is not None]
         if self._alone and len(known) == len(keys):

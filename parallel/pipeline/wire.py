@@ -44,7 +44,8 @@ class Wire:
 
     def __init__(self, groups: Groups, homes: Sequence[int]) -> None:
         self._groups = groups
-        self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
+        links = [*pairwise(homes), *((homes[-1], rank) for rank in range(groups.mesh.pp))]
+        self._channels = Channels(groups, "pp", [(one, two) for one, two in links if one != two])
         self.early = 0 if connects_late(groups.device_type) else EARLY
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self._left = ""  # what a step was left with behind that
@@ -90,7 +91,10 @@ class Wire:
 
     def receive(self, shapes: Sequence[Shape], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
         """Starts receiving; what it returns waits for the values."""
-        values = [shape.empty(self.device) for shape in shapes]
+        return self.receive_into([shape.empty(self.device) for shape in shapes], source, tag)
+
+    def receive_into(self, values: list[Tensor], source: int, tag: Tag) -> Callable[[], list[Tensor]]:
+        """The same with memory that is there."""
         running = [
             self._channels.receive(value, source, tag=tag * _MOST_VALUES + number)
             for number, value in enumerate(values)
