@@ -6,74 +6,27 @@ stage takes from earlier ones becomes new leaves. What torch keeps for the threa
 whenever it stops.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import copy_context
-from dataclasses import dataclass
+from contextvars import Context, copy_context
 from functools import lru_cache, partial, partialmethod
 from threading import local
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from meshwright.parallel.cuts import Cuts
+from meshwright.parallel.guide import Arguments, Backward, Guide
 from meshwright.parallel.passing import note_passing
 from meshwright.parallel.randomness import generators_kept, skip_block
 from meshwright.parallel.recompute import Frame
 from meshwright.parallel.thread_state import ThreadState
 
-__all__ = ["Arguments", "Backward", "Flow", "Guide", "captured"]
+__all__ = ["Flow", "captured"]
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a block's call."""
-
-
-@dataclass(frozen=True)
-class Backward:
-    """How a pass will go back.
-
-    Args:
-        recomputed: names of blocks of which only the inputs are kept.
-        halves: whether the gradients of inputs come first and those of weights later.
-    """
-
-    recomputed: Container[str] = ()
-    halves: bool = False
-
-
-class Guide(Protocol):
-    """Who decides what happens at the calls of blocks."""
-
-    @property
-    def stages(self) -> Mapping[str, int]:
-        """Block -> stage."""
-        ...
-
-    @property
-    def first_stage(self) -> int:
-        """The stage to which what comes before all blocks is counted."""
-        ...
-
-    @property
-    def lacks(self) -> bool:
-        """Whether the call that was asked about last takes what others made."""
-        ...
-
-    def skips(self, block: str) -> Callable[[], Any] | None:
-        """What makes the output of a call that is left out; None where the block runs."""
-        ...
-
-    def completed(self, block: str, arguments: Arguments) -> Arguments:
-        """What a block takes, in the place of what the model gave it, where it `lacks` something."""
-        ...
-
-    def gave(self, block: str, output: Any) -> None:
-        """Told what a block gave."""
-        ...
-
-
+_NOWHERE: tuple[str | None, Arguments] = None, ((), {})
 _FLOWS: dict[greenlet, "Flow"] = {}
 
 
@@ -95,18 +48,14 @@ class Flow:
         backward: how it will go back.
 
     Attributes:
-        waits: name of the block whose call is next; None before the start and at the end.
         ended: whether the pass is over.
-        arguments: of the call that waits.
         cuts: of its graph.
         frames: stage -> calls that are recomputed.
     """
 
     def __init__(self, run: Callable[[], Any], guide: Guide, backward: Backward) -> None:
-        self.waits: str | None = None
         self.ended = False
         self.result: Any = None
-        self.arguments: Arguments = ((), {})
         self.cuts = Cuts(guide.first_stage)
         self.frames: dict[int, list[Frame]] = {}
         self._guide: Guide | None = guide  # until the pass ends: it holds its flow, too
@@ -115,6 +64,18 @@ class Flow:
         self._state: ThreadState | None = None  # of the pass, while it is stopped
         self._work = run
         self._coroutine: greenlet | None = None
+        self._context = Context()
+        self._waiting = _NOWHERE
+
+    @property
+    def waits(self) -> str | None:
+        """Name of the block whose call is next; None before the start and at the end."""
+        return self._waiting[0]
+
+    @property
+    def arguments(self) -> Arguments:
+        """Of the call that waits."""
+        return self._waiting[1]
 
     def resume(self, limit: int = -1, *, last: bool = False) -> None:
         """Runs the call that waits, and on to the next one of a stage beyond `limit`, or to the end.
@@ -128,14 +89,14 @@ class Flow:
             self._run_through()
         else:
             self._coroutine = greenlet(self._run)
-            self._coroutine.gr_context = copy_context()
+            self._coroutine.gr_context = self._context = copy_context()
             self._enter(self._coroutine.switch)
 
     def close(self) -> None:
         """Ends a pass that is not wanted any more, and lets go of what the next block would have got."""
         if self._coroutine is not None and not self.ended:
             self._enter(self._coroutine.throw)
-        self.arguments = ((), {})
+        self._waiting = _NOWHERE
         self._guide = None
 
     def detach(self) -> None:
@@ -143,8 +104,13 @@ class Flow:
         if self.result is not None:
             self.result = tuple(map(_detached, self.result))
 
+    def within(self, work: Callable[..., None], *args: Any) -> None:
+        """Does something with the context variables of the pass: a model's own checkpoints run blocks in backward."""
+        self._context.run(work, *args)
+
     def forget(self) -> None:
         """Lets go of the rest, after backward."""
+        self._context = Context()
         self.frames.clear()
         self.cuts.forget()
 
@@ -188,13 +154,13 @@ class Flow:
 
     def _stop(self, name: str, arguments: Arguments) -> None:
         """Before a call of a later stage: gives control back, or ends the pass."""
-        self.waits, self.arguments = name, arguments
+        self._waiting = name, arguments
         if self._until[1]:
             raise GreenletExit
         assert self._coroutine is not None, name
         assert self._coroutine.parent is not None, name
         self._coroutine.parent.switch()
-        self.waits, self.arguments = None, ((), {})
+        self._waiting = _NOWHERE
 
     def _remade(self, name: str, work: partial[Any], arguments: Arguments) -> Any:
         """Runs a block of which only the inputs are kept."""
@@ -206,7 +172,8 @@ class Flow:
         """A pass that stops nowhere needs no coroutine; cut short, it must leave the thread as it was."""
         torch.clear_autocast_cache()
         try:
-            copy_context().run(self._run)
+            self._context = copy_context()
+            self._context.run(self._run)
         except BaseException as end:
             _outside().enter()
             if not isinstance(end, GreenletExit):
@@ -238,7 +205,7 @@ class Flow:
                 self.cuts.check("the end")
         finally:
             del _FLOWS[getcurrent()]
-            self.ended, self.waits = True, None
+            self.ended, self._waiting = True, (None, self.arguments)
             self.cuts.end()
 
 
@@ -290,4 +257,7 @@ def _stopping(kind: type[nn.Module], name: str) -> type[nn.Module]:
         return flow.call(name, self, kind, (args, kwargs))
 
     told = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), told)
+    made = type(kind.__name__, (kind,), told)
+    for added in [each for each in vars(made) if each not in told and not each.startswith("__")]:
+        delattr(made, added)  # by `__init_subclass__`: a block must be what it was in all but calls
+    return made

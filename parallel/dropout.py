@@ -4,15 +4,18 @@ Inside a unit that tensor or sequence parallelism splits, a rank draws the mask 
 generator state as the plain run and keeps its share, so that masks and the state after them depend on no mesh.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 from meshwright.parallel.blockwise.calls import calling_module
@@ -123,8 +126,7 @@ class PlainDropout(TorchFunctionMode):
         return input.copy_(kept) if inplace else kept
 
     def _mask(self, input: Tensor, p: float) -> Tensor:
-        number = len(self.shapes) - 1
-        drop = self._drops[number] if number < len(self._drops) else None
+        drop = self._dealt()
         shape = list(input.shape)
         if drop is not None:
             sizes = drop.sizes or self._lengths()
@@ -145,13 +147,20 @@ class PlainDropout(TorchFunctionMode):
     def _first_head(self, query: Tensor, scores: tuple[int, ...]) -> int:
         """Attention that drops by the numbers of heads counts as one dropout of its scores."""
         self.shapes.append(scores)
-        number = len(self.shapes) - 1
-        drop = self._drops[number] if number < len(self._drops) else None
+        drop = self._dealt()
         if drop is None:
             return 0
         if drop.dim != 1 or drop.sizes is None:
             raise WrapError(f"attention scores {list(scores)} that drop are dealt along dim {drop.dim}, not by heads")
         return sum(drop.sizes[: self._rank])
+
+    def _dealt(self) -> Drop | None:
+        """How the call that came last is dealt."""
+        number = len(self.shapes) - 1
+        drop = self._drops[number] if number < len(self._drops) else None
+        if drop is not None and self._generator is None:
+            _refuse_checkpoint()
+        return drop
 
     def _lengths(self) -> tuple[int, ...]:
         assert self._length is not None, "a dealt sequence outside a stream"
@@ -210,6 +219,19 @@ def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> Non
             return forward(*args, **kwargs)
 
     unit.forward = inside
+
+
+def _refuse_checkpoint() -> None:
+    """What a checkpoint within a unit runs again does not come by `inside`, and would draw another mask unnoticed."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != ("inside", __file__):
+        if frame.f_code.co_filename == checkpoint.__file__:
+            raise WrapError(
+                "dropout of which this rank has a part (axes tp and cp) lies in a checkpoint that the model makes "
+                "within a block, and would draw another mask when backward runs it again; switch the model's own "
+                "gradient checkpointing off and use recompute='blocks' with schedule='layered', or set dropout to 0"
+            )
+        frame = frame.f_back
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from torch import Tensor
 from meshwright.parallel.agreement import check_buffers, check_losses
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
-from meshwright.parallel.capture import Backward, captured
+from meshwright.parallel.capture import captured
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.connecting import connect_groups
 from meshwright.parallel.data import AskScale, DataEngine
 from meshwright.parallel.errors import LossError
 from meshwright.parallel.forwards import Forwards, Result
+from meshwright.parallel.guide import Backward
 from meshwright.parallel.mesh import DATA_AXES
 from meshwright.parallel.microbatch import check_constant, split
 from meshwright.parallel.options import Options

@@ -6,7 +6,9 @@ of groups, which torch has for narrow floats only, is made of single products.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Promote"]
 
+_AUTOGRAD: Any = torch.autograd
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Promote(TorchFunctionMode):
-    """A context in which every cast to a narrower float gives float64.
+    """A context in which every cast to a narrower float gives float64, in what backward runs again, too.
 
     >>> with Promote():
     ...     torch.ones(2, dtype=torch.float64).float().dtype
@@ -35,12 +38,14 @@ class Promote(TorchFunctionMode):
         """Starts promoting; new tensors are float64 too."""
         self._default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
+        _ENGINE.enter()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
         """Ends promoting."""
         super().__exit__(*args)  # type: ignore[no-untyped-call]
+        _ENGINE.leave()
         torch.set_default_dtype(self._default)
 
     def __torch_function__(
@@ -49,6 +54,52 @@ class Promote(TorchFunctionMode):
         """Passes calls on with wider dtypes."""
         wide = tuple(_wide(arg) for arg in args)
         return _INSTEAD.get(func, func)(*wide, **{name: _wide(arg) for name, arg in (kwargs or {}).items()})
+
+
+class _InBackward(Promote):
+    """The same inside of another one."""
+
+    def __enter__(self) -> "_InBackward":
+        TorchFunctionMode.__enter__(self)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        TorchFunctionMode.__exit__(self, *args)
+
+
+class _Engine:
+    """Torch takes a mode off while it passes a call on, and backward is such a call: a checkpoint would not see it.
+
+    So backward puts it on again, in threads that promote, as long as there are any.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._here = Lock(), local()
+        self._number = 0
+        self._run: Callable[..., Any] = _AUTOGRAD._engine_run_backward
+
+    def enter(self) -> None:
+        """This thread promotes from here on."""
+        self._here.depth = getattr(self._here, "depth", 0) + 1
+        with self._lock:
+            self._number += 1
+            if self._number == 1:
+                self._run, _AUTOGRAD._engine_run_backward = _AUTOGRAD._engine_run_backward, self._promoted
+
+    def leave(self) -> None:
+        """Ends what `enter` began."""
+        self._here.depth -= 1
+        with self._lock:
+            self._number -= 1
+            if not self._number:
+                _AUTOGRAD._engine_run_backward = self._run
+
+    def _promoted(self, *args: Any, **kwargs: Any) -> Any:
+        with _InBackward() if getattr(self._here, "depth", 0) else nullcontext():
+            return self._run(*args, **kwargs)
+
+
+_ENGINE = _Engine()
 
 
 def _wide(arg: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.parallel.dropout import PlainDropout
+from meshwright.parallel.keeping import kept
 from meshwright.parallel.layout import deal
 from meshwright.parallel.length import Length
 from meshwright.parallel.promote import Promote
@@ -122,6 +123,7 @@ def _run_rank(plain: Plain, variant: _Variant, axis: ThreadAxis) -> _Rank:
     with (
         variant.around(mine, length),
         Promote(),
+        kept(mine),
         PlainDropout(variant.drops, rank=axis.rank, dealing=axis.dealing, length=full, generator=generator) as dropout,
     ):
         outputs = tensors_of(mine(*args, **kwargs))

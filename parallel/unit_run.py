@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.parallel.dropout import PlainDropout
+from meshwright.parallel.keeping import kept
 from meshwright.parallel.meta import without_values
 from meshwright.parallel.promote import Promote
 
@@ -106,7 +107,7 @@ def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None, *, 
     ]
     generator = torch.Generator().manual_seed(7)
     inside = nullcontext() if around is None else around(mine)
-    with Promote(), PlainDropout(generator=generator) as dropout, derived, inside:
+    with Promote(), PlainDropout(generator=generator) as dropout, derived, inside, kept(mine):
         outputs = tensors_of(mine(*args, **kwargs))
     for hook in hooks:
         hook.remove()

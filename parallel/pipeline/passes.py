@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Arguments, Backward, Flow
+from meshwright.parallel.capture import Flow
 from meshwright.parallel.cuts import fresh
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.guide import Arguments, Backward
 from meshwright.parallel.pipeline.route import Border, Route, Shape, Step, inputs_of, replaced, shapes_in
 from meshwright.parallel.pipeline.way_back import WayBack
 from meshwright.parallel.recompute import Frame

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import MeshwrightError, WrapError
+from meshwright.parallel.guide import Arguments
 from meshwright.parallel.pipeline.leftovers import Leftovers, watched
 from meshwright.parallel.pipeline.passes import Pass
 from meshwright.parallel.pipeline.route import Border, Call, Route, Shape, inputs_of, instead, shapes_in

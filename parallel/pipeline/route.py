@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from meshwright.parallel.absent import Absent
-from meshwright.parallel.capture import Arguments
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.guide import Arguments
 
 __all__ = ["Border", "Call", "Route", "Shape", "Step", "inputs_of", "instead", "replaced", "shapes_in"]
 

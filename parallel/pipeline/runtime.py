@@ -188,7 +188,7 @@ _OF_PASS: Mapping[Kind, Callable[[Pass, int], None]] = {
     Kind.RECOMPUTE: lambda each, stage: _all(each.frames(stage), Frame.recompute),
     Kind.OFFLOAD: lambda each, stage: _all(each.frames(stage), Frame.offload),
     Kind.FETCH: lambda each, stage: _all(each.frames(stage), Frame.fetch),
-    Kind.BACKWARD: lambda each, stage: each.back.whole(stage),
-    Kind.INPUT_GRADIENT: lambda each, stage: each.back.inputs(stage),
-    Kind.WEIGHT_GRADIENT: lambda each, stage: each.back.weights(stage),
+    Kind.BACKWARD: lambda each, stage: each.flow.within(each.back.whole, stage),
+    Kind.INPUT_GRADIENT: lambda each, stage: each.flow.within(each.back.inputs, stage),
+    Kind.WEIGHT_GRADIENT: lambda each, stage: each.flow.within(each.back.weights, stage),
 }

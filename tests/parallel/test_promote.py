@@ -1,7 +1,10 @@
+from threading import Event, Thread
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from meshwright.parallel.promote import Promote
 
@@ -64,3 +67,38 @@ def test_rows_behind_the_last_group_are_zeros_and_have_no_gradient() -> None:
     assert made[:, 0].tolist() == [2.0, 2.0, 2.0, 2.0, 0.0]
     assert rows.grad is not None
     assert rows.grad[:, 0].tolist() == [3.0, 3.0, 3.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_backward_runs_again_is_promoted_too(reentrant: bool) -> None:
+    values = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def narrow(given: Tensor) -> Tensor:
+        return (given.float() * given.float()).exp()
+
+    with Promote():
+        checkpoint(narrow, values, use_reentrant=reentrant).sum().backward()
+        if not reentrant:
+            (again,) = torch.autograd.grad(checkpoint(narrow, values, use_reentrant=False).sum(), values)
+            assert torch.equal(again, values.grad)
+    wide = values.detach()
+    torch.testing.assert_close(values.grad, 2 * wide * (wide * wide).exp(), rtol=1e-14, atol=0)
+
+
+def test_threads_that_promote_by_turns_leave_backward_as_it_was() -> None:
+    before, first, second = torch.autograd._engine_run_backward, Event(), Event()
+
+    def hold() -> None:
+        with Promote():
+            first.set()
+            second.wait(10)
+
+    thread = Thread(target=hold)
+    thread.start()
+    first.wait(10)
+    with Promote():
+        second.set()
+        thread.join()
+        assert torch.autograd._engine_run_backward != before
+    assert torch.autograd._engine_run_backward == before
+    torch.set_default_dtype(torch.float32)  # the threads' own ends came in another order

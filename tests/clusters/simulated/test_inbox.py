@@ -113,4 +113,4 @@ def test_hosts_receive_ahead_of_time_small_values_further_and_gpus_do_not() -> N
     assert alone == 1
     assert large == EARLY
     assert some == 7  # and the one that came
-    assert small == 18  # three further with every wait, and fewer are left
+    assert small == 21  # seven further with every wait, until none is left

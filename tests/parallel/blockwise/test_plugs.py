@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from meshwright.parallel.blockwise.calls import AttentionCall, plug_of
 from meshwright.parallel.blockwise.plugs import plug_in, plugged
-from meshwright.parallel.capture import Backward, Flow, captured
+from meshwright.parallel.capture import Flow, captured
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.guide import Backward
 from tests.parallel.blockwise.unplugged import (
     MODELS,
     Handwritten,
