@@ -161,19 +161,20 @@ class Engine:
             len(parts), self._groups, self._wire, source=self._stages.schedule.homes[-1], device=self._device
         )
         self.data.follow(totals.scale, len(parts))
-        with _messages(self._wire), captured(self._stages.blocks):
-            passes, routes = self._passes(parts)
-            transfers = Transfers(self._stages.timetable, routes, self._wire) if self._wire else None
-            self.data.open()
-            results = partial(_results, passes)
-            then, weight = partial(totals.forwarded, results), _weight_of() if self._has_loss else _no_weight
-            work = Work(passes, self.data, transfers, then, weight, self._watching(), self._attributes())
-            execute(self._stages.actions, work)
-            totals.ended(results)
-        self.data.launch()
-        stats = totals.stats()
-        if self._wire is not None:
-            self._wire.flush()
+        with _messages(self._wire):
+            with captured(self._stages.blocks):
+                passes, routes = self._passes(parts)
+                transfers = Transfers(self._stages.timetable, routes, self._wire) if self._wire else None
+                self.data.open()
+                results = partial(_results, passes)
+                then, weight = partial(totals.forwarded, results), _weight_of() if self._has_loss else _no_weight
+                work = Work(passes, self.data, transfers, then, weight, self._watching(), self._attributes())
+                execute(self._stages.actions, work)
+                totals.ended(results)
+            self.data.launch()
+            stats = totals.stats()
+            if self._wire is not None:
+                self._wire.flush()
         return stats
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:

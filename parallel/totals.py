@@ -131,6 +131,8 @@ class Totals:
 
         What a step does once takes ten times as long as what it repeats, so each operation counts.
         """
-        losses, items = (torch.stack(each) for each in zip(*results(), strict=True))
+        found = results()
+        losses = torch.stack([loss.double() for loss, _ in found])  # narrow ones are mixed by no operation of autocast
+        items = torch.stack([each for _, each in found])
         self._losses.copy_(losses)
         torch.sum(torch.stack([weighted(losses, items), items]), 1, out=self._sums)

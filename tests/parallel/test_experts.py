@@ -47,6 +47,7 @@ CONTEXT: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"cp": 2, "dp": 2, "ep": 2}, {}),
     ({"cp": 2, "fsdp": 2, "ep": 4}, LAYERED),
     ({"pp": 2, "cp": 2, "ep": 2}, {**TWO, "schedule": "modular"}),
+    ({"tp": 2, "cp": 2, "ep": 2}, LAYERED),
 ]
 
 
