@@ -24,6 +24,7 @@ __all__ = ["attribute_places", "function_places", "weight_hooks"]
 
 _SDPA = torch._C._nn.scaled_dot_product_attention
 _WEIGHTS_WANTED: ContextVar[bool] = ContextVar("weights_wanted", default=False)
+_OURS = "_meshwright_replaces"
 _NEED_WEIGHTS = 4  # position in a call of nn.MultiheadAttention
 
 
@@ -51,7 +52,8 @@ def weight_hooks(modules: list[nn.Module]) -> list[RemovableHandle]:
 
 
 def _names_of_function(space: Any) -> list[str]:
-    return [name for name, value in vars(space).items() if value is _SDPA]
+    """Also where it was replaced for another model, which may be gone before this one."""
+    return [name for name, value in vars(space).items() if value is _SDPA or getattr(value, _OURS, None) is _SDPA]
 
 
 def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -78,6 +80,7 @@ def _attending(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         )
         return output if len(lead) == 1 else output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
 
+    setattr(scaled_dot_product_attention, _OURS, getattr(plain, _OURS, plain))
     return scaled_dot_product_attention
 
 

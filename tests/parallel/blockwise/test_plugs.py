@@ -120,6 +120,30 @@ def test_a_model_that_is_no_more_leaves_nothing_behind() -> None:
         assert _state_of_the_process() == before
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_stays_plugged_when_one_that_was_plugged_before_it_is_gone(name: str) -> None:
+    gc.collect()
+    before = _state_of_the_process()
+    (first, batch), (second, _) = model_of(name), model_of(name)
+    calls: list[AttentionCall] = []
+
+    def noted(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return dense_attention(call)
+
+    plug_in(first, dense_attention)
+    with plugged(second, noted):
+        run(second, wide(batch))
+        number = len(calls)
+        del first
+        gc.collect()
+        run(second, wide(batch))
+        assert len(calls) == 2 * number > 0
+    del second
+    gc.collect()
+    assert _state_of_the_process() == before
+
+
 def test_a_model_is_plugged_once() -> None:
     model, _ = model_of("llama")
     with plugged(model, dense_attention):
