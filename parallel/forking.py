@@ -108,7 +108,10 @@ class _Host:
 
     def _reap(self, options: int) -> None:
         for process in list(self._ends):  # and none of those that some import has started
-            ended, status = os.waitpid(process, options)
+            try:
+                ended, status = os.waitpid(process, options)
+            except ChildProcessError:  # a signal that came in between was answered first
+                continue
             if ended:
                 with self._ends.pop(process) as end, suppress(OSError):  # whoever asked for it may have gone
                     end.send(os.waitstatus_to_exitcode(status))

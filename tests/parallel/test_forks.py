@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 
-from meshwright.parallel import forks
+from meshwright.parallel import forking, forks
 from meshwright.parallel.errors import RankError
 from meshwright.parallel.ranks import RankPool
 
@@ -272,3 +272,41 @@ def test_ctrl_c_ends_ranks_and_what_forks_them_is_the_callers_to_keep(tmp_path: 
         caller.kill()
         caller.wait()
     _wait_for(lambda: not _alive(source), "it outlived its caller")
+
+
+class _Told(NamedTuple):
+    """An end of a rank as its parent would hear of it."""
+
+    codes: list[int]
+
+    def __enter__(self) -> "_Told":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def send(self, code: int) -> None:
+        self.codes.append(code)
+
+
+def test_ends_that_are_told_while_others_are_being_told_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    host = forking._Host(None, 0, None)  # type: ignore[arg-type]
+    host._ends = {number: _Told(codes) for number in (101, 102, 103)}  # type: ignore[misc]
+    reaped: set[int] = set()
+
+    def wait(process: int, options: int) -> tuple[int, int]:
+        del options
+        if process == 101 and not reaped:  # two more end, and the handler of signals is called again
+            reaped.add(101)
+            host._reap(os.WNOHANG)
+            return process, 1 << 8
+        if process in reaped:
+            raise ChildProcessError
+        reaped.add(process)
+        return process, 0
+
+    monkeypatch.setattr(os, "waitpid", wait)
+    host._reap(os.WNOHANG)
+    assert sorted(codes) == [0, 0, 1]
+    assert not host._ends
