@@ -260,4 +260,5 @@ def _stopping(kind: type[nn.Module], name: str) -> type[nn.Module]:
     made = type(kind.__name__, (kind,), told)
     for added in [each for each in vars(made) if each not in told and not each.startswith("__")]:
         delattr(made, added)  # by `__init_subclass__`: a block must be what it was in all but calls
+    made.__call__ = call  # type: ignore[method-assign]
     return made
