@@ -41,6 +41,11 @@ _DRAWING = (
 _DEFAULT_GENERATOR = Lock()
 _ALONE = Dealing("contiguous", 1)
 
+_OTHERWISE = (
+    "dropouts of a block drop otherwise than when the model was wrapped (some were switched on or off, or p changed "
+    "from or to 0), and ranks of tp and cp would draw other masks than the plain run; set them before parallelize()"
+)
+
 _RANDOM = (
     *(torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like, torch.randint_like),
     *(torch.normal, torch.bernoulli, torch.poisson, torch.binomial, torch.multinomial, torch.randperm),
@@ -130,6 +135,8 @@ class PlainDropout(TorchFunctionMode):
         shape = list(input.shape)
         if drop is not None:
             sizes = drop.sizes or self._lengths()
+            if shape[drop.dim] != sizes[self._rank]:
+                raise WrapError(_OTHERWISE)
             shape[drop.dim] = sum(sizes)
         strides = input.stride()
         order = sorted(range(input.dim()), key=lambda dim: -strides[dim])  # torch draws in order of memory
@@ -157,10 +164,22 @@ class PlainDropout(TorchFunctionMode):
     def _dealt(self) -> Drop | None:
         """How the call that came last is dealt."""
         number = len(self.shapes) - 1
-        drop = self._drops[number] if number < len(self._drops) else None
-        if drop is not None and self._generator is None:
+        if number >= len(self._drops):
+            if self._generator is None:
+                raise WrapError(_OTHERWISE)
+            return None
+        if self._drops[number] is not None and self._generator is None:
             _refuse_checkpoint()
-        return drop
+        return self._drops[number]
+
+    def check(self) -> None:
+        """At the end of a unit: all of its dropouts dropped, or none did.
+
+        Raises:
+            WrapError: when some did not, since those behind them drew the masks of others.
+        """
+        if 0 < len(self.shapes) < len(self._drops):
+            raise WrapError(_OTHERWISE)
 
     def _lengths(self) -> tuple[int, ...]:
         assert self._length is not None, "a dealt sequence outside a stream"
@@ -215,8 +234,10 @@ def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> Non
     forward = unit.forward
 
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with make():
-            return forward(*args, **kwargs)
+        with make() as dropout:
+            made = forward(*args, **kwargs)
+            dropout.check()
+            return made
 
     unit.forward = inside
 

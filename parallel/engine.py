@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meshwright.parallel.agreement import check_buffers, check_losses
+from meshwright.parallel.as_wrapped import AsWrapped
 from meshwright.parallel.attributes import Attributes
 from meshwright.parallel.blocks import find_blocks
 from meshwright.parallel.capture import captured
@@ -74,6 +75,7 @@ class Engine:
         self._routes = (
             None if self._wire is None else Routes(stages, data, groups=groups, wire=self._wire, known=routes)
         )
+        self.wrapped = AsWrapped(data.module, deals=groups.mesh.tp > 1 or groups.mesh.cp > 1)
         draw_by_block(find_blocks(data.module, options.blocks))
         self._device = torch.device(groups.device_type)
         if groups.device_type == "cuda":
@@ -100,6 +102,7 @@ class Engine:
             LossError: when no micro-batch of any rank holds an item.
         """
         HERE.begin(self.num_steps + 1)
+        self.wrapped.check()
         stats = self.accumulate(batch)
         if not stats.items:  # asked here and not before backward, where a GPU would have to stop for the answer
             raise LossError("no micro-batch of this step holds an item that counts in the loss; check labels and masks")

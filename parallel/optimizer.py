@@ -123,8 +123,13 @@ class OwnedOptimizer:
 
     def _take_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs
-        for name, (_, gradient) in self._data.local().items():
-            self._owned[name].grad = gradient
+        for name, (parameter, gradient) in self._data.local().items():
+            owned = self._owned[name]
+            if owned is not parameter:
+                local = _local(parameter).detach()
+                if local.data_ptr() != owned.data_ptr():  # `Module.to` gave the parameter new memory
+                    owned.data = local
+            owned.grad = gradient
 
 
 def _local(tensor: Any) -> Tensor:

@@ -146,7 +146,7 @@ class Replicate(LocalStates):
                 flags = self._groups.flags(bucket.flags)
                 used = {name for name, flag in zip(bucket.names, flags, strict=True) if flag}
             for name in bucket.names:
-                self._trained[name].grad = bucket.views[name] if name in used else None
+                self._trained[name].grad = bucket.views[name].detach() if name in used else None
         self._sum_over_copies()
 
     def _fill_buckets(self, axis: str, names: list[str], bucket_bytes: int) -> None:
@@ -199,7 +199,7 @@ class Replicate(LocalStates):
             if self._scale is None:
                 self._scale = self._ask_scale()
             torch.mul(gradient, self._scale, out=view)
-            self._trained[name].grad = view
+            self._trained[name].grad = view.detach()  # `Module.to` gives a gradient new memory, and must not the bucket
         bucket.ready.add(name)
 
     def _send_ready(self) -> None:

@@ -124,8 +124,10 @@ class Shard(ShardedStates):
         for name in self._units[unit]:
             module_name, _, leaf = name.rpartition(".")
             parameter = getattr(self.module.get_submodule(module_name), leaf)
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._noting(name))
+            if name in self._trained:  # what was frozen since may be thawed again
+                trains = parameter.requires_grad
+                parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._noting(name))
+                parameter.requires_grad_(trains)
         self._watch[list(self._units).index(unit)].remove()
 
     def _noting(self, name: str) -> Callable[[Tensor], None]:

@@ -96,7 +96,7 @@ class Plain:
 
 def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None, *, shapes: bool = False) -> Plain:
     """Runs a unit as it is, forward and backward; `around` makes a context for the copy that is run."""
-    mine = without_values(unit).double() if shapes else with_random_weights(unit)
+    mine = _training(without_values(unit).double() if shapes else with_random_weights(unit))
     args, kwargs = call.fresh(shapes=shapes)
     stream = _stream_key(args, kwargs)
     derived = _Derived(None if stream is None else argument(args, kwargs, stream))
@@ -129,6 +129,11 @@ def run_plain(unit: nn.Module, call: UnitCall, around: Around | None = None, *, 
         dropout.drawn,
         shapes,
     )
+
+
+def _training(unit: nn.Module) -> nn.Module:
+    """As it trains, where it is all in evaluation (`from_pretrained`): what drops then must be known."""
+    return unit if unit.training else unit.train()
 
 
 def gradients_of(outputs: list[Tensor], weights: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:

@@ -5,9 +5,8 @@ same tensors from step to step whose memory comes and goes, so what autograd sav
 needs it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.deferred import like
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.sharding import Places, Sharding, padded_rows, places_of
 
 __all__ = ["Unit"]
@@ -25,12 +25,16 @@ _same_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ig
 
 @dataclass(frozen=True, eq=False)
 class _Member:
-    """One parameter: where modules hold it, its shard between uses, and itself whole (without memory when freed)."""
+    """One parameter: where modules hold it, its shard between uses, and itself whole (without memory when freed).
+
+    Whether it trains is known from the start, since all ranks must sum the same ones; what was frozen since is unused.
+    """
 
     name: str
     places: Places
     sharded: nn.Parameter
     whole: nn.Parameter
+    trains: bool
 
 
 class Unit:
@@ -60,6 +64,7 @@ class Unit:
         """Starts making the parameters whole."""
         if self.is_whole or self._gathering is not None or not self._members:
             return
+        self._take_back()
         parts = self._shards.new_empty(self._degree * self._shards.numel())
         travels = bool(parts.numel())  # nothing does where all parameters are without elements
         pending = self._groups.gather_into(parts, self._shards, self._over.axis) if travels else Pending(None)
@@ -81,6 +86,7 @@ class Unit:
                 with torch.no_grad(), _same_version(each.whole):
                     _copy_rows(rows, each.whole)
             offset += size_bytes
+            each.whole.requires_grad_(each.sharded.requires_grad)
             _hold(each.places, each.whole)
         self.is_whole = True
 
@@ -96,7 +102,7 @@ class Unit:
 
     def reduce(self, ask_scale: Callable[[], Tensor]) -> list[str]:
         """Starts summing gradients, scaled, into shards; names those that this rank computed."""
-        trained = [each for each in self._members if each.whole.requires_grad]
+        trained = [each for each in self._members if each.trains]
         used = [each.name for each in trained if each.whole.grad is not None]
         for dtype in dict.fromkeys(each.whole.dtype for each in trained):
             self._reduce([each for each in trained if each.whole.dtype is dtype], ask_scale)
@@ -132,17 +138,39 @@ class Unit:
 
     def _side_by_side(self) -> Tensor:
         """Moves the shards into one piece of memory (1-dim, bytes), each padded to equal rows on all ranks."""
-        sizes = [self._shard_numel(each) * each.whole.itemsize for each in self._members]
         widest = max((each.whole.itemsize for each in self._members), default=1)
         device = self._members[0].whole.device if self._members else None
-        flat = torch.zeros(-(-sum(sizes) // widest) * widest, dtype=torch.uint8, device=device)
-        for each, offset, size in zip(self._members, accumulate([0, *sizes]), sizes, strict=False):
-            with torch.no_grad():
-                local = _local(each.sharded)
-                mine = flat[offset : offset + size].view(local.dtype)[: local.numel()].view(local.shape)
-                mine.copy_(local)
-                local.data = mine
+        size = sum(self._shard_numel(each) * each.whole.itemsize for each in self._members)
+        flat = torch.zeros(-(-size // widest) * widest, dtype=torch.uint8, device=device)
+        for each, mine in self._in(flat):
+            _move(each, mine)
         return flat
+
+    def _in(self, flat: Tensor) -> Iterator[tuple[_Member, Tensor]]:
+        """Where each shard lies."""
+        offset = 0
+        for each in self._members:
+            size, local = self._shard_numel(each) * each.whole.itemsize, _local(each.sharded)
+            yield each, flat[offset : offset + size].view(each.whole.dtype)[: local.numel()].view(local.shape)
+            offset += size
+
+    def _take_back(self) -> None:
+        """Moves back what got memory of its own (`Module.to` there and back).
+
+        Raises:
+            WrapError: for shards of another dtype or device.
+        """
+        first = next(iter(self._members), None)
+        if first is None or _local(first.sharded).data_ptr() == self._shards.data_ptr():
+            return
+        for each, mine in self._in(self._shards):
+            local = _local(each.sharded)
+            if (local.dtype, local.device) != (mine.dtype, mine.device):
+                raise WrapError(
+                    f"parameter {each.name} is {local.dtype} on {local.device} and was {mine.dtype} on {mine.device} "
+                    "when the model was wrapped; change dtypes and devices before parallelize()"
+                )
+            _move(each, mine)
 
     def _reduce(self, trained: list[_Member], ask_scale: Callable[[], Tensor]) -> None:
         sizes = [self._shard_numel(each) for each in trained]
@@ -209,7 +237,15 @@ def _member(name: str, places: Places) -> _Member:
     local = _local(sharded)
     whole = like(sharded, torch.empty(sharded.shape, dtype=local.dtype, device=local.device))
     whole.untyped_storage().resize_(0)
-    return _Member(name, places, sharded, whole)
+    return _Member(name, places, sharded, whole, sharded.requires_grad)
+
+
+def _move(member: _Member, mine: Tensor) -> None:
+    local = _local(member.sharded)
+    if local.numel() and local.data_ptr() != mine.data_ptr():
+        with torch.no_grad():
+            mine.copy_(local)
+            local.data = mine
 
 
 def _hold(places: Places, parameter: nn.Parameter) -> None:

@@ -152,6 +152,7 @@ class ParallelModel:
         """
         if self._owned is not None:
             raise WrapError("this model has an optimizer already; keep the one that make_optimizer returned")
+        self._engine.wrapped.check()
         self._owned = self._engine.data.make_optimizer(build, group_of)
         return self._owned.optimizer
 
