@@ -179,23 +179,24 @@ def test_a_model_that_was_wrapped_in_evaluation_drops_as_the_plain_one_when_it_t
         assert _same(found, expected)
 
 
-def _switched(mesh: mw.Mesh, options: dict[str, Any], how: str) -> str:
+def _switched(mesh: mw.Mesh, which: str, how: str) -> str:
     def between(model: Any) -> None:
-        dropout = model.layers[1].inner
+        dropout = getattr(model.layers[1], which)
         if how == "evaluation":
             dropout.eval()
         else:
             dropout.p = float(how)
 
     with pytest.raises(WrapError) as refused:
-        _steps(mesh, options, p=0.0 if how == "0.3" else 0.3, between=between)
+        _steps(mesh, {"sequence_parallel": True}, p=0.0 if how == "0.3" else 0.3, between=between)
     return str(refused.value)
 
 
+@pytest.mark.parametrize("which", ["inner", "outer"])
 @pytest.mark.parametrize(
     ("how", "said"), [("evaluation", "drop otherwise"), ("0", "drop otherwise"), ("0.3", "had p=0")]
 )
-def test_dropouts_of_parts_that_are_switched_by_themselves_are_refused(how: str, said: str) -> None:
+def test_dropouts_of_parts_that_are_switched_by_themselves_are_refused(which: str, how: str, said: str) -> None:
     mesh = mw.Mesh(tp=2)
-    for each in run_ranks(_switched, mesh, mesh, {"sequence_parallel": True}, how):
+    for each in run_ranks(_switched, mesh, mesh, which, how):
         assert said in each
