@@ -2,7 +2,8 @@
 
 Gradients that leave their rank in backward are divided before by the number of all items. There all ranks sum as soon
 as the last forward is through. Where no gradient does, that sum would only stand between a forward and a backward that
-others wait for: then the rank that has the losses tells them to the rest of its pipeline behind its last backward.
+others wait for: then the rank that has the losses tells them to the rest of its pipeline behind its last backward. On a
+GPU a sum holds nobody up, and messages to everybody would take connections to everybody.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,7 +68,8 @@ class Totals:
         self._wire = wire
         self._source = source
         self._has_losses = wire is None or wire.rank == source
-        self._in_backward = groups.mesh.data_degree > 1 or groups.mesh.ep > 1
+        late = wire is not None and not wire.early
+        self._in_backward = groups.mesh.data_degree > 1 or groups.mesh.ep > 1 or late
         self._asked = False
         self._running: list[Pending] = []
         self._told: Callable[[], list[Tensor]] | None = None
@@ -84,23 +86,20 @@ class Totals:
                 self._put(results)
             self._running.append(self._groups.all_reduce(self._sums, *DATA_AXES, "pp"))
             self._running.append(self._groups.all_reduce(self._losses, "pp"))
-        elif self._wire is not None and self._wire.early:
-            self._expect(self._wire)  # while this rank waits anyway
+        elif self._wire is not None and not self._has_losses:  # while this rank waits anyway
+            self._told = self._wire.receive_into([self._found], self._source, _TAG)
 
     def ended(self, results: Callable[[], Sequence[Result]]) -> None:
         """After all actions of this rank; see `forwarded`."""
         if self._in_backward:
             return
         self._asked = True
-        if self._has_losses:
-            self._put(results)
-        if self._wire is None:
+        if not self._has_losses:
             return
-        if self._has_losses:
+        self._put(results)
+        if self._wire is not None:
             for rank in set(range(self._groups.mesh.pp)) - {self._source}:
                 self._wire.send([self._found], rank, _TAG)
-        elif self._told is None:
-            self._expect(self._wire)
 
     def scale(self) -> Tensor:
         """What multiplies gradients (0-dim); waits for the sums."""
@@ -120,10 +119,6 @@ class Totals:
         if self._told is not None:
             self._told()
             self._told = None
-
-    def _expect(self, wire: Wire) -> None:
-        if not self._has_losses:
-            self._told = wire.receive_into([self._found], self._source, _TAG)
 
     @torch.no_grad()
     def _put(self, results: Callable[[], Sequence[Result]]) -> None:

@@ -44,8 +44,7 @@ class Wire:
 
     def __init__(self, groups: Groups, homes: Sequence[int]) -> None:
         self._groups = groups
-        links = [*pairwise(homes), *((homes[-1], rank) for rank in range(groups.mesh.pp))]
-        self._channels = Channels(groups, "pp", [(one, two) for one, two in links if one != two])
+        self._channels = Channels(groups, "pp", [(one, two) for one, two in pairwise(homes) if one != two])
         self.early = 0 if connects_late(groups.device_type) else EARLY
         self._running: dict[Tag, list[tuple[Tensor, Pending]]] = {}
         self._left = ""  # what a step was left with behind that
