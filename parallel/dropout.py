@@ -165,7 +165,7 @@ class PlainDropout(TorchFunctionMode):
         """How the call that came last is dealt."""
         number = len(self.shapes) - 1
         if number >= len(self._drops):
-            if self._generator is None:
+            if self._drops and self._generator is None:
                 raise WrapError(_OTHERWISE)
             return None
         if self._drops[number] is not None and self._generator is None:

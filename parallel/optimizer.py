@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from meshwright.parallel.part import Part
 
-__all__ = ["BuildOptimizer", "GroupOf", "OwnedOptimizer", "Owner", "StepOptimizer", "grouped"]
+__all__ = ["BuildOptimizer", "GroupOf", "OwnedOptimizer", "Owner", "StepOptimizer", "grouped", "shares_memory"]
 
 BuildOptimizer = Callable[[Iterable[Any]], Optimizer]
 """Makes an optimizer from parameters, or from dicts of groups."""
@@ -127,9 +127,19 @@ class OwnedOptimizer:
             owned = self._owned[name]
             if owned is not parameter:
                 local = _local(parameter).detach()
-                if local.data_ptr() != owned.data_ptr():  # `Module.to` gave the parameter new memory
+                if not shares_memory(local, owned):  # `Module.to` gave the parameter new memory
                     owned.data = local
             owned.grad = gradient
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one piece of memory, also where they have none.
+
+    >>> whole = torch.zeros(4)
+    >>> shares_memory(whole, whole[2:]), shares_memory(whole, whole.clone())
+    (True, False)
+    """
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _local(tensor: Any) -> Tensor:

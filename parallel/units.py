@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from meshwright.parallel.collectives import Groups, Pending
 from meshwright.parallel.deferred import like
 from meshwright.parallel.errors import WrapError
+from meshwright.parallel.optimizer import shares_memory
 from meshwright.parallel.sharding import Places, Sharding, padded_rows, places_of
 
 __all__ = ["Unit"]
@@ -161,7 +162,7 @@ class Unit:
             WrapError: for shards of another dtype or device.
         """
         first = next(iter(self._members), None)
-        if first is None or _local(first.sharded).data_ptr() == self._shards.data_ptr():
+        if first is None or shares_memory(_local(first.sharded), self._shards):
             return
         for each, mine in self._in(self._shards):
             local = _local(each.sharded)
@@ -242,7 +243,7 @@ def _member(name: str, places: Places) -> _Member:
 
 def _move(member: _Member, mine: Tensor) -> None:
     local = _local(member.sharded)
-    if local.numel() and local.data_ptr() != mine.data_ptr():
+    if not shares_memory(local, mine):
         with torch.no_grad():
             mine.copy_(local)
             local.data = mine
