@@ -21,8 +21,9 @@ _Start = Callable[..., Any]
 class Channels:
     """Sends and receives along an axis of degree above one; all ranks must make it at once.
 
-    NCCL knows no tags, and its messages between two ranks form one line, in which what they send each other could get
-    stuck. On GPUs the messages to lower positions therefore have a group of their own.
+    Messages to lower positions have a group of their own. NCCL knows no tags, and what two ranks send each other could
+    get stuck in the one line that their messages form. Gloo's thread, woken by a message, waits for the lock of that
+    connection, which the main thread holds as long as it sends there (docs/decisions/0013).
 
     Args:
         groups: of the mesh.
@@ -34,10 +35,9 @@ class Channels:
         self._groups = groups
         self._axis = axis
         self._rank = groups.mesh.coordinates(groups.rank)[axis]
-        self._up = self._down = groups.wide(axis)
+        self._up = groups.wide(axis)
+        self._down = dist.new_subgroups_by_enumeration([list(group) for group in groups.mesh.groups((axis,))])[0]
         if connects_late(groups.device_type):
-            ranks = [list(group) for group in groups.mesh.groups((axis,))]
-            self._down = dist.new_subgroups_by_enumeration(ranks)[0]
             connect_links(groups, links, here=self._rank, up=self._up, down=self._down)
         self._sending, self._receiving = cache(self._sends_to), cache(self._receives_from)
 
