@@ -80,7 +80,6 @@ THROUGH_OTHERS = {
     "meshwright.parallel.pipeline.passes": "tests/parallel/test_layered.py and test_staged.py run every family on it",
     "meshwright.parallel.pipeline.route": "tests/parallel/test_staged.py: every family takes one",
     "meshwright.parallel.pipeline.routes": "tests/parallel/test_staged.py: each shape is looked for once",
-    "meshwright.parallel.channels": "tests/parallel/test_staged.py sends by every schedule",
     "meshwright.parallel.attributes": "tests/parallel/test_cuts.py: what a model keeps on its modules is refused",
     "meshwright.parallel.length": "tests/parallel/test_recompute.py deals sequences in a pipeline",
     "meshwright.parallel.passing": "tests/parallel/test_recompute.py deals sequences in a pipeline",
