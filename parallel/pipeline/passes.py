@@ -5,10 +5,12 @@ Every rank of a pipeline runs the model's own forward. Blocks of other ranks are
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from meshwright.parallel.absent import Absent
 from meshwright.parallel.capture import Flow
@@ -171,9 +173,11 @@ class Pass:
             return
         given = shapes_in(output, block)
         if given != expected:
+            frozen = _with_gradients(given) == _with_gradients(expected)
             raise WrapError(
                 f"block {block} gave {given}, where it gave {expected} for the first micro-batch of this shape; ranks "
                 "of a pipeline that skip it rely on that"
+                + (" (what is frozen up to this block, say before the model is wrapped)" if frozen else "")
             )
 
     def present(self, value: Any) -> Tensor:
@@ -223,6 +227,10 @@ class Pass:
             return
         leaves = inputs_of(self.flow.arguments)
         self._sent[stage] = [self.present(leaves[place]) for place in border.places]
+
+
+def _with_gradients(shapes: Any) -> Any:
+    return tree_map(lambda each: replace(each, requires_grad=True) if isinstance(each, Shape) else each, shapes)
 
 
 class Passes(Sequence[Pass]):

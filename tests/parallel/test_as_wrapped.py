@@ -155,6 +155,19 @@ def test_what_was_frozen_at_the_wrap_does_not_train_unnoticed() -> None:
     run_ranks(_thawed, mw.Mesh(), mw.Mesh())
 
 
+def _frozen_up_to_a_block(mesh: mw.Mesh) -> None:
+    model = mw.parallelize(_build(), mesh, schedule="1f1b", num_microbatches=2)
+    model.step(_batch())
+    for name, each in model.module.named_parameters():
+        each.requires_grad_(not name.startswith("layers.0."))
+    model.step(_batch())
+
+
+def test_a_pipeline_whose_first_block_is_frozen_behind_a_step_is_told_why_it_cannot_go_on() -> None:
+    with pytest.raises(WrapError, match=r"layers.0 gave .* \(what is frozen up to this block, say before"):
+        run_ranks(_frozen_up_to_a_block, mw.Mesh(pp=2), mw.Mesh(pp=2))
+
+
 DEALS: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"tp": 2}, {}),
     ({"tp": 2}, {"sequence_parallel": True}),
