@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from meshwright.parallel.context.dealing import Dealing, DealingKind
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.progress import Call, Waiting
 
 __all__ = ["ProcessAxis"]
@@ -24,6 +25,18 @@ class ProcessAxis:
     size: int
     call: Call = _UNNAMED
     order: DealingKind = "contiguous"
+
+    def __reduce__(self) -> Any:
+        """Refuses copies, and files by pickle, of what holds the axis, such as the modules of a wrapped model.
+
+        Raises:
+            WrapError: always.
+        """
+        raise WrapError(
+            "a module that is dealt over ranks cannot be copied or pickled, since it holds connections to other ranks: "
+            "copy its parameters (averages of weights are averages of their parts), or save the model by "
+            "save_weights() and wrap what reads them"
+        )
 
     @cached_property
     def dealing(self) -> Dealing:

@@ -1,5 +1,6 @@
 """What is done to a model behind its wrap: it is followed, or refused, and never changes numbers unnoticed."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,18 @@ def _frozen_up_to_a_block(mesh: mw.Mesh) -> None:
 def test_a_pipeline_whose_first_block_is_frozen_behind_a_step_is_told_why_it_cannot_go_on() -> None:
     with pytest.raises(WrapError, match=r"layers.0 gave .* \(what is frozen up to this block, say before"):
         run_ranks(_frozen_up_to_a_block, mw.Mesh(pp=2), mw.Mesh(pp=2))
+
+
+def _copied(mesh: mw.Mesh) -> None:
+    model = mw.parallelize(_build(), mesh, example=_batch())
+    with pytest.raises(WrapError, match=r"copy its parameters .*, or save the model by save_w"):
+        copy.deepcopy(model.module)
+
+
+@pytest.mark.parametrize("axis", ["tp", "cp"])
+def test_a_module_that_is_dealt_over_ranks_is_not_copied(axis: str) -> None:
+    mesh = mw.Mesh(**{axis: 2})
+    run_ranks(_copied, mesh, mesh)
 
 
 DEALS: list[tuple[dict[str, int], dict[str, Any]]] = [
