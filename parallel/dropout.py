@@ -7,6 +7,7 @@ generator state as the plain run and keeps its share, so that masks and the stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from types import FrameType
 from typing import Any
@@ -231,21 +232,20 @@ def first_dropped_head(query: Tensor, scores: tuple[int, ...]) -> int:
 
 def with_plain_dropout(unit: nn.Module, make: Callable[[], PlainDropout]) -> None:
     """Runs every forward of `unit` (also one repeated for recompute) inside a fresh `PlainDropout`."""
-    forward = unit.forward
+    unit.forward = partial(_inside, make, unit.forward)
 
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with make() as dropout:
-            made = forward(*args, **kwargs)
-            dropout.check()
-            return made
 
-    unit.forward = inside
+def _inside(make: Callable[[], PlainDropout], forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    with make() as dropout:
+        made = forward(*args, **kwargs)
+        dropout.check()
+        return made
 
 
 def _refuse_checkpoint() -> None:
-    """What a checkpoint within a unit runs again does not come by `inside`, and would draw another mask unnoticed."""
+    """What a checkpoint within a unit runs again does not come by `_inside`, and would draw another mask unnoticed."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != ("inside", __file__):
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != (_inside.__name__, __file__):
         if frame.f_code.co_filename == checkpoint.__file__:
             raise WrapError(
                 "dropout of which this rank has a part (axes tp and cp) lies in a checkpoint that the model makes "

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from meshwright.parallel.dealt_matrices import DealtColumns, DealtRows, Entry
 from meshwright.parallel.dropout import PlainDropout, with_plain_dropout
-from meshwright.parallel.errors import WrapError
-from meshwright.parallel.exchange import Axis, cut, enter, gather, join, leave, scatter_sum
+from meshwright.parallel.exchange import Axis, cut, join
 from meshwright.parallel.layout import Split
 from meshwright.parallel.length import Length
 from meshwright.parallel.passing import note_passing, on_passing
@@ -23,31 +22,6 @@ from meshwright.parallel.tensor_plan import TensorPlan
 Each = TypeVar("Each")
 
 __all__ = ["changed", "install", "keep_shares", "length_of", "open_streams"]
-
-
-class _Entry:
-    """The values that enter one region: each is entered once, however many matrices read it."""
-
-    def __init__(self, axis: Axis) -> None:
-        self._axis = axis
-        self._entered: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        known = self._entered.get(id(tensor))
-        if known is None or known[0] is not tensor:
-            known = (tensor, enter(tensor, self._axis))
-            self._entered[id(tensor)] = known
-        return known[1]
-
-    def gathered(self, tensor: Tensor, full: int) -> Tensor:
-        """Joins a share of the stream; the result has entered already."""
-        whole = gather(tensor, self._axis, tensor.dim() - 2, full)
-        self._entered[id(whole)] = (whole, whole)
-        return whole
-
-    def close(self) -> None:
-        """Forgets, at the end of the region."""
-        self._entered.clear()
 
 
 def keep_shares(model: nn.Module, splits: Mapping[str, Split], rank: int) -> None:
@@ -77,7 +51,7 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
     """
     if lengths is None:
         lengths = open_streams(model, plan, axis)
-    entries = {row: _Entry(axis) for row in plan.rows}
+    entries = {row: Entry(axis) for row in plan.rows}
     for path, attributes in plan.attributes.items():
         _set_attributes(model.get_submodule(path), attributes, axis.rank)
     for path, (row, keys) in plan.gathers.items():
@@ -85,9 +59,11 @@ def install(model: nn.Module, plan: TensorPlan, axis: Axis, lengths: Mapping[str
     for path, keys in plan.joined.items():
         _run_whole(model.get_submodule(path), axis, keys, length_of(path, lengths))
     for path, row in plan.columns.items():
-        _multiply_own(model.get_submodule(path), entries[row], plan.transposed[path])
+        matrix = model.get_submodule(path)
+        matrix.forward = DealtColumns(matrix, entries[row], plan.transposed[path])
     for path, transposed in plan.rows.items():
-        _sum_after(model.get_submodule(path), axis, entries[path], transposed, length_of(path, lengths))
+        matrix = model.get_submodule(path)
+        matrix.forward = DealtRows(matrix, axis, entries[path], transposed, length_of(path, lengths))
     for path, slices in plan.slices.items():
         _cut_before(model.get_submodule(path), axis, slices)
     for path in plan.drops:
@@ -116,42 +92,7 @@ def _set_attributes(module: nn.Module, attributes: Mapping[str, tuple[int, ...]]
             setattr(module, leaf, values[rank])
 
 
-def _multiply_own(matrix: nn.Module, entry: _Entry, transposed: bool) -> None:
-    """Replaces a column's forward: the features of its product that this rank holds."""
-
-    def forward(input: Tensor) -> Tensor:
-        weight, bias = matrix.weight, matrix.bias
-        assert isinstance(weight, Tensor), type(weight)
-        assert not isinstance(bias, nn.Module), type(bias)
-        return functional.linear(entry(input), weight.T if transposed else weight, bias)
-
-    matrix.forward = forward
-
-
-def _sum_after(matrix: nn.Module, axis: Axis, entry: _Entry, transposed: bool, length: Length | None) -> None:
-    """Replaces a row's forward: partial product, sum over ranks, then its bias once."""
-
-    def forward(input: Tensor) -> Tensor:
-        weight = matrix.weight
-        assert isinstance(weight, Tensor), type(weight)
-        entry.close()
-        partial = functional.linear(input, weight.T if transposed else weight)
-        if length is None:
-            whole = leave(partial, axis)
-        elif partial.dim() == 3 and partial.shape[-2] == length.full:
-            whole = scatter_sum(partial, axis, 1)
-        else:
-            raise WrapError(
-                f"a dealt sequence needs products [samples, positions, features], not {tuple(partial.shape)}; "
-                "use sequence_parallel=False"
-            )
-        bias = matrix.bias
-        return whole + bias.to(whole.dtype) if isinstance(bias, Tensor) else whole  # autocast leaves the bias wide
-
-    matrix.forward = forward
-
-
-def _gather_before(module: nn.Module, entry: _Entry, keys: tuple[int | str, ...], length: Length | None) -> None:
+def _gather_before(module: nn.Module, entry: Entry, keys: tuple[int | str, ...], length: Length | None) -> None:
     if length is None:
         return
 

@@ -5,6 +5,7 @@ on the way to the loss works on the columns; cross entropy is computed from them
 arXiv 1909.08053, section 3); anything else joins them first (see `scores`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +25,28 @@ __all__ = ["DealtHead", "DealtScores", "deal_head", "deal_lookup", "own_range"]
 
 def deal_lookup(table: nn.Module, split: Split, axis: Axis) -> None:
     """Makes an embedding look up the rows this rank holds and sum over ranks; the module's own forward still runs."""
-    forward = table.forward
     ((start, stop),) = split.held[axis.rank]
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
         table.padding_idx = padding - start if start <= padding < stop else None  # type: ignore[assignment]
 
-    def look_up(ids: Tensor) -> Tensor:
-        outside = (ids < start) | (ids >= stop)
-        found = forward((ids - start).masked_fill(outside, 0))
-        return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), axis)
+    table.forward = _DealtLookup(table.forward, axis, start, stop)
 
-    table.forward = look_up
+
+@dataclass(frozen=True)
+class _DealtLookup:
+    """The forward of an embedding whose rows are dealt."""
+
+    forward: Callable[[Tensor], Tensor]
+    axis: Axis
+    start: int
+    stop: int
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., features]"""
+        outside = (ids < self.start) | (ids >= self.stop)
+        found = self.forward((ids - self.start).masked_fill(outside, 0))
+        return leave(found.masked_fill(outside.unsqueeze(-1), 0.0), self.axis)
 
 
 def deal_head(head: nn.Module, split: Split, axis: Axis) -> None:
