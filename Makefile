@@ -16,10 +16,10 @@ PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one stamp per choice of torch, so that `make run TORCH=...` installs again
 STAMP := $(VENV)/.ready-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
 
-# tests that start no ranks keep a core busy each; those that do wait for each other half of the time, so four go on, and
-# workers take files that wait and files that compute in turn (tests/turns.py); the matrices of `make wide` are few large
-# files, which are shared out; the lab waits more, for Slurm, Ray and hosts that are lost, and tests/lab/conftest.py hands
-# out its tests
+# some tests that start no ranks wait for clocks, so three go on for two cores; those that do wait for each other half of
+# the time, so four go on, and workers take files that wait and files that compute in turn (tests/turns.py); the matrices
+# of `make wide` are few large files, which are shared out, and so are long tests of a kind that has a shorter one
+# (tests/later.py); the lab waits more, for Slurm, Ray and hosts that are lost, and tests/lab/conftest.py hands out its tests
 QUICK := not slow and not faults and not lab and not wide
 SLOW  := (slow or faults) and not lab and not wide
 WIDE  := wide and not lab
@@ -48,14 +48,14 @@ run: $(STAMP) ## train examples/quickstart.yaml on this machine (JOB=... for ano
 	$(BIN)/meshwright launch $(JOB)
 
 test: $(STAMP) lint ## ruff, mypy --strict, tests and documents: every pair of what can meet
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(QUICK)"
 	$(BIN)/python -m pytest -q -n 4 --dist loadfile -m "$(SLOW)" tests $(call again,-m "$(SLOW)" tests)
 
 wide: $(STAMP) ## the rest: every cell of every matrix, ten thousand damaged inputs, every page, more ways to fall
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$(WIDE)" tests $(call again,-m "$(WIDE)" tests)
 
 check: $(STAMP) lint ## the same without slow tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "$(QUICK)"
 
 lint: $(STAMP) ## ruff and mypy alone
 	$(BIN)/ruff check --quiet .

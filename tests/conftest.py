@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.later import is_later
 from tests.turns import in_turn
 
 # the time of one example says more about the neighbours of this machine than about the code
@@ -70,7 +71,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
+    """Leaves long ones to `make wide`, and skips those marked `gpu` where there is none."""
+    for item in items:
+        if is_later(item.nodeid):
+            item.add_marker(pytest.mark.wide)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if wanting and not _has_gpu():
         for item in wanting:

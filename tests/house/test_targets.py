@@ -7,6 +7,7 @@ import pytest
 from _pytest.mark.expression import Expression
 
 from tests.house.tree import ROOT
+from tests.later import LATER
 from tests.turns import COMPUTING, WAITING
 
 MARKERS = ("slow", "faults", "wide", "lab")
@@ -46,3 +47,10 @@ def test_files_that_workers_take_first_are_there_once() -> None:
     named = [*WAITING, *COMPUTING]
     assert [each for each in named if not (ROOT / each).is_file()] == []
     assert len(set(named)) == len(named)
+
+
+def test_long_tests_that_wait_for_a_later_target_are_there() -> None:
+    named = [re.split(r"::|\[", each)[:2] for each in LATER]
+    gone = [(path, name) for path, name in named if f"def {name}" not in (ROOT / path).read_text(encoding="utf-8")]
+    assert gone == []
+    assert len(set(LATER)) == len(LATER)
