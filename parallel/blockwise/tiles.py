@@ -80,7 +80,9 @@ def _parts(area: Tile, limits: Limits, look: Callable[[range, range], Tensor]) -
         yield from split(area.sketch, rows=rows, columns=columns, limits=limits)
         return
     for down, right in grid(rows, columns, limits):
-        for part in parts_of(look(area.queries[down], area.keys[right]), limits):
+        size = len(area.queries[down]), len(area.keys[right])
+        seen = look(area.queries[down], area.keys[right])
+        for part in parts_of(seen.expand(*seen.shape[:-2], *size), limits):
             yield part.within(down, right)
 
 

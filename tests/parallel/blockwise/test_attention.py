@@ -1,5 +1,6 @@
 """Blockwise attention equals attention: every feature, dtype and length, forward and backward, and backward of that."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -82,6 +83,28 @@ def test_any_lengths_and_block_sizes_do(
         lengths = (lengths[0] // 4 + 1, lengths[1] // 4 + 1)  # thousands of blocks show no more
     given = Given.random(batch=1, heads=(2, 1), lengths=lengths)
     _compare(given, 1e-12, mask=mask, softcap=softcap, query_block=blocks[0], kv_block=blocks[1])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["fused", "plain"])
+@pytest.mark.parametrize("shape", list(product((1, 2), (1, 4), (1, _SIZE), (1, _SIZE))), ids=str)
+def test_masks_of_one_row_for_all_queries_and_of_one_column_for_all_keys_do(
+    shape: tuple[int, ...], softcap: float | None
+) -> None:
+    allowed = torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) > 0.4
+    given = Given.random(batch=2, heads=(4, 2))
+    expected, _ = dense_attention(given.wide(), allowed=allowed, softcap=softcap)
+    found = attend(given.query, given.key, given.value, mask=masks.dense(allowed), softcap=softcap)
+    assert relative_error(found, expected) <= 1e-12
+    _compare(given, 1e-12, mask=masks.dense(allowed), softcap=softcap)
+
+
+@pytest.mark.parametrize("valid", [[1, 1, 0, 1, 1, 0], [1] * 6, [0, 1, 1, 1, 1, 1]], ids=str)
+def test_masks_that_hide_keys_anywhere_do(valid: list[int]) -> None:
+    given = Given.random(batch=1, heads=(2, 2), lengths=(6, 6))
+    expected, _ = dense_attention(given.wide(), allowed=torch.tensor(valid).bool()[None, None, None])
+    for mask in (masks.padding(torch.tensor([valid])), masks.dense(torch.tensor(valid).bool().expand(1, 2, 1, 6))):
+        found = attend(given.query, given.key, given.value, mask=mask, query_block=4, kv_block=4)
+        assert relative_error(found, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)], ids=str)
