@@ -3,9 +3,16 @@
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from meshwright.parallel.blockwise.interface import Configs
 from meshwright.parallel.errors import WrapError
 
-__all__ = ["AsWrapped"]
+__all__ = ["HOOKED", "AsWrapped"]
+
+HOOKED = (
+    "parameter {} has hooks on its gradient, which would not be called, since this rank holds a part of it; change "
+    "gradients behind step() instead, or keep parameters whole (axis dp)"
+)
+"""For parameters that `fsdp` cuts."""
 
 
 class AsWrapped:
@@ -26,6 +33,7 @@ class AsWrapped:
 
     def __init__(self, module: nn.Module, *, deals: bool) -> None:
         modules = dict(module.named_modules())
+        self._configs = Configs.plugged(modules.values())
         self._frozen = [
             (f"{path}.{leaf}".lstrip("."), owner, leaf)
             for path, owner in modules.items()
@@ -40,8 +48,10 @@ class AsWrapped:
         """Before a step.
 
         Raises:
-            WrapError: for a parameter that was frozen at the wrap and trains now, and for dropout that had a p of 0.
+            WrapError: for a parameter that was frozen at the wrap and trains now, for dropout that had a p of 0, and
+                for a model of transformers that would attend by itself now.
         """
+        self._configs.check()
         for name, owner, leaf in self._frozen:
             each = owner._parameters.get(leaf)
             if each is not None and each.requires_grad:

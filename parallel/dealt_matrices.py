@@ -6,6 +6,7 @@ Their forwards are objects that name their module, so that nothing but the modul
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn import functional
 
 from meshwright.parallel.errors import WrapError
@@ -21,12 +22,13 @@ class Entry:
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
         self._entered: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gathered: list[Node] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The same value, whose gradient is summed over ranks."""
         known = self._entered.get(id(tensor))
         if known is None or known[0] is not tensor:
-            known = (tensor, enter(tensor, self._axis))
+            known = (tensor, tensor if self._made_of_gathered(tensor) else enter(tensor, self._axis))
             self._entered[id(tensor)] = known
         return known[1]
 
@@ -34,11 +36,40 @@ class Entry:
         """Joins a share of the stream; the result has entered already."""
         whole = gather(tensor, self._axis, tensor.dim() - 2, full)
         self._entered[id(whole)] = (whole, whole)
+        if whole.grad_fn is not None:
+            self._gathered.append(whole.grad_fn)
         return whole
 
     def close(self) -> None:
         """Forgets, at the end of the region."""
         self._entered.clear()
+        self._gathered.clear()
+
+    def _made_of_gathered(self, tensor: Tensor) -> bool:
+        """Whether a value comes from gathered ones: hooks of modules give a matrix another tensor, entered already.
+
+        Raises:
+            WrapError: where it also comes from elsewhere, since one gradient is to be summed here and the other not.
+        """
+        if tensor.grad_fn is None or not self._gathered:
+            return False
+        first = min(each._sequence_nr() for each in self._gathered)
+        found, left, seen = set(), [tensor.grad_fn], set()
+        while left:
+            node = left.pop()
+            if node in self._gathered:
+                found.add("gathered")
+            elif hasattr(node, "variable") or node._sequence_nr() < first:
+                found.add("other")
+            elif node not in seen:
+                seen.add(node)
+                left += [each for each, _ in node.next_functions if each is not None]
+        if len(found) > 1:
+            raise WrapError(
+                "a matrix that tp deals takes a value made of its block's sequence and of something else (in a hook?); "
+                "with sequence_parallel=False it may"
+            )
+        return "gathered" in found
 
 
 @dataclass(frozen=True, eq=False)

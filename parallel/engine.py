@@ -182,6 +182,7 @@ class Engine:
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of items of a batch over all data ranks (0-dim, float64), without gradients."""
+        self.wrapped.check()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         HERE.to(_EVALUATES)
         try:

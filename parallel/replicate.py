@@ -34,6 +34,7 @@ class _Bucket:
     flags: Tensor
     missing: set[str] = field(default_factory=set)
     ready: set[str] = field(default_factory=set)
+    hooks: dict[str, int] = field(default_factory=dict)
     pending: Pending | None = None
 
 
@@ -90,6 +91,8 @@ class Replicate(LocalStates):
         for bucket in self._buckets:
             bucket.ready.clear()
             bucket.missing.clear()
+            for name, key in bucket.hooks.items():
+                _call_last(self._trained[name], key)
         self._next.clear()
         self._num_added.clear()
         self._scale = None
@@ -160,7 +163,8 @@ class Replicate(LocalStates):
                 queue.append(bucket := self._make_bucket(axis, [same[index] for index in indices]))
                 for name in bucket.names:
                     self._home[name] = bucket
-                    self._trained[name].register_post_accumulate_grad_hook(self._hook(bucket, name))
+                    hook = self._trained[name].register_post_accumulate_grad_hook(self._hook(bucket, name))
+                    bucket.hooks[name] = hook.id
 
     def _make_bucket(self, axis: str, names: list[str]) -> _Bucket:
         parameters = [self._trained[name] for name in names]
@@ -217,3 +221,10 @@ class Replicate(LocalStates):
         if bucket.missing:
             bucket.flags.copy_(torch.tensor([float(name not in bucket.missing) for name in bucket.names]))
         bucket.pending = self._groups.all_reduce(bucket.flat, bucket.axis)
+
+
+def _call_last(parameter: nn.Parameter, key: int) -> None:
+    """A user's hook that was added behind ours would change a gradient that is on its way."""
+    hooks = parameter._post_accumulate_grad_hooks  # torch goes through it in the order of its memory
+    if hooks and next(reversed(hooks)) != key:
+        hooks[key] = hooks.pop(key)

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
+from meshwright.parallel.as_wrapped import HOOKED
 from meshwright.parallel.blocks import own_blocks
 from meshwright.parallel.collectives import Groups
 from meshwright.parallel.data import AskScale
+from meshwright.parallel.errors import WrapError
 from meshwright.parallel.experts import ExpertStates
 from meshwright.parallel.sharded import ShardedStates
 from meshwright.parallel.shared import SharedFlags, SharedGradients
@@ -66,7 +68,7 @@ class Shard(ShardedStates):
             stays_whole=zero_stage < 3,
             experts=experts,
         )
-        self._copies = SharedGradients(experts.whole, groups, "edp")
+        self._copies, self._whole = SharedGradients(experts.whole, groups, "edp"), frozenset(experts.whole)
         self._root = cast(FSDPModule, module)
         super().__init__(module, groups, norm_axes=("fsdp",), spread=spread)
         module._apply(lambda tensor: tensor)  # FSDP2 looks at its parameters anew: deferred ones have memory by now
@@ -82,8 +84,10 @@ class Shard(ShardedStates):
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
         self._used.clear()
-        for parameter in self._trained.values():
+        for name, parameter in self._trained.items():
             parameter.grad = None
+            if parameter._backward_hooks and name not in self._whole:
+                raise WrapError(HOOKED.format(name))
 
     def prepare(self, last: bool) -> None:
         """Says whether the next micro-batch is the last of its step, and so what is reduced and kept after it."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.parallel.agreement import check_agreement
+from meshwright.parallel.as_given import AsGiven
+from meshwright.parallel.as_wrapped import HOOKED
 from meshwright.parallel.blockwise.install import BlockwiseAttention
 from meshwright.parallel.build import deal, engine_of
 from meshwright.parallel.collectives import Groups
@@ -80,6 +82,7 @@ class ParallelModel:
         self._engine = engine
         self._groups = groups
         self._owned: StepOptimizer | None = None
+        self._given = AsGiven(engine.data.local if isinstance(engine.data, LocalStates) else dict, groups.mesh)
 
     @property
     def module(self) -> nn.Module:
@@ -107,6 +110,7 @@ class ParallelModel:
             with self._blockwise.watched():
                 self.last_step = self._engine.step(batch)
             self.report = self._blockwise.described(self.report)
+        self._given.note()
         return self.last_step.loss
 
     def ledger_step(self, batch: Any) -> tuple[Tensor, LedgerSummary]:
@@ -138,7 +142,9 @@ class ParallelModel:
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Clips gradients in place to a global L2 norm; returns the norm before. None only measures."""
-        return self._engine.data.clip(max_norm)
+        norm = self._engine.data.clip(max_norm)
+        self._given.note()
+        return norm
 
     def make_optimizer(self, build: BuildOptimizer, group_of: GroupOf | None = None) -> Optimizer:
         """Builds the user's optimizer on the tensors this rank owns.
@@ -154,6 +160,7 @@ class ParallelModel:
             raise WrapError("this model has an optimizer already; keep the one that make_optimizer returned")
         self._engine.wrapped.check()
         self._owned = self._engine.data.make_optimizer(build, group_of)
+        self._owned.optimizer.register_step_pre_hook(self._given.check)
         return self._owned.optimizer
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -231,7 +238,4 @@ def _check_hooks(model: nn.Module, hooked: dict[str, nn.Parameter]) -> None:
     held = dict(model.named_parameters())
     for name, each in hooked.items():
         if held.get(name, each) is not each:
-            raise WrapError(
-                f"parameter {name} has hooks on its gradient, which would not be called, since this rank holds a "
-                "part of it; change gradients behind step() instead, or keep parameters whole (axis dp)"
-            )
+            raise WrapError(HOOKED.format(name))

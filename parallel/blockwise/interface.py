@@ -5,7 +5,7 @@ many models ask whether the name is "sdpa" before they make a mask or choose a p
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,8 +65,28 @@ class Configs:
         modules: all of the model's.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._before = {id(config): (config, config._attn_implementation) for config in _configs(modules)}
+
+    @classmethod
+    def plugged(cls, modules: Iterable[nn.Module]) -> "Configs":
+        """Those that name ours, of a model that may be plugged."""
+        return cls([each for each in modules if isinstance(_attention_of(each), _Plugged)])
+
+    def check(self) -> None:
+        """Refuses a model that does not fetch ours any more.
+
+        Raises:
+            WrapError: where its name, or what it is to give back, was changed.
+        """
+        for config, _ in self._before.values():
+            name, weights = config._attn_implementation, getattr(config, "output_attentions", False)
+            if name != _NAME or weights:
+                change = "output_attentions" if weights else f"the attention implementation {name!r}"
+                raise WrapError(
+                    f"{type(config).__name__} was given {change} behind the wrap, and would compute attention by "
+                    "itself, without what is dealt over ranks or done by blocks; set it before parallelize()"
+                )
 
     def switch(self) -> None:
         """Makes the modules fetch ours.
@@ -89,7 +109,11 @@ class Configs:
             config._attn_implementation_internal = name
 
 
-def _configs(modules: list[nn.Module]) -> Iterator[Any]:
+def _attention_of(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _configs(modules: Iterable[nn.Module]) -> Iterator[Any]:
     """Configs of modules whose file uses the interface."""
     for module in modules:
         config, home = getattr(module, "config", None), sys.modules.get(type(module).__module__)
@@ -113,7 +137,7 @@ def _attending(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def _of_unplugged(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     """What a module attends by that is none of ours, but may share its config with one."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    name = _attention_of(module)
     if not isinstance(name, _Plugged) or name.before == _NAME:
         return plain
     home = sys.modules[type(module).__module__]

@@ -12,6 +12,7 @@ import meshwright as mw
 from meshwright.parallel.errors import WrapError
 from meshwright.parallel.microbatch import share
 from meshwright.testing import run_ranks
+from tests.parallel.families import FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -226,3 +227,30 @@ def test_dropouts_of_parts_that_are_switched_by_themselves_are_refused(which: st
     mesh = mw.Mesh(tp=2)
     for each in run_ranks(_switched, mesh, mesh, which, how):
         assert said in each
+
+
+def _attending_otherwise(mesh: mw.Mesh, options: dict[str, Any], change: str) -> None:
+    plain = FAMILIES["bert"][0]()
+    batch = FAMILIES["bert"][1]()
+    model = mw.parallelize(plain, mesh, example=batch, **options)
+    module: Any = model.module
+    model.step(batch)
+    module.set_attn_implementation("sdpa")  # what it had
+    model.step(batch)
+    if change == "eager":
+        module.set_attn_implementation("eager")
+    else:
+        module.config._output_attentions = True
+    with pytest.raises(WrapError, match="behind the wrap, and would compute attention by itself"):
+        model.step(batch)
+    with pytest.raises(WrapError, match="set it before parallelize"):
+        model.evaluate(batch)
+
+
+@pytest.mark.parametrize("change", ["eager", "weights"])
+@pytest.mark.parametrize(("degrees", "options"), [({"cp": 2}, {}), ({}, {"blockwise": {}})], ids=str)
+def test_a_model_that_would_attend_by_itself_behind_the_wrap_is_refused(
+    degrees: dict[str, int], options: dict[str, Any], change: str
+) -> None:
+    mesh = mw.Mesh(**degrees)
+    run_ranks(_attending_otherwise, mesh, mesh, options, change)
