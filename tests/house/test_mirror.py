@@ -12,6 +12,7 @@ TESTS = sorted(path for folder in FOLDERS for path in (ROOT / "tests" / folder).
 THEMES = {
     "tests/launch/paper/test_hosted.py": "memory of spans and of the host, forecast and run",
     "tests/parallel/test_traced_spans.py": "tracing of blocks by spans",
+    "tests/parallel/test_hooks_behind.py": "hooks and changes to gradients that come behind the wrap",
     "tests/parallel/test_layered.py": "micro-batches layer-major: capture, pieces and runtime together",
     "tests/parallel/spans/test_trajectories.py": "a long sequence trained within a given memory",
     "tests/launch/test_jobsets.py": "runs in pods from the launch to the end: which nodes, and restarts of all pods",
@@ -41,6 +42,7 @@ THROUGH_OTHERS = {
     "meshwright.parallel.context.arguments": "tests/parallel/context/test_install.py: what blocks take besides",
     "meshwright.parallel.context.attending": "tests/parallel/context/test_planner.py proves with it",
     "meshwright.launch.spec.data": "tests/launch/test_spec.py and test_malformed.py, through Job",
+    "meshwright.parallel.as_given": "tests/parallel/test_hooks_behind.py clips gradients by torch",
     "meshwright.parallel.tiles": "tests/moe/test_slices.py joins them, tests/parallel/test_experts.py saves them",
     "meshwright.moe.expert_pass": "tests/parallel/test_experts.py: every model on every layout is dealt by it",
     "meshwright.parallel.serving": "tests/parallel/test_ranks.py: every rank of a pool lives in it",
