@@ -21,26 +21,7 @@ from meshwright.parallel.following import WORK, Call
 __all__ = ["Scores"]
 
 
-class _Unhooked(Tensor):
-    """A hook would see the gradient of what is held."""
-
-    whole: Tensor | None
-
-    def register_hook(self, hook: Any) -> Any:
-        """Only where the scores are whole by now.
-
-        Raises:
-            WrapError: elsewhere.
-        """
-        if self.whole is not None:
-            return self.whole.register_hook(hook)
-        raise WrapError(
-            "a hook on the gradient of scores needs all of them, of which something smaller is held; put it on what "
-            "the head takes, or leave the head out of tp and the loss out of blockwise="
-        )
-
-
-class Scores(_Unhooked):
+class Scores(Tensor):
     """Scores [..., vocabulary]; what is held has the same rows [..., anything], and its history.
 
     Subclasses say how single scores, cross entropy and whole scores come from what is held.
@@ -51,6 +32,7 @@ class Scores(_Unhooked):
     """
 
     vocabulary: int
+    whole: Tensor | None
     _memory: list[TensorWeakRef]
 
     @classmethod

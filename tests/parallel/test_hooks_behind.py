@@ -182,26 +182,3 @@ def test_a_norm_of_parts_is_told_once(axis: str, ours: bool, warned: int) -> Non
     for said in run_ranks(_clipped, mesh, mesh, ours):
         assert len(said) == warned
         assert all("call clip_gradients() of the wrapped model" in each for each in said)
-
-
-def _on_scores(mesh: mw.Mesh) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
-    plain = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
-    ids = torch.arange(16).reshape(2, 8)
-    batch = {"input_ids": ids, "labels": ids}
-    model = mw.parallelize(plain, mesh, example=batch)
-    model.module.get_submodule("lm_head").register_forward_hook(_hook_output)
-    with pytest.raises(WrapError, match="a hook on the gradient of scores needs all of them"):
-        model.step(batch)
-
-
-def _hook_output(module: nn.Module, args: Any, output: Tensor) -> None:
-    del module, args
-    output.register_hook(lambda gradient: 2.0 * gradient)
-
-
-def test_a_hook_on_scores_of_which_a_rank_has_a_part_is_refused() -> None:
-    mesh = mw.Mesh(tp=2)
-    run_ranks(_on_scores, mesh, mesh)
