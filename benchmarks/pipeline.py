@@ -80,7 +80,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     for name in _PEERS:
         contenders[f"ours {name}"] = _ours(name, batch)
         contenders[f"torch {name}"] = _torch(name, batch)
-    contenders["torch gpipe again"] = _torch("gpipe", batch)
+        contenders[f"torch {name} again"] = _torch(name, batch)
     return alternate(contenders, rounds=rounds, steps=2, warmup=2, sync=dist.barrier)
 
 
@@ -119,7 +119,7 @@ def compare(pool: RankPool, rounds: int) -> dict[str, Any]:
         "median_step_s": {name: median(each) for name, each in times.items()},
         "ratio_to_torch": {name: each.median for name, each in ratios.items()},
         "half_width": {name: each.half_width for name, each in ratios.items()},
-        "noise": noise_of(times["torch gpipe"], times["torch gpipe again"]),
+        "noise": {name: noise_of(times[f"torch {name}"], times[f"torch {name} again"]) for name in _PEERS},
     }
 
 
@@ -168,8 +168,8 @@ def _text(result: dict[str, Any]) -> str:
         found = result["torch"]
         lines += [f"{name:<18} {seconds * 1e3:8.1f} ms a step" for name, seconds in found["median_step_s"].items()]
         for name, ratio in found["ratio_to_torch"].items():
-            lines.append(f"{name:<18} {ratio:.3f} +- {found['half_width'][name]:.3f} of torch's")
-        lines.append(f"{'noise (A/A)':<18} {found['noise']:.3f}")
+            width, noise = found["half_width"][name], found["noise"][name]
+            lines.append(f"{name:<18} {ratio:.3f} +- {width:.3f} of torch's (A/A {noise:.3f})")
     for name, each in result.get("tiny", {}).items():
         lines.append(
             f"{name:<18} {each['ours_us']:7.1f} us an action, torch's {each['torch_us']:7.1f} us: "
