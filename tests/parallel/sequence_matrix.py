@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.parallel.errors import WrapError
@@ -39,6 +39,36 @@ def padded() -> dict[str, Tensor]:
     return batch
 
 
+def holes() -> dict[str, Tensor]:
+    """Rows of which tokens anywhere are hidden."""
+    batch = words(6, _LENGTH)
+    hidden = torch.rand(6, _LENGTH, generator=torch.Generator().manual_seed(3)) < 0.3
+    batch["attention_mask"] = (~hidden).long()
+    batch["labels"] = batch["labels"].masked_fill(hidden, -100)
+    return batch
+
+
+class _Encoder(nn.Module):
+    """Torch's own layers, which are told of padding and of nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, values: Tensor, padding: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error (0-dim) of [b, s, 16], `padding` [b, s] True where nothing is."""
+        return nn.functional.mse_loss(self.encoder(values, src_key_padding_mask=padding), targets)
+
+
+def hidden_rows() -> dict[str, Tensor]:
+    """Values of which some are hidden from the others."""
+    generator = torch.Generator().manual_seed(4)
+    values, targets = (torch.randn(6, _LENGTH, 16, generator=generator) for _ in range(2))
+    return {"values": values, "padding": torch.rand(6, _LENGTH, generator=generator) < 0.3, "targets": targets}
+
+
 def whole() -> dict[str, Tensor]:
     """Rows of one length."""
     return words(6, _LENGTH)
@@ -65,6 +95,8 @@ ROWS: dict[str, Family] = {
     "gemma3, window and causal, packed": (FAMILIES["gemma3"][0], packed),
     "bert, whole": (FAMILIES["bert"][0], whole),
     "bert, padded": (FAMILIES["bert"][0], padded),
+    "bert, holes": (FAMILIES["bert"][0], holes),
+    "torch's encoder, holes": (_Encoder, hidden_rows),
     "t5, encoder and decoder": (FAMILIES["t5"][0], whole),
     "vit, whole": FAMILIES["vit"],
 }
